@@ -1,0 +1,102 @@
+"""What the benchmarks share: interleaved timings, peak memory, the machine's description, tables and JSON.
+
+Timings on shared machines drift, so only ratios count, and only between runs that were interleaved: every repetition runs all competitors in
+turn. A result is a minimum and a median over repetitions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """CPU, ISA in use, threads and versions."""
+    import torch
+
+    from clipft import _C
+
+    versions = {}
+    for name in ("clipft", "torch", "transformers", "peft", "open_clip_torch", "onnxruntime"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "isa": _C.isa(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def cpu_model() -> str:
+    """The kernel's name for the CPU, with family and model, since cloud machines shorten the name."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def interleave(competitors: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each competitor, `repeats` times in turn after one warm-up round."""
+    for run in competitors.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    for _ in range(repeats):
+        for name, run in competitors.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    return {"min_s": min(seconds), "median_s": statistics.median(seconds)}
+
+
+def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Ours / theirs: of the minima, and the median of the ratios within a repetition."""
+    paired = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {"min": min(ours) / min(theirs), "median": statistics.median(paired)}
+
+
+def reset_peak_memory() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(field: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at the peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def save(name: str, results: dict[str, Any]) -> Path:
+    """Writes benchmarks/results/<name>-<cpu>.json."""
+    slug = "".join(c if c.isalnum() else "-" for c in results["machine"]["cpu"]).strip("-").lower()
+    while "--" in slug:
+        slug = slug.replace("--", "-")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{slug}-{results['machine']['isa']}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(path)
+    return path

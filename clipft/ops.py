@@ -1,0 +1,424 @@
+"""The losses as functions over ``torch.ops.clipft.*``: argument checks, fake kernels, autograd, and processes in a group.
+
+The C ops compute a loss and what its backward pass needs; ``torch.library`` connects them to autograd and torch.compile. Inside a
+process group each rank works on the rows of its own images against the texts of all ranks: see :class:`_GroupContrastive`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+try:
+    from clipft import _C  # noqa: F401  (importing it registers torch.ops.clipft)
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "clipft's C extension is not built here: this looks like a source tree. Install the package (pip install .) and import it "
+        "from another directory, or build in place with: python setup.py build_ext --inplace"
+    ) from error
+
+__all__ = ["contrastive_loss", "sigmoid_loss"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_TILE = 1024  # CLIPFT_TILE in csrc/kernels/kernels.h
+_KEEP = 40 * 1024 * 1024 // 4  # CLIPFT_KEEP in csrc/ops/loss_inputs.h
+
+
+# ---- public functions ----
+
+
+def contrastive_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Symmetric contrastive loss of CLIP (arXiv:2103.00020), without the N x N matrix of logits.
+
+    Args:
+        image_embeds: [N, D] float32, bfloat16 or float16, L2-normalised by the caller.
+        text_embeds: [N, D], same dtype and device; row i belongs to image i.
+        logit_scale: the multiplier itself (``model.logit_scale.exp()``), as in open_clip: a one-element tensor, which gets a
+            gradient, or a float.
+        labels: [N] int64; pairs of equal label are positives of each other. Default: each pair only of itself.
+        label_smoothing: e in [0, 1); targets q become (1 - e) q + e / N.
+        group: a ``torch.distributed`` group whose ranks' pairs are negatives too (ranks may hold different N). Every rank gets the
+            loss of the joined batch, the gradients of its own embeddings, and the whole gradient of ``logit_scale``. DDP, which
+            averages over ranks, wants the embeddings' gradients times the world size: ``clipft.CLIPTrainer`` sees to that.
+
+    Returns:
+        0-d float32 tensor: the mean of the image-to-text and the text-to-image cross-entropy. Logits, sums and gradients are
+        accumulated in float32 or better whatever the inputs' dtype. NaN or Inf in gives NaN. The result does not depend on the number
+        of threads beyond what the BLAS's own products do.
+
+    Raises:
+        TypeError: a dtype that is not supported (float64 among them) or that differs between the embeddings.
+        ValueError: a shape, device, label count or smoothing that does not fit.
+    """
+    name = "contrastive_loss"
+    image_embeds, text_embeds = _check_embeds(name, image_embeds, text_embeds, group is not None)
+    scale = _scalar(name, "logit_scale", logit_scale, image_embeds)
+    _check_targets(name, labels, label_smoothing, image_embeds)
+    if group is not None:
+        return _GroupContrastive.apply(image_embeds, text_embeds, scale, labels, float(label_smoothing), group)
+    if labels is None:
+        labels = _no_labels(image_embeds)
+    keep = _needs_grad(image_embeds, text_embeds, scale)
+    return torch.ops.clipft.contrastive_loss(image_embeds, text_embeds, scale, labels, float(label_smoothing), keep)[0]
+
+
+def sigmoid_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Pairwise sigmoid loss of SigLIP (arXiv:2303.15343), without the N x N matrix of logits: the sum over all pairs divided by N.
+
+    Arguments, dtypes, errors and ``group`` are those of :func:`contrastive_loss`; ``logit_bias`` is a one-element tensor, which gets a
+    gradient, or a float. Returns a 0-d float32 tensor.
+    """
+    name = "sigmoid_loss"
+    image_embeds, text_embeds = _check_embeds(name, image_embeds, text_embeds, group is not None)
+    scale = _scalar(name, "logit_scale", logit_scale, image_embeds)
+    bias = _scalar(name, "logit_bias", logit_bias, image_embeds)
+    if group is not None:
+        return _GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, group)
+    keep = _needs_grad(image_embeds, text_embeds, scale, bias)
+    return torch.ops.clipft.sigmoid_loss(image_embeds, text_embeds, scale, bias, keep)[0]
+
+
+def _no_labels(like: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=like.device)
+
+
+# ---- checks: the messages equal those of csrc/ops/loss_inputs.c ----
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _check_embeds(op: str, image: Tensor, text: Tensor, rank_may_be_empty: bool) -> tuple[Tensor, Tensor]:
+    for name, tensor in (("image_embeds", image), ("text_embeds", text)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if torch.is_autocast_enabled(image.device.type) and image.dtype != text.dtype:
+        image, text = (t.float() if t.dtype in _FLOATS else t for t in (image, text))  # as autocast does for torch's own losses
+    for name, tensor in (("image_embeds", image), ("text_embeds", text)):
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"clipft.{op}: {name} must be float32, bfloat16 or float16, got {_dtype(tensor)}")
+        if tensor.dim() != 2:
+            raise ValueError(f"clipft.{op}: {name} must be [N, D], got shape {list(tensor.shape)}")
+    if text.dtype != image.dtype:
+        raise TypeError(
+            f"clipft.{op}: text_embeds must have the dtype of image_embeds, {_dtype(image)}, got {_dtype(text)}"
+        )
+    if text.device != image.device:
+        raise ValueError(
+            f"clipft.{op}: text_embeds must be on the device of the other tensors, {image.device}, got {text.device}"
+        )
+    if text.shape != image.shape:
+        raise ValueError(
+            f"clipft.{op}: text_embeds must have the shape of image_embeds, {list(image.shape)}, got {list(text.shape)}"
+        )
+    if image.shape[1] == 0 or (image.shape[0] == 0 and not rank_may_be_empty):
+        raise ValueError(
+            f"clipft.{op}: image_embeds must hold at least one pair and one feature, got shape {list(image.shape)}"
+        )
+    return image, text
+
+
+def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """0-d float32 on the embeddings' device, differentiable if a tensor came."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"clipft.{op}: {name} must be a float or a float tensor, got {_dtype(value)}")
+        if value.numel() != 1:
+            raise ValueError(f"clipft.{op}: {name} must have one element, got shape {list(value.shape)}")
+        if value.device != like.device:
+            raise ValueError(
+                f"clipft.{op}: {name} must be on the device of the other tensors, {like.device}, got {value.device}"
+            )
+        return value.reshape(()).float()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"clipft.{op}: {name} must be a float or a float tensor, got {type(value).__name__}")
+    return torch.tensor(float(value), dtype=torch.float32, device=like.device)
+
+
+def _check_targets(op: str, labels: Tensor | None, label_smoothing: float, image: Tensor) -> None:
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"clipft.{op}: label_smoothing must be a float, got {type(label_smoothing).__name__}")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"clipft.{op}: label_smoothing must be in [0, 1), got {label_smoothing:g}")
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"clipft.{op}: labels must be a tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"clipft.{op}: labels must be int64, got {_dtype(labels)}")
+    if labels.shape != image.shape[:1]:
+        raise ValueError(
+            f"clipft.{op}: labels must have one entry per pair, [{image.shape[0]}], got shape {list(labels.shape)}"
+        )
+    if labels.device != image.device:
+        raise ValueError(
+            f"clipft.{op}: labels must be on the device of the other tensors, {image.device}, got {labels.device}"
+        )
+
+
+# ---- fake kernels ----
+
+
+def _fake_tiles(image: Tensor, text: Tensor, keep: bool) -> Tensor:
+    rows, cols = image.shape[0], text.shape[0]
+    room = _KEEP // cols
+    kept = (rows if rows <= room else room // _TILE * _TILE) if keep else 0
+    return image.new_empty((kept, cols), dtype=torch.float32)
+
+
+@torch.library.register_fake("clipft::contrastive_loss")
+def _(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, smoothing: float = 0.0, keep: bool = False) -> Any:
+    return (
+        image.new_empty((), dtype=torch.float32),
+        image.new_empty((image.shape[0],), dtype=torch.float64),
+        image.new_empty((text.shape[0],), dtype=torch.float64),
+        image.new_empty((), dtype=torch.float64),
+        _fake_tiles(image, text, keep),
+    )
+
+
+@torch.library.register_fake("clipft::contrastive_loss_shard")
+def _(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, smoothing: float, keep: bool, row_offset: int) -> Any:
+    return (
+        image.new_empty((), dtype=torch.float32),
+        image.new_empty((image.shape[0],), dtype=torch.float64),
+        image.new_empty((text.shape[0],), dtype=torch.float64),
+        image.new_empty((), dtype=torch.float64),
+        _fake_tiles(image, text, keep),
+    )
+
+
+@torch.library.register_fake("clipft::sigmoid_loss")
+def _(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, keep: bool = False) -> Any:
+    return image.new_empty((), dtype=torch.float32), _fake_tiles(image, text, keep)
+
+
+@torch.library.register_fake("clipft::sigmoid_loss_shard")
+def _(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, keep: bool, row_offset: int) -> Any:
+    return image.new_empty((), dtype=torch.float32), _fake_tiles(image, text, keep)
+
+
+def _fake_gradients(image: Tensor, text: Tensor, needs_image: bool, needs_text: bool) -> tuple[Tensor, Tensor, Tensor]:
+    none = (0, 0)
+    return (
+        image.new_empty(image.shape if needs_image or not needs_text else none),
+        text.new_empty(text.shape if needs_text else none),
+        image.new_empty((), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("clipft::contrastive_loss_backward")
+def _(
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    smoothing: float,
+    row_offset: int,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    tiles: Tensor,
+    needs_image: bool,
+    needs_text: bool,
+) -> Any:
+    return _fake_gradients(image, text, needs_image, needs_text)
+
+
+@torch.library.register_fake("clipft::sigmoid_loss_backward")
+def _(
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_offset: int,
+    tiles: Tensor,
+    needs_image: bool,
+    needs_text: bool,
+) -> Any:
+    return (*_fake_gradients(image, text, needs_image, needs_text), image.new_empty((), dtype=torch.float32))
+
+
+# ---- autograd ----
+
+
+def _contrastive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, text, scale, labels, ctx.smoothing, _ = inputs
+    _, row_lse, col_lse, target, tiles = output
+    ctx.mark_non_differentiable(row_lse, col_lse, target, tiles)
+    ctx.save_for_backward(image, text, scale, labels, row_lse, col_lse, tiles)
+
+
+def _contrastive_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    image, text, scale, labels, row_lse, col_lse, tiles = ctx.saved_tensors
+    needs_image, needs_text, needs_scale = ctx.needs_input_grad[:3]
+    if not (needs_image or needs_text or needs_scale):
+        return (None,) * 6
+    d_image, d_text, d_scale = torch.ops.clipft.contrastive_loss_backward(
+        grad, image, text, scale, labels, ctx.smoothing, 0, row_lse, col_lse, tiles, needs_image, needs_text
+    )
+    return (
+        d_image if needs_image else None,
+        d_text if needs_text else None,
+        d_scale if needs_scale else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _sigmoid_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, text, scale, bias, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(image, text, scale, bias, output[1])
+
+
+def _sigmoid_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    image, text, scale, bias, tiles = ctx.saved_tensors
+    needs_image, needs_text, needs_scale, needs_bias = ctx.needs_input_grad[:4]
+    d_image, d_text, d_scale, d_bias = torch.ops.clipft.sigmoid_loss_backward(
+        grad, image, text, scale, bias, 0, tiles, needs_image, needs_text
+    )
+    return (
+        d_image if needs_image else None,
+        d_text if needs_text else None,
+        d_scale if needs_scale else None,
+        d_bias if needs_bias else None,
+        None,
+    )
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("clipft's losses have no second derivative: do not call their backward with create_graph=True")
+
+
+torch.library.register_autograd("clipft::contrastive_loss", _contrastive_gradients, setup_context=_contrastive_context)
+torch.library.register_autograd("clipft::sigmoid_loss", _sigmoid_gradients, setup_context=_sigmoid_context)
+for _op in ("contrastive_loss_backward", "sigmoid_loss_backward"):
+    torch.library.register_autograd(f"clipft::{_op}", _no_second_derivative)
+for _op in ("contrastive_loss", "sigmoid_loss"):
+    torch.library.register_autocast(f"clipft::{_op}", "cpu", torch.float32)
+
+
+# ---- processes in a group ----
+
+
+def _row_counts(rows: int, like: Tensor, group: dist.ProcessGroup) -> list[int]:
+    counts = [torch.zeros(1, dtype=torch.int64, device=like.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=like.device), group=group)
+    return [int(c) for c in counts]
+
+
+def _gather_rows(tensor: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows of all ranks, in rank order; ranks may hold different numbers of them."""
+    most = max(counts)
+    padded = tensor.new_zeros((most, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _joined(op: str, image: Tensor, text: Tensor, group: dist.ProcessGroup) -> tuple[list[int], int, Tensor]:
+    """Rows per rank, where this rank's begin, and the texts of all ranks."""
+    counts = _row_counts(image.shape[0], image, group)
+    if sum(counts) == 0:
+        raise ValueError(f"clipft.{op}: image_embeds must hold at least one pair and one feature, got none on any rank")
+    return counts, sum(counts[: dist.get_rank(group)]), _gather_rows(text, counts, group)
+
+
+def _own_text_gradient(d_texts: Tensor, counts: list[int], offset: int, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows of the sum over ranks; summed in float32."""
+    total = d_texts.float()
+    dist.all_reduce(total, group=group)
+    return total[offset : offset + counts[dist.get_rank(group)]].to(d_texts.dtype)
+
+
+class _GroupContrastive(torch.autograd.Function):
+    """Rank k holds the images of rows k and gathers all texts: its rows of logits are whole, and its columns are merged over the ranks
+    by one all-gather of their logsumexps. Its image gradients are then complete; its text gradients are summed over the ranks.
+    Two gathers and one reduction of [N, D] or less, and every logit is computed on one rank only.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, labels: Tensor | None, smoothing: float, group: dist.ProcessGroup
+    ) -> Tensor:
+        counts, offset, texts = _joined("contrastive_loss", image, text, group)
+        n = sum(counts)
+        labels = _no_labels(image) if labels is None else _gather_rows(labels, counts, group)
+        keep = any(ctx.needs_input_grad[:3])
+        _, row_lse, col_lse, target, tiles = torch.ops.clipft.contrastive_loss_shard(
+            image, texts, scale, labels, smoothing, keep, offset
+        )
+        columns = [torch.empty_like(col_lse) for _ in counts]
+        dist.all_gather(columns, col_lse, group=group)
+        col_lse = torch.logsumexp(torch.stack(columns), dim=0)
+        rows = row_lse.sum() - 2.0 * target
+        dist.all_reduce(rows, group=group)
+        ctx.save_for_backward(image, texts, scale, labels, row_lse, col_lse, tiles)
+        ctx.counts, ctx.offset, ctx.smoothing, ctx.group = counts, offset, smoothing, group
+        return ((rows + col_lse.sum()) / (2 * n)).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        image, texts, scale, labels, row_lse, col_lse, tiles = ctx.saved_tensors
+        needs_image, needs_text = ctx.needs_input_grad[:2]
+        d_image, d_texts, d_scale = torch.ops.clipft.contrastive_loss_backward(
+            grad, image, texts, scale, labels, ctx.smoothing, ctx.offset, row_lse, col_lse, tiles, needs_image, needs_text
+        )
+        dist.all_reduce(d_scale, group=ctx.group)
+        d_text = _own_text_gradient(d_texts, ctx.counts, ctx.offset, ctx.group) if needs_text else None
+        return d_image if needs_image else None, d_text, d_scale, None, None, None
+
+
+class _GroupSigmoid(torch.autograd.Function):
+    """As :class:`_GroupContrastive`; the loss is a sum over pairs, so nothing but sums crosses ranks besides the texts."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup
+    ) -> Tensor:
+        counts, offset, texts = _joined("sigmoid_loss", image, text, group)
+        keep = any(ctx.needs_input_grad[:4])
+        loss, tiles = torch.ops.clipft.sigmoid_loss_shard(image, texts, scale, bias, keep, offset)
+        dist.all_reduce(loss, group=group)
+        ctx.save_for_backward(image, texts, scale, bias, tiles)
+        ctx.counts, ctx.offset, ctx.group = counts, offset, group
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        image, texts, scale, bias, tiles = ctx.saved_tensors
+        needs_image, needs_text = ctx.needs_input_grad[:2]
+        d_image, d_texts, d_scale, d_bias = torch.ops.clipft.sigmoid_loss_backward(
+            grad, image, texts, scale, bias, ctx.offset, tiles, needs_image, needs_text
+        )
+        scalars = torch.stack([d_scale, d_bias])
+        dist.all_reduce(scalars, group=ctx.group)
+        d_text = _own_text_gradient(d_texts, ctx.counts, ctx.offset, ctx.group) if needs_text else None
+        return d_image if needs_image else None, d_text, scalars[0], scalars[1], None

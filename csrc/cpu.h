@@ -1,0 +1,19 @@
+/* What this CPU and its operating system support, as tiers that kernels are written for, weakest first. */
+#ifndef CLIPFT_CPU_H
+#define CLIPFT_CPU_H
+
+#include <stdbool.h>
+
+typedef enum clipft_isa {
+    CLIPFT_ISA_REF,    /* plain C, every CPU */
+    CLIPFT_ISA_NEON,   /* aarch64 baseline */
+    CLIPFT_ISA_AVX2,   /* AVX2, FMA, F16C */
+    CLIPFT_ISA_AVX512, /* AVX-512 F, BW, DQ, VL */
+    CLIPFT_ISA_COUNT
+} clipft_isa;
+
+const char *clipft_isa_name(clipft_isa isa);
+bool clipft_cpu_has(clipft_isa isa);
+clipft_isa clipft_cpu_best(void);
+
+#endif

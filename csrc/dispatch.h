@@ -1,0 +1,22 @@
+/* The table of micro-kernels in use: the reference everywhere, then the best row of kernels.inc that this CPU may run. */
+#ifndef CLIPFT_DISPATCH_H
+#define CLIPFT_DISPATCH_H
+
+#include "cpu.h"
+#include "kernels/kernels.h"
+
+enum {
+#define SLOT(name) CLIPFT_SLOT_##name,
+    CLIPFT_KERNEL_SLOTS(SLOT)
+#undef SLOT
+        CLIPFT_SLOT_COUNT
+};
+
+/* The tier in use. Chosen at start; clipft_dispatch lowers or raises it for tests and must not run beside an op. */
+clipft_isa clipft_dispatch_isa(void);
+void clipft_dispatch(clipft_isa limit);
+
+/* For each slot, its name and the tier of the kernel in use. */
+const char *clipft_dispatch_slot(int slot, clipft_isa *isa);
+
+#endif

@@ -1,0 +1,138 @@
+/* The torch-free half of clipft: micro-kernels (innermost loops, one per ISA) and the drivers that tile and thread them.
+ *
+ * Nothing below includes Python or torch. A driver reaches its host, which is torch in the extension and plain C in tests/c, through clipft_host. Matrices are
+ * float32 and row-major where nothing else is said; sizes are int64_t; comments give shapes as [rows, cols]. */
+#ifndef CLIPFT_KERNELS_H
+#define CLIPFT_KERNELS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* A view: element (i, j) lies at data[i * row_stride + j * col_stride]. */
+typedef struct clipft_matrix {
+    float *data;
+    int64_t rows, cols, row_stride, col_stride;
+} clipft_matrix;
+
+static inline clipft_matrix clipft_transposed(clipft_matrix m)
+{
+    return (clipft_matrix){m.data, m.cols, m.rows, m.col_stride, m.row_stride};
+}
+
+/* Rows begin .. end - 1. */
+static inline clipft_matrix clipft_rows(clipft_matrix m, int64_t begin, int64_t end)
+{
+    return (clipft_matrix){m.data + begin * m.row_stride, end - begin, m.cols, m.row_stride, m.col_stride};
+}
+
+/* What a driver needs from where it runs. Both calls return false when the host failed. */
+typedef struct clipft_host {
+    /* c = a b, or c += a b. Uses all threads itself. */
+    bool (*gemm)(clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate);
+    /* Calls fn on sub-ranges that cover begin .. end - 1, of at least `grain` items each. */
+    bool (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*fn)(int64_t begin, int64_t end, void *ctx), void *ctx);
+} clipft_host;
+
+/* How a row of a tile becomes a row of d loss / d logits; see row_softmax_grad. */
+typedef struct clipft_softmax_row {
+    float scale; /* logits are scale * x */
+    float lse;   /* the row's logsumexp, rounded to float32 */
+    float own;   /* exp(lse - exact logsumexp): what rounding took away */
+    float cross; /* factor that turns exp(logit - lse) * cross * col_factor[j] into exp(logit - column j's logsumexp) */
+    float gain;  /* factor of the probabilities */
+    float shift; /* subtracted from every element */
+} clipft_softmax_row;
+
+/* A column's logsumexp, split like the row's. */
+typedef struct clipft_softmax_cols {
+    const float *lse; /* [cols] */
+    const float *own; /* [cols] */
+} clipft_softmax_cols;
+
+/* SLOT(name): the micro-kernels. Each works on one row of a tile of raw products x = <image_i, text_j>; every ISA keeps this contract, with float rounding
+ * its own. NaN in gives NaN out. */
+#define CLIPFT_KERNEL_SLOTS(SLOT)                                                                                                          \
+    SLOT(row_max)                                                                                                                          \
+    SLOT(row_exp_sum)                                                                                                                      \
+    SLOT(block_col_lse)                                                                                                                    \
+    SLOT(row_softmax_grad)                                                                                                                 \
+    SLOT(row_softmax_grad_wide)                                                                                                            \
+    SLOT(row_match_sum)                                                                                                                    \
+    SLOT(row_match_add)                                                                                                                    \
+    SLOT(row_softplus_sum)                                                                                                                 \
+    SLOT(row_sigmoid_grad)
+
+typedef struct clipft_kernels {
+    /* max_j scale * x[j]; NaNs are passed over. */
+    float (*row_max)(const float *x, int64_t cols, float scale);
+
+    /* e[j] = exp(scale * x[j] - max), max >= every scale * x[j]; col_sum[j] += weight * e[j]; returns the sum of e. */
+    float (*row_exp_sum)(const float *x, int64_t cols, float scale, float max, float weight, float *col_sum);
+
+    /* For each column of a [rows, cols] block whose rows lie `stride` apart: col_max[j] = max_i scale * x, col_sum[j] = sum_i exp(scale * x - col_max[j]). */
+    void (*block_col_lse)(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, float *col_max, float *col_sum);
+
+    /* out[j] = gain * (exp(logit - row's lse) + exp(logit - column's lse)) - shift with one exponential an element, as
+     * gain * exp(scale * x - lse) * (own + cross * col_factor[j]) - shift. The caller sees to it that no factor overflows. out may be x. */
+    void (*row_softmax_grad)(const float *x, float *out, int64_t cols, const clipft_softmax_row *row, const float *col_factor);
+
+    /* The same with two exponentials an element, for tiles whose rows' and columns' logsumexps lie too far apart. */
+    void (*row_softmax_grad_wide)(const float *x, float *out, int64_t cols, const clipft_softmax_row *row, const clipft_softmax_cols *col);
+
+    /* Returns the sum of x[j] where ids[j] == id, and adds the sum of all x[j] to *all. */
+    float (*row_match_sum)(const float *x, int64_t cols, const int32_t *ids, int32_t id, float *all);
+
+    /* x[j] += value where ids[j] == id. */
+    void (*row_match_add)(float *x, int64_t cols, const int32_t *ids, int32_t id, float value);
+
+    /* Returns sum_j softplus(scale * x[j] + bias). */
+    float (*row_softplus_sum)(const float *x, int64_t cols, float scale, float bias);
+
+    /* out[j] = gain * sigmoid(scale * x[j] + bias); returns the sum of out. out may be x. */
+    float (*row_sigmoid_grad)(const float *x, float *out, int64_t cols, float scale, float bias, float gain);
+} clipft_kernels;
+
+extern clipft_kernels clipft_kernel_table; /* filled by dispatch.c */
+
+/* A matrix of logits scale * image text^T (+ bias) that is never there as a whole: rows are the caller's own images, columns all texts. */
+typedef struct clipft_logits {
+    clipft_matrix image;  /* [rows, dim] */
+    clipft_matrix text;   /* [cols, dim] */
+    int64_t row_offset;   /* image i pairs with text row_offset + i */
+    float scale;
+    float *kept;          /* [kept_rows, cols] raw products that the forward pass leaves for the backward pass, or NULL */
+    int64_t kept_rows;    /* a multiple of CLIPFT_TILE, or all rows */
+} clipft_logits;
+
+enum { CLIPFT_TILE = 1024 };
+
+/* The contrastive loss's targets: uniform over the columns of the row's class, mixed with the uniform distribution. */
+typedef struct clipft_targets {
+    const int32_t *class_ids;  /* [cols], or NULL: only the pair itself */
+    const float *class_weight; /* [cols] 1 / size of the class, with class_ids */
+    float smoothing;           /* e in (1 - e) * target + e / cols */
+} clipft_targets;
+
+/* Writes row_lse [rows] and col_lse [cols] (over these rows only), and *target = sum of target probability * logit over the rows. Returns
+ * false when memory ran out or the host failed. */
+bool clipft_contrastive_forward(const clipft_logits *logits, const clipft_targets *targets, const clipft_host *host, double *row_lse,
+                                double *col_lse, double *target);
+
+/* d_image [rows, dim] and d_text [cols, dim] (these rows' share; either may lack data: not wanted), *d_scale likewise, of grad * (sum of row and column cross-entropies) / 2 cols; row_lse and
+ * col_lse are those of the whole matrix. */
+bool clipft_contrastive_backward(const clipft_logits *logits, const clipft_targets *targets, const clipft_host *host, const double *row_lse,
+                                 const double *col_lse, double grad, clipft_matrix d_image, clipft_matrix d_text, double *d_scale);
+
+/* *loss = sum over these rows of softplus(-z logit), z = 1 on pairs and -1 elsewhere, divided by cols. */
+bool clipft_sigmoid_forward(const clipft_logits *logits, float bias, const clipft_host *host, double *loss);
+
+bool clipft_sigmoid_backward(const clipft_logits *logits, float bias, const clipft_host *host, double grad, clipft_matrix d_image,
+                             clipft_matrix d_text, double *d_scale, double *d_bias);
+
+/* 16-bit floats to float32 and back (round to nearest even). */
+void clipft_bfloat16_to_float(const uint16_t *src, float *dst, int64_t n);
+void clipft_float16_to_float(const uint16_t *src, float *dst, int64_t n);
+void clipft_float_to_bfloat16(const float *src, uint16_t *dst, int64_t n);
+void clipft_float_to_float16(const float *src, uint16_t *dst, int64_t n);
+
+#endif

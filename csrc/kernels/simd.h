@@ -1,0 +1,86 @@
+/* Float vectors and their functions, written once for every width. The file that includes this defines
+ *   CLIPFT_LANES   floats in a vector
+ *   CLIPFT_TARGET  __attribute__((target(...))) of the ISA, or nothing; every function that handles vectors carries it, because a compiler lowers wide
+ *                  vectors to narrow ones wherever the target is missing, even in what is inlined later. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define SIMD static inline __attribute__((always_inline)) CLIPFT_TARGET
+
+typedef float f32v __attribute__((vector_size(4 * CLIPFT_LANES)));
+typedef int32_t i32v __attribute__((vector_size(4 * CLIPFT_LANES)));
+
+SIMD f32v f32v_load(const float *p)
+{
+    f32v v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+SIMD i32v i32v_load(const int32_t *p)
+{
+    i32v v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+SIMD void f32v_store(float *p, f32v v) { memcpy(p, &v, sizeof v); }
+
+SIMD f32v f32v_set(float a) { return (f32v){0} + a; }
+
+/* mask ? a : b; a mask's lanes are 0 or -1. */
+SIMD f32v f32v_select(i32v mask, f32v a, f32v b) { return (f32v)((mask & (i32v)a) | (~mask & (i32v)b)); }
+
+SIMD f32v f32v_zero_where(i32v mask, f32v a) { return (f32v)(~mask & (i32v)a); }
+
+SIMD f32v f32v_max(f32v a, f32v b) { return f32v_select(a > b, a, b); }
+
+SIMD float f32v_sum(f32v v)
+{
+    float lane[CLIPFT_LANES], sum = 0.0F;
+    memcpy(lane, &v, sizeof v);
+    for (int k = 0; k < CLIPFT_LANES; ++k) sum += lane[k];
+    return sum;
+}
+
+SIMD float f32v_max_lane(f32v v)
+{
+    float lane[CLIPFT_LANES], max = -INFINITY;
+    memcpy(lane, &v, sizeof v);
+    for (int k = 0; k < CLIPFT_LANES; ++k) max = fmaxf(max, lane[k]);
+    return max;
+}
+
+/* exp(x) for x <= 88 to 1.1 ulp; 0 where the result would be denormal; NaN stays NaN.
+ * x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by the polynomial of Cephes' expf; 2^n by adding n to the exponent. Adding 1.5 * 2^23 rounds to an integer and
+ * leaves it in the low bits. */
+SIMD f32v f32v_exp(f32v x)
+{
+    const f32v magic = f32v_set(12582912.0F);
+    const f32v shifted = x * 1.44269504088896341F + magic;
+    const f32v n = shifted - magic;
+    f32v r = x - n * 0.693359375F;
+    r = r - n * -2.12194440e-4F;
+    f32v p = r * 1.9875691500e-4F + 1.3981999507e-3F;
+    p = p * r + 8.3334519073e-3F;
+    p = p * r + 4.1665795894e-2F;
+    p = p * r + 1.6666665459e-1F;
+    p = p * r + 5.0000001201e-1F;
+    p = p * (r * r) + (r + 1.0F);
+    const f32v e = (f32v)((i32v)p + ((i32v)shifted << 23));
+    return f32v_zero_where(x < -87.3365402F, e);
+}
+
+/* log(1 + x) for 0 <= x <= 1: 2 atanh(u) with u = x / (2 + x) <= 1/3; the series' next term is below 2e-8 of the result. */
+SIMD f32v f32v_log1p(f32v x)
+{
+    const f32v u = x / (x + 2.0F);
+    const f32v w = u * u;
+    f32v p = w * (1.0F / 13.0F) + (1.0F / 11.0F);
+    p = p * w + (1.0F / 9.0F);
+    p = p * w + (1.0F / 7.0F);
+    p = p * w + (1.0F / 5.0F);
+    p = p * w + (1.0F / 3.0F);
+    return 2.0F * u + 2.0F * u * w * p;
+}

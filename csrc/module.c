@@ -1,0 +1,173 @@
+/* clipft._C: importing it finds LibTorch in the process and registers the ops under torch.ops.clipft. The module itself only tells which kernels run.
+ *
+ * It holds no Python object. The registration lives as long as the process, as torch's own do, and happens once however often the module is imported. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "dispatch.h"
+#include "ops/ops.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__APPLE__)
+#define LIBTORCH "libtorch_cpu.dylib"
+#else
+#define LIBTORCH "libtorch_cpu.so"
+#endif
+
+/* Path of the libtorch that `import torch` loaded, or NULL with an ImportError. */
+static char *find_libtorch(void)
+{
+    PyObject *torch = PyImport_ImportModule("torch"), *file = NULL, *path = NULL;
+    char *result = NULL;
+    if (!torch) {
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyErr_Format(PyExc_ImportError, "clipft needs torch >= " CLIPFT_TORCH_FLOOR ", which could not be imported (%S); pip install 'torch>=" CLIPFT_TORCH_FLOOR "'",
+                     value ? value : Py_None);
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(trace);
+        goto done;
+    }
+    file = PyObject_GetAttrString(torch, "__file__");
+    if (!file) goto done;
+    path = PyUnicode_AsUTF8String(file);
+    if (!path) goto done;
+    const char *init = PyBytes_AsString(path);
+    const char *slash = init ? strrchr(init, '/') : NULL;
+    const size_t folder = slash ? (size_t)(slash - init) : 0;
+    result = malloc(folder + sizeof "/lib/" LIBTORCH);
+    if (!result) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    if (init) memcpy(result, init, folder);
+    memcpy(result + folder, "/lib/" LIBTORCH, sizeof "/lib/" LIBTORCH);
+done:
+    Py_XDECREF(torch);
+    Py_XDECREF(file);
+    Py_XDECREF(path);
+    return result;
+}
+
+static bool resolve_torch(void)
+{
+    char *path = find_libtorch();
+    if (!path) return false;
+    const char *missing = clipft_torch_resolve(path);
+    if (missing) {
+        PyErr_Format(PyExc_ImportError, "clipft needs torch >= " CLIPFT_TORCH_FLOOR ": %s was not found in the torch that is installed; pip install 'torch>=" CLIPFT_TORCH_FLOOR "'",
+                     missing == path ? "its library " LIBTORCH : missing);
+    }
+    free(path);
+    return !missing;
+}
+
+static bool register_ops(void)
+{
+    /* torch keeps these for the life of the process. */
+    TorchLibraryHandle definitions = NULL, cpu = NULL;
+    AOTITorchError bad = clipft_torch.aoti_torch_library_init_def("clipft", __FILE__, __LINE__, &definitions);
+#define OP(name, schema, entry) bad = bad ? bad : clipft_torch.aoti_torch_library_def(definitions, #name schema);
+#include "ops.inc"
+#undef OP
+    bad = bad ? bad : clipft_torch.aoti_torch_library_init_impl("clipft", "CPU", __FILE__, __LINE__, &cpu);
+#define OP(name, schema, entry) bad = bad ? bad : clipft_torch.torch_library_impl(cpu, #name, entry, CLIPFT_TORCH_BUILD_VERSION);
+#include "ops.inc"
+#undef OP
+    if (bad) PyErr_SetString(PyExc_ImportError, "clipft could not register its ops with torch (is another library named clipft loaded?)");
+    return !bad;
+}
+
+/* The tier of that name if this machine has it, or -1 with `error` set. */
+static int usable_isa(const char *name, PyObject *error)
+{
+    for (int isa = 0; isa < CLIPFT_ISA_COUNT; ++isa) {
+        if (strcmp(name, clipft_isa_name((clipft_isa)isa)) != 0) continue;
+        if (clipft_cpu_has((clipft_isa)isa)) return isa;
+        PyErr_Format(error, "clipft: this machine does not support the instruction set %s; the best it has is %s", name,
+                     clipft_isa_name(clipft_cpu_best()));
+        return -1;
+    }
+    PyErr_Format(error, "clipft: unknown instruction set \"%s\"; expected ref, neon, avx2 or avx512", name);
+    return -1;
+}
+
+static PyObject *py_isa(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    return PyUnicode_FromString(clipft_isa_name(clipft_dispatch_isa()));
+}
+
+static PyObject *py_set_isa(PyObject *self, PyObject *args)
+{
+    const char *name;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "s:set_isa", &name)) return NULL;
+    const int isa = usable_isa(name, PyExc_ValueError);
+    if (isa < 0) return NULL;
+    clipft_dispatch((clipft_isa)isa);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_isas(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    PyObject *list = PyList_New(0);
+    for (int isa = 0; list && isa < CLIPFT_ISA_COUNT; ++isa) {
+        if (!clipft_cpu_has((clipft_isa)isa)) continue;
+        PyObject *name = PyUnicode_FromString(clipft_isa_name((clipft_isa)isa));
+        if (!name || PyList_Append(list, name) < 0) Py_CLEAR(list);
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+static PyObject *py_kernels(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    PyObject *dict = PyDict_New();
+    for (int slot = 0; dict && slot < CLIPFT_SLOT_COUNT; ++slot) {
+        clipft_isa isa;
+        const char *name = clipft_dispatch_slot(slot, &isa);
+        PyObject *value = PyUnicode_FromString(clipft_isa_name(isa));
+        if (!value || PyDict_SetItemString(dict, name, value) < 0) Py_CLEAR(dict);
+        Py_XDECREF(value);
+    }
+    return dict;
+}
+
+static int module_exec(PyObject *module)
+{
+    static bool registered;
+    (void)module;
+    if (registered) return 0;
+    const char *wanted = getenv("CLIPFT_ISA");
+    const int isa = wanted && *wanted ? usable_isa(wanted, PyExc_ImportError) : (int)clipft_cpu_best();
+    if (isa < 0) return -1;
+    clipft_dispatch((clipft_isa)isa);
+    if (!resolve_torch() || !register_ops()) return -1;
+    registered = true;
+    return 0;
+}
+
+static PyMethodDef methods[] = {
+    {"isa", py_isa, METH_NOARGS, "isa() -> str: the instruction set whose kernels run; CLIPFT_ISA lowers it."},
+    {"isas", py_isas, METH_NOARGS, "isas() -> list[str]: the instruction sets that this machine supports, weakest first."},
+    {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): use another instruction set. For tests; not while an op runs."},
+    {"kernels", py_kernels, METH_NOARGS, "kernels() -> dict[str, str]: for each kernel the instruction set it runs on."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, (void *)module_exec},
+    {0, NULL},
+};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "clipft._C", .m_doc = "Registers torch.ops.clipft and tells which kernels run.", .m_methods = methods, .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }

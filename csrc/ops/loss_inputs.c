@@ -1,0 +1,129 @@
+#include "loss_inputs.h"
+
+#include <stdlib.h>
+
+static bool check_embeds(const clipft_tensor *t, clipft_error *error)
+{
+    if (!clipft_is_float(t))
+        return clipft_fail(error, "%s must be float32, bfloat16 or float16, got %s", t->name, clipft_dtype_name(t->dtype));
+    return clipft_check_cpu(t, error) && clipft_check_dim(t, 2, "[N, D]", error);
+}
+
+static bool check_pairing(const loss_inputs *in, bool shard, int64_t row_offset, clipft_error *error)
+{
+    const clipft_tensor *image = &in->image, *text = &in->text;
+    char expected[64], got[64];
+    if (text->dtype != image->dtype)
+        return clipft_fail(error, "text_embeds must have the dtype of image_embeds, %s, got %s", clipft_dtype_name(image->dtype),
+                           clipft_dtype_name(text->dtype));
+    if (text->size[1] != image->size[1] || (!shard && text->size[0] != image->size[0]))
+        return clipft_fail(error, "text_embeds must have the shape of image_embeds, %s, got %s",
+                           clipft_shape_text(image, expected, sizeof expected), clipft_shape_text(text, got, sizeof got));
+    if (text->size[0] == 0 || text->size[1] == 0)
+        return clipft_fail(error, "image_embeds must hold at least one pair and one feature, got shape %s",
+                           clipft_shape_text(text, got, sizeof got));
+    if (row_offset < 0 || row_offset > text->size[0] - image->size[0])
+        return clipft_fail(error, "row_offset must leave the %lld images of this shard among the %lld pairs, got %lld",
+                           (long long)image->size[0], (long long)text->size[0], (long long)row_offset);
+    return true;
+}
+
+bool loss_scalar(const clipft_tensor *tensor, float *value, clipft_error *error)
+{
+    if (!clipft_check_dtype(tensor, clipft_torch.aoti_torch_dtype_float32(), "a float32 tensor", error) ||
+        !clipft_check_cpu(tensor, error) || !clipft_check_dim(tensor, 0, "0-d", error))
+        return false;
+    *value = *(const float *)tensor->data;
+    return true;
+}
+
+bool loss_inputs_take(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error)
+{
+    bool ok = clipft_unbox(stack[0], "image_embeds", &in->image, error);
+    ok &= clipft_unbox(stack[1], "text_embeds", &in->text, error);
+    ok &= clipft_unbox(stack[2], "logit_scale", &in->scale, error);
+    ok = ok && check_embeds(&in->image, error) && check_embeds(&in->text, error) && check_pairing(in, shard, row_offset, error) &&
+         loss_scalar(&in->scale, &in->logits.scale, error);
+    in->logits.row_offset = row_offset;
+    return ok && clipft_float_matrix(&in->image, &in->logits.image, &in->image_copy, error) &&
+           clipft_float_matrix(&in->text, &in->logits.text, &in->text_copy, error);
+}
+
+void loss_inputs_free(loss_inputs *in)
+{
+    free(in->image_copy);
+    free(in->text_copy);
+    clipft_release(&in->image);
+    clipft_release(&in->text);
+    clipft_release(&in->scale);
+}
+
+bool loss_result(int32_t dtype, double value, clipft_tensor *out, clipft_error *error)
+{
+    if (!clipft_empty(dtype, 0, NULL, out, error)) return false;
+    if (dtype == clipft_torch.aoti_torch_dtype_float32())
+        *(float *)out->data = (float)value;
+    else
+        *(double *)out->data = value;
+    return true;
+}
+
+/* clipft/ops.py computes the same number for the fake tensor. */
+static int64_t kept_rows(int64_t rows, int64_t cols)
+{
+    const int64_t room = CLIPFT_KEEP / cols;
+    return rows <= room ? rows : room / CLIPFT_TILE * CLIPFT_TILE;
+}
+
+bool loss_keep_tiles(loss_inputs *in, bool keep, clipft_tensor *tiles, clipft_error *error)
+{
+    const int64_t cols = in->logits.text.rows;
+    const int64_t sizes[] = {keep ? kept_rows(in->logits.image.rows, cols) : 0, cols};
+    if (!clipft_empty(clipft_torch.aoti_torch_dtype_float32(), 2, sizes, tiles, error)) return false;
+    in->logits.kept = tiles->data;
+    in->logits.kept_rows = sizes[0];
+    return true;
+}
+
+bool loss_reuse_tiles(loss_inputs *in, const clipft_tensor *tiles, clipft_error *error)
+{
+    const int64_t rows = in->logits.image.rows, cols = in->logits.text.rows;
+    char shape[64];
+    if (!clipft_check_dtype(tiles, clipft_torch.aoti_torch_dtype_float32(), "float32", error) || !clipft_check_dim(tiles, 2, "[rows, N]", error))
+        return false;
+    if ((tiles->size[0] != 0 && tiles->size[0] != kept_rows(rows, cols)) || tiles->size[1] != cols ||
+        (tiles->size[0] > 0 && (tiles->stride[0] != cols || tiles->stride[1] != 1)))
+        return clipft_fail(error, "tiles must be what the forward pass returned, [0 or %lld, %lld] contiguous, got shape %s",
+                           (long long)kept_rows(rows, cols), (long long)cols, clipft_shape_text(tiles, shape, sizeof shape));
+    in->logits.kept = tiles->data;
+    in->logits.kept_rows = tiles->size[0];
+    return true;
+}
+
+static bool make_gradient(clipft_tensor *grad, const clipft_tensor *like, bool needed, clipft_matrix *matrix, float **copy,
+                          clipft_error *error)
+{
+    const int64_t none[] = {0, 0};
+    if (!clipft_empty(like->dtype, 2, needed ? like->size : none, grad, error)) return false;
+    return !needed || clipft_float_target(grad, matrix, copy, error);
+}
+
+bool loss_gradients_make(loss_gradients *grad, const loss_inputs *in, bool needs_image, bool needs_text, clipft_error *error)
+{
+    return make_gradient(&grad->image, &in->image, needs_image || !needs_text, &grad->image_f, &grad->image_copy, error) &&
+           make_gradient(&grad->text, &in->text, needs_text, &grad->text_f, &grad->text_copy, error);
+}
+
+void loss_gradients_finish(loss_gradients *grad)
+{
+    clipft_float_result(&grad->image, grad->image_copy);
+    clipft_float_result(&grad->text, grad->text_copy);
+}
+
+void loss_gradients_free(loss_gradients *grad)
+{
+    free(grad->image_copy);
+    free(grad->text_copy);
+    clipft_release(&grad->image);
+    clipft_release(&grad->text);
+}

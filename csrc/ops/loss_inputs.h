@@ -1,0 +1,43 @@
+/* What the two losses share at their boundary to torch: the embeddings, their checks, and the gradients' memory. */
+#ifndef CLIPFT_LOSS_INPUTS_H
+#define CLIPFT_LOSS_INPUTS_H
+
+#include "../tensor.h"
+
+/* Floats that a forward pass may keep for its backward pass: all tiles up to N = 3238. */
+enum { CLIPFT_KEEP = 40 * 1024 * 1024 / 4 };
+
+typedef struct loss_inputs {
+    clipft_tensor image, text, scale;
+    float *image_copy, *text_copy;
+    clipft_logits logits;
+} loss_inputs;
+
+/* Unboxes slots 0 .. 2 and checks them. `shard`: the images are some rows of a batch that has as many texts as pairs; otherwise the shapes agree. */
+bool loss_inputs_take(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error);
+void loss_inputs_free(loss_inputs *in);
+
+/* A one-element float32 argument's value. */
+bool loss_scalar(const clipft_tensor *tensor, float *value, clipft_error *error);
+
+/* A new 0-d float32 or float64 result. */
+bool loss_result(int32_t dtype, double value, clipft_tensor *out, clipft_error *error);
+
+/* How many rows of tiles are kept, and their tensor, [rows, N]; none unless `keep`. */
+bool loss_keep_tiles(loss_inputs *in, bool keep, clipft_tensor *tiles, clipft_error *error);
+/* The same in the backward pass, from the tensor that the forward pass returned. */
+bool loss_reuse_tiles(loss_inputs *in, const clipft_tensor *tiles, clipft_error *error);
+
+typedef struct loss_gradients {
+    clipft_tensor image, text; /* [0, 0] where not needed */
+    float *image_copy, *text_copy;
+    clipft_matrix image_f, text_f; /* data NULL where not computed */
+} loss_gradients;
+
+/* The image's gradient is computed besides where only the scale needs one: the scale's is made from it. */
+bool loss_gradients_make(loss_gradients *grad, const loss_inputs *in, bool needs_image, bool needs_text, clipft_error *error);
+/* Converts to the embeddings' dtype. */
+void loss_gradients_finish(loss_gradients *grad);
+void loss_gradients_free(loss_gradients *grad);
+
+#endif

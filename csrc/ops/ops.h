@@ -1,0 +1,11 @@
+/* The ops' CPU entries, from ops.inc. */
+#ifndef CLIPFT_OPS_H
+#define CLIPFT_OPS_H
+
+#include "../torch_abi.h"
+
+#define OP(name, schema, cpu) void cpu(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs);
+#include "../ops.inc"
+#undef OP
+
+#endif

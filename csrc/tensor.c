@@ -1,0 +1,209 @@
+#include "tensor.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+bool clipft_fail(clipft_error *error, const char *format, ...)
+{
+    if (error->text[0]) return false;
+    const int n = snprintf(error->text, sizeof error->text, "clipft.%s: ", error->op);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(error->text + n, sizeof error->text - (size_t)n, format, args);
+    va_end(args);
+    return false;
+}
+
+void clipft_throw(const clipft_error *error, const char *file, int line)
+{
+    if (error->text[0]) clipft_torch.aoti_torch_check(false, error->op, file, (uint32_t)line, error->text);
+}
+
+/* ---- views ---- */
+
+static bool describe(clipft_tensor *t, clipft_error *error)
+{
+    AOTITorchError bad = clipft_torch.aoti_torch_get_dim(t->handle, &t->ndim);
+    bad |= clipft_torch.aoti_torch_get_data_ptr(t->handle, &t->data);
+    bad |= clipft_torch.aoti_torch_get_dtype(t->handle, &t->dtype);
+    bad |= clipft_torch.aoti_torch_get_device_type(t->handle, &t->device);
+    for (int64_t d = 0; !bad && t->ndim <= CLIPFT_MAX_DIM && d < t->ndim; ++d) {
+        bad |= clipft_torch.aoti_torch_get_size(t->handle, d, &t->size[d]);
+        bad |= clipft_torch.aoti_torch_get_stride(t->handle, d, &t->stride[d]);
+    }
+    return !bad || clipft_fail(error, "%s is not a tensor with memory of its own (sparse or fake?)", t->name);
+}
+
+bool clipft_unbox(StableIValue slot, const char *name, clipft_tensor *tensor, clipft_error *error)
+{
+    *tensor = (clipft_tensor){.handle = (AtenTensorHandle)(uintptr_t)slot, .name = name};
+    return describe(tensor, error);
+}
+
+bool clipft_empty(int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor, clipft_error *error)
+{
+    int64_t strides[CLIPFT_MAX_DIM] = {0}, stride = 1;
+    for (int64_t d = ndim - 1; d >= 0; --d) {
+        strides[d] = stride;
+        stride *= sizes[d] > 0 ? sizes[d] : 1;
+    }
+    *tensor = (clipft_tensor){.name = "result"};
+    if (clipft_torch.aoti_torch_empty_strided(ndim, sizes, strides, dtype, clipft_torch.aoti_torch_device_type_cpu(), 0, &tensor->handle))
+        return clipft_fail(error, "torch could not allocate a %s tensor of %lld elements", clipft_dtype_name(dtype), (long long)stride);
+    return describe(tensor, error);
+}
+
+StableIValue clipft_box(clipft_tensor *tensor)
+{
+    const StableIValue slot = (StableIValue)(uintptr_t)tensor->handle;
+    tensor->handle = NULL;
+    return slot;
+}
+
+void clipft_release(clipft_tensor *tensor)
+{
+    if (tensor->handle) clipft_torch.aoti_torch_delete_tensor_object(tensor->handle);
+    tensor->handle = NULL;
+}
+
+/* ---- checks ---- */
+
+const char *clipft_dtype_name(int32_t dtype)
+{
+#define DTYPE_NAME(X, name)                                                                                                                \
+    if (dtype == clipft_torch.aoti_torch_dtype_##name()) return #name;
+    CLIPFT_TORCH_DTYPES(, DTYPE_NAME)
+#undef DTYPE_NAME
+    return "another dtype";
+}
+
+const char *clipft_shape_text(const clipft_tensor *tensor, char *text, int size)
+{
+    int used = snprintf(text, (size_t)size, "[");
+    for (int64_t d = 0; d < tensor->ndim && used < size; ++d) {
+        int64_t extent = 0;
+        clipft_torch.aoti_torch_get_size(tensor->handle, d, &extent);
+        used += snprintf(text + used, (size_t)(size - used), "%s%lld", d ? ", " : "", (long long)extent);
+    }
+    if (used < size) snprintf(text + used, (size_t)(size - used), "]");
+    return text;
+}
+
+bool clipft_check_cpu(const clipft_tensor *tensor, clipft_error *error)
+{
+    return tensor->device == clipft_torch.aoti_torch_device_type_cpu() ||
+           clipft_fail(error, "%s must be on the device of the other tensors, cpu", tensor->name);
+}
+
+bool clipft_check_dim(const clipft_tensor *tensor, int64_t ndim, const char *layout, clipft_error *error)
+{
+    char shape[96];
+    return tensor->ndim == ndim ||
+           clipft_fail(error, "%s must be %s, got shape %s", tensor->name, layout, clipft_shape_text(tensor, shape, sizeof shape));
+}
+
+bool clipft_check_dtype(const clipft_tensor *tensor, int32_t dtype, const char *expected, clipft_error *error)
+{
+    return tensor->dtype == dtype || clipft_fail(error, "%s must be %s, got %s", tensor->name, expected, clipft_dtype_name(tensor->dtype));
+}
+
+/* ---- float32 in and out of 16-bit floats ---- */
+
+bool clipft_is_float(const clipft_tensor *tensor)
+{
+    const int32_t dtype = tensor->dtype;
+    return dtype == clipft_torch.aoti_torch_dtype_float32() || dtype == clipft_torch.aoti_torch_dtype_bfloat16() ||
+           dtype == clipft_torch.aoti_torch_dtype_float16();
+}
+
+static bool allocate_copy(const clipft_tensor *t, float **copy, clipft_error *error)
+{
+    const int64_t rows = t->size[0], cols = t->size[1];
+    *copy = NULL;
+    if (cols == 0 || rows <= INT64_MAX / 8 / cols) *copy = malloc((size_t)(rows * cols) * sizeof(float) + 1);
+    return *copy || clipft_fail(error, "no memory for a float32 copy of %s, [%lld, %lld]", t->name, (long long)rows, (long long)cols);
+}
+
+/* One row into float32, whatever its dtype and stride. */
+static void copy_row(const clipft_tensor *t, int64_t row, float *out)
+{
+    const int64_t cols = t->size[1], stride = t->stride[1];
+    const bool bfloat16 = t->dtype == clipft_torch.aoti_torch_dtype_bfloat16();
+    if (t->dtype == clipft_torch.aoti_torch_dtype_float32()) {
+        const float *in = (const float *)t->data + row * t->stride[0];
+        for (int64_t j = 0; j < cols; ++j) out[j] = in[j * stride];
+        return;
+    }
+    const uint16_t *in = (const uint16_t *)t->data + row * t->stride[0];
+    const int64_t step = stride == 1 ? cols : 1;
+    for (int64_t j = 0; j < cols; j += step) {
+        if (bfloat16)
+            clipft_bfloat16_to_float(in + j * stride, out + j, step);
+        else
+            clipft_float16_to_float(in + j * stride, out + j, step);
+    }
+}
+
+bool clipft_float_matrix(const clipft_tensor *t, clipft_matrix *matrix, float **copy, clipft_error *error)
+{
+    const int64_t rows = t->size[0], cols = t->size[1];
+    *copy = NULL;
+    if (t->dtype == clipft_torch.aoti_torch_dtype_float32() && t->stride[1] == 1 && t->stride[0] >= cols) {
+        *matrix = (clipft_matrix){t->data, rows, cols, t->stride[0], 1};
+        return true;
+    }
+    if (!allocate_copy(t, copy, error)) return false;
+    for (int64_t i = 0; i < rows; ++i) copy_row(t, i, *copy + i * cols);
+    *matrix = (clipft_matrix){*copy, rows, cols, cols, 1};
+    return true;
+}
+
+bool clipft_float_target(const clipft_tensor *t, clipft_matrix *matrix, float **copy, clipft_error *error)
+{
+    *copy = NULL;
+    if (t->dtype != clipft_torch.aoti_torch_dtype_float32() && !allocate_copy(t, copy, error)) return false;
+    *matrix = (clipft_matrix){*copy ? *copy : t->data, t->size[0], t->size[1], t->size[1], 1};
+    return true;
+}
+
+void clipft_float_result(const clipft_tensor *t, const float *copy)
+{
+    const int64_t n = t->size[0] * t->size[1];
+    if (!copy) return;
+    if (t->dtype == clipft_torch.aoti_torch_dtype_bfloat16())
+        clipft_float_to_bfloat16(copy, t->data, n);
+    else
+        clipft_float_to_float16(copy, t->data, n);
+}
+
+/* ---- the kernels' host ---- */
+
+static AtenTensorHandle wrap(clipft_matrix m)
+{
+    const int64_t sizes[] = {m.rows, m.cols}, strides[] = {m.row_stride, m.col_stride};
+    AtenTensorHandle handle = NULL;
+    if (clipft_torch.aoti_torch_create_tensor_from_blob(m.data, 2, sizes, strides, 0, clipft_torch.aoti_torch_dtype_float32(),
+                                                        clipft_torch.aoti_torch_device_type_cpu(), 0, &handle))
+        return NULL;
+    return handle;
+}
+
+static bool host_gemm(clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate)
+{
+    AtenTensorHandle out = wrap(c), left = wrap(a), right = wrap(b);
+    const bool ok = out && left && right &&
+                    !clipft_torch.aoti_torch_cpu_addmm_out(out, out, left, right, accumulate ? 1.0 : 0.0, 1.0);
+    if (out) clipft_torch.aoti_torch_delete_tensor_object(out);
+    if (left) clipft_torch.aoti_torch_delete_tensor_object(left);
+    if (right) clipft_torch.aoti_torch_delete_tensor_object(right);
+    return ok;
+}
+
+static bool host_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*fn)(int64_t, int64_t, void *), void *ctx)
+{
+    return begin >= end || !clipft_torch.torch_parallel_for(begin, end, grain, fn, ctx);
+}
+
+const clipft_host clipft_torch_host = {host_gemm, host_parallel_for};

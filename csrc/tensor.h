@@ -1,0 +1,68 @@
+/* Between a boxed call's stack and C: owned tensor handles become typed views, checks leave a full message, results go back. */
+#ifndef CLIPFT_TENSOR_H
+#define CLIPFT_TENSOR_H
+
+#include "kernels/kernels.h"
+#include "torch_abi.h"
+
+/* The first thing that went wrong in an op. Nothing is thrown before everything is freed. */
+typedef struct clipft_error {
+    const char *op;
+    char text[512];
+} clipft_error;
+
+/* Records "clipft.<op>: <message>" unless an error is there already. Always false, so that a check can return it. */
+__attribute__((format(printf, 2, 3))) bool clipft_fail(clipft_error *error, const char *format, ...);
+
+/* Throws the recorded error as torch does, or returns if there is none. Call last. */
+void clipft_throw(const clipft_error *error, const char *file, int line);
+
+enum { CLIPFT_MAX_DIM = 2 };
+
+typedef struct clipft_tensor {
+    AtenTensorHandle handle; /* owned */
+    const char *name;        /* the argument, for messages */
+    void *data;
+    int64_t ndim;
+    int64_t size[CLIPFT_MAX_DIM], stride[CLIPFT_MAX_DIM]; /* filled where ndim <= CLIPFT_MAX_DIM */
+    int32_t dtype, device;
+} clipft_tensor;
+
+/* Takes the handle out of a stack slot. */
+bool clipft_unbox(StableIValue slot, const char *name, clipft_tensor *tensor, clipft_error *error);
+
+/* A new contiguous CPU tensor. Give it back with clipft_box, or it is freed with clipft_release. */
+bool clipft_empty(int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor, clipft_error *error);
+
+StableIValue clipft_box(clipft_tensor *tensor);
+void clipft_release(clipft_tensor *tensor);
+
+static inline double clipft_unbox_double(StableIValue slot)
+{
+    union {
+        StableIValue bits;
+        double value;
+    } u = {slot};
+    return u.value;
+}
+
+bool clipft_check_cpu(const clipft_tensor *tensor, clipft_error *error);
+bool clipft_check_dim(const clipft_tensor *tensor, int64_t ndim, const char *layout, clipft_error *error);
+bool clipft_check_dtype(const clipft_tensor *tensor, int32_t dtype, const char *expected, clipft_error *error);
+bool clipft_is_float(const clipft_tensor *tensor); /* float32, bfloat16 or float16 */
+
+const char *clipft_dtype_name(int32_t dtype);
+/* "[3, 4]" */
+const char *clipft_shape_text(const clipft_tensor *tensor, char *text, int size);
+
+/* A [rows, cols] float tensor as float32 with unit column stride: the tensor's own memory, or a converted copy in *copy (free it), NULL otherwise. */
+bool clipft_float_matrix(const clipft_tensor *tensor, clipft_matrix *matrix, float **copy, clipft_error *error);
+
+/* Where a [rows, cols] float32 result is computed that `tensor` (contiguous) takes: its own memory, or *copy, to be converted by clipft_float_result. */
+bool clipft_float_target(const clipft_tensor *tensor, clipft_matrix *matrix, float **copy, clipft_error *error);
+void clipft_float_result(const clipft_tensor *tensor, const float *copy);
+
+/* Kernels' host on torch: its threads and its GEMM. */
+extern const clipft_host clipft_torch_host;
+
+#endif
