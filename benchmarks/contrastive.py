@@ -2,7 +2,7 @@
 
     python benchmarks/contrastive.py [--sizes 2048 4096 8192 16384] [--dim 512] [--repeats 5]
 
-Peers: eager (transformers' clip_loss on the matrix of logits), the same under torch.compile, open_clip's ClipLoss, and for the sigmoid loss
+Peers: eager (transformers' image_text_contrastive_loss on the matrix of logits), the same under torch.compile, open_clip's ClipLoss, and for the sigmoid loss
 eager and open_clip's SigLipLoss. "of limit" is the time that the loss's matrix products alone take at the GEMM rate of this run (8 N^2 D operations, 6 for
 tiles that are kept), over its time. Memory is the growth of the peak RSS beyond inputs and gradients, each in a process of its own.
 """
@@ -31,9 +31,9 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def eager_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    from transformers.models.clip.modeling_clip import clip_loss
+    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-    return clip_loss(torch.matmul(text, image.t()) * scale)
+    return image_text_contrastive_loss(torch.matmul(text, image.t()) * scale)
 
 
 def eager_sigmoid(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

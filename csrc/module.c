@@ -1,6 +1,8 @@
-/* clipft._C: importing it finds LibTorch in the process and registers the ops under torch.ops.clipft. The module itself only tells which kernels run.
+/* clipft._C: importing it finds LibTorch in the process and registers the ops under torch.ops.clipft. The module itself only tells which
+ * kernels run.
  *
- * It holds no Python object. The registration lives as long as the process, as torch's own do, and happens once however often the module is imported. */
+ * It holds no Python object. The registration lives as long as the process, as torch's own do, and happens once however often the module is
+ * imported. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -24,7 +26,9 @@ static char *find_libtorch(void)
     if (!torch) {
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);
-        PyErr_Format(PyExc_ImportError, "clipft needs torch >= " CLIPFT_TORCH_FLOOR ", which could not be imported (%S); pip install 'torch>=" CLIPFT_TORCH_FLOOR "'",
+        PyErr_Format(PyExc_ImportError,
+                     "clipft needs torch >= " CLIPFT_TORCH_FLOOR
+                     ", which could not be imported (%S); pip install 'torch>=" CLIPFT_TORCH_FLOOR "'",
                      value ? value : Py_None);
         Py_XDECREF(type);
         Py_XDECREF(value);
@@ -58,7 +62,9 @@ static bool resolve_torch(void)
     if (!path) return false;
     const char *missing = clipft_torch_resolve(path);
     if (missing) {
-        PyErr_Format(PyExc_ImportError, "clipft needs torch >= " CLIPFT_TORCH_FLOOR ": %s was not found in the torch that is installed; pip install 'torch>=" CLIPFT_TORCH_FLOOR "'",
+        PyErr_Format(PyExc_ImportError,
+                     "clipft needs torch >= " CLIPFT_TORCH_FLOOR
+                     ": %s was not found in the torch that is installed; pip install 'torch>=" CLIPFT_TORCH_FLOOR "'",
                      missing == path ? "its library " LIBTORCH : missing);
     }
     free(path);
@@ -167,7 +173,8 @@ static PyModuleDef_Slot slots[] = {
 };
 
 static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "clipft._C", .m_doc = "Registers torch.ops.clipft and tells which kernels run.", .m_methods = methods, .m_slots = slots,
+    PyModuleDef_HEAD_INIT, .m_name = "clipft._C", .m_doc = "Registers torch.ops.clipft and tells which kernels run.",
+    .m_methods = methods,  .m_slots = slots,
 };
 
 PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }

@@ -193,8 +193,7 @@ static AtenTensorHandle wrap(clipft_matrix m)
 static bool host_gemm(clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate)
 {
     AtenTensorHandle out = wrap(c), left = wrap(a), right = wrap(b);
-    const bool ok = out && left && right &&
-                    !clipft_torch.aoti_torch_cpu_addmm_out(out, out, left, right, accumulate ? 1.0 : 0.0, 1.0);
+    const bool ok = out && left && right && !clipft_torch.aoti_torch_cpu_addmm_out(out, out, left, right, accumulate ? 1.0 : 0.0, 1.0);
     if (out) clipft_torch.aoti_torch_delete_tensor_object(out);
     if (left) clipft_torch.aoti_torch_delete_tensor_object(left);
     if (right) clipft_torch.aoti_torch_delete_tensor_object(right);

@@ -55,10 +55,12 @@ const char *clipft_dtype_name(int32_t dtype);
 /* "[3, 4]" */
 const char *clipft_shape_text(const clipft_tensor *tensor, char *text, int size);
 
-/* A [rows, cols] float tensor as float32 with unit column stride: the tensor's own memory, or a converted copy in *copy (free it), NULL otherwise. */
+/* A [rows, cols] float tensor as float32 with unit column stride: the tensor's own memory, or a converted copy in *copy (free it), NULL
+ * otherwise. */
 bool clipft_float_matrix(const clipft_tensor *tensor, clipft_matrix *matrix, float **copy, clipft_error *error);
 
-/* Where a [rows, cols] float32 result is computed that `tensor` (contiguous) takes: its own memory, or *copy, to be converted by clipft_float_result. */
+/* Where a [rows, cols] float32 result is computed that `tensor` (contiguous) takes: its own memory, or *copy, to be converted by
+ * clipft_float_result. */
 bool clipft_float_target(const clipft_tensor *tensor, clipft_matrix *matrix, float **copy, clipft_error *error);
 void clipft_float_result(const clipft_tensor *tensor, const float *copy);
 

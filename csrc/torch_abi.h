@@ -1,8 +1,9 @@
 /* The functions of LibTorch that clipft calls, declared by us.
  *
  * LibTorch exports a stable C ABI, but its headers (torch/csrc/stable/c/shim.h, torch/csrc/inductor/aoti_torch/c/shim.h) are C++. So the
- * prototypes stand here once, in an X-macro list, and are resolved when clipft is imported from the libtorch that torch has loaded: building needs no torch,
- * and one wheel serves every torch from the floor on. tests/abi/conformance.cpp asserts that each prototype equals torch's own. */
+ * prototypes stand here once, in an X-macro list, and are resolved when clipft is imported from the libtorch that torch has loaded:
+ * building needs no torch, and one wheel serves every torch from the floor on. tests/abi/conformance.cpp asserts that each prototype equals
+ * torch's own. */
 #ifndef CLIPFT_TORCH_ABI_H
 #define CLIPFT_TORCH_ABI_H
 
@@ -50,17 +51,17 @@ typedef void (*clipft_range_fn)(int64_t begin, int64_t end, void *ctx);
     X(AOTITorchError, torch_parallel_for, (int64_t begin, int64_t end, int64_t grain_size, clipft_range_fn fn, void *ctx))                 \
     X(AOTITorchError, aoti_torch_delete_tensor_object, (AtenTensorHandle tensor))                                                          \
     X(AOTITorchError, aoti_torch_get_data_ptr, (AtenTensorHandle tensor, void **ret))                                                      \
-    X(AOTITorchError, aoti_torch_get_dim, (AtenTensorHandle tensor, int64_t *ret))                                                         \
-    X(AOTITorchError, aoti_torch_get_size, (AtenTensorHandle tensor, int64_t d, int64_t *ret))                                             \
-    X(AOTITorchError, aoti_torch_get_stride, (AtenTensorHandle tensor, int64_t d, int64_t *ret))                                           \
-    X(AOTITorchError, aoti_torch_get_dtype, (AtenTensorHandle tensor, int32_t *ret))                                                       \
-    X(AOTITorchError, aoti_torch_get_device_type, (AtenTensorHandle tensor, int32_t *ret))                                                 \
+    X(AOTITorchError, aoti_torch_get_dim, (AtenTensorHandle tensor, int64_t * ret))                                                        \
+    X(AOTITorchError, aoti_torch_get_size, (AtenTensorHandle tensor, int64_t d, int64_t * ret))                                            \
+    X(AOTITorchError, aoti_torch_get_stride, (AtenTensorHandle tensor, int64_t d, int64_t * ret))                                          \
+    X(AOTITorchError, aoti_torch_get_dtype, (AtenTensorHandle tensor, int32_t * ret))                                                      \
+    X(AOTITorchError, aoti_torch_get_device_type, (AtenTensorHandle tensor, int32_t * ret))                                                \
     X(AOTITorchError, aoti_torch_empty_strided,                                                                                            \
       (int64_t ndim, const int64_t *sizes, const int64_t *strides, int32_t dtype, int32_t device_type, int32_t device_index,               \
        AtenTensorHandle *ret))                                                                                                             \
     X(AOTITorchError, aoti_torch_create_tensor_from_blob,                                                                                  \
-      (void *data, int64_t ndim, const int64_t *sizes, const int64_t *strides, int64_t storage_offset, int32_t dtype,                      \
-       int32_t device_type, int32_t device_index, AtenTensorHandle *ret))                                                                  \
+      (void *data, int64_t ndim, const int64_t *sizes, const int64_t *strides, int64_t storage_offset, int32_t dtype, int32_t device_type, \
+       int32_t device_index, AtenTensorHandle *ret))                                                                                       \
     X(AOTITorchError, aoti_torch_cpu_addmm_out,                                                                                            \
       (AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1, AtenTensorHandle mat2, double beta, double alpha))              \
     X(int32_t, aoti_torch_device_type_cpu, (void))                                                                                         \
@@ -75,8 +76,8 @@ typedef struct clipft_torch_abi {
 /* Filled by clipft_torch_resolve; read-only afterwards. */
 extern clipft_torch_abi clipft_torch;
 
-/* Resolves every function from the already loaded library at `path`. Returns NULL, or what is missing: the name of the first function that the
- * library lacks, or `path` itself when it is not loaded. */
+/* Resolves every function from the already loaded library at `path`. Returns NULL, or what is missing: the name of the first function that
+ * the library lacks, or `path` itself when it is not loaded. */
 const char *clipft_torch_resolve(const char *path);
 
 #endif

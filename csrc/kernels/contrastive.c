@@ -4,22 +4,23 @@
  * dS = (exp(S - r) + exp(S - c) - 2 Q) / 2N,  dI = s dS T,  dT = s dS^T I,  ds = sum_i <(dS T)_i, I_i>,
  * where Q holds the target probabilities: the diagonal, or uniform over a class, smoothed as (1 - e) Q + e / N.
  *
- * Forward walks the tiles once for r and c; backward makes each tile again (or takes it where it was kept) and turns it into dS: 8 N^2 D operations, 6
- * where all tiles are kept. One exponential an element in each pass:
- *   forward   e = exp(S - m_i), m_i the row's maximum in the tile; the column's sum takes e * exp(m_i - M), M the tile's maximum. A column whose sum
- *             comes out tiny, because its logits lie far below M, is summed again on its own.
- *   backward  exp(S - c_j) = exp(S - r_i) * exp(r_i - R) * exp(R - c_j), R the largest r of the tile; with the r and c of a tile too far apart for
- *             float32 the wide kernel takes two exponentials.
- * r and c are kept in float64: at scale 100 a float32 one would cost every probability 4e-6 of its value. */
+ * Forward walks the tiles once for r and c; backward makes each tile again (or takes it where it was kept) and turns it into dS: 8 N^2 D
+ * operations, 6 where all tiles are kept. One exponential an element in each pass: forward   e = exp(S - m_i), m_i the row's maximum in the
+ * tile; the column's sum takes e * exp(m_i - M), M the tile's maximum. A column whose sum comes out tiny, because its logits lie far below
+ * M, is summed again on its own. backward  exp(S - c_j) = exp(S - r_i) * exp(r_i - R) * exp(R - c_j), R the largest r of the tile; with the
+ * r and c of a tile too far apart for float32 the wide kernel takes two exponentials. r and c are kept in float64: at scale 100 a float32
+ * one would cost every probability 4e-6 of its value. */
 #include "tiles.h"
 
 #include <math.h>
 #include <string.h>
 
-/* A column sum of at most CLIPFT_CHUNKS * CLIPFT_CHUNK terms, each up to FLT_MIN of which may have been flushed to zero, is right to 2^-26 from here on. */
+/* A column sum of at most CLIPFT_CHUNKS * CLIPFT_CHUNK terms, each up to FLT_MIN of which may have been flushed to zero, is right to 2^-26
+ * from here on. */
 static const float smallest_col_sum = 1e-27F;
 
-/* r - c beyond this takes the wide kernel: exp(-87) * exp(40), what a flushed exponential may hide, is still nothing beside a probability. */
+/* r - c beyond this takes the wide kernel: exp(-87) * exp(40), what a flushed exponential may hide, is still nothing beside a probability.
+ */
 static const double widest_spread = 40.0;
 
 static void lse_merge(float *max, double *sum, float other_max, double other_sum)
@@ -64,9 +65,9 @@ static double row_target(const forward_job *job, const float *x, int64_t i)
         static const int32_t none[CLIPFT_TILE]; /* zeros: no column has class -1 */
         const int64_t own = job->logits->row_offset + tile->row0 + i;
         float all = 0.0F;
-        const float match =
-            t->class_ids ? clipft_kernel_table.row_match_sum(x, tile->x.cols, t->class_ids + tile->col0, t->class_ids[own], &all)
-                         : clipft_kernel_table.row_match_sum(x, tile->x.cols, none, -1, &all);
+        const float match = t->class_ids
+                                ? clipft_kernel_table.row_match_sum(x, tile->x.cols, t->class_ids + tile->col0, t->class_ids[own], &all)
+                                : clipft_kernel_table.row_match_sum(x, tile->x.cols, none, -1, &all);
         if (t->class_ids) target = (double)t->class_weight[own] * (double)match;
         target = (1.0 - (double)t->smoothing) * target + (double)t->smoothing / (double)job->logits->text.rows * (double)all;
     }

@@ -49,7 +49,7 @@ void clipft_float_to_float16(const float *src, uint16_t *dst, int64_t n)
         /* Adding 0.5 aligns a denormal's bits with float32's lowest ones and rounds to nearest even. */
         const uint32_t denormal = to_bits(from_bits(magnitude) + 0.5F) - to_bits(0.5F);
         uint32_t h = magnitude < (113U << 23) ? denormal : normal;
-        h = magnitude >= 0x477ff000U ? 0x7c00U : h;                           /* 65520 and more round to infinity */
+        h = magnitude >= 0x477ff000U ? 0x7c00U : h;                               /* 65520 and more round to infinity */
         h = magnitude > 0x7f800000U ? 0x7e00U | ((magnitude >> 13) & 0x3ffU) : h; /* NaN */
         dst[i] = (uint16_t)(sign | h);
     }

@@ -1,7 +1,7 @@
 /* The torch-free half of clipft: micro-kernels (innermost loops, one per ISA) and the drivers that tile and thread them.
  *
- * Nothing below includes Python or torch. A driver reaches its host, which is torch in the extension and plain C in tests/c, through clipft_host. Matrices are
- * float32 and row-major where nothing else is said; sizes are int64_t; comments give shapes as [rows, cols]. */
+ * Nothing below includes Python or torch. A driver reaches its host, which is torch in the extension and plain C in tests/c, through
+ * clipft_host. Matrices are float32 and row-major where nothing else is said; sizes are int64_t; comments give shapes as [rows, cols]. */
 #ifndef CLIPFT_KERNELS_H
 #define CLIPFT_KERNELS_H
 
@@ -49,8 +49,8 @@ typedef struct clipft_softmax_cols {
     const float *own; /* [cols] */
 } clipft_softmax_cols;
 
-/* SLOT(name): the micro-kernels. Each works on one row of a tile of raw products x = <image_i, text_j>; every ISA keeps this contract, with float rounding
- * its own. NaN in gives NaN out. */
+/* SLOT(name): the micro-kernels. Each works on one row of a tile of raw products x = <image_i, text_j>; every ISA keeps this contract, with
+ * float rounding its own. NaN in gives NaN out. */
 #define CLIPFT_KERNEL_SLOTS(SLOT)                                                                                                          \
     SLOT(row_max)                                                                                                                          \
     SLOT(row_exp_sum)                                                                                                                      \
@@ -69,7 +69,8 @@ typedef struct clipft_kernels {
     /* e[j] = exp(scale * x[j] - max), max >= every scale * x[j]; col_sum[j] += weight * e[j]; returns the sum of e. */
     float (*row_exp_sum)(const float *x, int64_t cols, float scale, float max, float weight, float *col_sum);
 
-    /* For each column of a [rows, cols] block whose rows lie `stride` apart: col_max[j] = max_i scale * x, col_sum[j] = sum_i exp(scale * x - col_max[j]). */
+    /* For each column of a [rows, cols] block whose rows lie `stride` apart: col_max[j] = max_i scale * x, col_sum[j] = sum_i exp(scale * x
+     * - col_max[j]). */
     void (*block_col_lse)(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, float *col_max, float *col_sum);
 
     /* out[j] = gain * (exp(logit - row's lse) + exp(logit - column's lse)) - shift with one exponential an element, as
@@ -96,12 +97,12 @@ extern clipft_kernels clipft_kernel_table; /* filled by dispatch.c */
 
 /* A matrix of logits scale * image text^T (+ bias) that is never there as a whole: rows are the caller's own images, columns all texts. */
 typedef struct clipft_logits {
-    clipft_matrix image;  /* [rows, dim] */
-    clipft_matrix text;   /* [cols, dim] */
-    int64_t row_offset;   /* image i pairs with text row_offset + i */
+    clipft_matrix image; /* [rows, dim] */
+    clipft_matrix text;  /* [cols, dim] */
+    int64_t row_offset;  /* image i pairs with text row_offset + i */
     float scale;
-    float *kept;          /* [kept_rows, cols] raw products that the forward pass leaves for the backward pass, or NULL */
-    int64_t kept_rows;    /* a multiple of CLIPFT_TILE, or all rows */
+    float *kept;       /* [kept_rows, cols] raw products that the forward pass leaves for the backward pass, or NULL */
+    int64_t kept_rows; /* a multiple of CLIPFT_TILE, or all rows */
 } clipft_logits;
 
 enum { CLIPFT_TILE = 1024 };
@@ -118,8 +119,8 @@ typedef struct clipft_targets {
 bool clipft_contrastive_forward(const clipft_logits *logits, const clipft_targets *targets, const clipft_host *host, double *row_lse,
                                 double *col_lse, double *target);
 
-/* d_image [rows, dim] and d_text [cols, dim] (these rows' share; either may lack data: not wanted), *d_scale likewise, of grad * (sum of row and column cross-entropies) / 2 cols; row_lse and
- * col_lse are those of the whole matrix. */
+/* d_image [rows, dim] and d_text [cols, dim] (these rows' share; either may lack data: not wanted), *d_scale likewise, of grad * (sum of
+ * row and column cross-entropies) / 2 cols; row_lse and col_lse are those of the whole matrix. */
 bool clipft_contrastive_backward(const clipft_logits *logits, const clipft_targets *targets, const clipft_host *host, const double *row_lse,
                                  const double *col_lse, double grad, clipft_matrix d_image, clipft_matrix d_text, double *d_scale);
 

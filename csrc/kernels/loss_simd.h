@@ -1,4 +1,5 @@
-/* The losses' micro-kernels on vectors of any width; loss_<isa>.c includes this once with its width, target and name (see simd.h), and CLIPFT_ISA, the suffix.
+/* The losses' micro-kernels on vectors of any width; loss_<isa>.c includes this once with its width, target and name (see simd.h), and
+ * CLIPFT_ISA, the suffix.
  *
  * A row's last, partial vector goes through a padded copy, so that no lane reads or writes beyond the row. */
 #include "loss_kernels.h"
@@ -82,8 +83,7 @@ CLIPFT_TARGET void KERNEL(block_col_lse)(const float *x, int64_t rows, int64_t c
                                          float *col_sum)
 {
     int64_t j = 0;
-    for (; j + CLIPFT_LANES <= cols; j += CLIPFT_LANES)
-        col_lse_step(x + j, rows, CLIPFT_LANES, stride, scale, col_max + j, col_sum + j);
+    for (; j + CLIPFT_LANES <= cols; j += CLIPFT_LANES) col_lse_step(x + j, rows, CLIPFT_LANES, stride, scale, col_max + j, col_sum + j);
     if (j < cols) col_lse_step(x + j, rows, cols - j, stride, scale, col_max + j, col_sum + j);
 }
 
@@ -168,8 +168,7 @@ CLIPFT_TARGET float KERNEL(row_softplus_sum)(const float *x, int64_t cols, float
     f32v sum = f32v_set(0.0F);
     int64_t j = 0;
     for (; j + CLIPFT_LANES <= cols; j += CLIPFT_LANES) sum += softplus_step(f32v_load(x + j), scale, bias);
-    if (j < cols)
-        sum += f32v_zero_where(~first_lanes(cols - j), softplus_step(load_part(x + j, cols - j, 0.0F), scale, bias));
+    if (j < cols) sum += f32v_zero_where(~first_lanes(cols - j), softplus_step(load_part(x + j, cols - j, 0.0F), scale, bias));
     return f32v_sum(sum);
 }
 

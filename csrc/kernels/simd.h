@@ -1,7 +1,7 @@
 /* Float vectors and their functions, written once for every width. The file that includes this defines
  *   CLIPFT_LANES   floats in a vector
- *   CLIPFT_TARGET  __attribute__((target(...))) of the ISA, or nothing; every function that handles vectors carries it, because a compiler lowers wide
- *                  vectors to narrow ones wherever the target is missing, even in what is inlined later. */
+ *   CLIPFT_TARGET  __attribute__((target(...))) of the ISA, or nothing; every function that handles vectors carries it, because a compiler
+ * lowers wide vectors to narrow ones wherever the target is missing, even in what is inlined later. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -10,6 +10,7 @@
 
 typedef float f32v __attribute__((vector_size(4 * CLIPFT_LANES)));
 typedef int32_t i32v __attribute__((vector_size(4 * CLIPFT_LANES)));
+typedef uint32_t u32v __attribute__((vector_size(4 * CLIPFT_LANES)));
 
 SIMD f32v f32v_load(const float *p)
 {
@@ -53,8 +54,8 @@ SIMD float f32v_max_lane(f32v v)
 }
 
 /* exp(x) for x <= 88 to 1.1 ulp; 0 where the result would be denormal; NaN stays NaN.
- * x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by the polynomial of Cephes' expf; 2^n by adding n to the exponent. Adding 1.5 * 2^23 rounds to an integer and
- * leaves it in the low bits. */
+ * x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by the polynomial of Cephes' expf; 2^n by adding n to the exponent. Adding 1.5 * 2^23 rounds
+ * to an integer and leaves it in the low bits. */
 SIMD f32v f32v_exp(f32v x)
 {
     const f32v magic = f32v_set(12582912.0F);
@@ -68,7 +69,7 @@ SIMD f32v f32v_exp(f32v x)
     p = p * r + 1.6666665459e-1F;
     p = p * r + 5.0000001201e-1F;
     p = p * (r * r) + (r + 1.0F);
-    const f32v e = (f32v)((i32v)p + ((i32v)shifted << 23));
+    const f32v e = (f32v)((u32v)p + ((u32v)shifted << 23));
     return f32v_zero_where(x < -87.3365402F, e);
 }
 

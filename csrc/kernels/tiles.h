@@ -1,4 +1,5 @@
-/* Walking a matrix of logits tile by tile. A tile holds raw products image text^T in float32: one GEMM, then passes over its rows in parallel. */
+/* Walking a matrix of logits tile by tile. A tile holds raw products image text^T in float32: one GEMM, then passes over its rows in
+ * parallel. */
 #ifndef CLIPFT_TILES_H
 #define CLIPFT_TILES_H
 
@@ -40,8 +41,8 @@ static inline int64_t clipft_tile_pair(const clipft_logits *logits, const clipft
     return j >= 0 && j < tile->x.cols ? j : -1;
 }
 
-/* d_image's rows += tile.out text, d_text's rows += tile.out^T image; the first tile of a row or column of tiles overwrites. A gradient without
- * data is not wanted. */
+/* d_image's rows += tile.out text, d_text's rows += tile.out^T image; the first tile of a row or column of tiles overwrites. A gradient
+ * without data is not wanted. */
 bool clipft_tile_accumulate(const clipft_logits *logits, const clipft_host *host, const clipft_tile *tile, clipft_matrix d_image,
                             clipft_matrix d_text);
 

@@ -92,8 +92,8 @@ static void forward(StableIValue *stack, bool shard, clipft_error *error)
     bool ok = loss_inputs_take(&in, stack, shard, shard ? (int64_t)stack[6] : 0, error);
     ok = take_targets(&t, stack, &in, ok, error);
     if (!ok) goto done;
-    ok = clipft_empty(f64, 1, &in.logits.image.rows, &out[ROW_LSE], error) && clipft_empty(f64, 1, &in.logits.text.rows, &out[COL_LSE], error) &&
-         loss_keep_tiles(&in, keep, &out[TILES], error);
+    ok = clipft_empty(f64, 1, &in.logits.image.rows, &out[ROW_LSE], error) &&
+         clipft_empty(f64, 1, &in.logits.text.rows, &out[COL_LSE], error) && loss_keep_tiles(&in, keep, &out[TILES], error);
     if (!ok) goto done;
 
     double target = 0.0;

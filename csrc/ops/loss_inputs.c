@@ -89,7 +89,8 @@ bool loss_reuse_tiles(loss_inputs *in, const clipft_tensor *tiles, clipft_error 
 {
     const int64_t rows = in->logits.image.rows, cols = in->logits.text.rows;
     char shape[64];
-    if (!clipft_check_dtype(tiles, clipft_torch.aoti_torch_dtype_float32(), "float32", error) || !clipft_check_dim(tiles, 2, "[rows, N]", error))
+    if (!clipft_check_dtype(tiles, clipft_torch.aoti_torch_dtype_float32(), "float32", error) ||
+        !clipft_check_dim(tiles, 2, "[rows, N]", error))
         return false;
     if ((tiles->size[0] != 0 && tiles->size[0] != kept_rows(rows, cols)) || tiles->size[1] != cols ||
         (tiles->size[0] > 0 && (tiles->stride[0] != cols || tiles->stride[1] != 1)))

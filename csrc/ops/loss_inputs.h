@@ -13,7 +13,8 @@ typedef struct loss_inputs {
     clipft_logits logits;
 } loss_inputs;
 
-/* Unboxes slots 0 .. 2 and checks them. `shard`: the images are some rows of a batch that has as many texts as pairs; otherwise the shapes agree. */
+/* Unboxes slots 0 .. 2 and checks them. `shard`: the images are some rows of a batch that has as many texts as pairs; otherwise the shapes
+ * agree. */
 bool loss_inputs_take(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error);
 void loss_inputs_free(loss_inputs *in);
 
