@@ -40,6 +40,13 @@ static inline float uniform(void)
     return (float)((double)(state >> 11) * 0x1p-52 - 1.0);
 }
 
+/* Sanitized code forms no FMA: scale * x is then rounded before a logsumexp is subtracted, which costs half an ulp of the logit. */
+#ifdef CHECK_SEPARATE_ROUNDING
+static const double product_rounding = 1.0;
+#else
+static const double product_rounding = 0.0;
+#endif
+
 /* Products by plain loops, ranges one after another. */
 extern const clipft_host check_host;
 
