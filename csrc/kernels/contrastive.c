@@ -25,6 +25,7 @@ static const double widest_spread = 40.0;
 
 static void lse_merge(float *max, double *sum, float other_max, double other_sum)
 {
+    if (other_sum == 0.0) return; /* of nothing: its maximum is -Inf */
     if (other_max > *max) {
         *sum = *sum * exp((double)*max - (double)other_max) + other_sum;
         *max = other_max;
@@ -43,16 +44,34 @@ typedef struct forward_job {
     float *row_max, *col_max;  /* running, [rows], [cols] */
     double *row_sum, *col_sum; /* relative to the running maxima */
     double *row_target;        /* [rows] sum of target probability * product */
+    double *pair;              /* [rows] the pair's logit */
     float *tile_row_max;       /* [CLIPFT_TILE] */
     float *chunk_col_sum;      /* [CLIPFT_CHUNKS, CLIPFT_TILE] relative to tile_max */
 } forward_job;
 
+/* A row of the tile in its two parts before and after its pair, which is summed on its own: see clipft_contrastive_forward. */
+typedef struct row_parts {
+    const float *x;
+    int64_t before, skip, after; /* skip: 1 where the pair lies in this tile */
+} row_parts;
+
+static row_parts split_row(const forward_job *job, int64_t i)
+{
+    const clipft_matrix x = job->tile.x;
+    const int64_t pair = clipft_tile_pair(job->logits, &job->tile, i);
+    const float *row = x.data + i * x.row_stride;
+    return pair < 0 ? (row_parts){row, x.cols, 0, 0} : (row_parts){row, pair, 1, x.cols - pair - 1};
+}
+
 static void forward_maxima(int64_t begin, int64_t end, void *ctx)
 {
     const forward_job *job = ctx;
-    const clipft_matrix x = job->tile.x;
-    for (int64_t i = begin; i < end; ++i)
-        job->tile_row_max[i] = clipft_kernel_table.row_max(x.data + i * x.row_stride, x.cols, job->logits->scale);
+    const float scale = job->logits->scale;
+    for (int64_t i = begin; i < end; ++i) {
+        const row_parts row = split_row(job, i);
+        job->tile_row_max[i] = fmaxf(clipft_kernel_table.row_max(row.x, row.before, scale),
+                                     clipft_kernel_table.row_max(row.x + row.before + row.skip, row.after, scale));
+    }
 }
 
 static double row_target(const forward_job *job, const float *x, int64_t i)
@@ -83,13 +102,14 @@ static void forward_chunks(int64_t begin, int64_t end, void *ctx)
         const int64_t row1 = clipft_min(x.rows, (chunk + 1) * CLIPFT_CHUNK);
         memset(col_sum, 0, (size_t)x.cols * sizeof *col_sum);
         for (int64_t i = chunk * CLIPFT_CHUNK; i < row1; ++i) {
-            const float *row = x.data + i * x.row_stride;
-            const float max = job->tile_row_max[i];
-            const float weight = expf(max - job->tile_max);
-            const float sum = clipft_kernel_table.row_exp_sum(row, x.cols, job->logits->scale, max, weight, col_sum);
-            const int64_t own = job->tile.row0 + i;
-            lse_merge(&job->row_max[own], &job->row_sum[own], max, (double)sum);
-            job->row_target[own] += row_target(job, row, i);
+            const row_parts row = split_row(job, i);
+            const int64_t own = job->tile.row0 + i, rest = row.before + row.skip;
+            const float scale = job->logits->scale, max = job->tile_row_max[i], weight = expf(max - job->tile_max);
+            double sum = (double)clipft_kernel_table.row_exp_sum(row.x, row.before, scale, max, weight, col_sum);
+            sum += (double)clipft_kernel_table.row_exp_sum(row.x + rest, row.after, scale, max, weight, col_sum + rest);
+            lse_merge(&job->row_max[own], &job->row_sum[own], max, sum);
+            job->row_target[own] += row_target(job, row.x, i);
+            if (row.skip) job->pair[own] = (double)scale * (double)row.x[row.before];
         }
     }
 }
@@ -109,7 +129,8 @@ static void forward_columns(int64_t begin, int64_t end, void *ctx)
             for (int64_t chunk = 0; chunk < chunks; ++chunk) sum[j] += job->chunk_col_sum[chunk * CLIPFT_TILE + col0 + j];
             lost |= sum[j] < smallest_col_sum;
         }
-        if (lost) clipft_kernel_table.block_col_lse(x.data + col0, x.rows, cols, x.row_stride, job->logits->scale, max, sum);
+        const int64_t pair_row = job->tile.col0 + col0 - job->logits->row_offset - job->tile.row0;
+        if (lost) clipft_kernel_table.block_col_lse(x.data + col0, x.rows, cols, x.row_stride, job->logits->scale, pair_row, max, sum);
         for (int64_t j = 0; j < cols; ++j) {
             const int64_t col = job->tile.col0 + col0 + j;
             lse_merge(&job->col_max[col], &job->col_sum[col], max[j], (double)sum[j]);
@@ -139,6 +160,7 @@ bool clipft_contrastive_forward(const clipft_logits *logits, const clipft_target
     clipft_arena_reserve(&arena, rows, sizeof(float));
     clipft_arena_reserve(&arena, cols, sizeof(float));
     clipft_arena_reserve(&arena, rows, sizeof(double));
+    clipft_arena_reserve(&arena, rows, sizeof(double));
     clipft_arena_reserve(&arena, CLIPFT_TILE, sizeof(float));
     clipft_arena_reserve(&arena, (int64_t)CLIPFT_CHUNKS * CLIPFT_TILE, sizeof(float));
     if (!clipft_arena_allocate(&arena)) goto done;
@@ -148,6 +170,7 @@ bool clipft_contrastive_forward(const clipft_logits *logits, const clipft_target
     job.row_max = clipft_arena_take(&arena, rows, sizeof(float));
     job.col_max = clipft_arena_take(&arena, cols, sizeof(float));
     job.row_target = clipft_arena_take(&arena, rows, sizeof(double));
+    job.pair = clipft_arena_take(&arena, rows, sizeof(double));
     job.tile_row_max = clipft_arena_take(&arena, CLIPFT_TILE, sizeof(float));
     job.chunk_col_sum = clipft_arena_take(&arena, (int64_t)CLIPFT_CHUNKS * CLIPFT_TILE, sizeof(float));
     for (int64_t i = 0; i < rows; ++i) job.row_max[i] = -INFINITY, row_lse[i] = 0.0, job.row_target[i] = 0.0;
@@ -160,6 +183,10 @@ bool clipft_contrastive_forward(const clipft_logits *logits, const clipft_target
 
     *target = 0.0;
     for (int64_t i = 0; ok && i < rows; ++i) {
+        const int64_t col = logits->row_offset + i;
+        const float max = (float)job.pair[i];
+        lse_merge(&job.row_max[i], &job.row_sum[i], max, exp(job.pair[i] - (double)max));
+        lse_merge(&job.col_max[col], &job.col_sum[col], max, exp(job.pair[i] - (double)max));
         row_lse[i] = (double)job.row_max[i] + log(row_lse[i]);
         *target += (double)logits->scale * job.row_target[i];
     }
@@ -175,7 +202,7 @@ typedef struct backward_job {
     const clipft_logits *logits;
     const clipft_targets *targets;
     clipft_tile tile;
-    const double *row_lse;
+    const double *row_lse, *col_lse;
     double gain;      /* grad / 2N */
     double reference; /* R */
     bool wide;
@@ -193,6 +220,8 @@ static void backward_rows(int64_t begin, int64_t end, void *ctx)
     for (int64_t i = begin; i < end; ++i) {
         const float *row = x.data + i * x.row_stride;
         float *out = job->tile.out.data + i * job->tile.out.row_stride;
+        const int64_t pair = clipft_tile_pair(job->logits, &job->tile, i);
+        const float pair_product = pair >= 0 ? row[pair] : 0.0F; /* before out overwrites it */
         const double lse = job->row_lse[job->tile.row0 + i];
         const clipft_softmax_row r = {
             .scale = job->logits->scale,
@@ -207,25 +236,27 @@ static void backward_rows(int64_t begin, int64_t end, void *ctx)
         else
             clipft_kernel_table.row_softmax_grad(row, out, x.cols, &r, job->col_factor);
 
-        const int64_t pair = clipft_tile_pair(job->logits, &job->tile, i);
         const int64_t own = job->logits->row_offset + job->tile.row0 + i;
+        const double share = (1.0 - smoothing) * (t->class_ids ? (double)t->class_weight[own] : 1.0);
         if (t->class_ids)
-            clipft_kernel_table.row_match_add(out, x.cols, t->class_ids + job->tile.col0, t->class_ids[own],
-                                              (float)(-mass * (1.0 - smoothing) * (double)t->class_weight[own]));
-        else if (pair >= 0)
-            out[pair] -= (float)(mass * (1.0 - smoothing));
+            clipft_kernel_table.row_match_add(out, x.cols, t->class_ids + job->tile.col0, t->class_ids[own], (float)(-mass * share));
+        if (pair >= 0) {
+            const double logit = (double)job->logits->scale * (double)pair_product;
+            const double left = expm1(logit - lse) + expm1(logit - job->col_lse[own]) + 2.0 * (1.0 - share);
+            out[pair] = (float)(job->gain * left - (double)r.shift);
+        }
     }
 }
 
-static bool backward_tile(backward_job *job, const clipft_host *host, const double *col_lse)
+static bool backward_tile(backward_job *job, const clipft_host *host)
 {
     const clipft_matrix x = job->tile.x;
     double smallest = INFINITY;
     job->reference = -INFINITY;
     for (int64_t i = 0; i < x.rows; ++i) job->reference = fmax(job->reference, job->row_lse[job->tile.row0 + i]);
-    for (int64_t j = 0; j < x.cols; ++j) smallest = fmin(smallest, col_lse[job->tile.col0 + j]);
+    for (int64_t j = 0; j < x.cols; ++j) smallest = fmin(smallest, job->col_lse[job->tile.col0 + j]);
     job->wide = !(job->reference - smallest <= widest_spread);
-    for (int64_t j = 0; !job->wide && j < x.cols; ++j) job->col_factor[j] = (float)exp(job->reference - col_lse[job->tile.col0 + j]);
+    for (int64_t j = 0; !job->wide && j < x.cols; ++j) job->col_factor[j] = (float)exp(job->reference - job->col_lse[job->tile.col0 + j]);
     return host->parallel_for(0, x.rows, CLIPFT_CHUNK, backward_rows, job);
 }
 
@@ -242,7 +273,7 @@ bool clipft_contrastive_backward(const clipft_logits *logits, const clipft_targe
     if (!clipft_arena_allocate(&arena)) goto done;
 
     float *work = clipft_arena_take(&arena, (int64_t)CLIPFT_TILE * CLIPFT_TILE, sizeof(float));
-    backward_job job = {.logits = logits, .targets = targets, .row_lse = row_lse, .gain = grad / (2.0 * (double)cols)};
+    backward_job job = {.logits = logits, .targets = targets, .row_lse = row_lse, .col_lse = col_lse, .gain = grad / (2.0 * (double)cols)};
     job.col_lse_f = clipft_arena_take(&arena, cols, sizeof(float));
     job.col_own = clipft_arena_take(&arena, cols, sizeof(float));
     job.col_factor = clipft_arena_take(&arena, CLIPFT_TILE, sizeof(float));
@@ -254,7 +285,7 @@ bool clipft_contrastive_backward(const clipft_logits *logits, const clipft_targe
     int64_t row0 = 0, col0 = 0;
     bool more = rows > 0;
     for (ok = true; ok && more; more = clipft_tile_next(logits, &row0, &col0)) {
-        ok = clipft_tile_load(logits, host, row0, col0, work, true, &job.tile) && backward_tile(&job, host, col_lse) &&
+        ok = clipft_tile_load(logits, host, row0, col0, work, true, &job.tile) && backward_tile(&job, host) &&
              clipft_tile_accumulate(logits, host, &job.tile, d_image, d_text);
     }
     if (rows == 0 && d_text.data) memset(d_text.data, 0, (size_t)(d_text.rows * d_text.cols) * sizeof(float));

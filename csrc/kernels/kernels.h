@@ -69,9 +69,10 @@ typedef struct clipft_kernels {
     /* e[j] = exp(scale * x[j] - max), max >= every scale * x[j]; col_sum[j] += weight * e[j]; returns the sum of e. */
     float (*row_exp_sum)(const float *x, int64_t cols, float scale, float max, float weight, float *col_sum);
 
-    /* For each column of a [rows, cols] block whose rows lie `stride` apart: col_max[j] = max_i scale * x, col_sum[j] = sum_i exp(scale * x
-     * - col_max[j]). */
-    void (*block_col_lse)(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, float *col_max, float *col_sum);
+    /* For each column of a [rows, cols] block whose rows lie `stride` apart: col_max[j] = max_i scale * x, col_sum[j] = sum_i exp(scale *
+     * x - col_max[j]), over all rows but the column's pair, row pair_row + j. Of no rows: -Inf and 0. */
+    void (*block_col_lse)(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, int64_t pair_row, float *col_max,
+                          float *col_sum);
 
     /* out[j] = gain * (exp(logit - row's lse) + exp(logit - column's lse)) - shift with one exponential an element, as
      * gain * exp(scale * x - lse) * (own + cross * col_factor[j]) - shift. The caller sees to it that no factor overflows. out may be x. */

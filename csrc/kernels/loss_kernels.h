@@ -7,8 +7,8 @@
 #define CLIPFT_DECLARE_LOSS_KERNELS(isa)                                                                                                   \
     float clipft_row_max_##isa(const float *x, int64_t cols, float scale);                                                                 \
     float clipft_row_exp_sum_##isa(const float *x, int64_t cols, float scale, float max, float weight, float *col_sum);                    \
-    void clipft_block_col_lse_##isa(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, float *col_max,               \
-                                    float *col_sum);                                                                                       \
+    void clipft_block_col_lse_##isa(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, int64_t pair_row,             \
+                                    float *col_max, float *col_sum);                                                                       \
     void clipft_row_softmax_grad_##isa(const float *x, float *out, int64_t cols, const clipft_softmax_row *row, const float *col_factor);  \
     void clipft_row_softmax_grad_wide_##isa(const float *x, float *out, int64_t cols, const clipft_softmax_row *row,                       \
                                             const clipft_softmax_cols *col);                                                               \

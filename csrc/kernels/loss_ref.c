@@ -21,13 +21,16 @@ float clipft_row_exp_sum_ref(const float *x, int64_t cols, float scale, float ma
     return (float)sum;
 }
 
-void clipft_block_col_lse_ref(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, float *col_max, float *col_sum)
+void clipft_block_col_lse_ref(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, int64_t pair_row, float *col_max,
+                              float *col_sum)
 {
     for (int64_t j = 0; j < cols; ++j) {
         double sum = 0.0;
         col_max[j] = -INFINITY;
-        for (int64_t i = 0; i < rows; ++i) col_max[j] = fmaxf(col_max[j], scale * x[i * stride + j]);
-        for (int64_t i = 0; i < rows; ++i) sum += (double)expf(fmaf(scale, x[i * stride + j], -col_max[j]));
+        for (int64_t i = 0; i < rows; ++i)
+            if (i != pair_row + j) col_max[j] = fmaxf(col_max[j], scale * x[i * stride + j]);
+        for (int64_t i = 0; i < rows; ++i)
+            if (i != pair_row + j) sum += (double)expf(fmaf(scale, x[i * stride + j], -col_max[j]));
         col_sum[j] = (float)sum;
     }
 }

@@ -70,21 +70,28 @@ CLIPFT_TARGET float KERNEL(row_exp_sum)(const float *x, int64_t cols, float scal
 }
 
 /* One vector of columns, `n` of them in use. */
-SIMD void col_lse_step(const float *x, int64_t rows, int64_t n, int64_t stride, float scale, float *col_max, float *col_sum)
+SIMD void col_lse_step(const float *x, int64_t rows, int64_t n, int64_t stride, float scale, int64_t pair_row, float *col_max,
+                       float *col_sum)
 {
     f32v max = f32v_set(-INFINITY), sum = f32v_set(0.0F);
-    for (int64_t i = 0; i < rows; ++i) max = f32v_max(load_part(x + i * stride, n, 0.0F) * scale, max);
-    for (int64_t i = 0; i < rows; ++i) sum += f32v_exp(load_part(x + i * stride, n, 0.0F) * scale - max);
+    i32v pair = i32v_iota() + (int32_t)(pair_row < -CLIPFT_LANES ? -CLIPFT_LANES : pair_row > rows ? rows : pair_row);
+    for (int64_t i = 0; i < rows; ++i) {
+        const f32v y = load_part(x + i * stride, n, 0.0F) * scale;
+        max = f32v_select(pair == (int32_t)i, max, f32v_max(y, max));
+    }
+    for (int64_t i = 0; i < rows; ++i)
+        sum += f32v_zero_where(pair == (int32_t)i, f32v_exp(load_part(x + i * stride, n, 0.0F) * scale - max));
     store_part(col_max, n, max);
     store_part(col_sum, n, sum);
 }
 
-CLIPFT_TARGET void KERNEL(block_col_lse)(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, float *col_max,
-                                         float *col_sum)
+CLIPFT_TARGET void KERNEL(block_col_lse)(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, int64_t pair_row,
+                                         float *col_max, float *col_sum)
 {
     int64_t j = 0;
-    for (; j + CLIPFT_LANES <= cols; j += CLIPFT_LANES) col_lse_step(x + j, rows, CLIPFT_LANES, stride, scale, col_max + j, col_sum + j);
-    if (j < cols) col_lse_step(x + j, rows, cols - j, stride, scale, col_max + j, col_sum + j);
+    for (; j + CLIPFT_LANES <= cols; j += CLIPFT_LANES)
+        col_lse_step(x + j, rows, CLIPFT_LANES, stride, scale, pair_row + j, col_max + j, col_sum + j);
+    if (j < cols) col_lse_step(x + j, rows, cols - j, stride, scale, pair_row + j, col_max + j, col_sum + j);
 }
 
 /* Probabilities below this become zero: times a gain they could be denormal, which a GEMM pays for. */

@@ -26,6 +26,14 @@ SIMD i32v i32v_load(const int32_t *p)
     return v;
 }
 
+/* 0, 1, 2, ... */
+SIMD i32v i32v_iota(void)
+{
+    int32_t lane[CLIPFT_LANES];
+    for (int k = 0; k < CLIPFT_LANES; ++k) lane[k] = k;
+    return i32v_load(lane);
+}
+
 SIMD void f32v_store(float *p, f32v v) { memcpy(p, &v, sizeof v); }
 
 SIMD f32v f32v_set(float a) { return (f32v){0} + a; }

@@ -1,0 +1,113 @@
+"""The extension module: instruction sets, import errors, torch's C ABI, re-import, and what `import clipft` pulls in."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipft import _C
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+def test_kernels_run_on_the_chosen_instruction_set(isa: str) -> None:
+    assert _C.isa() == isa
+    assert set(_C.kernels().values()) == {isa}
+
+
+@pytest.mark.parametrize("isa_name", _C.isas())
+def test_environment_lowers_the_instruction_set(isa_name: str) -> None:
+    done = python("from clipft import _C; print(_C.isa())", CLIPFT_ISA=isa_name)
+    assert done.stdout.strip() == isa_name, done.stderr
+
+
+def test_an_instruction_set_that_is_missing_is_an_error() -> None:
+    absent = next(isa for isa in ("neon", "avx2", "avx512") if isa not in _C.isas())
+    with pytest.raises(ValueError, match=f"this machine does not support the instruction set {absent}; the best it has is {_C.isas()[-1]}"):
+        _C.set_isa(absent)
+    done = python("import clipft.ops", CLIPFT_ISA=absent)
+    assert done.returncode != 0 and f"ImportError: clipft: this machine does not support the instruction set {absent}" in done.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    with pytest.raises(ValueError, match='unknown instruction set "sse9"; expected ref, neon, avx2 or avx512'):
+        _C.set_isa("sse9")
+
+
+def test_import_twice() -> None:
+    sys.modules.pop("clipft._C")
+    again = importlib.import_module("clipft._C")
+    assert again.isa() == _C.isa()
+    assert torch.ops.clipft.contrastive_loss is not None
+
+
+def test_import_without_torch_says_what_is_needed() -> None:
+    done = python("import sys; sys.modules['torch'] = None; from clipft import _C")
+    assert done.returncode != 0 and "ImportError: clipft needs torch >= 2.10" in done.stderr
+
+
+def test_import_with_a_torch_that_is_too_old_says_what_is_needed(tmp_path: Path) -> None:
+    """A torch whose library lacks the functions: here one that is not loaded at all, and one that has none of them."""
+    (tmp_path / "torch" / "lib").mkdir(parents=True)
+    (tmp_path / "torch" / "__init__.py").write_text("")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+    done = python(code + "from clipft import _C")
+    assert "ImportError: clipft needs torch >= 2.10: its library libtorch_cpu" in done.stderr
+    if shutil.which("gcc") is None:
+        return
+    library = tmp_path / "torch" / "lib" / "libtorch_cpu.so"
+    subprocess.run(["gcc", "-shared", "-x", "c", "/dev/null", "-o", str(library)], check=True)
+    done = python(code + f"import ctypes; ctypes.CDLL({str(library)!r}); from clipft import _C")
+    assert "ImportError: clipft needs torch >= 2.10: aoti_torch_library_init_def was not found" in done.stderr
+
+
+def test_import_is_lazy() -> None:
+    done = python("import sys, clipft; print([m for m in ('torch', 'torchvision', 'transformers') if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_unknown_name() -> None:
+    import clipft
+
+    with pytest.raises(AttributeError, match="module 'clipft' has no attribute 'contrastiv_loss'"):
+        _ = clipft.contrastiv_loss
+    assert {"contrastive_loss", "load", "CLIPTrainer"} <= set(dir(clipft))
+
+
+def test_source_tree_without_the_extension_says_what_to_do(tmp_path: Path) -> None:
+    package = Path(sys.modules["clipft"].__file__).parent
+    (tmp_path / "clipft").mkdir()
+    for name in ("__init__.py", "ops.py"):
+        shutil.copy(package / name, tmp_path / "clipft")
+    done = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import clipft; clipft.contrastive_loss")
+    assert "clipft's C extension is not built here" in done.stderr and "pip install ." in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler to read torch's headers")
+def test_our_declarations_equal_torchs() -> None:
+    include = Path(torch.__file__).parent / "include"
+    source = ROOT / "tests" / "abi" / "conformance.cpp"
+    done = subprocess.run(
+        ["g++", "-std=c++20", "-fsyntax-only", f"-I{include}", str(source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None or shutil.which("cc") is None, reason="needs make and a C compiler")
+def test_c_kernels(tmp_path: Path) -> None:
+    """The kernels' own tests, without torch, on every instruction set of this machine."""
+    done = subprocess.run(
+        ["make", "-C", str(ROOT / "tests" / "c"), "check", f"BUILD={tmp_path}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and ", 0 failed" in done.stdout, done.stdout[-2000:] + done.stderr

@@ -1,0 +1,370 @@
+"""clipft.contrastive_loss and clipft.sigmoid_loss against float64, for every instruction set; torch's contracts; bad input; memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loss_cases import CASES, SMALL_CASES, LossCase, assert_close, gradient_tolerance, value_tolerance
+from torch import Tensor
+
+import clipft
+from clipft import reference
+
+BIAS = -3.0
+
+
+def run(function: Callable[..., Tensor], case: LossCase, dtype: torch.dtype | None = None, bias: bool = False, **kwargs) -> list[Tensor]:
+    """Loss and gradients of both embeddings, the scale, and the bias; inputs rounded to the case's dtype first."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    image, text = (x.to(dtype or x.dtype) if dtype else x for x in case.embeds())
+    args = [image.detach().requires_grad_(), text.detach().requires_grad_(), torch.tensor(case.scale, dtype=wide, requires_grad=True)]
+    if bias:
+        args.append(torch.tensor(BIAS, dtype=wide, requires_grad=True))
+    loss = function(*args, **kwargs)
+    loss.backward()
+    return [loss.detach(), *(a.grad for a in args)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contrastive_against_float64(case: LossCase, isa: str) -> None:
+    options = {"labels": case.labels(), "label_smoothing": case.smoothing}
+    loss, d_image, d_text, d_scale = run(clipft.contrastive_loss, case, **options)
+    want, want_image, want_text, want_scale = run(reference.contrastive_loss, case, torch.float64, **options)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert d_image.dtype == case.dtype and d_text.dtype == case.dtype
+    assert_close(loss, want, value_tolerance(case, want.item()), "loss")
+    assert_close(d_image, want_image, gradient_tolerance(case, want_image), "image gradient")
+    assert_close(d_text, want_text, gradient_tolerance(case, want_text), "text gradient")
+    assert_close(d_scale, want_scale, gradient_tolerance(case, want_scale) * case.n / max(abs(case.scale), 1e-3), "scale gradient")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.classes is None and not c.smoothing], ids=str)
+def test_sigmoid_against_float64(case: LossCase, isa: str) -> None:
+    got = run(clipft.sigmoid_loss, case, bias=True)
+    want = run(reference.sigmoid_loss, case, torch.float64, bias=True)
+    # A sum over all pairs / N: its terms are as large as the logits, and there are N of them to a row.
+    rows = case.n if case.scale > 0 else 1
+    assert_close(got[0], want[0], value_tolerance(case, want[0].item()) * max(1.0, want[0].item()), "loss")
+    for name, g, w in zip(("image", "text"), got[1:3], want[1:3], strict=True):
+        assert_close(g, w, gradient_tolerance(case, w) * rows, f"{name} gradient")
+    for name, g, w in zip(("scale", "bias"), got[3:], want[3:], strict=True):
+        assert_close(g, w, gradient_tolerance(case, w) * rows * case.n / max(abs(case.scale), 1e-3), f"{name} gradient")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.n >= 300 and c.dtype == torch.float32], ids=str)
+def test_no_worse_than_eager_float32(case: LossCase, isa: str) -> None:
+    """The root mean square error against float64 is at most eager's, within the spread of two roundings of the same quality."""
+    options = {"labels": case.labels(), "label_smoothing": case.smoothing}
+    exact = run(reference.contrastive_loss, case, torch.float64, **options)
+    ours = run(clipft.contrastive_loss, case, **options)
+    eager = run(reference.contrastive_loss, case, torch.float32, **options)
+    for name, o, e, x in zip(("image", "text"), ours[1:3], eager[1:3], exact[1:3], strict=True):
+        floor = 2.0**-24 * x.pow(2).mean().sqrt()
+        assert (o.double() - x).pow(2).mean().sqrt() <= 1.5 * (e.double() - x).pow(2).mean().sqrt() + floor, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_inputs_lose_only_the_rounding_of_the_result(dtype: torch.dtype, isa: str) -> None:
+    case = LossCase(700, 96, 80.0, "paired", dtype=dtype)
+    exact = run(reference.contrastive_loss, case, torch.float64)
+    ours = run(clipft.contrastive_loss, case)
+    eager = run(reference.contrastive_loss, case, torch.float32)
+    assert abs(ours[0].double() - exact[0]) <= abs(eager[0].double() - exact[0]) + 2.0**-24 * exact[0]
+    for o, e, x in zip(ours[1:3], eager[1:3], exact[1:3], strict=True):
+        rounding = (x.to(dtype).double() - x).abs().max() * 1.01
+        assert (o.double() - x).abs().max() <= (e.double() - x).abs().max() * 1.25 + rounding
+
+
+# ---- what gets a gradient, and what is kept ----
+
+
+def unit(n: int = 24, dim: int = 8, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (True, False, True), (False, True, True)])
+def test_gradients_only_where_needed(needs: tuple[bool, bool, bool], isa: str) -> None:
+    args = [unit(), unit(seed=1), torch.tensor(20.0)]
+    every = [a.clone().requires_grad_() for a in args]
+    clipft.contrastive_loss(*every).backward()
+    some = [a.clone().requires_grad_(need) for a, need in zip(args, needs, strict=True)]
+    clipft.contrastive_loss(*some).backward()
+    for a, b, need in zip(some, every, needs, strict=True):
+        assert (a.grad is not None) == need
+        if need:
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_scale_may_be_a_float_a_parameter_or_sixteen_bit() -> None:
+    image, text = unit(), unit(seed=1)
+    want = clipft.contrastive_loss(image, text, torch.tensor(16.0))
+    assert clipft.contrastive_loss(image, text, 16.0) == want
+    assert clipft.contrastive_loss(image, text, 16) == want
+    scale = torch.nn.Parameter(torch.tensor([16.0], dtype=torch.bfloat16))
+    loss = clipft.contrastive_loss(image, text, scale)
+    loss.backward()
+    assert loss == want and scale.grad.dtype == torch.bfloat16 and scale.grad.shape == (1,)
+
+
+def test_upstream_gradient_scales_and_graph_can_be_retained() -> None:
+    image = unit().requires_grad_()
+    loss = clipft.contrastive_loss(image, unit(seed=1), 20.0)
+    (once,) = torch.autograd.grad(loss, image, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loss, image)
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_used_twice_in_one_graph() -> None:
+    image, text = unit().requires_grad_(), unit(seed=1).requires_grad_()
+    (clipft.contrastive_loss(image, text, 20.0) + clipft.contrastive_loss(text, image, 20.0)).backward()
+    single = unit().requires_grad_()
+    clipft.contrastive_loss(single, unit(seed=1), 20.0).backward()
+    torch.testing.assert_close(image.grad, 2 * single.grad)
+
+
+def test_second_derivative_is_refused() -> None:
+    image = unit().requires_grad_()
+    (grad,) = torch.autograd.grad(clipft.contrastive_loss(image, unit(seed=1), 20.0), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_modules_wrap_the_functions() -> None:
+    image, text = unit(), unit(seed=1)
+    labels = torch.arange(24) // 2
+    module = clipft.nn.ContrastiveLoss(label_smoothing=0.1)
+    assert module(image, text, 20.0, labels) == clipft.contrastive_loss(image, text, 20.0, labels=labels, label_smoothing=0.1)
+    assert clipft.nn.SigmoidLoss()(image, text, 20.0, -5.0) == clipft.sigmoid_loss(image, text, 20.0, -5.0)
+
+
+# ---- special values ----
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("n", [5, 1030])
+def test_nan_and_inf_come_out_as_nan(value: float, which: int, n: int, isa: str) -> None:
+    args = [unit(n), unit(n, seed=1)]
+    args[which][n // 2, 3] = value
+    assert clipft.contrastive_loss(*args, 20.0).isnan()
+    assert clipft.sigmoid_loss(*args, 20.0, -5.0).isnan() or value != value or clipft.sigmoid_loss(*args, 20.0, -5.0).isinf()
+    image = args[0].requires_grad_()
+    clipft.contrastive_loss(image, args[1], 20.0).backward()
+    assert image.grad.isnan().any()
+
+
+def test_nan_scale_comes_out_as_nan(isa: str) -> None:
+    assert clipft.contrastive_loss(unit(), unit(seed=1), float("nan")).isnan()
+
+
+def test_extreme_logits_stay_finite(isa: str) -> None:
+    """Logits of +-1e4 and columns that lie far below their tile's maximum: never Inf, never a lost row."""
+    image = torch.cat([unit(40), 100.0 * unit(40, seed=2)]).requires_grad_()
+    text = torch.cat([unit(40, seed=1), 1.0 * unit(40, seed=2)]).requires_grad_()
+    loss = clipft.contrastive_loss(image, text, 100.0)
+    loss.backward()
+    exact_image, exact_text = image.detach().double().requires_grad_(), text.detach().double().requires_grad_()
+    exact = reference.contrastive_loss(exact_image, exact_text, 100.0)
+    exact.backward()
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(image.grad.double(), exact_image.grad, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(text.grad.double(), exact_text.grad, rtol=1e-3, atol=1e-2)
+
+
+# ---- torch's contracts ----
+
+
+def op_samples(grad: bool) -> list[tuple]:
+    none = torch.empty(0, dtype=torch.int64)
+    image, text, scale = unit().requires_grad_(grad), unit(seed=1).requires_grad_(grad), torch.tensor(20.0, requires_grad=grad)
+    labels = torch.arange(24) // 3
+    return [
+        (torch.ops.clipft.contrastive_loss.default, (image, text, scale, none, 0.0, grad)),
+        (torch.ops.clipft.contrastive_loss.default, (image, text, scale, labels, 0.1, False)),
+        (torch.ops.clipft.contrastive_loss.default, (image.bfloat16(), text.bfloat16(), scale, none, 0.0, grad)),
+        (torch.ops.clipft.sigmoid_loss.default, (image, text, scale, torch.tensor(-5.0, requires_grad=grad), grad)),
+    ]
+
+
+def backward_samples() -> list[tuple]:
+    image, text, scale, none = unit(), unit(seed=1), torch.tensor(20.0), torch.empty(0, dtype=torch.int64)
+    _, row, col, _, tiles = torch.ops.clipft.contrastive_loss(image, text, scale, none, 0.0, True)
+    shard = torch.ops.clipft.contrastive_loss_shard.default
+    return [
+        (shard, (image[:9], text, scale, none, 0.0, True, 5)),
+        (torch.ops.clipft.contrastive_loss_backward.default, (torch.ones(()), image, text, scale, none, 0.0, 0, row, col, tiles, True, True)),
+        (torch.ops.clipft.contrastive_loss_backward.default, (torch.ones(()), image, text, scale, none, 0.0, 0, row, col, tiles, False, True)),
+        (torch.ops.clipft.sigmoid_loss_shard.default, (image[:9], text, scale, torch.tensor(-5.0), False, 5)),
+        (torch.ops.clipft.sigmoid_loss_backward.default, (torch.ones(()), image, text, scale, torch.tensor(-5.0), 0, tiles, True, False)),
+    ]
+
+
+@pytest.mark.parametrize("op, args", op_samples(True) + op_samples(False) + backward_samples(), ids=lambda x: getattr(x, "__name__", ""))
+def test_opcheck(op: Callable, args: tuple) -> None:
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic: bool) -> None:
+    def step(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+        return clipft.contrastive_loss(F.normalize(image, dim=1), F.normalize(text, dim=1), log_scale.exp(), label_smoothing=0.1)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for n in (12, 24, 31):
+        args = [x.clone().requires_grad_() for x in (unit(n), unit(n, seed=1), torch.tensor(2.0))]
+        want = [x.detach().clone().requires_grad_() for x in args]
+        got_loss, want_loss = compiled(*args), step(*want)
+        got_loss.backward()
+        want_loss.backward()
+        torch.testing.assert_close(got_loss, want_loss)
+        for a, b in zip(args, want, strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_sigmoid_compiles_to_one_graph() -> None:
+    compiled = torch.compile(lambda i, t, s, b: clipft.sigmoid_loss(i, t, s, b), fullgraph=True)
+    args = [x.requires_grad_() for x in (unit(), unit(seed=1), torch.tensor(10.0), torch.tensor(-5.0))]
+    torch.testing.assert_close(compiled(*args), clipft.sigmoid_loss(*args))
+
+
+def test_autocast_computes_in_float32() -> None:
+    image, text = unit().requires_grad_(), unit(seed=1).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = clipft.contrastive_loss(image, text, 20.0)
+        bare = torch.ops.clipft.contrastive_loss(image, text, torch.tensor(20.0), torch.empty(0, dtype=torch.int64))[0]
+    loss.backward()
+    want = clipft.contrastive_loss(image.detach(), text.float(), 20.0)
+    assert loss == want and bare == want and loss.dtype == torch.float32 and image.grad.dtype == torch.float32
+
+
+def test_several_threads_at_once() -> None:
+    args = [(unit(200 + k, 16, k), unit(200 + k, 16, k + 99)) for k in range(6)]
+    want = [clipft.contrastive_loss(*a, 30.0).item() for a in args]
+    got = [[] for _ in args]
+
+    def work(k: int) -> None:
+        for _ in range(20):
+            got[k].append(clipft.contrastive_loss(*args[k], 30.0).item())
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(args))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for k, values in enumerate(got):
+        assert values == pytest.approx([want[k]] * 20, rel=1e-6)
+
+
+class LossRows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> float:
+        return clipft.contrastive_loss(unit(50, seed=index), unit(50, seed=index + 9), 20.0).item()
+
+
+def test_in_dataloader_workers() -> None:
+    loader = torch.utils.data.DataLoader(LossRows(), batch_size=1, num_workers=2)
+    assert [float(x) for x in loader] == pytest.approx([LossRows()[k] for k in range(4)], rel=1e-6)
+
+
+def test_same_result_every_time(isa: str) -> None:
+    case = LossCase(1500, 64, 100.0, "paired")
+    first, second = run(clipft.contrastive_loss, case), run(clipft.contrastive_loss, case)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# ---- bad input ----
+
+NONE = torch.empty(0, dtype=torch.int64)
+BAD = {
+    "rows differ": ((unit(4), unit(5), 1.0), {}, ValueError, r"text_embeds must have the shape of image_embeds, \[4, 8\], got \[5, 8\]"),
+    "features differ": ((unit(4), unit(4, 9), 1.0), {}, ValueError, r"text_embeds must have the shape of image_embeds, \[4, 8\], got \[4, 9\]"),
+    "one-dimensional": ((unit(4)[0], unit(4), 1.0), {}, ValueError, r"image_embeds must be \[N, D\], got shape \[8\]"),
+    "three-dimensional": ((unit(4), unit(4)[None], 1.0), {}, ValueError, r"text_embeds must be \[N, D\], got shape \[1, 4, 8\]"),
+    "integer": ((torch.ones(4, 8, dtype=torch.int64), unit(4), 1.0), {}, TypeError, "image_embeds must be float32, bfloat16 or float16, got int64"),
+    "float64": ((unit(4).double(), unit(4).double(), 1.0), {}, TypeError, "image_embeds must be float32, bfloat16 or float16, got float64"),
+    "dtypes differ": ((unit(4), unit(4).half(), 1.0), {}, TypeError, "text_embeds must have the dtype of image_embeds, float32, got float16"),
+    "no pairs": ((unit(0), unit(0), 1.0), {}, ValueError, r"image_embeds must hold at least one pair and one feature, got shape \[0, 8\]"),
+    "no features": ((unit(4, 0), unit(4, 0), 1.0), {}, ValueError, r"at least one pair and one feature, got shape \[4, 0\]"),
+    "labels too few": ((unit(4), unit(4), 1.0), {"labels": torch.arange(3)}, ValueError, r"labels must have one entry per pair, \[4\], got shape \[3\]"),
+    "labels float": ((unit(4), unit(4), 1.0), {"labels": torch.ones(4)}, TypeError, "labels must be int64, got float32"),
+    "smoothing one": ((unit(4), unit(4), 1.0), {"label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\), got 1"),
+    "smoothing negative": ((unit(4), unit(4), 1.0), {"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\), got -0.1"),
+    "smoothing nan": ((unit(4), unit(4), 1.0), {"label_smoothing": float("nan")}, ValueError, r"label_smoothing must be in \[0, 1\), got nan"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_the_bare_op_says_the_same(name: str) -> None:
+    args, kwargs, error, message = BAD[name]
+    with pytest.raises(error, match=message) as caught:
+        clipft.contrastive_loss(*args, **kwargs)
+    labels = kwargs.get("labels", NONE)
+    with pytest.raises(RuntimeError, match=message) as bare:
+        torch.ops.clipft.contrastive_loss(*args[:2], torch.tensor(args[2]), labels, kwargs.get("label_smoothing", 0.0))
+    assert str(bare.value).splitlines()[0].endswith(str(caught.value)) or str(caught.value) in str(bare.value)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"image_embeds": [[1.0]]}, TypeError, "image_embeds must be a tensor, got list"),
+        ({"text_embeds": unit(4).to("meta")}, ValueError, "text_embeds must be on the device of the other tensors, cpu, got meta"),
+        ({"logit_scale": "100"}, TypeError, "logit_scale must be a float or a float tensor, got str"),
+        ({"logit_scale": torch.tensor(3)}, TypeError, "logit_scale must be a float or a float tensor, got int64"),
+        ({"logit_scale": torch.ones(2)}, ValueError, r"logit_scale must have one element, got shape \[2\]"),
+        ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be a tensor, got list"),
+        ({"labels": torch.arange(4).to("meta")}, ValueError, "labels must be on the device of the other tensors, cpu, got meta"),
+        ({"label_smoothing": "0.1"}, TypeError, "label_smoothing must be a float, got str"),
+    ],
+)
+def test_bad_arguments_of_the_function(change: dict, error: type[Exception], message: str) -> None:
+    args = {"image_embeds": unit(4), "text_embeds": unit(4, seed=1), "logit_scale": 1.0} | change
+    with pytest.raises(error, match=message):
+        clipft.contrastive_loss(**args)
+
+
+def test_sigmoid_names_its_arguments() -> None:
+    with pytest.raises(TypeError, match=r"clipft.sigmoid_loss: logit_bias must be a float or a float tensor, got str"):
+        clipft.sigmoid_loss(unit(4), unit(4), 1.0, "x")
+    with pytest.raises(ValueError, match=r"clipft.sigmoid_loss: text_embeds must have the shape"):
+        clipft.sigmoid_loss(unit(4), unit(5), 1.0, 0.0)
+    with pytest.raises(RuntimeError, match=r"clipft.sigmoid_loss: logit_bias must be a float32 tensor, got int64"):
+        torch.ops.clipft.sigmoid_loss(unit(4), unit(4), torch.tensor(1.0), torch.tensor(1))
+
+
+# ---- memory ----
+
+MEMORY = """
+import sys, torch, clipft
+sys.path[:0] = {path!r}
+from pathlib import Path
+def status(field):
+    return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field)) / 1024
+def args(n, d):
+    return [torch.randn(n, d).requires_grad_(), torch.randn(n, d).requires_grad_(), torch.tensor(1.0, requires_grad=True)]
+loss = {loss}
+loss(*args(300, 64)).backward()
+inputs = args({n}, {d})
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS:")
+loss(*inputs).backward()
+print(status("VmHWM:") - before - 2 * {n} * {d} * 4 / 2**20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+@pytest.mark.parametrize("loss", ["clipft.contrastive_loss", "lambda i, t, s: clipft.sigmoid_loss(i, t, s, -10.0)"], ids=["contrastive", "sigmoid"])
+def test_peak_memory_does_not_grow_with_the_square(loss: str) -> None:
+    """N = 16384, D = 512: the matrix of logits would be 1 GiB; the peak may grow by 64 MB beyond inputs and gradients."""
+    code = MEMORY.format(path=sys.path, loss=loss, n=16384, d=512)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 64.0
