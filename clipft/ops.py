@@ -12,13 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-try:
-    from clipft import _C  # noqa: F401  (importing it registers torch.ops.clipft)
-except ModuleNotFoundError as error:
-    raise ImportError(
-        "clipft's C extension is not built here: this looks like a source tree. Install the package (pip install .) and import it "
-        "from another directory, or build in place with: python setup.py build_ext --inplace"
-    ) from error
+import clipft._C  # noqa: F401  (importing it registers torch.ops.clipft)
 
 __all__ = ["contrastive_loss", "sigmoid_loss"]
 

@@ -12,27 +12,12 @@ from loss_cases import LossCase, assert_close, gradient_tolerance, value_toleran
 
 import clipft
 
-SPLITS = {2: [(5, 11), (16, 0)], 3: [(1, 20, 9), (7, 7, 7)]}
+SPLITS = [(5, 11), (16, 0), (1, 20, 9), (7, 7, 7)]
+VARIANTS = [("contrastive", None, 0.0), ("contrastive", 3, 0.1), ("sigmoid", None, 0.0)]  # kind, classes, smoothing
 
 
-def joined(case: LossCase, kind: str) -> list[torch.Tensor]:
-    image, text = (x.clone().requires_grad_() for x in case.embeds())
-    scale, bias = torch.tensor(case.scale, requires_grad=True), torch.tensor(-4.0, requires_grad=True)
-    if kind == "contrastive":
-        loss = clipft.contrastive_loss(image, text, scale, labels=case.labels(), label_smoothing=case.smoothing)
-        loss.backward()
-        return [loss.detach(), image.grad, text.grad, scale.grad]
-    loss = clipft.sigmoid_loss(image, text, scale, bias)
-    loss.backward()
-    return [loss.detach(), image.grad, text.grad, scale.grad, bias.grad]
-
-
-def worker(rank: int, counts: tuple[int, ...], case: LossCase, kind: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(counts))
-    group = dist.new_group(list(range(len(counts))))
-    begin = sum(counts[:rank])
-    rows = slice(begin, begin + counts[rank])
+def step(case: LossCase, kind: str, rows: slice, group: dist.ProcessGroup | None) -> list[torch.Tensor | None]:
+    """Loss and gradients over these rows of the case."""
     image, text = (x[rows].clone().requires_grad_() for x in case.embeds())
     scale, bias = torch.tensor(case.scale, requires_grad=True), torch.tensor(-4.0, requires_grad=True)
     if kind == "contrastive":
@@ -41,24 +26,37 @@ def worker(rank: int, counts: tuple[int, ...], case: LossCase, kind: str, folder
     else:
         loss = clipft.sigmoid_loss(image, text, scale, bias, group=group)
     loss.backward()
-    torch.save([loss.detach(), image.grad, text.grad, scale.grad, bias.grad], f"{folder}/{rank}.pt")
+    return [loss.detach(), image.grad, text.grad, scale.grad, bias.grad]
+
+
+def cases(n: int) -> list[tuple[str, LossCase]]:
+    return [(kind, LossCase(n, 12, 20.0, "paired", classes, smoothing)) for kind, classes, smoothing in VARIANTS]
+
+
+def worker(rank: int, counts: tuple[int, ...], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(counts))
+    begin = sum(counts[:rank])
+    rows = slice(begin, begin + counts[rank])
+    results = [step(case, kind, rows, dist.group.WORLD) for kind, case in cases(sum(counts))]
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind, classes, smoothing", [("contrastive", None, 0.0), ("contrastive", 3, 0.1), ("sigmoid", None, 0.0)])
-@pytest.mark.parametrize("counts", [c for splits in SPLITS.values() for c in splits], ids=str)
-def test_ranks_equal_the_joined_batch(counts: tuple[int, ...], kind: str, classes: int | None, smoothing: float, tmp_path: Path) -> None:
-    case = LossCase(sum(counts), 12, 20.0, "paired", classes, smoothing)
-    mp.spawn(worker, (counts, case, kind, str(tmp_path)), nprocs=len(counts))
-    want = joined(case, kind)
+@pytest.mark.parametrize("counts", SPLITS, ids=str)
+def test_ranks_equal_the_joined_batch(counts: tuple[int, ...], tmp_path: Path) -> None:
+    mp.spawn(worker, (counts, str(tmp_path)), nprocs=len(counts))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(counts))]
-    for got in ranks:
-        assert_close(got[0], want[0], 2 * value_tolerance(case, want[0].item()) * max(1.0, want[0].item()), "loss")
-        assert_close(got[3], want[3], 2 * gradient_tolerance(case, want[3]) * case.n, "scale gradient")
-        if kind == "sigmoid":
-            assert_close(got[4], want[4], 2 * gradient_tolerance(case, want[4]) * case.n, "bias gradient")
-    for k, name in ((1, "image gradient"), (2, "text gradient")):
-        assert_close(torch.cat([got[k] for got in ranks]), want[k], 2 * gradient_tolerance(case, want[k]), name)
+    for variant, (kind, case) in enumerate(cases(sum(counts))):
+        want = step(case, kind, slice(None), None)
+        got = [results[variant] for results in ranks]
+        for on_rank in got:
+            assert_close(on_rank[0], want[0], 2 * value_tolerance(case, want[0].item()) * max(1.0, want[0].item()), "loss")
+            assert_close(on_rank[3], want[3], 2 * gradient_tolerance(case, want[3]) * case.n, "scale gradient")
+            if kind == "sigmoid":
+                assert_close(on_rank[4], want[4], 2 * gradient_tolerance(case, want[4]) * case.n, "bias gradient")
+        for k, name in ((1, "image gradient"), (2, "text gradient")):
+            assert_close(torch.cat([g[k] for g in got]), want[k], 2 * gradient_tolerance(case, want[k]), name)
 
 
 def all_empty(rank: int, folder: str) -> None:

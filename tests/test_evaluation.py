@@ -1,0 +1,156 @@
+"""clipft.evaluate_retrieval and evaluate_zero_shot, against straightforward computations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from tiny_clip import captioned, labelled, tiny_clip
+
+import clipft
+from clipft import evaluation
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return tiny_clip()
+
+
+def features(clip, images, texts):
+    model, processor = clip
+    with torch.no_grad():
+        image = model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
+        text = [model.get_text_features(**processor(text=[t], return_tensors="pt")).pooler_output[0] for t in texts]
+    return torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(torch.stack(text), dim=-1)
+
+
+def recalls(similarity, right, k):
+    """Share of the rows that have one of the right columns among the k largest."""
+    best = similarity.argsort(dim=1, descending=True)[:, :k].tolist()
+    return np.mean([bool(set(found) & own) for found, own in zip(best, right, strict=True)])
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_retrieval_equals_the_full_matrix(clip, captions: int) -> None:
+    dataset = captioned(40, captions)
+    own = [[c] if isinstance(c, str) else c for c in dataset["caption"]]
+    texts = [text for texts in own for text in texts]
+    image, text = features(clip, dataset["image"][:], texts)
+    texts_of = [set(range(captions * i, captions * (i + 1))) for i in range(40)]
+    images_of = [{i // captions} for i in range(len(texts))]
+    result = clipft.evaluate_retrieval(*clip, dataset, batch_size=16)
+    for k in (1, 5, 10):
+        assert result[f"image_to_text_R@{k}"] == pytest.approx(recalls(image @ text.t(), texts_of, k))
+        assert result[f"text_to_image_R@{k}"] == pytest.approx(recalls(text @ image.t(), images_of, k))
+    assert len(result) == 6
+
+
+def test_equal_captions_are_one_text() -> None:
+    texts_of, texts = evaluation.index_texts([["a cat"], ["a dog", "a cat"], ["a cat"]])
+    assert (texts_of, texts) == ([[0], [0, 1], [0]], ["a cat", "a dog"])
+    image = torch.eye(3)
+    text = torch.tensor([[0.6, 0.0, 0.8], [0.9, 0.1, 0.0]])
+    result = evaluation.retrieval_metrics(image, text, texts_of)
+    assert result["image_to_text_R@1"] == pytest.approx(2 / 3)  # image 0 finds the dog, 1 the dog, 2 the cat
+    assert result["text_to_image_R@1"] == pytest.approx(1 / 2)  # any image with the cat would do; the dog finds image 0
+
+
+def test_top_k_over_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_QUERIES", 7)
+    monkeypatch.setattr(evaluation, "_CANDIDATES", 13)
+    queries, candidates = torch.randn(50, 8), torch.randn(101, 8)
+    got = evaluation.top_k(queries, candidates, 10)
+    assert torch.equal(got, (queries @ candidates.t()).topk(10).indices)
+    assert evaluation.top_k(queries, candidates[:4], 10).shape == (50, 4)
+
+
+def test_a_collapsed_model_gains_nothing_by_ties() -> None:
+    result = evaluation.retrieval_metrics(torch.ones(100, 4), torch.ones(100, 4), [[i] for i in range(100)])
+    assert result["text_to_image_R@1"] <= 0.01
+
+
+def test_diverged_embeddings_are_an_error() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        evaluation.retrieval_metrics(torch.full((2, 4), float("nan")), torch.ones(2, 4), [[0], [1]])
+
+
+def test_labels_make_captions_for_retrieval(clip) -> None:
+    result = clipft.evaluate_retrieval(*clip, labelled(16), templates=["a {} thing"])
+    one = clipft.evaluate_zero_shot(*clip, labelled(16), ["red", "green", "blue", "yellow"], ["a {} thing"])
+    assert result["image_to_text_R@1"] == pytest.approx(one["accuracy"])
+
+
+def test_zero_shot_equals_scikit_learn(clip) -> None:
+    names, templates = ["red", "green", "blue", "yellow"], ["a photo of a {}.", "{}"]
+    dataset = labelled(30)
+    captions = [template.format(name) for name in names for template in templates]
+    image, text = features(clip, dataset["image"][:], captions)
+    classes = torch.nn.functional.normalize(text.view(4, 2, -1).mean(1), dim=-1)
+    predicted = (image @ classes.t()).argmax(1).numpy()
+    labels = np.array(dataset["label"])
+    result = clipft.evaluate_zero_shot(*clip, dataset, names, templates, batch_size=8)
+    assert result["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
+    assert result["balanced_accuracy"] == pytest.approx(sklearn.metrics.balanced_accuracy_score(labels, predicted))
+    assert result["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(labels, predicted, average="macro"))
+    report = sklearn.metrics.classification_report(
+        labels, predicted, target_names=names, output_dict=True, zero_division=0
+    )
+    for row in result["per_class"]:
+        expected = report[row["class"]]
+        assert row["f1"] == pytest.approx(expected["f1-score"])
+        assert (row["precision"], row["recall"]) == pytest.approx((expected["precision"], expected["recall"]))
+        assert row["support"] == expected["support"]
+
+
+def test_top5_over_more_than_five_classes() -> None:
+    scores = np.random.default_rng(0).normal(size=(200, 9))
+    labels = np.arange(200) % 9
+    result = evaluation.classification_metrics(labels, scores, [str(i) for i in range(9)])
+    expected = np.mean([label in row.argsort()[-5:] for label, row in zip(labels, scores, strict=True)])
+    assert result["top5"] == pytest.approx(expected)
+
+
+def test_zero_shot_checks_its_arguments(clip) -> None:
+    with pytest.raises(ValueError, match="labels from 0 to 1"):
+        clipft.evaluate_zero_shot(*clip, labelled(8), ["red", "green"])
+    with pytest.raises(ValueError, match="at least two names"):
+        clipft.evaluate_zero_shot(*clip, labelled(8), "red")
+    with pytest.raises(ValueError, match=r"exactly one \{\}"):
+        clipft.evaluate_zero_shot(*clip, labelled(8), ["a", "b", "c", "d"], ["a photo"])
+
+
+def test_modes_and_gradients_come_back(clip) -> None:
+    model, processor = clip
+    model.train()
+    model.vision_model.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    clipft.evaluate_retrieval(model, processor, captioned(4))
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert torch.is_grad_enabled()
+    model.eval()
+
+
+def test_fused_and_plain_models_score_alike() -> None:
+    model, processor = tiny_clip()
+    plain = clipft.evaluate_retrieval(model, processor, captioned(20))
+    assert clipft.evaluate_retrieval(clipft.fuse(model), processor, captioned(20)) == plain
+
+
+def test_real_pictures(clip, data_folder: Path) -> None:
+    dataset = clipft.load_pairs(data_folder / "chest_xray").shuffle(seed=0).select(range(24))
+    seen: list[int] = []
+
+    def progress(batches):
+        for batch in batches:
+            seen.append(len(batch))
+            yield batch
+
+    result = clipft.evaluate_zero_shot(
+        *clip, dataset, dataset.features["label"].names, batch_size=10, num_workers=2, progress=progress
+    )
+    assert seen == [10, 10, 4]
+    assert 0.0 <= result["balanced_accuracy"] <= 1.0
+    assert sum(row["support"] for row in result["per_class"]) == 24

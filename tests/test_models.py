@@ -1,0 +1,226 @@
+"""clipft.load, freeze, fuse and unfuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_clip import captioned, tiny_clip
+from transformers import CLIPModel, CLIPVisionModel
+
+import clipft
+from clipft.data import CLIPDataCollator
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model, processor = tiny_clip()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    _, processor = tiny_clip()
+    inputs = CLIPDataCollator(processor)([*captioned(6)])
+    del inputs["labels"]
+    return inputs
+
+
+# ---- the package ----
+
+
+def test_import_is_lazy_and_names_exist() -> None:
+    code = (
+        "import sys, clipft; assert not {'torch', 'torchvision', 'transformers'} & set(sys.modules), 'not lazy';"
+        "assert set(clipft.__all__) <= set(dir(clipft)); [getattr(clipft, name) for name in clipft.__all__]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = clipft.nonsense
+
+
+# ---- load ----
+
+
+def test_load_gives_the_saved_model_with_torchvision_preprocessing(saved: Path) -> None:
+    model, processor = clipft.load(saved)
+    expected = tiny_clip()[0].state_dict()
+    assert type(model) is CLIPModel
+    assert not model.training
+    assert processor.image_processor.backend == "torchvision"
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_load_passes_options_on(saved: Path) -> None:
+    assert clipft.load(saved, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_load_names_what_is_wrong(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder '/no/such/model'"):
+        clipft.load("/no/such/model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"config\.json; found nothing"):
+        clipft.load(tmp_path / "empty")
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
+    with pytest.raises(ValueError, match="expected model_type 'clip' .* found 'siglip'"):
+        clipft.load(saved)
+
+
+def test_load_never_unpickles(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    torch.save(tiny_clip()[0].state_dict(), saved / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="pickle, which clipft does not open"):
+        clipft.load(saved)
+
+
+# ---- freeze ----
+
+
+def trainable(model: CLIPModel) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def names(model: CLIPModel, *prefixes: str) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+
+
+def test_freeze_strategies() -> None:
+    model, _ = tiny_clip()
+    everything = names(model, "")
+    text, vision = names(model, "text_model", "text_projection"), names(model, "vision_model", "visual_projection")
+    assert trainable(clipft.freeze(model, "text")) == everything - text
+    assert trainable(clipft.freeze(model, "vision")) == everything - vision
+    assert trainable(clipft.freeze(model, "towers")) == {
+        "text_projection.weight",
+        "visual_projection.weight",
+        "logit_scale",
+    }
+    assert trainable(clipft.freeze(model, "none")) == everything
+
+
+def test_freeze_all_but_the_last_layers() -> None:
+    model, _ = tiny_clip()
+    everything = names(model, "")
+    stem = ("vision_model.embeddings", "vision_model.pre_layrnorm")
+    first = tuple(f"vision_model.encoder.layers.{layer}." for layer in (0, 1))
+    assert trainable(clipft.freeze(model, "vision:1")) == everything - names(model, *stem, *first)
+    assert trainable(clipft.freeze(model, "vision:3")) == everything - names(model, *stem)
+    first = tuple(f"text_model.encoder.layers.{layer}." for layer in (0,))
+    assert trainable(clipft.freeze(model, "text:2")) == everything - names(model, "text_model.embeddings", *first)
+
+
+@pytest.mark.parametrize("strategy", ["foo", "vision:", "vision:-1", "towers:1", "", "text:x"])
+def test_freeze_lists_the_strategies(strategy: str) -> None:
+    model, _ = tiny_clip()
+    with pytest.raises(ValueError, match=r'"none", "text", "vision", "towers", "vision:N", "text:N"'):
+        clipft.freeze(model, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["vision:0", "vision:4", "text:99"])
+def test_freeze_checks_the_number_of_layers(strategy: str) -> None:
+    model, _ = tiny_clip()
+    clipft.freeze(model, "text")
+    before = trainable(model)
+    with pytest.raises(ValueError, match="from 1 to 3"):
+        clipft.freeze(model, strategy)
+    assert trainable(model) == before  # a refused strategy changes nothing
+
+
+# ---- fuse ----
+
+
+def test_fused_loss_and_gradients_are_those_of_transformers(batch: dict[str, torch.Tensor]) -> None:
+    plain, _ = tiny_clip()
+    fused = clipft.fuse(copy.deepcopy(plain))
+    expected, got = plain(**batch, return_loss=True), fused(**batch, return_loss=True)
+    expected.loss.backward()
+    got.loss.backward()
+    torch.testing.assert_close(got.loss, expected.loss)
+    torch.testing.assert_close(got.image_embeds, expected.image_embeds)
+    for (name, one), (_, other) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_fused_logits_only_when_asked(batch: dict[str, torch.Tensor]) -> None:
+    model, _ = tiny_clip()
+    expected = model(**batch).logits_per_image
+    clipft.fuse(model)
+    assert model(**batch, return_loss=True).logits_per_image is None
+    torch.testing.assert_close(model(**batch, return_loss=True, return_logits=True).logits_per_image, expected)
+    torch.testing.assert_close(model(**batch).logits_per_text, expected.t())  # without a loss, as ever
+
+
+def test_fuse_keeps_the_object_and_unfuse_gives_it_back(batch: dict[str, torch.Tensor]) -> None:
+    model, _ = tiny_clip()
+    before, state, calls = dict(vars(model)), {n: p for n, p in model.named_parameters()}, []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert clipft.fuse(model) is model
+    assert clipft.fuse(model) is model
+    assert isinstance(model, CLIPModel)
+    model(**batch)
+    assert calls == [1]
+    assert clipft.unfuse(model) is model
+    assert type(model) is CLIPModel
+    assert vars(model).keys() == before.keys()
+    assert all(parameter is state[name] for name, parameter in model.named_parameters())
+    assert model(**batch, return_loss=True).logits_per_image is not None
+    assert clipft.unfuse(model) is model
+
+
+def test_fused_model_is_copied_pickled_and_saved(batch: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    model, _ = tiny_clip()
+    expected = clipft.fuse(model)(**batch, return_loss=True).loss
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is type(model)
+        assert twin.logit_scale is not model.logit_scale
+        assert torch.equal(twin(**batch, return_loss=True).loss, expected)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["CLIPModel"]
+    loaded = CLIPModel.from_pretrained(tmp_path)
+    assert type(loaded) is CLIPModel
+    torch.testing.assert_close(loaded(**batch, return_loss=True).loss, expected)
+
+
+def test_fused_tuple_output(batch: dict[str, torch.Tensor]) -> None:
+    model = clipft.fuse(tiny_clip()[0])
+    loss = model(**batch, return_loss=True).loss
+    assert torch.equal(model(**batch, return_loss=True, return_dict=False)[0], loss)
+
+
+def test_fused_embeddings_of_a_half_precision_model_are_float32(batch: dict[str, torch.Tensor]) -> None:
+    model = clipft.fuse(tiny_clip()[0].to(torch.bfloat16))
+    output = model(**batch, return_loss=True)
+    assert output.image_embeds.dtype == output.text_embeds.dtype == torch.float32
+    torch.testing.assert_close(output.image_embeds.norm(dim=-1), torch.ones(6))
+
+
+def test_fuse_refuses_other_models() -> None:
+    class Own(CLIPModel):
+        pass
+
+    with pytest.raises(TypeError, match="expected a CLIPModel .* got .*Own"):
+        clipft.fuse(Own(tiny_clip()[0].config))
+    with pytest.raises(TypeError, match="got CLIPVisionModel"):
+        clipft.fuse(CLIPVisionModel(tiny_clip()[0].config.vision_config))
+
+
+def test_fuse_takes_the_model_inside_a_peft_model(batch: dict[str, torch.Tensor]) -> None:
+    peft = pytest.importorskip("peft")
+    model: Any = peft.get_peft_model(tiny_clip()[0], peft.LoraConfig(target_modules=["q_proj"]))
+    expected = model(**batch, return_loss=True).loss
+    assert clipft.fuse(model) is model
+    output = model(**batch, return_loss=True)
+    assert output.logits_per_image is None
+    torch.testing.assert_close(output.loss, expected)
+    clipft.unfuse(model)
+    assert type(model.get_base_model()) is CLIPModel

@@ -1,0 +1,78 @@
+"""A CLIP model of a hundred thousand parameters with random weights, and pictures for it: what the fast tests run on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+SIZE, LENGTH = 32, 24
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
+SHAPES = ("square", "bar", "column", "frame")
+
+
+def tiny_clip(seed: int = 0, **config: Any) -> tuple[CLIPModel, CLIPProcessor]:
+    """A model with 3 layers a tower, and a processor whose tokenizer knows single bytes."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=LENGTH)
+    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    end = len(tokens) - 1
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    special = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    torch.manual_seed(seed)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=tower | special | {"vocab_size": len(tokens), "max_position_embeddings": LENGTH},
+            vision_config=tower | {"image_size": SIZE, "patch_size": 16},
+            projection_dim=16,
+            **config,
+        )
+    )
+    return model.eval(), CLIPProcessor(images, tokenizer)
+
+
+def picture(index: int) -> tuple[Image.Image, str, str]:
+    """A coloured shape with noise of its own, its caption and its colour."""
+    colour, shape = list(COLOURS)[index % 4], SHAPES[index // 4 % 4]
+    noise = np.random.default_rng(index)
+    pixels = noise.integers(0, 60, (40, 50, 3), dtype=np.uint8)
+    area = {"square": np.s_[10:30, 15:35], "bar": np.s_[15:25, :], "column": np.s_[:, 20:30], "frame": np.s_[2:38, 2:48]}
+    pixels[area[shape]] = COLOURS[colour]
+    if shape == "frame":
+        pixels[8:32, 8:42] = 0
+    return Image.fromarray(pixels), f"a {colour} {shape}", colour
+
+
+def captioned(count: int, captions: int = 1) -> datasets.Dataset:
+    """Distinct captions: one a picture, or a list of several."""
+    rows = [picture(index) for index in range(count)]
+    own = [[f"{caption} {number} {index}" for number in range(captions)] for index, (_, caption, _) in enumerate(rows)]
+    text: Any = datasets.Value("string") if captions == 1 else datasets.List(datasets.Value("string"))
+    columns = {"image": [row[0] for row in rows], "caption": [o[0] for o in own] if captions == 1 else own}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(), "caption": text}))
+
+
+def labelled(count: int) -> datasets.Dataset:
+    """Pictures with their colour as the class."""
+    names = list(COLOURS)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = [picture(index) for index in range(count)]
+    return datasets.Dataset.from_dict(
+        {"image": [row[0] for row in rows], "label": [names.index(row[2]) for row in rows]}, features=features
+    )
+
+
+def class_folders(folder: Path, count: int) -> Path:
+    """The same as files: one sub-folder a colour."""
+    for index in range(count):
+        image, _, colour = picture(index)
+        (folder / colour).mkdir(parents=True, exist_ok=True)
+        image.save(folder / colour / f"{index}.png")
+    return folder
