@@ -1,6 +1,7 @@
 """Builds clipft._C: plain C, no torch, no C++ and no CUDA toolkit needed. Everything else is in pyproject.toml.
 
-CLIPFT_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; CLIPFT_WERROR=1 makes warnings errors (CI does).
+CLIPFT_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; CLIPFT_WERROR=1 makes warnings errors (CI
+does).
 """
 
 import os

@@ -1,7 +1,7 @@
 """What the benchmarks share: interleaved timings, peak memory, the machine's description, tables and JSON.
 
-Timings on shared machines drift, so only ratios count, and only between runs that were interleaved: every repetition runs all competitors in
-turn. A result is a minimum and a median over repetitions.
+Timings on shared machines drift, so only ratios count, and only between runs that were interleaved: every repetition
+runs all competitors in turn. A result is a minimum and a median over repetitions.
 """
 
 from __future__ import annotations

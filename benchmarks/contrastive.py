@@ -2,9 +2,10 @@
 
     python benchmarks/contrastive.py [--sizes 2048 4096 8192 16384] [--dim 512] [--repeats 5]
 
-Peers: eager (transformers' image_text_contrastive_loss on the matrix of logits), the same under torch.compile, open_clip's ClipLoss, and for the sigmoid loss
-eager and open_clip's SigLipLoss. "of limit" is the time that the loss's matrix products alone take at the GEMM rate of this run (8 N^2 D operations, 6 for
-tiles that are kept), over its time. Memory is the growth of the peak RSS beyond inputs and gradients, each in a process of its own.
+Peers: eager (transformers' image_text_contrastive_loss on the matrix of logits), the same under torch.compile,
+open_clip's ClipLoss, and for the sigmoid loss eager and open_clip's SigLipLoss. "of limit" is the time that the loss's
+matrix products alone take at the GEMM rate of this run (8 N^2 D operations, 6 for tiles that are kept), over its time.
+Memory is the growth of the peak RSS beyond inputs and gradients, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def competitors() -> dict[str, dict[str, Loss]]:
             "clipft": clipft.contrastive_loss,
             "eager": eager_contrastive,
             "compiled": torch.compile(eager_contrastive),
-            "open_clip": lambda i, t, s: clip(i, t, s),
+            "open_clip": clip,
         },
         "sigmoid": {
             "clipft": lambda i, t, s: clipft.sigmoid_loss(i, t, s, bias),
@@ -95,13 +96,18 @@ def kept_share(n: int) -> float:
 
 def limit_seconds(n: int, per_tile: dict[str, float], uses: dict[str, float]) -> float:
     tiles = (n / TILE) ** 2
-    return sum(tiles * seconds * (uses[name] - (kept_share(n) if name == "logits" else 0.0)) for name, seconds in per_tile.items())
+    return sum(
+        tiles * seconds * (uses[name] - (kept_share(n) if name == "logits" else 0.0))
+        for name, seconds in per_tile.items()
+    )
 
 
 def measure(kind: str, losses: dict[str, Loss], n: int, dim: int, repeats: int) -> dict[str, object]:
     args = inputs(n, dim)
     gemms, uses = gemm_seconds_per_tile(dim)
-    runs: dict[str, Callable[[], object]] = {name: (lambda loss=loss: step(loss, args)) for name, loss in losses.items()}
+    runs: dict[str, Callable[[], object]] = {
+        name: (lambda loss=loss: step(loss, args)) for name, loss in losses.items()
+    }
     runs |= {f"gemm {name}": (lambda run=run: [run() for _ in range(20)]) for name, run in gemms.items()}
     seconds = interleave(runs, repeats)
     per_tile = {name: statistics.median(seconds.pop(f"gemm {name}")) / 20 for name in gemms}
@@ -124,7 +130,8 @@ def peak_memory(kind: str, name: str, n: int, dim: int) -> float:
 
 
 def print_peak_memory(kind: str, name: str, n: int, dim: int) -> None:
-    """Growth of the peak RSS over one step, in MB, less the two gradients. A small step first loads what every step needs."""
+    """Growth of the peak RSS over one step, in MB, less the two gradients. A small step first loads what every step
+    needs."""
     loss = competitors()[kind][name]
     step(loss, inputs(256, dim))
     if name == "compiled":

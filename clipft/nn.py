@@ -23,10 +23,16 @@ class ContrastiveLoss(nn.Module):
     ) -> Tensor:
         """[N, D] twice, the scale and optional labels [N] -> 0-d float32 loss."""
         return contrastive_loss(
-            image_embeds, text_embeds, logit_scale, labels=labels, label_smoothing=self.label_smoothing, group=self.group
+            image_embeds,
+            text_embeds,
+            logit_scale,
+            labels=labels,
+            label_smoothing=self.label_smoothing,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
         return f"label_smoothing={self.label_smoothing:g}"
 
 

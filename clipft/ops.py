@@ -1,7 +1,9 @@
-"""The losses as functions over ``torch.ops.clipft.*``: argument checks, fake kernels, autograd, and processes in a group.
+"""The losses as functions over ``torch.ops.clipft.*``: argument checks, fake kernels, autograd, and processes in a
+group.
 
-The C ops compute a loss and what its backward pass needs; ``torch.library`` connects them to autograd and torch.compile. Inside a
-process group each rank works on the rows of its own images against the texts of all ranks: see :class:`_GroupContrastive`.
+The C ops compute a loss and what its backward pass needs; ``torch.library`` connects them to autograd and
+torch.compile. Inside a process group each rank works on the rows of its own images against the texts of all ranks: see
+:class:`_GroupContrastive`.
 """
 
 from __future__ import annotations
@@ -38,18 +40,19 @@ def contrastive_loss(
     Args:
         image_embeds: [N, D] float32, bfloat16 or float16, L2-normalised by the caller.
         text_embeds: [N, D], same dtype and device; row i belongs to image i.
-        logit_scale: the multiplier itself (``model.logit_scale.exp()``), as in open_clip: a one-element tensor, which gets a
-            gradient, or a float.
+        logit_scale: the multiplier itself (``model.logit_scale.exp()``), as in open_clip: a one-element tensor, which
+            gets a gradient, or a float.
         labels: [N] int64; pairs of equal label are positives of each other. Default: each pair only of itself.
         label_smoothing: e in [0, 1); targets q become (1 - e) q + e / N.
-        group: a ``torch.distributed`` group whose ranks' pairs are negatives too (ranks may hold different N). Every rank gets the
-            loss of the joined batch, the gradients of its own embeddings, and the whole gradient of ``logit_scale``. DDP, which
-            averages over ranks, wants the embeddings' gradients times the world size: ``clipft.CLIPTrainer`` sees to that.
+        group: a ``torch.distributed`` group whose ranks' pairs are negatives too (ranks may hold different N). Every
+            rank gets the loss of the joined batch, the gradients of its own embeddings, and the whole gradient of
+            ``logit_scale``. DDP, which averages over ranks, wants the embeddings' gradients times the world size:
+            ``clipft.CLIPTrainer`` sees to that.
 
     Returns:
         0-d float32 tensor: the mean of the image-to-text and the text-to-image cross-entropy. Logits, sums and gradients are
-        accumulated in float32 or better whatever the inputs' dtype. NaN or Inf in gives NaN. The result does not depend on the number
-        of threads beyond what the BLAS's own products do.
+        accumulated in float32 or better whatever the inputs' dtype. NaN or Inf in gives NaN. The result does not depend
+        on the number of threads beyond what the BLAS's own products do.
 
     Raises:
         TypeError: a dtype that is not supported (float64 among them) or that differs between the embeddings.
@@ -75,10 +78,11 @@ def sigmoid_loss(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Pairwise sigmoid loss of SigLIP (arXiv:2303.15343), without the N x N matrix of logits: the sum over all pairs divided by N.
+    """Pairwise sigmoid loss of SigLIP (arXiv:2303.15343), without the N x N matrix of logits: the sum over all pairs
+    divided by N.
 
-    Arguments, dtypes, errors and ``group`` are those of :func:`contrastive_loss`; ``logit_bias`` is a one-element tensor, which gets a
-    gradient, or a float. Returns a 0-d float32 tensor.
+    Arguments, dtypes, errors and ``group`` are those of :func:`contrastive_loss`; ``logit_bias`` is a one-element
+    tensor, which gets a gradient, or a float. Returns a 0-d float32 tensor.
     """
     name = "sigmoid_loss"
     image_embeds, text_embeds = _check_embeds(name, image_embeds, text_embeds, group is not None)
@@ -110,7 +114,8 @@ def _check_embeds(op: str, image: Tensor, text: Tensor, rank_may_be_empty: bool)
         if not isinstance(tensor, Tensor):
             raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if torch.is_autocast_enabled(image.device.type) and image.dtype != text.dtype:
-        image, text = (t.float() if t.dtype in _FLOATS else t for t in (image, text))  # as autocast does for torch's own losses
+        # as autocast does for torch's own losses
+        image, text = (t.float() if t.dtype in _FLOATS else t for t in (image, text))
     for name, tensor in (("image_embeds", image), ("text_embeds", text)):
         if tensor.dtype not in _FLOATS:
             raise TypeError(f"clipft.{op}: {name} must be float32, bfloat16 or float16, got {_dtype(tensor)}")
@@ -353,14 +358,21 @@ def _own_text_gradient(d_texts: Tensor, counts: list[int], offset: int, group: d
 
 
 class _GroupContrastive(torch.autograd.Function):
-    """Rank k holds the images of rows k and gathers all texts: its rows of logits are whole, and its columns are merged over the ranks
-    by one all-gather of their logsumexps. Its image gradients are then complete; its text gradients are summed over the ranks.
-    Two gathers and one reduction of [N, D] or less, and every logit is computed on one rank only.
+    """Rank k holds the images of rows k and gathers all texts: its rows of logits are whole, and its columns are merged
+    over the ranks by one all-gather of their logsumexps. Its image gradients are then complete; its text gradients are
+    summed over the ranks. Two gathers and one reduction of [N, D] or less, and every logit is computed on one rank
+    only.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, labels: Tensor | None, smoothing: float, group: dist.ProcessGroup
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        labels: Tensor | None,
+        smoothing: float,
+        group: dist.ProcessGroup,
     ) -> Tensor:
         counts, offset, texts = _joined("contrastive_loss", image, text, group)
         n = sum(counts)
@@ -383,7 +395,18 @@ class _GroupContrastive(torch.autograd.Function):
         image, texts, scale, labels, row_lse, col_lse, tiles = ctx.saved_tensors
         needs_image, needs_text = ctx.needs_input_grad[:2]
         d_image, d_texts, d_scale = torch.ops.clipft.contrastive_loss_backward(
-            grad, image, texts, scale, labels, ctx.smoothing, ctx.offset, row_lse, col_lse, tiles, needs_image, needs_text
+            grad,
+            image,
+            texts,
+            scale,
+            labels,
+            ctx.smoothing,
+            ctx.offset,
+            row_lse,
+            col_lse,
+            tiles,
+            needs_image,
+            needs_text,
         )
         dist.all_reduce(d_scale, group=ctx.group)
         d_text = _own_text_gradient(d_texts, ctx.counts, ctx.offset, ctx.group) if needs_text else None
@@ -391,7 +414,8 @@ class _GroupContrastive(torch.autograd.Function):
 
 
 class _GroupSigmoid(torch.autograd.Function):
-    """As :class:`_GroupContrastive`; the loss is a sum over pairs, so nothing but sums crosses ranks besides the texts."""
+    """As :class:`_GroupContrastive`; the loss is a sum over pairs, so nothing but sums crosses ranks besides the
+    texts."""
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -123,7 +123,8 @@ static bool allocate_copy(const clipft_tensor *t, float **copy, clipft_error *er
     const int64_t rows = t->size[0], cols = t->size[1];
     *copy = NULL;
     if (cols == 0 || rows <= INT64_MAX / 8 / cols) *copy = malloc((size_t)(rows * cols) * sizeof(float) + 1);
-    return *copy || clipft_fail(error, "no memory for a float32 copy of %s, [%lld, %lld]", t->name, (long long)rows, (long long)cols);
+    if (!*copy) clipft_fail(error, "no memory for a float32 copy of %s, [%lld, %lld]", t->name, (long long)rows, (long long)cols);
+    return *copy != NULL;
 }
 
 /* One row into float32, whatever its dtype and stride. */

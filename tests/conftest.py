@@ -16,7 +16,10 @@ ALL_ISAS = ("ref", "neon", "avx2", "avx512")
 def pytest_report_header() -> list[str]:
     absent = [isa for isa in ALL_ISAS if isa not in _C.isas()]
     data = os.environ.get("CLIPFT_DATA") or "not set: tests on its pictures are skipped"
-    return [f"clipft: kernels run on {', '.join(_C.isas())}; not on this machine: {', '.join(absent)}", f"CLIPFT_DATA: {data}"]
+    return [
+        f"clipft: kernels run on {', '.join(_C.isas())}; not on this machine: {', '.join(absent)}",
+        f"CLIPFT_DATA: {data}",
+    ]
 
 
 @pytest.fixture(params=_C.isas())

@@ -1,8 +1,9 @@
 """The cases of the losses, one registry for tests of values, gradients, op contracts and processes.
 
-Tolerances: u = 2^-24. A logit s <i, t> of unit vectors is computed with an error of at most about u |s| (2 + sqrt(D) / 4) (products in float32 lanes, random
-signs), which moves a probability by that share of itself. The gradient of an embedding is a sum of N terms, each at most 2 |s| / N times a
-component, whose probabilities add up to at most 2: hence the bounds below. What a 16-bit result adds is half an ulp of that result.
+Tolerances: u = 2^-24. A logit s <i, t> of unit vectors is computed with an error of at most about u |s| (2 + sqrt(D) /
+4) (products in float32 lanes, random signs), which moves a probability by that share of itself. The gradient of an
+embedding is a sum of N terms, each at most 2 |s| / N times a component, whose probabilities add up to at most 2: hence
+the bounds below. What a 16-bit result adds is half an ulp of that result.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class LossCase:
             out = torch.full((2 * self.n, 2 * self.dim), float("nan"), dtype=self.dtype)[::2, ::2]
             return out.copy_(x)
         if self.layout == "offset":
-            out = torch.full((self.n * (self.dim + 3) + 1,), float("nan"), dtype=self.dtype)[1:].view(self.n, self.dim + 3)
+            out = torch.full((self.n * (self.dim + 3) + 1,), float("nan"), dtype=self.dtype)[1:].view(
+                self.n, self.dim + 3
+            )
             return out[:, : self.dim].copy_(x)
         return x
 
@@ -94,10 +97,19 @@ SHAPES = [(1, 1), (1, 8), (2, 3), (3, 1), (17, 5), (31, 64), (127, 33), (1023, 8
 
 CASES = [LossCase(n, d, scale) for n, d in SHAPES for scale in (1.0, 14.285, 100.0)]
 CASES += [LossCase(300, 64, 100.0, values) for values in ("paired", "equal", "duplicates", "opposed", "collapsed")]
-CASES += [LossCase(1100, 48, 100.0, "collapsed"), LossCase(3300, 16, 100.0, "collapsed"), LossCase(130, 16, 0.0), LossCase(130, 16, -20.0)]
-CASES += [LossCase(n, 32, 30.0, "paired", c, e) for n in (5, 65, 1030) for c, e in ((None, 0.1), (4, 0.0), (7, 0.3), (1, 0.0))]
+CASES += [
+    LossCase(1100, 48, 100.0, "collapsed"),
+    LossCase(3300, 16, 100.0, "collapsed"),
+    LossCase(130, 16, 0.0),
+    LossCase(130, 16, -20.0),
+]
+CASES += [
+    LossCase(n, 32, 30.0, "paired", c, e) for n in (5, 65, 1030) for c, e in ((None, 0.1), (4, 0.0), (7, 0.3), (1, 0.0))
+]
 CASES += [LossCase(n, 40, 50.0, "paired", dtype=t) for n in (7, 1030) for t in (torch.bfloat16, torch.float16)]
-CASES += [LossCase(70, 24, 20.0, layout=x, dtype=t) for x in ("transposed", "strided", "offset") for t in (torch.float32, torch.bfloat16)]
+CASES += [
+    LossCase(70, 24, 20.0, layout=x, dtype=t)
+    for x in ("transposed", "strided", "offset")
+    for t in (torch.float32, torch.bfloat16)
+]
 CASES += [LossCase(64, 512, 100.0, "paired"), LossCase(128, 768, 100.0, "paired")]
-
-SMALL_CASES = [c for c in CASES if c.n <= 130]

@@ -1,4 +1,5 @@
-"""Losses over the ranks of a process group equal one process with the joined batch: 2 and 3 gloo processes, uneven rows, one rank empty."""
+"""Losses over the ranks of a process group equal one process with the joined batch: 2 and 3 gloo processes, uneven
+rows, one rank empty."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def test_ranks_equal_the_joined_batch(counts: tuple[int, ...], tmp_path: Path) -
         want = step(case, kind, slice(None), None)
         got = [results[variant] for results in ranks]
         for on_rank in got:
-            assert_close(on_rank[0], want[0], 2 * value_tolerance(case, want[0].item()) * max(1.0, want[0].item()), "loss")
+            assert_close(
+                on_rank[0], want[0], 2 * value_tolerance(case, want[0].item()) * max(1.0, want[0].item()), "loss"
+            )
             assert_close(on_rank[3], want[3], 2 * gradient_tolerance(case, want[3]) * case.n, "scale gradient")
             if kind == "sigmoid":
                 assert_close(on_rank[4], want[4], 2 * gradient_tolerance(case, want[4]) * case.n, "bias gradient")

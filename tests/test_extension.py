@@ -1,4 +1,5 @@
-"""The extension module: instruction sets, import errors, torch's C ABI, re-import, and what `import clipft` pulls in."""
+"""The extension module: instruction sets, import errors, torch's C ABI, re-import, and what `import clipft` pulls
+in."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
 
 
 def test_kernels_run_on_the_chosen_instruction_set(isa: str) -> None:
@@ -34,10 +37,16 @@ def test_environment_lowers_the_instruction_set(isa_name: str) -> None:
 
 def test_an_instruction_set_that_is_missing_is_an_error() -> None:
     absent = next(isa for isa in ("neon", "avx2", "avx512") if isa not in _C.isas())
-    with pytest.raises(ValueError, match=f"this machine does not support the instruction set {absent}; the best it has is {_C.isas()[-1]}"):
+    with pytest.raises(
+        ValueError,
+        match=f"this machine does not support the instruction set {absent}; the best it has is {_C.isas()[-1]}",
+    ):
         _C.set_isa(absent)
     done = python("import clipft.ops", CLIPFT_ISA=absent)
-    assert done.returncode != 0 and f"ImportError: clipft: this machine does not support the instruction set {absent}" in done.stderr
+    assert (
+        done.returncode != 0
+        and f"ImportError: clipft: this machine does not support the instruction set {absent}" in done.stderr
+    )
 
 
 def test_an_unknown_instruction_set_is_an_error() -> None:
@@ -73,7 +82,9 @@ def test_import_with_a_torch_that_is_too_old_says_what_is_needed(tmp_path: Path)
 
 
 def test_import_is_lazy() -> None:
-    done = python("import sys, clipft; print([m for m in ('torch', 'torchvision', 'transformers') if m in sys.modules])")
+    done = python(
+        "import sys, clipft; print([m for m in ('torch', 'torchvision', 'transformers') if m in sys.modules])"
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -107,6 +118,9 @@ def test_our_declarations_equal_torchs() -> None:
 def test_c_kernels(tmp_path: Path) -> None:
     """The kernels' own tests, without torch, on every instruction set of this machine."""
     done = subprocess.run(
-        ["make", "-C", str(ROOT / "tests" / "c"), "check", f"BUILD={tmp_path}"], capture_output=True, text=True, check=False
+        ["make", "-C", str(ROOT / "tests" / "c"), "check", f"BUILD={tmp_path}"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0 and ", 0 failed" in done.stdout, done.stdout[-2000:] + done.stderr

@@ -72,7 +72,7 @@ def test_load_names_what_is_wrong(saved: Path, tmp_path: Path) -> None:
         clipft.load(tmp_path / "empty")
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
-    with pytest.raises(ValueError, match="expected model_type 'clip' .* found 'siglip'"):
+    with pytest.raises(ValueError, match=r"expected model_type 'clip' .* found 'siglip'"):
         clipft.load(saved)
 
 
@@ -162,7 +162,7 @@ def test_fused_logits_only_when_asked(batch: dict[str, torch.Tensor]) -> None:
 
 def test_fuse_keeps_the_object_and_unfuse_gives_it_back(batch: dict[str, torch.Tensor]) -> None:
     model, _ = tiny_clip()
-    before, state, calls = dict(vars(model)), {n: p for n, p in model.named_parameters()}, []
+    before, state, calls = dict(vars(model)), dict(model.named_parameters()), []
     model.register_forward_hook(lambda *_: calls.append(1))
     assert clipft.fuse(model) is model
     assert clipft.fuse(model) is model
@@ -208,7 +208,7 @@ def test_fuse_refuses_other_models() -> None:
     class Own(CLIPModel):
         pass
 
-    with pytest.raises(TypeError, match="expected a CLIPModel .* got .*Own"):
+    with pytest.raises(TypeError, match=r"expected a CLIPModel .* got .*Own"):
         clipft.fuse(Own(tiny_clip()[0].config))
     with pytest.raises(TypeError, match="got CLIPVisionModel"):
         clipft.fuse(CLIPVisionModel(tiny_clip()[0].config.vision_config))

@@ -1,4 +1,4 @@
-"""A CLIP model of a hundred thousand parameters with random weights, and pictures for it: what the fast tests run on."""
+"""A CLIP model of a hundred thousand parameters with random weights, and pictures for it: what fast tests run on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ def picture(index: int) -> tuple[Image.Image, str, str]:
     colour, shape = list(COLOURS)[index % 4], SHAPES[index // 4 % 4]
     noise = np.random.default_rng(index)
     pixels = noise.integers(0, 60, (40, 50, 3), dtype=np.uint8)
-    area = {"square": np.s_[10:30, 15:35], "bar": np.s_[15:25, :], "column": np.s_[:, 20:30], "frame": np.s_[2:38, 2:48]}
+    area = {
+        "square": np.s_[10:30, 15:35],
+        "bar": np.s_[15:25, :],
+        "column": np.s_[:, 20:30],
+        "frame": np.s_[2:38, 2:48],
+    }
     pixels[area[shape]] = COLOURS[colour]
     if shape == "frame":
         pixels[8:32, 8:42] = 0

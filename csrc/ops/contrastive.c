@@ -27,7 +27,8 @@ static bool number_classes(target_inputs *t, int64_t n, clipft_error *error)
     labelled *order = malloc((size_t)n * sizeof *order);
     t->ids = malloc((size_t)n * sizeof *t->ids);
     t->weight = malloc((size_t)n * sizeof *t->weight);
-    const bool ok = (order && t->ids && t->weight) || clipft_fail(error, "no memory for %lld labels", (long long)n);
+    const bool ok = order && t->ids && t->weight;
+    if (!ok) clipft_fail(error, "no memory for %lld labels", (long long)n);
     for (int64_t i = 0; ok && i < n; ++i) order[i] = (labelled){((const int64_t *)t->labels.data)[i * t->labels.stride[0]], i};
     if (ok) qsort(order, (size_t)n, sizeof *order, by_label);
     int32_t id = 0;

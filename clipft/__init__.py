@@ -1,0 +1,67 @@
+"""Fine-tune, evaluate and deploy CLIP models, with the hot paths in C.
+
+Public names are imported on first use (PEP 562), so ``import clipft`` loads neither torch nor torchvision.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipft import nn as nn
+    from clipft import reference as reference
+    from clipft.data import CLIPDataCollator as CLIPDataCollator
+    from clipft.evaluation import evaluate_retrieval as evaluate_retrieval
+    from clipft.evaluation import evaluate_zero_shot as evaluate_zero_shot
+    from clipft.models import freeze as freeze
+    from clipft.models import fuse as fuse
+    from clipft.models import load as load
+    from clipft.models import unfuse as unfuse
+    from clipft.ops import contrastive_loss as contrastive_loss
+    from clipft.ops import sigmoid_loss as sigmoid_loss
+    from clipft.pairs import load_pairs as load_pairs
+    from clipft.training import CLIPTrainer as CLIPTrainer
+    from clipft.training import CLIPTrainingArguments as CLIPTrainingArguments
+
+__version__ = "0.1.0"
+
+if importlib.util.find_spec("clipft._C") is None:
+    raise ImportError(
+        "clipft's C extension is not built here: this looks like a source tree. Install the package (pip install .) and import it "
+        "from another directory, or build in place with: python setup.py build_ext --inplace"
+    )
+
+_MODULE_OF = {
+    "contrastive_loss": "clipft.ops",
+    "sigmoid_loss": "clipft.ops",
+    "load": "clipft.models",
+    "freeze": "clipft.models",
+    "fuse": "clipft.models",
+    "unfuse": "clipft.models",
+    "load_pairs": "clipft.pairs",
+    "CLIPDataCollator": "clipft.data",
+    "CLIPTrainer": "clipft.training",
+    "CLIPTrainingArguments": "clipft.training",
+    "evaluate_retrieval": "clipft.evaluation",
+    "evaluate_zero_shot": "clipft.evaluation",
+}
+_SUBMODULES = ("nn", "reference")
+
+__all__ = [*_MODULE_OF, *_SUBMODULES]  # noqa: PLE0604  (names, all of them)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"clipft.{name}")
+    else:
+        raise AttributeError(f"module 'clipft' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,367 @@
+"""The command line: ``clipft train``, ``clipft evaluate``, ``clipft demo``.
+
+Heavy imports wait inside the commands, so that ``clipft --help`` answers at once. An error of the user's prints one
+line and ends with status 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["app", "main"]
+
+HELD_OUT = 0.2  # share of the data tested on where no test data is given
+VALIDATION = 0.1  # share of the training data that early stopping looks at
+
+METRICS = ("loss", *(f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)))
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fine-tune and evaluate CLIP models.",
+)
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward pass."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Model = Annotated[str, typer.Option(help="A folder as save_pretrained writes it, a hub name, or 'demo'.")]
+Data = Annotated[
+    str, typer.Option(help="Folder with a sub-folder a class, .csv/.tsv/.jsonl/.parquet file, or a data set's name.")
+]
+Templates = Annotated[
+    list[str] | None, typer.Option("--template", help="Caption of a class, with one {}; repeat for several.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pairs a step; all are negatives of each other.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load and augment pictures.")]
+
+
+def user_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print what went wrong with the input as one line; anything else keeps its traceback."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "red"), _one_line(error)))
+            raise typer.Exit(2) from error
+
+    return guarded
+
+
+def _one_line(error: Exception) -> str:
+    """The message; of an error in a loader's process, where torch adds the traceback to the message, the last line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
+        return lines[-1].partition(": ")[2]
+    return " ".join(" ".join(lines).split())
+
+
+@app.command()
+@user_errors
+def train(
+    *,
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Folder for the model, report.json and checkpoints.")],
+    eval_data: Annotated[
+        str | None, typer.Option(help="Data tested on before and after; default: a fifth of --data.")
+    ] = None,
+    freeze: Annotated[
+        str, typer.Option(help="none, text, vision, towers, vision:N or text:N (last N layers train).")
+    ] = "none",
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 5.0,
+    batch_size: BatchSize = 32,
+    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 1e-5,
+    warmup_ratio: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of the steps with a rising rate.")
+    ] = 0.1,
+    weight_decay: Annotated[
+        float, typer.Option(min=0.0, help="Of matrices; biases, norms and the scale have none.")
+    ] = 0.1,
+    max_grad_norm: Annotated[float, typer.Option(min=0.0, help="Gradient clipping; 0 turns it off.")] = 1.0,
+    label_smoothing: Annotated[float, typer.Option(min=0.0, max=0.99, help="Smoothing of the loss's targets.")] = 0.0,
+    precision: Annotated[Precision, typer.Option(help="Mixed precision; fp16 needs a GPU.")] = Precision.fp32,
+    workers: Workers = 0,
+    random_resized_crop: Annotated[
+        float | None, typer.Option(help="Random crops that keep at least this share of the area, for instance 0.8.")
+    ] = None,
+    horizontal_flip: Annotated[
+        float, typer.Option(help="Probability of a mirror image. Not for text in pictures, nor radiographs.")
+    ] = 0.0,
+    color_jitter: Annotated[
+        float, typer.Option(help="Strength of random colour, to 0.5. Not where colour matters.")
+    ] = 0.0,
+    template: Templates = None,
+    seed: Annotated[int, typer.Option(help="Of the order, the augmentation and the held-out split.")] = 42,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --output.")] = False,
+    early_stopping_patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many epochs without a better --metric; keep the best.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="For early stopping: loss, image_to_text_R@1, text_to_image_R@5, ...")
+    ] = "image_to_text_R@1",
+) -> None:
+    """Fine-tune a model and report what it gained."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output: expected a folder, {output} is a file")
+    if metric not in METRICS:
+        raise ValueError(f"--metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    console = _prepare()
+    from clipft import report
+    from clipft.models import freeze as freeze_model
+    from clipft.models import load, unfuse
+
+    sets = _load_sets(data, eval_data, validate=early_stopping_patience is not None, seed=seed, console=console)
+    clip, processor = load(model)
+    freeze_model(clip, freeze)
+    arguments = _training_arguments(
+        output,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        learning_rate=lr,
+        warmup_steps=warmup_ratio,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        label_smoothing_factor=label_smoothing,
+        bf16=precision is Precision.bf16,
+        fp16=precision is Precision.fp16,
+        dataloader_num_workers=workers,
+        random_resized_crop=random_resized_crop,
+        horizontal_flip=horizontal_flip,
+        color_jitter=color_jitter,
+        seed=seed,
+        **({"caption_templates": template} if template else {}),
+        **(_early_stopping(metric) if early_stopping_patience else {}),
+    )
+    trainer = _trainer(clip, processor, arguments, sets=sets, patience=early_stopping_patience, console=console)
+    score = Scorer(clip, processor, sets.test, arguments.caption_templates, batch_size, workers, console)
+    results = {"before": score("before")}
+    trainer.train(resume_from_checkpoint=_resume_point(output, console) if resume else None)
+    if early_stopping_patience:
+        console.print(f"kept the model of step {trainer.state.best_global_step} of {trainer.state.global_step}")
+    results["after"] = score("after")
+    if trainer.is_world_process_zero():
+        report.save_model(unfuse(clip), processor, output)
+        report.write_json(output / "report.json", results)
+        report.show(results, sets.test_name, console)
+        console.print(f"model and report.json in {output}")
+
+
+@app.command()
+@user_errors
+def evaluate(
+    *,
+    model: Model,
+    data: Data,
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    template: Templates = None,
+    output: Annotated[Path | None, typer.Option(help="File for the numbers, as JSON.")] = None,
+) -> None:
+    """Zero-shot classification where the data has classes, retrieval where it has captions."""
+    console = _prepare()
+    from clipft import load_pairs, report
+    from clipft.data import DEFAULT_TEMPLATES
+    from clipft.models import load
+
+    dataset = load_pairs(data)
+    clip, processor = load(model)
+    score = Scorer(clip, processor, dataset, template or list(DEFAULT_TEMPLATES), batch_size, workers, console)
+    result = score("evaluating")
+    report.show({"score": result}, f"{model} on {len(dataset)} pictures of {data}", console)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        report.write_json(output, result)
+
+
+@app.command()
+@user_errors
+def demo(output: Annotated[Path, typer.Option(help="Folder for the model and the picture of retrievals.")]) -> None:
+    """Fine-tune the embedded model on a new drawing style, offline, and show what it gained."""
+    from clipft.demo import run
+
+    run(output=output)
+
+
+# ---- parts of train ----
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The rows of a run. ``validation`` chooses the epoch, if early stopping is on, and is no part of ``test``."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset | None
+    test: datasets.Dataset
+    test_name: str
+
+
+def _prepare() -> Console:
+    """Quiet libraries, and the console to print on."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)  # under torchrun one process prints
+
+
+def _load_sets(data: str, eval_data: str | None, *, validate: bool, seed: int, console: Console) -> Sets:
+    from clipft import load_pairs
+
+    train, validation = load_pairs(data), None
+    if eval_data is None:
+        train, test = _hold_out(train, HELD_OUT, seed)
+        test_name = f"{len(test)} pictures of {data}, held out of training (seed {seed})"
+    else:
+        test = load_pairs(eval_data)
+        test_name = f"{len(test)} pictures of {eval_data}"
+    if validate:
+        train, validation = _hold_out(train, VALIDATION, seed)
+    console.print(f"training on {len(train)} pictures of {data}; testing on {test_name}")
+    if validation is not None:
+        console.print(f"early stopping looks at {len(validation)} more pictures, held out of training")
+    return Sets(train, validation, test, test_name)
+
+
+def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """A split that depends on the data and the seed alone, with each class's share where there are classes."""
+    from clipft.data import class_names_of
+
+    by = "label" if class_names_of(dataset) else None
+    try:
+        parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column=by)
+    except ValueError as error:
+        raise ValueError(
+            f"--data: {len(dataset)} rows are too few to hold some out ({error}); give --eval-data"
+        ) from error
+    return parts["train"], parts["test"]
+
+
+def _training_arguments(output: Path, **options: Any) -> Any:
+    import torch
+
+    from clipft.training import CLIPTrainingArguments
+
+    defaults: dict[str, Any] = {
+        "output_dir": str(output / "checkpoints"),
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "logging_steps": 5,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
+        "log_level": "error",
+    }
+    return CLIPTrainingArguments(**(defaults | options))
+
+
+def _early_stopping(metric: str) -> dict[str, Any]:
+    return {
+        "eval_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": f"eval_{metric}",
+    }
+
+
+def _trainer(clip: Any, processor: Any, arguments: Any, *, sets: Sets, patience: int | None, console: Console) -> Any:
+    from transformers import EarlyStoppingCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    from clipft.report import ProgressReport
+    from clipft.training import CLIPTrainer
+
+    trainer = CLIPTrainer(
+        clip,
+        arguments,
+        train_dataset=sets.train,
+        eval_dataset=sets.validation,
+        processing_class=processor,
+        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        trainer.add_callback(ProgressReport(console))
+    return trainer
+
+
+def _resume_point(output: Path, console: Console) -> str | None:
+    from clipft.training import last_checkpoint
+
+    if not any((output / "checkpoints").glob("checkpoint-*")):
+        console.print(f"--resume: no checkpoint in {output} yet, starting from the beginning")
+        return None
+    checkpoint = last_checkpoint(output / "checkpoints")
+    console.print(f"resuming from {checkpoint}")
+    return str(checkpoint)
+
+
+# ---- parts of both ----
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores a model on a data set: ``zero_shot`` where classes have names, ``retrieval`` where there are captions."""
+
+    clip: Any
+    processor: Any
+    dataset: datasets.Dataset
+    templates: list[str]
+    batch_size: int
+    workers: int
+    console: Console
+
+    def __call__(self, stage: str) -> dict[str, Any]:
+        """The numbers for report.json; ``stage`` is shown beside the progress bar."""
+        from clipft.data import class_names_of
+        from clipft.evaluation import evaluate_retrieval, evaluate_zero_shot
+        from clipft.report import bar
+
+        run = (self.clip, self.processor, self.dataset)
+        names, result = class_names_of(self.dataset), {}
+        with bar(self.console) as progress:
+            options: dict[str, Any] = {
+                "batch_size": self.batch_size,
+                "num_workers": self.workers,
+                "progress": functools.partial(progress.track, description=stage),
+            }
+            if names:
+                result["zero_shot"] = evaluate_zero_shot(*run, names, self.templates, **options)
+            if "caption" in self.dataset.column_names:
+                result["retrieval"] = evaluate_retrieval(*run, **options)
+        if not result:
+            raise ValueError("--data: expected captions, or labels with names, found labels that are numbers only")
+        return result
+
+
+def main() -> None:
+    """Entry point of the ``clipft`` command."""
+    app(prog_name="clipft")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Loading, freezing and fusing Hugging Face ``CLIPModel``.
+
+``fuse`` takes over one instance by its class: parameters, names and hooks stay, only ``forward`` computes the loss with
+``clipft.contrastive_loss`` and leaves the matrix of logits out unless it is asked for. ``unfuse`` gives the class back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPProcessor
+from transformers.models.clip.modeling_clip import CLIPOutput
+from transformers.utils.generic import can_return_tuple
+
+__all__ = ["freeze", "fuse", "load", "unfuse"]
+
+_DEMO = Path(__file__).parent / "demo" / "model"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+# ---- loading ----
+
+
+def load(name_or_path: str | Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProcessor]:
+    """Load a CLIP model and its processor.
+
+    Args:
+        name_or_path: ``"demo"`` for the small model inside the package, a folder as ``save_pretrained`` writes it, or a
+            name on the Hugging Face hub.
+        kwargs: passed to ``CLIPModel.from_pretrained`` (``dtype``, ``revision``, ...). Weights are read from
+            safetensors only.
+
+    Returns:
+        The model in evaluation mode, and a processor whose image processor is torchvision's: Hugging Face has two,
+        their outputs differ by up to 0.015, and everything in clipft uses this one.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file is missing in it.
+        ValueError: the folder holds another kind of model.
+    """
+    folder = _DEMO if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
+    source = str(folder)
+    if folder.is_dir() or folder is _DEMO:
+        _check_folder(folder)
+    elif _looks_like_path(str(name_or_path)):
+        raise FileNotFoundError(
+            f"name_or_path: expected 'demo', a folder or a model name, but there is no folder {str(name_or_path)!r}"
+        )
+    else:
+        source = str(name_or_path)
+    processor = CLIPProcessor.from_pretrained(source, revision=kwargs.get("revision", "main"), backend="torchvision")
+    backend = getattr(processor.image_processor, "backend", None)
+    if backend != "torchvision":
+        raise ImportError(
+            f"name_or_path: {source!r}: expected an image processor with the torchvision backend, got {backend!r}: "
+            "install torchvision"
+        )
+    model = CLIPModel.from_pretrained(source, use_safetensors=True, **kwargs)
+    return cast(CLIPModel, model.eval()), processor
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _check_folder(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.glob("*"))[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{folder}: expected a model folder as save_pretrained writes it, with config.json; found {found}"
+        )
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{config}: expected a JSON object with the model's configuration ({error})") from error
+    if kind != "clip":
+        raise ValueError(f"{config}: expected model_type 'clip' (a CLIPModel), found {kind!r}")
+    if not any((folder / name).is_file() for name in _WEIGHTS):
+        hint = (
+            "; pytorch_model.bin is a pickle, which clipft does not open: save it again with save_pretrained(...)"
+            if (folder / "pytorch_model.bin").exists()
+            else ""
+        )
+        raise FileNotFoundError(f"{folder}: expected the weights in {_WEIGHTS[0]}, which is missing{hint}")
+
+
+# ---- freezing ----
+
+_STRATEGIES = '"none", "text", "vision", "towers", "vision:N", "text:N" (N: last layers that stay trainable)'
+
+
+def freeze(model: CLIPModel, strategy: str) -> CLIPModel:
+    """Choose which parameters train. A strategy is absolute: it does not add to an earlier one, and ``"none"`` undoes
+    any.
+
+    Args:
+        model: a ``CLIPModel``, fused or not; changed in place.
+        strategy: ``"none"`` trains everything. ``"text"`` and ``"vision"`` freeze that tower and its projection.
+            ``"towers"`` freezes both towers and leaves both projections and the logit scale. ``"vision:N"`` and
+            ``"text:N"`` freeze a tower's embeddings and all but its last N layers; its last norm and projection train.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an unknown strategy, or N outside 1 ... the tower's number of layers.
+    """
+    if not isinstance(model, CLIPModel):
+        raise TypeError(f"model: expected a CLIPModel, got {type(model).__name__}")
+    frozen = _frozen_by(model, strategy)
+    model.requires_grad_(True)
+    for part in frozen:
+        part.requires_grad_(False)
+    return model
+
+
+def _frozen_by(model: CLIPModel, strategy: str) -> list[nn.Module]:
+    vision, text = model.vision_model, model.text_model
+    whole: dict[str, list[nn.Module]] = {
+        "none": [],
+        "text": [text, model.text_projection],
+        "vision": [vision, model.visual_projection],
+        "towers": [text, vision],
+    }
+    if strategy in whole:
+        return whole[strategy]
+    tower, _, count = str(strategy).partition(":")
+    if tower == "vision" and count.isdecimal():
+        stem = [vision.embeddings, vision.pre_layrnorm]
+        return [*stem, *_all_but_last(vision.encoder.layers, int(count), strategy)]
+    if tower == "text" and count.isdecimal():
+        return [text.embeddings, *_all_but_last(text.encoder.layers, int(count), strategy)]
+    raise ValueError(f"strategy: expected one of {_STRATEGIES}, got {strategy!r}")
+
+
+def _all_but_last(layers: Iterable[nn.Module], count: int, strategy: str) -> list[nn.Module]:
+    layers = list(layers)
+    if not 1 <= count <= len(layers):
+        raise ValueError(f"strategy: expected N from 1 to {len(layers)}, the tower's layers, got {strategy!r}")
+    return layers[: len(layers) - count]
+
+
+# ---- fusing ----
+
+
+@dataclass
+class FusedCLIPOutput(CLIPOutput):
+    """``CLIPOutput`` and, last, the multiplier of the cosines (``logit_scale.exp()``), so that a loss outside the model
+    can use it.
+    """
+
+    logit_scale: Tensor | None = None
+
+
+class FusedCLIPModel(CLIPModel):
+    """A ``CLIPModel`` whose ``forward`` uses ``clipft.contrastive_loss``. Made by :func:`fuse` only."""
+
+    accepts_loss_kwargs = False  # HF's Trainer asks: the loss is a mean over the batch it sees
+
+    @can_return_tuple
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> FusedCLIPOutput:
+        """As ``CLIPModel.forward``, but with ``return_loss=True`` logits come only with ``return_logits=True``.
+
+        Embeddings are L2-normalised in float32, whatever the towers compute in: at a scale of 100, bfloat16 embeddings
+        would move logits by tenths.
+        """
+        if return_logits is None:
+            return_logits = not return_loss
+        vision = self.get_image_features(
+            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        text = self.get_text_features(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        image_embeds, text_embeds = _normalised(vision.pooler_output), _normalised(text.pooler_output)
+        scale = self.logit_scale.exp()
+        loss = logits = None
+        if return_loss:
+            from clipft.ops import contrastive_loss
+
+            loss = contrastive_loss(image_embeds, text_embeds, scale)
+        if return_logits:
+            logits = scale * image_embeds @ text_embeds.t()
+        return FusedCLIPOutput(
+            loss=loss,
+            logits_per_image=logits,
+            logits_per_text=None if logits is None else logits.t(),
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text,
+            vision_model_output=vision,
+            logit_scale=scale,
+        )
+
+
+# The class name is written into config.json; pickle and deepcopy find the class by its qualified name.
+FusedCLIPModel.__name__ = "CLIPModel"
+
+
+def _normalised(embeds: Tensor) -> Tensor:
+    return embeds / torch.linalg.vector_norm(embeds, dim=-1, keepdim=True, dtype=torch.float32)
+
+
+def fuse(model: Any) -> Any:
+    """Let an existing ``CLIPModel``, or the one inside a peft model, compute its loss with ``clipft.contrastive_loss``.
+
+    The instance keeps its parameters, their names, its hooks and its place in other modules; ``copy.deepcopy``,
+    ``save_pretrained`` and pickling work, and what is saved loads as a plain ``CLIPModel``. With ``return_loss=True``
+    the output holds ``loss``, ``image_embeds`` and ``text_embeds``, and logits only with ``return_logits=True``. Fusing
+    twice is harmless.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: not a ``CLIPModel``, or a subclass of it, whose own ``forward`` would be lost.
+    """
+    clip = _clip_inside(model)
+    if type(clip) is not FusedCLIPModel:
+        if type(clip) is not CLIPModel:
+            raise TypeError(f"model: expected a CLIPModel or a peft model of one, got {type(clip).__qualname__}")
+        clip.__class__ = FusedCLIPModel
+    return model
+
+
+def unfuse(model: Any) -> Any:
+    """Undo :func:`fuse`: the same object, a plain ``CLIPModel`` again. A model that is not fused is left as it is."""
+    clip = _clip_inside(model)
+    if type(clip) is FusedCLIPModel:
+        clip.__class__ = CLIPModel  # type: ignore[assignment]
+        _drop_wrapped_forward(clip)
+    return model
+
+
+def _clip_inside(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _drop_wrapped_forward(clip: CLIPModel) -> None:
+    """Mixed precision in accelerate leaves a wrapper of the class's forward, here the fused one, on the instance."""
+    original = vars(clip).get("_original_forward")
+    if getattr(original, "__func__", None) is FusedCLIPModel.forward:
+        del clip._original_forward
+        clip.__dict__.pop("forward", None)

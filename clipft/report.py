@@ -1,0 +1,141 @@
+"""What a run shows and leaves behind: before / after tables, a progress bar for training, files that appear whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback
+
+__all__ = ["ProgressReport", "bar", "save_model", "show", "write_json"]
+
+_ZERO_SHOT = ("accuracy", "balanced_accuracy", "macro_f1", "top5")
+
+
+# ---- tables ----
+
+
+def show(results: dict[str, dict[str, Any]], title: str, console: Console) -> None:
+    """Print the metrics, one column a stage (such as ``before`` and ``after``), and the classes of the last stage."""
+    console.print(f"\n{title}", highlight=False)
+    console.print(_metrics_table(results))
+    stage, last = list(results.items())[-1]
+    if "zero_shot" in last:
+        console.print(f"\nby class, {stage}" if len(results) > 1 else "\nby class", highlight=False)
+        console.print(_per_class_table(last["zero_shot"]["per_class"]))
+
+
+def _metrics_table(results: dict[str, dict[str, Any]]) -> Table:
+    stages = list(results)
+    table = Table("metric")
+    for heading in [*stages, *(["gain"] if len(stages) == 2 else [])]:
+        table.add_column(heading, justify="right")
+    for name in _flat(results[stages[0]]):
+        values = [_flat(results[stage])[name] for stage in stages]
+        gain = [_gain(values[1] - values[0])] if len(values) == 2 else []
+        table.add_row(name, *(f"{value:.3f}" for value in values), *gain)
+    return table
+
+
+def _flat(result: dict[str, Any]) -> dict[str, float]:
+    rows = {}
+    if "zero_shot" in result:
+        shown = (
+            _ZERO_SHOT if len(result["zero_shot"]["per_class"]) > 5 else _ZERO_SHOT[:-1]
+        )  # of five classes all are in the top 5
+        rows = {f"zero-shot {name.replace('_', ' ')}": result["zero_shot"][name] for name in shown}
+    return rows | {f"retrieval {name.replace('_', ' ')}": value for name, value in result.get("retrieval", {}).items()}
+
+
+def _gain(value: float) -> str:
+    colour = "green" if value > 0 else "red" if value < 0 else "default"
+    return f"[{colour}]{value:+.3f}[/]"
+
+
+def _per_class_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("class")
+    for name in ("precision", "recall", "f1", "support"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["class"], *(f"{row[name]:.3f}" for name in ("precision", "recall", "f1")), str(row["support"])
+        )
+    return table
+
+
+# ---- progress ----
+
+
+class ProgressReport(TrainerCallback):
+    """One bar for the run, with the last loss, in place of Trainer's printed dictionaries."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = bar(console)
+        self.task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar; a resumed run starts where it was."""
+        self.progress.start()
+        self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step further."""
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Show the loss."""
+        if logs and "loss" in logs:
+            self.progress.update(self.task, description=f"training  epoch {state.epoch:.1f}  loss {logs['loss']:.4f}")
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Print what early stopping looks at."""
+        shown = {"eval_loss", args.metric_for_best_model} & (metrics or {}).keys()
+        values = "  ".join(f"{name.removeprefix('eval_')} {(metrics or {})[name]:.4f}" for name in sorted(shown))
+        self.progress.console.print(f"epoch {state.epoch:.0f} on the rows held out for it: {values}", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the finished bar on the screen."""
+        self.progress.stop()
+
+
+def bar(console: Console) -> Progress:
+    """A progress bar with counts and times."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
+# ---- files ----
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write under a temporary name, then rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def save_model(model: Any, processor: Any, folder: Path) -> None:
+    """``save_pretrained`` of both into a temporary folder, then file by file into place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=folder))
+    try:
+        model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        for file in staging.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(staging)

@@ -1,0 +1,359 @@
+"""``transformers.Trainer`` for CLIP: the fused contrastive loss, retrieval metrics, negatives across processes, exact
+resume.
+
+What it changes: the model's forward gives embeddings and no logits; the loss is ``clipft.contrastive_loss`` on them;
+evaluation gathers embeddings [N, D] and ranks them; rows are drawn by (seed, epoch, index); a checkpoint appears under
+its name when whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import CLIPProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from clipft.data import DEFAULT_TEMPLATES, Augmentation, CLIPDataCollator, EpochSampler, PairRows
+from clipft.evaluation import embed_texts, index_texts, retrieval_metrics
+from clipft.models import fuse
+from clipft.ops import contrastive_loss
+
+__all__ = ["CLIPTrainer", "CLIPTrainingArguments"]
+
+_logger = logging.getLogger(__name__)
+_MAX_LOG_SCALE = math.log(100.0)  # CLIP's own ceiling: beyond it training is unstable (arXiv:2103.00020, 2.5)
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass
+class CLIPTrainingArguments(TrainingArguments):
+    """``TrainingArguments`` with the defaults of CLIP fine-tuning, and what only CLIP needs.
+
+    ``label_smoothing_factor`` smooths the targets of the contrastive loss. Augmentations are off by default; see
+    ``clipft.data.Augmentation`` for when each of them harms.
+    """
+
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Peak learning rate; 5e-6 to 1e-5 keeps what the model knows."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Linear warm-up: steps, or below 1 a share of all steps."}
+    )
+    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Schedule after the warm-up."})
+    weight_decay: float = field(default=0.1, metadata={"help": "For weights of two or more dimensions only."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the data."})
+    per_device_train_batch_size: int = field(
+        default=32, metadata={"help": "Pairs a process; all are negatives of each other."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=32, metadata={"help": "As in training, so that the losses compare."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "The trainer picks the columns that it needs itself."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Resume early stopping with the patience it had left."}
+    )
+    random_resized_crop: float | None = field(
+        default=None, metadata={"help": "Smallest share of the area a crop may keep."}
+    )
+    horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of a mirror image."})
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "Strength of random brightness, contrast, saturation, hue."}
+    )
+    caption_templates: list[str] = field(
+        default_factory=lambda: list(DEFAULT_TEMPLATES),
+        metadata={"help": "Captions from class names, where the data set has labels and no captions."},
+    )
+    cudnn_benchmark: bool = field(
+        default=False, metadata={"help": "Let cuDNN time its kernels; batches have one size."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cudnn_benchmark and self.full_determinism:
+            raise ValueError(
+                "cudnn_benchmark: its choice of kernels varies between runs; not with full_determinism=True"
+            )
+
+
+class CLIPTrainer(Trainer):
+    """Used as ``transformers.Trainer``: ``CLIPTrainer(model, args, train_dataset=..., eval_dataset=...,
+    processing_class=processor)``.
+
+    Data sets have columns ``image``, ``caption`` (a string or a list) and / or ``label`` (see ``clipft.load_pairs``).
+    Evaluation gives ``eval_loss`` and ``eval_image_to_text_R@1`` and so on; ``predict`` gives embeddings, (image [N,
+    D], text [N, D]). Several processes (``torchrun``) use each other's pairs as negatives. The model is fused
+    (:func:`clipft.fuse`) and stays so; :func:`clipft.unfuse` undoes it.
+    """
+
+    args: CLIPTrainingArguments
+    loss_is_scaled_for_ga = False  # a mean over the micro-batch: Trainer divides it by the accumulation steps
+
+    def __init__(self, model: Any = None, args: CLIPTrainingArguments | None = None, **kwargs: Any) -> None:
+        args = CLIPTrainingArguments(output_dir="trainer_output") if args is None else args
+        _check_arguments(args, kwargs)
+        if model is not None:
+            fuse(model)
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = _own_collator(model, args, kwargs.get("processing_class"))
+        super().__init__(model=model, args=args, **kwargs)
+        # Hugging Face's smoother is for class logits; compute_loss passes the factor to the contrastive loss.
+        self.label_smoother = None
+        self.add_callback(_ClampLogitScale)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in Trainer, and fused."""
+        return cast(nn.Module, fuse(super().call_model_init(trial)))
+
+    # ---- data ----
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_dataloader(PairRows(dataset, self.args.caption_templates), *args, **kwargs)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        return data_collator  # PairRows has left out what is not needed
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(rows), seed, lambda: int(self.state.epoch or 0))
+
+    # ---- loss and optimiser ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The contrastive loss of the batch; in several processes, of the batches of all ranks together."""
+        features = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**features, return_logits=False)
+        image_embeds, text_embeds = outputs.image_embeds, outputs.text_embeds
+        group = dist.group.WORLD if self.args.world_size > 1 else None
+        if group is not None:
+            image_embeds, text_embeds = (
+                _times_world_size(e, self.args.world_size) for e in (image_embeds, text_embeds)
+            )
+        loss = contrastive_loss(
+            image_embeds,
+            text_embeds,
+            outputs.logit_scale,
+            labels=inputs.get("labels"),
+            label_smoothing=self.args.label_smoothing_factor,
+            group=group,
+        )
+        return (loss, outputs) if return_outputs else loss
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in open_clip: no decay for biases, norms, the class embedding and the logit scale, which have fewer than
+        two dimensions.
+        """
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    # ---- evaluation ----
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Tensor | None]:
+        """Loss, (image_embeds, text_embeds) and labels of a batch: nothing of size B x B to gather."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, (outputs.image_embeds, outputs.text_embeds), inputs.get("labels")
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop, then retrieval metrics from its embeddings: the towers run once."""
+        loss_only = self.args.prediction_loss_only
+        output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
+        if not loss_only and output.metrics is not None:
+            for name, value in self._retrieval(dataloader.dataset, output.predictions).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def _retrieval(self, rows: PairRows, predictions: Any) -> dict[str, float]:
+        captions = rows.captions()
+        texts_of, texts = index_texts(captions)
+        image_embeds, first_embeds = (torch.from_numpy(part).float() for part in predictions)
+        known = {own[0]: row for row, own in enumerate(captions)}
+        rest = [text for text in texts if text not in known]
+        if rest:
+            processor = cast(CLIPProcessor, self.processing_class)
+            model = cast(nn.Module, self.model)
+            rest_embeds = embed_texts(model, processor, rest, self.args.per_device_eval_batch_size)
+            first_embeds = torch.cat([first_embeds, rest_embeds])
+            known |= {text: len(captions) + place for place, text in enumerate(rest)}
+        return retrieval_metrics(image_embeds, first_embeds[[known[text] for text in texts]], texts_of)
+
+    # ---- checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; ``resume_from_checkpoint=True`` takes the last whole checkpoint and passes over
+        unfinished ones.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(str(self.args.output_dir)))
+        with _cudnn_benchmark(self.args.cudnn_benchmark):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write under a temporary name, then rename: whatever is called ``checkpoint-N`` is whole."""
+        folder = Path(self._get_output_dir(trial))
+        staging = folder / "tmp-checkpoint"
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()  # every rank has written its random state
+        self._publish(staging / name, folder / name)
+
+    _staging: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else from _publish, under the final name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _publish(self, staged: Path, final: Path) -> None:
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+            shutil.rmtree(final, ignore_errors=True)  # of an earlier run in this folder
+            staged.rename(final)
+            staged.parent.rmdir()
+            rotate_checkpoints(
+                str(final.parent), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+
+# ---- parts ----
+
+
+def _check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
+    if not isinstance(args, CLIPTrainingArguments):
+        raise TypeError(f"args: expected clipft.CLIPTrainingArguments, got {type(args).__name__}")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"args: {args.n_gpu} GPUs in one process would split the negatives; start one process each (torchrun "
+            f"--nproc-per-node {args.n_gpu}), or choose one with CUDA_VISIBLE_DEVICES"
+        )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy: expected 'random', which resumes exactly, got {args.train_sampling_strategy!r}"
+        )
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16: needs a GPU; on a CPU train in bfloat16 (bf16=True) or float32")
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func: CLIPTrainer computes the contrastive loss; override compute_loss for another"
+        )
+
+
+def _own_collator(model: Any, args: CLIPTrainingArguments, processor: Any) -> CLIPDataCollator:
+    if not isinstance(processor, CLIPProcessor):
+        raise TypeError(
+            f"processing_class: expected a CLIPProcessor (clipft.load gives one), got {type(processor).__name__}"
+        )
+    augmentation = Augmentation(args.random_resized_crop, args.horizontal_flip, args.color_jitter)
+    length = None if model is None else model.config.text_config.max_position_embeddings
+    return CLIPDataCollator(processor, augmentation=augmentation, seed=args.seed, max_length=length)
+
+
+def _times_world_size(embeds: Tensor, world_size: int) -> Tensor:
+    """Scale the gradient. With ``group`` each rank gets the gradient of the joined batch's loss for its own embeddings;
+    the model's gradient is the sum of the ranks' parts, but DistributedDataParallel takes their mean. (The logit
+    scale's gradient is whole on every rank, so its mean is right.)
+    """
+    if embeds.requires_grad:
+        embeds.register_hook(lambda gradient: gradient * world_size)
+    return embeds
+
+
+class _ClampLogitScale(TrainerCallback):
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        scale = (model.get_base_model() if hasattr(model, "get_base_model") else model).logit_scale
+        if scale.requires_grad:
+            with torch.no_grad():
+                scale.clamp_(max=_MAX_LOG_SCALE)
+
+
+@contextmanager
+def _cudnn_benchmark(value: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = value
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def last_checkpoint(folder: str | Path) -> Path:
+    """The whole checkpoint with the highest step; unfinished ones are passed over with a warning.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [
+        (int(match[1]), path)
+        for path in Path(folder).glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    for _, path in sorted(found, reverse=True):
+        missing = _missing_from(path)
+        if not missing:
+            return path
+        _logger.warning("%s is not a whole checkpoint (%s): resuming from an earlier one", path, missing)
+    raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint-N in {folder}, found none")
+
+
+def _missing_from(checkpoint: Path) -> str:
+    """What a checkpoint lacks for an exact resume, or an empty string."""
+    weights = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+    if not any((checkpoint / name).is_file() for name in weights):
+        return "no weights"
+    for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):
+        if not any(checkpoint.glob(pattern)):
+            return f"no {pattern}"
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "no readable trainer_state.json"
+    return ""

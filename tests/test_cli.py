@@ -1,0 +1,176 @@
+"""The command line: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_clip import captioned, class_folders, picture, tiny_clip
+from transformers import CLIPModel
+from typer.testing import CliRunner
+
+import clipft
+from clipft.cli import METRICS, app
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    model, processor = tiny_clip()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return class_folders(tmp_path_factory.mktemp("colours"), 40)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("table")
+    rows = []
+    for index in range(30):
+        picture(index)[0].save(folder / f"{index}.png")
+        rows.append(json.dumps({"image": f"{index}.png", "captions": [f"{picture(index)[1]} {index}", f"no. {index}"]}))
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
+    return folder / "pairs.jsonl"
+
+
+def run(*arguments: Any) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_train_on_class_folders(base: Path, colours: Path, tmp_path: Path) -> None:
+    options = ["--epochs", 8, "--batch-size", 8, "--lr", 3e-3, "--horizontal-flip", 0.5, "--workers", 1]
+    result = run("train", "--model", base, "--data", colours, "--output", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert "training on 32 pictures" in result.output
+    assert f"testing on 8 pictures of {colours}, held out of training (seed 42)" in result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report.keys() == {"before", "after"}
+    assert report["after"].keys() == {"zero_shot"}  # class names are not captions
+    zero_shot = report["after"]["zero_shot"]
+    assert zero_shot.keys() == {"accuracy", "balanced_accuracy", "macro_f1", "top5", "per_class"}
+    assert [row["class"] for row in zero_shot["per_class"]] == ["blue", "green", "red", "yellow"]
+    assert [row["support"] for row in zero_shot["per_class"]] == [2, 2, 2, 2]  # each class's share
+    assert zero_shot["accuracy"] >= report["before"]["zero_shot"]["accuracy"] + 0.25
+    assert type(CLIPModel.from_pretrained(tmp_path / "out")) is CLIPModel
+    again = run("evaluate", "--model", tmp_path / "out", "--data", colours, "--output", tmp_path / "all.json")
+    assert again.exit_code == 0
+    assert "balanced accuracy" in again.output
+    assert json.loads((tmp_path / "all.json").read_text())["zero_shot"]["accuracy"] >= 0.5
+
+
+def test_train_on_captions_with_a_test_set(base: Path, table: Path, tmp_path: Path) -> None:
+    captioned(12).to_parquet(tmp_path / "test.parquet")
+    out = tmp_path / "out"
+    options = ["--eval-data", tmp_path / "test.parquet", "--epochs", 1, "--batch-size", 10, "--freeze", "vision:1"]
+    result = run("train", "--model", base, "--data", table, "--output", out, *options)
+    assert result.exit_code == 0, result.output
+    assert "training on 30 pictures" in result.output
+    assert "testing on 12 pictures" in result.output
+    report = json.loads((out / "report.json").read_text())
+    assert report["before"].keys() == report["after"].keys() == {"retrieval"}
+    assert report["after"]["retrieval"].keys() == set(METRICS[1:])
+    model, processor = clipft.load(out)
+    expected = clipft.evaluate_retrieval(model, processor, clipft.load_pairs(tmp_path / "test.parquet"))
+    assert report["after"]["retrieval"] == pytest.approx(expected)
+    start = clipft.load(base)[0]
+    assert torch.equal(model.vision_model.embeddings.class_embedding, start.vision_model.embeddings.class_embedding)
+
+
+def test_the_held_out_split_is_the_same_each_time(base: Path, colours: Path, tmp_path: Path) -> None:
+    reports = []
+    for name in ("one", "two"):
+        run("train", "--model", base, "--data", colours, "--output", tmp_path / name, "--epochs", 1)
+        reports.append((tmp_path / name / "report.json").read_text())
+    assert reports[0] == reports[1]
+
+
+def test_early_stopping_looks_at_rows_of_its_own(base: Path, colours: Path, tmp_path: Path) -> None:
+    options = ["--early-stopping-patience", 1, "--epochs", 9, "--lr", 0.0]
+    result = run("train", "--model", base, "--data", colours, "--output", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    assert "training on 28 pictures" in result.output
+    assert "early stopping looks at 4 more pictures, held out of training" in result.output
+    assert "kept the model of step 1 of 2" in result.output
+
+
+def test_resume_goes_on_to_the_same_model(base: Path, table: Path, tmp_path: Path) -> None:
+    """The run's last checkpoint and its result are taken away, as if it had been killed after the first epoch."""
+    options = ["--model", base, "--data", table, "--epochs", 2, "--batch-size", 8, "--random-resized-crop", 0.5]
+    run("train", *options, "--output", tmp_path / "whole")
+    run("train", *options, "--output", tmp_path / "broken")
+    whole, broken = (tmp_path / name / "model.safetensors" for name in ("whole", "broken"))
+    last = tmp_path / "broken" / "checkpoints" / "checkpoint-6"
+    (last / "optimizer.pt").unlink()
+    broken.unlink()
+    result = run("train", *options, "--output", tmp_path / "broken", "--resume")
+    assert "resuming from" in result.output
+    assert "checkpoint-3" in result.output
+    assert broken.read_bytes() == whole.read_bytes()
+    first = run("train", *options, "--output", tmp_path / "new", "--resume")
+    assert "no checkpoint in" in first.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "/no/model"], "there is no folder '/no/model'"),
+        (["--data", "/no/data.csv"], "there is no '/no/data.csv'"),
+        (["--freeze", "all"], 'expected one of "none", "text"'),
+        (["--metric", "f1"], "--metric: expected one of loss, image_to_text_R@1"),
+        (["--random-resized-crop", "2"], "random_resized_crop: expected a share"),
+        (["--template", "no place"], "exactly one {}"),
+        (["--output", __file__], "--output: expected a folder"),
+    ],
+)
+def test_user_errors_are_one_line_and_status_2(
+    base: Path, colours: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    arguments = {"--model": base, "--data": colours, "--output": tmp_path} | dict([options])
+    result = run("train", *(part for option in arguments.items() for part in option))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_named(base: Path, tmp_path: Path, workers: int) -> None:
+    class_folders(tmp_path, 8)
+    (tmp_path / "red" / "broken.png").write_bytes(b"")
+    result = run("evaluate", "--model", base, "--data", tmp_path, "--workers", workers)
+    assert result.exit_code == 2
+    assert "error: row " in result.stderr
+    assert "broken.png" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from clipft.cli import app;"
+        "print(CliRunner().invoke(app, ['train', '--help']).output); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--early-stopping-patience" in done.stdout
+
+
+def test_train_on_real_pictures(base: Path, data_folder: Path, tmp_path: Path) -> None:
+    """A random model of a hundred thousand parameters learns to tell radiographs in two epochs."""
+    options = ["--epochs", 2, "--lr", 1e-3, "--batch-size", 32, "--template", "a radiograph, {}"]
+    result = run("train", "--model", base, "--data", data_folder / "chest_xray", "--output", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    gain = report["after"]["zero_shot"]["balanced_accuracy"] - report["before"]["zero_shot"]["balanced_accuracy"]
+    assert gain > 0.1

@@ -1,0 +1,352 @@
+"""clipft.load_pairs, preprocessing, augmentation and the collator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_clip import COLOURS, LENGTH, SIZE, captioned, class_folders, labelled, picture, tiny_clip
+from torch.utils.data import DataLoader
+from transformers import CLIPImageProcessor, CLIPImageProcessorPil
+
+import clipft
+from clipft.data import Augmentation, EpochSampler, PairRows, build_transform
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_clip()[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four pictures in a sub-folder, for tables to name."""
+    (tmp_path / "data" / "img").mkdir(parents=True)
+    for index in range(4):
+        picture(index)[0].save(tmp_path / "data" / "img" / f"{index}.png")
+    return tmp_path / "data"
+
+
+# ---- preprocessing ----
+
+MODES = {
+    "wide": Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 81, 3), dtype=np.uint8)),
+    "tall": Image.fromarray(np.random.default_rng(1).integers(0, 256, (97, 40, 3), dtype=np.uint8)),
+    "small": Image.fromarray(np.random.default_rng(2).integers(0, 256, (7, 9, 3), dtype=np.uint8)),
+    "grey": Image.fromarray(np.random.default_rng(3).integers(0, 256, (60, 60), dtype=np.uint8)),
+    "alpha": Image.fromarray(np.random.default_rng(4).integers(0, 256, (60, 70, 4), dtype=np.uint8)),
+    "palette": picture(0)[0].quantize(8),
+}
+PROCESSORS = {
+    "clip": {},
+    "other statistics": {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "rescale_factor": 1 / 127.5},
+    "bilinear": {"resample": 2},
+    "square": {"size": {"height": 48, "width": 40}, "do_center_crop": False},
+    "crop larger": {"crop_size": {"height": 64, "width": 64}},
+    "no normalisation": {"do_normalize": False},
+    "no rescaling": {"do_rescale": False},
+}
+
+
+@pytest.mark.parametrize("options", PROCESSORS.values(), ids=PROCESSORS)
+def test_preprocessing_is_the_processors_own(options) -> None:
+    own = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}} | options
+    images = CLIPImageProcessor(**own)
+    transform = build_transform(images)
+    for mode, image in MODES.items():
+        expected = images(image, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(transform(image), expected), mode
+
+
+def test_the_pil_backend_is_refused(processor) -> None:
+    with pytest.raises(ValueError, match="expected the torchvision image processor, got CLIPImageProcessorPil"):
+        build_transform(CLIPImageProcessorPil())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"random_resized_crop": 0.0}, "random_resized_crop"),
+        ({"random_resized_crop": 1.5}, "random_resized_crop"),
+        ({"horizontal_flip": 2}, "horizontal_flip"),
+        ({"color_jitter": 0.9}, "color_jitter"),
+    ],
+)
+def test_augmentation_checks_its_options(options, name) -> None:
+    with pytest.raises(ValueError, match=name):
+        Augmentation(**options)
+
+
+def test_flip_and_crop_do_what_they_say(processor) -> None:
+    image = picture(4)[0]
+    plain = clipft.CLIPDataCollator(processor)([{"image": image, "caption": "x"}])["pixel_values"][0]
+    flip = clipft.CLIPDataCollator(processor, augmentation=Augmentation(horizontal_flip=1.0))
+    row = {"image": image, "caption": "x", "draw": (0, 0)}
+    assert torch.equal(flip([row])["pixel_values"][0], plain.flip(-1))
+    crop = clipft.CLIPDataCollator(processor, augmentation=Augmentation(random_resized_crop=0.3))
+    cropped = [crop([row | {"draw": (epoch, 0)}])["pixel_values"][0] for epoch in range(3)]
+    assert all(c.shape == plain.shape for c in cropped)
+    assert not torch.equal(cropped[0], cropped[1])
+    jitter = clipft.CLIPDataCollator(processor, augmentation=Augmentation(color_jitter=0.4))
+    assert not torch.equal(jitter([row])["pixel_values"][0], plain)
+
+
+# ---- collator ----
+
+
+def test_captions_are_padded_to_the_longest_and_cut(processor) -> None:
+    rows = [{"image": picture(i)[0], "caption": text} for i, text in enumerate(["a", "abc", "x" * 99])]
+    batch = clipft.CLIPDataCollator(processor)(rows[:2])
+    assert batch["input_ids"].shape == (2, 5)
+    assert batch["attention_mask"].sum(1).tolist() == [3, 5]
+    cut = clipft.CLIPDataCollator(processor)(rows)
+    assert cut["input_ids"].shape == (3, LENGTH)
+    assert cut["input_ids"][2, -1] == processor.tokenizer.eos_token_id
+    assert clipft.CLIPDataCollator(processor, max_length=10)(rows)["input_ids"].shape == (3, 10)
+
+
+def test_padding_does_not_change_embeddings(processor) -> None:
+    model, _ = tiny_clip()
+    collate = clipft.CLIPDataCollator(processor)
+    rows = [{"image": picture(0)[0], "caption": text} for text in ("a", "a much longer one")]
+    inputs = [{k: v for k, v in collate(part).items() if k != "labels"} for part in (rows, rows[:1])]
+    with torch.no_grad():
+        together, alone = (model(**batch).text_embeds for batch in inputs)
+    torch.testing.assert_close(together[:1], alone)
+
+
+def test_labels_mark_equal_captions_or_classes(processor) -> None:
+    collate = clipft.CLIPDataCollator(processor)
+    image = picture(0)[0]
+    labels = collate([{"image": image, "caption": text} for text in ("a cat", "a dog", "a cat")])["labels"]
+    assert labels.dtype == torch.int64
+    assert (labels[:, None] == labels).tolist() == [[True, False, True], [False, True, False], [True, False, True]]
+    rows = [{"image": image, "captions": [f"caption {i}"], "label": i // 2} for i in range(4)]
+    assert collate(rows)["labels"].tolist() == [0, 0, 1, 1]
+
+
+def test_rows_without_captions_give_pictures_only(processor) -> None:
+    batch = clipft.CLIPDataCollator(processor)([{"image": picture(0)[0]}])
+    assert batch.keys() == {"pixel_values"}
+
+
+# ---- draws ----
+
+
+def test_one_of_several_captions_is_drawn_each_epoch(processor) -> None:
+    rows, collate = PairRows(captioned(8, captions=3)), clipft.CLIPDataCollator(processor, seed=1)
+    drawn = [[collate([rows[epoch, i]])["labels"].item() for i in range(8)] for epoch in range(6)]
+    again = [[collate([rows[epoch, i]])["labels"].item() for i in range(8)] for epoch in range(6)]
+    assert drawn == again
+    assert all(len({epoch[i] for epoch in drawn}) > 1 for i in range(8))
+    fixed = {collate([rows[0]])["labels"].item() for _ in range(5)}
+    assert len(fixed) == 1  # not a training row: always the first
+
+
+def test_draws_depend_on_seed_epoch_and_index_alone(processor) -> None:
+    options = Augmentation(random_resized_crop=0.3, horizontal_flip=0.5, color_jitter=0.3)
+    rows = PairRows(captioned(12, captions=2))
+
+    def batches(workers: int, seed: int = 3, batch_size: int = 4):
+        torch.manual_seed(workers * 100 + batch_size)  # of no influence
+        sampler = EpochSampler(12, seed, lambda: 2)
+        collate = clipft.CLIPDataCollator(processor, augmentation=options, seed=seed)
+        loader = DataLoader(rows, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate)
+        return torch.cat([batch["pixel_values"] for batch in loader])
+
+    assert torch.equal(batches(0), batches(2))
+    assert torch.equal(batches(0), batches(0, batch_size=3))
+    assert not torch.equal(batches(0), batches(0, seed=4))
+
+
+def test_drawing_leaves_the_global_generator_alone(processor) -> None:
+    collate = clipft.CLIPDataCollator(processor, augmentation=Augmentation(horizontal_flip=0.5))
+    state = torch.get_rng_state()
+    collate([PairRows(captioned(2))[0, 1]])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_order_differs_by_epoch_and_repeats() -> None:
+    epoch = 0
+    sampler = EpochSampler(50, 7, lambda: epoch)
+    first = list(sampler)
+    epoch = 1
+    second = list(sampler)
+    assert [e for e, _ in second] == [1] * 50
+    assert sorted(i for _, i in first) == list(range(50))
+    assert [i for _, i in first] != [i for _, i in second]
+    assert second == list(EpochSampler(50, 7, lambda: 1))
+
+
+# ---- rows ----
+
+
+def test_class_names_make_captions() -> None:
+    rows = PairRows(labelled(4), ["a {} thing", "{}"])
+    assert rows[0]["captions"] == ["a red thing", "red"]
+    assert rows[0]["label"] == 0
+    assert rows.captions()[1] == ["a green thing", "green"]
+    assert "label" not in PairRows(captioned(2))[0]
+
+
+def test_rows_are_checked() -> None:
+    with pytest.raises(ValueError, match="column 'image', found"):
+        PairRows(datasets.Dataset.from_dict({"picture": [1]}))
+    with pytest.raises(ValueError, match="column 'caption', or a column 'label' of type"):
+        PairRows([{"image": picture(0)[0], "label": 1}])
+    with pytest.raises(ValueError, match="row 1: expected a caption"):
+        PairRows([{"image": picture(0)[0], "caption": text} for text in ("a", " ")])[1]
+    with pytest.raises(ValueError, match="at least one row"):
+        PairRows([])
+    with pytest.raises(TypeError, match="with a length"):
+        PairRows(captioned(2).to_iterable_dataset())
+
+
+def test_an_unreadable_picture_names_its_row(tmp_path: Path) -> None:
+    class_folders(tmp_path, 8)
+    (tmp_path / "blue" / "broken.png").write_bytes(b"no picture")
+    rows = PairRows(clipft.load_pairs(tmp_path))
+    with pytest.raises(ValueError, match=r"row 2: the image cannot be read .*broken\.png"):
+        rows[2]
+
+
+# ---- load_pairs ----
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    dataset = clipft.load_pairs(class_folders(tmp_path, 9))
+    assert dataset.features["label"].names == sorted(COLOURS)
+    assert len(dataset) == 9
+    assert dataset[0]["image"].size == (50, 40)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures directly in empty"):
+        clipft.load_pairs(tmp_path)
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    """The rows as a table of the kind that the name says."""
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        lines = [rows[0].keys(), *(row.values() for row in rows)]
+        path.write_text("\n".join(delimiter.join(map(str, line)) for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(("image", "caption"), [("image", "caption"), ("filepath", "title"), ("file_name", "Text")])
+def test_tables(folder: Path, suffix: str, image: str, caption: str) -> None:
+    rows = [{image: f"img/{i}.png", caption: f"caption {i}", "more": i} for i in range(4)]
+    dataset = clipft.load_pairs(write(folder / f"pairs{suffix}", rows))
+    assert sorted(dataset.column_names) == ["caption", "image"]
+    assert dataset["caption"][:] == [f"caption {i}" for i in range(4)]
+    assert np.array_equal(np.asarray(dataset[2]["image"]), np.asarray(picture(2)[0]))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_several_captions_a_row(folder: Path, suffix: str) -> None:
+    rows = [{"image": f"img/{i}.png", "captions": [f"{i}", f"{i} again"]} for i in range(3)]
+    dataset = clipft.load_pairs(write(folder / f"pairs{suffix}", rows))
+    assert dataset[1]["caption"] == ["1", "1 again"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_rows_with_the_same_picture_are_one(folder: Path, suffix: str) -> None:
+    rows = [{"image": f"img/{i % 2}.png", "caption": f"caption {i}"} for i in range(4)]
+    dataset = clipft.load_pairs(write(folder / f"pairs{suffix}", rows))
+    assert dataset["caption"][:] == [["caption 0", "caption 2"], ["caption 1", "caption 3"]]
+
+
+def test_bytes_in_parquet(folder: Path) -> None:
+    rows = [{"image": (folder / f"img/{i}.png").read_bytes(), "text": f"caption {i}"} for i in range(4)]
+    dataset = clipft.load_pairs(write(folder / "pairs.parquet", rows))
+    assert np.array_equal(np.asarray(dataset[3]["image"]), np.asarray(picture(3)[0]))
+    captioned(3).to_parquet(folder / "images.parquet")  # the way datasets stores pictures
+    assert clipft.load_pairs(folder / "images.parquet")[1]["image"].size == (50, 40)
+
+
+def test_labels_in_tables(folder: Path) -> None:
+    rows = [{"image": f"img/{i}.png", "label": ["wool", "silk"][i % 2]} for i in range(4)]
+    dataset = clipft.load_pairs(write(folder / "pairs.csv", rows))
+    assert dataset.features["label"].names == ["silk", "wool"]
+    assert dataset["label"][:] == [1, 0, 1, 0]
+    rows = [{"image": f"img/{i}.png", "label": i} for i in range(4)]
+    assert clipft.load_pairs(write(folder / "numbers.csv", rows))["label"][:] == [0, 1, 2, 3]
+
+
+def test_a_saved_data_set(tmp_path: Path) -> None:
+    captioned(3).save_to_disk(tmp_path / "saved")
+    assert clipft.load_pairs(tmp_path / "saved")["caption"][:] == captioned(3)["caption"][:]
+
+
+def test_columns_by_name(folder: Path) -> None:
+    path = write(folder / "pairs.csv", [{"photo": "img/0.png", "words": "a"}, {"photo": "img/1.png", "words": "b"}])
+    dataset = clipft.load_pairs(path, image_column="photo", caption_column="words")
+    assert dataset["caption"][:] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"column with images \(image, .*found \['photo', 'words'\]"):
+        clipft.load_pairs(path)
+    with pytest.raises(ValueError, match="column with captions"):
+        clipft.load_pairs(path, image_column="photo")
+    with pytest.raises(ValueError, match="caption_column: expected one of"):
+        clipft.load_pairs(path, image_column="photo", caption_column="nope")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("path", ["../secret.png", "img/../../secret.png", "/etc/hostname"])
+def test_a_table_cannot_reach_outside_its_folder(folder: Path, suffix: str, path: str) -> None:
+    picture(0)[0].save(folder.parent / "secret.png")
+    rows = [{"image": "img/0.png", "caption": "a"}, {"image": path, "caption": "b"}]
+    with pytest.raises(ValueError, match=r"row 1: expected an image inside .* which leaves it"):
+        clipft.load_pairs(write(folder / f"pairs{suffix}", rows))
+
+
+def test_a_parquet_of_images_cannot_reach_outside_its_folder(folder: Path) -> None:
+    picture(0)[0].save(folder.parent / "secret.png")
+    image = {"bytes": None, "path": "../secret.png"}
+    rows = datasets.Dataset.from_list([{"image": image, "caption": "a"}])
+    rows.to_parquet(folder / "pairs.parquet")
+    with pytest.raises(ValueError, match="which leaves it"):
+        clipft.load_pairs(folder / "pairs.parquet")
+
+
+def test_a_link_cannot_reach_outside_the_folder(folder: Path) -> None:
+    picture(0)[0].save(folder.parent / "secret.png")
+    (folder / "link.png").symlink_to(folder.parent / "secret.png")
+    with pytest.raises(ValueError, match="which leaves it"):
+        clipft.load_pairs(write(folder / "pairs.csv", [{"image": "link.png", "caption": "a"}]))
+
+
+def test_bad_tables_name_file_and_row(folder: Path) -> None:
+    good = {"image": "img/0.png", "caption": "a"}
+    with pytest.raises(ValueError, match=r"pairs\.csv, row 1: expected a caption"):
+        clipft.load_pairs(write(folder / "pairs.csv", [good, {"image": "img/1.png", "caption": ""}]))
+    with pytest.raises(FileNotFoundError, match=r"pairs\.csv, row 1: there is no image 'img/9\.png'"):
+        clipft.load_pairs(write(folder / "pairs.csv", [good, {"image": "img/9.png", "caption": "b"}]))
+    (folder / "pairs.csv").write_text("image,caption\nimg/0.png,red, and blue\n")
+    with pytest.raises(ValueError, match="row 0: expected 2 fields"):
+        clipft.load_pairs(folder / "pairs.csv")
+    (folder / "pairs.jsonl").write_text('{"image": "img/0.png", "caption": "a"}\n{"image": \n')
+    with pytest.raises(ValueError, match="line 2: expected one JSON object"):
+        clipft.load_pairs(folder / "pairs.jsonl")
+    (folder / "pairs.xlsx").write_text("")
+    with pytest.raises(ValueError, match=r"ending in \.csv"):
+        clipft.load_pairs(folder / "pairs.xlsx")
+    with pytest.raises(FileNotFoundError, match="no 'none/there"):
+        clipft.load_pairs("none/there.csv")
+
+
+def test_real_pictures(data_folder: Path, processor) -> None:
+    dataset = clipft.load_pairs(data_folder / "clothing")
+    assert len(dataset) == 600
+    rows = PairRows(dataset)
+    batch = clipft.CLIPDataCollator(processor)([rows[0, i] for i in (0, 599)])
+    assert batch["pixel_values"].shape == (2, 3, SIZE, SIZE)
+    assert batch["labels"].tolist() == [0, 9]

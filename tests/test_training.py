@@ -1,0 +1,442 @@
+"""clipft.CLIPTrainer: loss, optimiser, evaluation, checkpoints and resume, several processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_clip import captioned, labelled, tiny_clip
+from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+import clipft
+from clipft.training import last_checkpoint
+
+
+def arguments(folder: Path, **options: Any) -> clipft.CLIPTrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return clipft.CLIPTrainingArguments(**(defaults | options))
+
+
+def trainer_of(
+    folder: Path, train: Any, test: Any = None, *, callbacks: Any = None, **options: Any
+) -> clipft.CLIPTrainer:
+    model, processor = tiny_clip()
+    return clipft.CLIPTrainer(
+        model,
+        arguments(folder, **options),
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+
+
+def losses(trainer: clipft.CLIPTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(name == other_name and torch.equal(a, b) for (name, a), (other_name, b) in pairs)
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+# ---- loss ----
+
+
+def test_the_loss_is_that_of_transformers(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, captioned(8))
+    batch = next(iter(trainer.get_train_dataloader()))
+    plain = copy.deepcopy(clipft.unfuse(tiny_clip()[0]))
+    expected = plain(**{k: v for k, v in batch.items() if k != "labels"}, return_loss=True).loss
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
+
+
+def test_equal_captions_are_positives_and_smoothing_is_the_losss(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, labelled(8), label_smoothing_factor=0.1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    output = trainer.model(**{k: v for k, v in batch.items() if k != "labels"})
+    assert len(set(batch["labels"].tolist())) == 4
+    expected = clipft.reference.contrastive_loss(
+        output.image_embeds, output.text_embeds, output.logit_scale, labels=batch["labels"], label_smoothing=0.1
+    )
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
+
+
+def test_training_learns_and_never_builds_logits(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, captioned(16), captioned(16), num_train_epochs=12, learning_rate=3e-3)
+    shapes = []
+    trainer.model.register_forward_hook(lambda _, __, output: shapes.append(output.logits_per_image))
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert set(shapes) == {None}
+    assert after["eval_loss"] < before["eval_loss"] - 0.3
+    assert after["eval_image_to_text_R@1"] > before["eval_image_to_text_R@1"]
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_accumulated_gradients_are_the_mean_over_the_micro_batches(tmp_path: Path) -> None:
+    """One step over 2 x 8 pairs moves as the mean of both batches' gradients would (plain SGD shows the gradient)."""
+    trainer = trainer_of(
+        tmp_path,
+        captioned(16),
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        optim="sgd",
+        learning_rate=0.1,
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+    )
+    plain = clipft.fuse(tiny_clip()[0])
+    batches = list(trainer.get_train_dataloader())
+    sum(trainer.compute_loss(plain, batch) for batch in batches).div(len(batches)).backward()
+    assert len(batches) == 2
+    trainer.train()
+    assert trainer.state.global_step == 1
+    for (name, after), (_, before) in zip(trainer.model.named_parameters(), plain.named_parameters(), strict=True):
+        expected = before - 0.1 * before.grad
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_bfloat16_follows_float32(tmp_path: Path) -> None:
+    runs = [trainer_of(tmp_path, captioned(16), bf16=bf16) for bf16 in (False, True)]
+    for run in runs:
+        run.train()
+    assert losses(runs[0]) != losses(runs[1])
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=0.02)
+    model = clipft.unfuse(runs[1].model)
+    assert type(model) is CLIPModel
+    assert "forward" not in vars(model)  # accelerate's wrapper of the fused forward went with it
+
+
+# ---- optimiser ----
+
+
+def test_decay_is_for_matrices_only(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, captioned(8))
+    decayed, free = trainer.create_optimizer().param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    name_of = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    without = {name_of[parameter] for parameter in free["params"]}
+    assert {"logit_scale", "vision_model.embeddings.class_embedding"} <= without
+    assert all(
+        "bias" in n or "norm" in n or n in ("logit_scale", "vision_model.embeddings.class_embedding") for n in without
+    )
+    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(name_of)
+
+
+def test_the_logit_scale_is_clamped_at_100(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, captioned(8), learning_rate=0.0)
+    with torch.no_grad():
+        trainer.model.logit_scale.fill_(6.0)
+    trainer.train()
+    assert trainer.model.logit_scale.item() == pytest.approx(math.log(100.0), abs=1e-6)
+
+
+def test_a_frozen_scale_and_tower_stay(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, captioned(8))
+    clipft.freeze(trainer.model, "text")
+    trainer.model.logit_scale.requires_grad_(False).fill_(6.0)
+    before = copy.deepcopy(trainer.model)
+    trainer.train()
+    assert trainer.model.logit_scale == 6.0
+    assert same(trainer.model.text_model, before.text_model)
+    assert not same(trainer.model.vision_model, before.vision_model)
+
+
+def test_recipe_defaults(tmp_path: Path) -> None:
+    args = clipft.CLIPTrainingArguments(output_dir=str(tmp_path))
+    assert (args.learning_rate, args.per_device_train_batch_size, args.num_train_epochs) == (1e-5, 32, 5)
+    assert (args.warmup_steps, args.max_grad_norm, args.optim.value) == (0.1, 1.0, "adamw_torch_fused")
+    assert args.get_warmup_steps(200) == 20
+
+
+def test_cudnn_benchmark_is_on_during_training_only(tmp_path: Path) -> None:
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(torch.backends.cudnn.benchmark)
+
+    trainer_of(tmp_path, captioned(8), callbacks=[Look()], num_train_epochs=1, cudnn_benchmark=True).train()
+    assert seen == [True]
+    assert torch.backends.cudnn.benchmark is False
+    with pytest.raises(ValueError, match="cudnn_benchmark"):
+        arguments(tmp_path, cudnn_benchmark=True, full_determinism=True)
+
+
+def test_arguments_are_checked(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match=r"args: expected clipft\.CLIPTrainingArguments, got TrainingArguments"):
+        clipft.CLIPTrainer(model, plain, train_dataset=captioned(8), processing_class=processor)
+    with pytest.raises(TypeError, match="processing_class: expected a CLIPProcessor"):
+        clipft.CLIPTrainer(model, arguments(tmp_path), train_dataset=captioned(8))
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        clipft.CLIPTrainer(model, arguments(tmp_path), processing_class=processor, compute_loss_func=print)
+    with pytest.raises(ValueError, match="train_sampling_strategy: expected 'random'"):
+        clipft.CLIPTrainer(model, arguments(tmp_path, train_sampling_strategy="sequential"), processing_class=processor)
+    with pytest.raises(ValueError, match="fp16: needs a GPU"):
+        clipft.CLIPTrainer(model, arguments(tmp_path, fp16=True), processing_class=processor)
+
+
+def test_a_model_made_by_model_init_is_fused(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    trainer = clipft.CLIPTrainer(
+        args=arguments(tmp_path, num_train_epochs=1),
+        model_init=lambda: model,
+        train_dataset=captioned(8),
+        processing_class=processor,
+    )
+    trainer.train()
+    assert trainer.model is model
+    assert type(model) is not CLIPModel
+
+
+# ---- evaluation ----
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_evaluation_is_that_of_evaluate_retrieval(tmp_path: Path, captions: int) -> None:
+    test = captioned(21, captions)
+    trainer = trainer_of(tmp_path, captioned(8), test)
+    metrics = trainer.evaluate()
+    expected = clipft.evaluate_retrieval(trainer.model, trainer.processing_class, test)
+    assert {f"eval_{name}": value for name, value in expected.items()}.items() <= metrics.items()
+    assert metrics["eval_loss"] > 0
+
+
+def test_predictions_are_embeddings(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, captioned(8))
+    output = trainer.predict(captioned(13))
+    assert [part.shape for part in output.predictions] == [(13, 16), (13, 16)]
+    assert output.label_ids.shape == (13,)
+    assert {"test_loss", "test_image_to_text_R@5"} <= output.metrics.keys()
+
+
+def test_several_eval_sets_and_own_metrics(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    trainer = clipft.CLIPTrainer(
+        model,
+        arguments(tmp_path),
+        eval_dataset={"one": captioned(5), "two": labelled(8)},
+        processing_class=processor,
+        compute_metrics=lambda prediction: {"count": len(prediction.predictions[0])},
+    )
+    metrics = trainer.evaluate()
+    assert (metrics["eval_one_count"], metrics["eval_two_count"]) == (5, 8)
+    assert {"eval_one_loss", "eval_two_image_to_text_R@1"} <= metrics.keys()
+
+
+def test_loss_only(tmp_path: Path) -> None:
+    metrics = trainer_of(tmp_path, captioned(8), captioned(8), prediction_loss_only=True).evaluate()
+    assert "eval_loss" in metrics
+    assert not any("R@" in name for name in metrics)
+
+
+def test_early_stopping_on_a_retrieval_metric(tmp_path: Path) -> None:
+    """A rate of zero gains nothing, so patience ends the run; the best model, the first, comes back."""
+    trainer = trainer_of(
+        tmp_path,
+        captioned(16),
+        captioned(16),
+        callbacks=[EarlyStoppingCallback(2)],
+        num_train_epochs=9,
+        learning_rate=0.0,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_text_to_image_R@1",
+    )
+    trainer.train()
+    assert trainer.state.epoch == 3
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+
+
+# ---- checkpoints ----
+
+EXACT: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "gradient_accumulation_steps": 2,
+    "save_strategy": "steps",
+    "random_resized_crop": 0.5,
+    "horizontal_flip": 0.5,
+    "color_jitter": 0.3,
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [3, 4])  # within the second epoch, and at its end
+def test_resume_gives_the_result_of_an_unbroken_run(tmp_path: Path, workers: int, stop: int) -> None:
+    train = captioned(27, captions=2)
+    options = EXACT | {"dataloader_num_workers": workers, "save_steps": stop}
+    whole = trainer_of(tmp_path / "whole", train, **options)
+    whole.train()
+    broken = trainer_of(tmp_path / "broken", train, callbacks=[StopAfter(stop)], **options)
+    broken.train()
+    resumed = trainer_of(tmp_path / "broken", train, **options)
+    torch.manual_seed(12345)  # of no influence
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step == 6
+    assert losses(resumed) == losses(whole)
+    assert same(resumed.model, whole.model)
+    assert not same(broken.model, whole.model)
+
+
+def test_resume_keeps_the_patience_left(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "num_train_epochs": 9,
+        "learning_rate": 0.0,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_text_to_image_R@1",
+    }
+    data = captioned(8)
+    trainer_of(tmp_path, data, data, callbacks=[EarlyStoppingCallback(3), StopAfter(3)], **options).train()
+    resumed = trainer_of(tmp_path, data, data, callbacks=[EarlyStoppingCallback(3)], **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.epoch == 4
+
+
+def test_unfinished_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1}
+    trainer_of(tmp_path, captioned(16), callbacks=[StopAfter(2)], **options).train()
+    for name, missing in (
+        ("checkpoint-7", "optimizer.pt"),
+        ("checkpoint-8", "model.safetensors"),
+        ("checkpoint-9", ""),
+    ):
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name)
+        if missing:
+            (tmp_path / name / missing).unlink()
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9, "lo')
+    (tmp_path / "tmp-checkpoint" / "checkpoint-10").mkdir(parents=True)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    resumed = trainer_of(tmp_path, captioned(16), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert not (tmp_path / "tmp-checkpoint").exists()
+
+
+def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a whole checkpoint-N in"):
+        trainer_of(tmp_path, captioned(8)).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_has_its_name_only_when_whole(tmp_path: Path) -> None:
+    """Writing fails at the last file: nothing called checkpoint-2 may be left, and checkpoint-1 must still resume."""
+    trainer = trainer_of(tmp_path, captioned(16), save_strategy="steps", save_steps=1)
+    save = trainer._save_rng_state
+
+    def full_disk(folder: str) -> None:
+        if trainer.state.global_step == 2:
+            raise OSError("No space left on device")
+        save(folder)
+
+    trainer._save_rng_state = full_disk  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_only_so_many_checkpoints_are_kept(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, captioned(32), save_strategy="steps", save_steps=1, save_total_limit=2)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-7", "checkpoint-8"]
+
+
+def test_a_checkpoint_loads_as_a_plain_model(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, captioned(8), save_strategy="epoch")
+    trainer.train()
+    model, processor = clipft.load(tmp_path / "checkpoint-2")
+    assert type(model) is CLIPModel
+    assert same(model, trainer.model)
+    assert processor.tokenizer.model_max_length == trainer.processing_class.tokenizer.model_max_length
+
+
+# ---- several processes ----
+
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from test_training import losses, trainer_of
+from tiny_clip import captioned
+torch.set_num_threads(1)
+folder, batch = Path(sys.argv[1]), int(sys.argv[2])
+trainer = trainer_of(folder, captioned(32, captions=2), captioned(18, captions=2), per_device_train_batch_size=batch,
+    per_device_eval_batch_size=batch, random_resized_crop=0.5, save_strategy="epoch", gradient_accumulation_steps=2,
+    label_smoothing_factor=0.1, optim="sgd", learning_rate=0.3, warmup_steps=0, lr_scheduler_type="constant",
+    weight_decay=0.0, max_grad_norm=0.0)
+trainer.train()
+metrics = trainer.evaluate()
+if trainer.is_world_process_zero():
+    parameters = {{name: value.double().sum().item() for name, value in trainer.model.state_dict().items()}}
+    (folder / "result.json").write_text(json.dumps([losses(trainer), parameters, metrics]))
+torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
+"""
+
+
+def run_processes(folder: Path, count: int, batch: int) -> Any:
+    folder.mkdir()
+    script = folder / "worker.py"
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    command = [sys.executable, *launch, str(script), str(folder), str(batch)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_two_processes_train_as_one_with_the_joined_batch(tmp_path: Path) -> None:
+    """Negatives across ranks, gradients scaled for DDP's mean, same draws: only the order of sums differs. (Plain SGD,
+    since Adam would hide a wrong factor.)
+    """
+    one, two = run_processes(tmp_path / "one", 1, 8), run_processes(tmp_path / "two", 2, 4)
+    assert len(one[0]) == 4
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    for name, value in one[1].items():
+        assert two[1][name] == pytest.approx(value, rel=1e-3, abs=1e-2), name
+    for name, value in one[2].items():
+        if "R@" in name:
+            assert two[2][name] == pytest.approx(value, abs=0.06), name
+    assert sorted(path.name for path in (tmp_path / "two").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert len(list((tmp_path / "two" / "checkpoint-4").glob("rng_state_*.pth"))) == 2
