@@ -197,15 +197,6 @@ def evaluate(
         report.write_json(output, result)
 
 
-@app.command()
-@user_errors
-def demo(output: Annotated[Path, typer.Option(help="Folder for the model and the picture of retrievals.")]) -> None:
-    """Fine-tune the embedded model on a new drawing style, offline, and show what it gained."""
-    from clipft.demo import run
-
-    run(output=output)
-
-
 # ---- parts of train ----
 
 

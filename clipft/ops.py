@@ -50,8 +50,8 @@ def contrastive_loss(
             ``clipft.CLIPTrainer`` sees to that.
 
     Returns:
-        0-d float32 tensor: the mean of the image-to-text and the text-to-image cross-entropy. Logits, sums and gradients are
-        accumulated in float32 or better whatever the inputs' dtype. NaN or Inf in gives NaN. The result does not depend
+        0-d float32 tensor: the mean of the image-to-text and the text-to-image cross-entropy. Logits, sums and
+        gradients are accumulated in float32 or better whatever the inputs' dtype. NaN or Inf in gives NaN. The result does not depend
         on the number of threads beyond what the BLAS's own products do.
 
     Raises:

@@ -171,11 +171,7 @@ def test_nan_and_inf_come_out_as_nan(value: float, which: int, n: int, isa: str)
     args = [unit(n), unit(n, seed=1)]
     args[which][n // 2, 3] = value
     assert clipft.contrastive_loss(*args, 20.0).isnan()
-    assert (
-        clipft.sigmoid_loss(*args, 20.0, -5.0).isnan()
-        or value != value
-        or clipft.sigmoid_loss(*args, 20.0, -5.0).isinf()
-    )
+    assert not clipft.sigmoid_loss(*args, 20.0, -5.0).isfinite()
     image = args[0].requires_grad_()
     clipft.contrastive_loss(image, args[1], 20.0).backward()
     assert image.grad.isnan().any()

@@ -1,17 +1,17 @@
 """Builds the embedded picture set: `python -m clipft.demo.build_pictures`.
 
-Noto Color Emoji's bitmaps (Debian package fonts-noto-color-emoji), shrunk to 64 px with their transparency kept, beside the English names and keywords
-of Unicode CLDR (Debian package unicode-cldr-core). Skin tones are left out: they repeat a drawing. The result is one Parquet file of the columns
-`emoji` (the sequence, without U+FE0F), `name`, `keywords` and `image` (WebP, as `datasets.Image` reads it).
+Noto Color Emoji's bitmaps (Debian package fonts-noto-color-emoji), shrunk to 64 px with their transparency kept, beside
+the English names and keywords of Unicode CLDR (Debian package unicode-cldr-core). Skin tones are left out: they repeat
+a drawing. The result is one Parquet file of the columns `emoji` (the sequence, without U+FE0F), `name`, `keywords` and
+`image` (WebP, as `datasets.Image` reads it).
 """
 
 from __future__ import annotations
 
 import io
-import os
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,7 +84,7 @@ def main() -> None:
     rows = build_rows()
     staged = PICTURES.with_suffix(".tmp")
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), staged, compression="zstd")
-    os.replace(staged, PICTURES)
+    staged.replace(PICTURES)
     print(f"{len(rows)} pictures, {PICTURES.stat().st_size / 1e6:.1f} MB: {PICTURES}")
 
 

@@ -1,8 +1,8 @@
 """Emoji sequences to glyphs of a font.
 
-A font draws most emoji from one code point, the rest (flags, families, gendered activities) from a ligature in its GSUB table. Both fonts of the
-demo are read the same way here, so that neither needs a text-shaping library. CLDR writes sequences without the variation selector U+FE0F, so it is
-left out of the ligatures, too.
+A font draws most emoji from one code point, the rest (flags, families, gendered activities) from a ligature in its GSUB
+table. Both fonts of the demo are read the same way here, so that neither needs a text-shaping library. CLDR writes
+sequences without the variation selector U+FE0F, so it is left out of the ligatures, too.
 """
 
 from __future__ import annotations

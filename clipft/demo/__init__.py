@@ -1,0 +1,1 @@
+"""The embedded pictures of the package and how they are built."""
