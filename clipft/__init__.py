@@ -29,8 +29,8 @@ __version__ = "0.1.0"
 
 if importlib.util.find_spec("clipft._C") is None:
     raise ImportError(
-        "clipft's C extension is not built here: this looks like a source tree. Install the package (pip install .) and "
-        "import it from another directory, or build in place with: python setup.py build_ext --inplace"
+        "clipft's C extension is not built here: this looks like a source tree. Install the package (pip install .) "
+        "and import it from another directory, or build in place with: python setup.py build_ext --inplace"
     )
 
 _MODULE_OF = {

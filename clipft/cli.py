@@ -1,4 +1,4 @@
-"""The command line: ``clipft train``, ``clipft evaluate``, ``clipft demo``.
+"""The command line: ``clipft train``, ``clipft evaluate``.
 
 Heavy imports wait inside the commands, so that ``clipft --help`` answers at once. An error of the user's prints one
 line and ends with status 2.
@@ -45,7 +45,7 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
-Model = Annotated[str, typer.Option(help="A folder as save_pretrained writes it, a hub name, or 'demo'.")]
+Model = Annotated[str, typer.Option(help="A folder as save_pretrained writes it, or a hub name.")]
 Data = Annotated[
     str, typer.Option(help="Folder with a sub-folder a class, .csv/.tsv/.jsonl/.parquet file, or a data set's name.")
 ]

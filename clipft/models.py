@@ -20,7 +20,6 @@ from transformers.utils.generic import can_return_tuple
 
 __all__ = ["freeze", "fuse", "load", "unfuse"]
 
-_DEMO = Path(__file__).parent / "demo" / "model"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -31,7 +30,7 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProces
     """Load a CLIP model and its processor.
 
     Args:
-        name_or_path: ``"demo"`` for the small model inside the package, a folder as ``save_pretrained`` writes it, or a
+        name_or_path: a folder as ``save_pretrained`` writes it, or a
             name on the Hugging Face hub.
         kwargs: passed to ``CLIPModel.from_pretrained`` (``dtype``, ``revision``, ...). Weights are read from
             safetensors only.
@@ -44,13 +43,13 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProces
         FileNotFoundError: no such folder, or a file is missing in it.
         ValueError: the folder holds another kind of model.
     """
-    folder = _DEMO if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
+    folder = Path(name_or_path).expanduser()
     source = str(folder)
     if folder.is_dir() or folder is _DEMO:
         _check_folder(folder)
     elif _looks_like_path(str(name_or_path)):
         raise FileNotFoundError(
-            f"name_or_path: expected 'demo', a folder or a model name, but there is no folder {str(name_or_path)!r}"
+            f"name_or_path: expected a folder or a model name, but there is no folder {str(name_or_path)!r}"
         )
     else:
         source = str(name_or_path)

@@ -51,8 +51,8 @@ def contrastive_loss(
 
     Returns:
         0-d float32 tensor: the mean of the image-to-text and the text-to-image cross-entropy. Logits, sums and
-        gradients are accumulated in float32 or better whatever the inputs' dtype. NaN or Inf in gives NaN. The result does not depend
-        on the number of threads beyond what the BLAS's own products do.
+        gradients are accumulated in float32 or better whatever the inputs' dtype. NaN or Inf in gives NaN.
+        The result does not depend on the number of threads beyond what the BLAS's own products do.
 
     Raises:
         TypeError: a dtype that is not supported (float64 among them) or that differs between the embeddings.

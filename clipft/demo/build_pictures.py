@@ -61,6 +61,7 @@ def shrink(bitmap: bytes) -> bytes:
 
 
 def build_rows() -> list[dict[str, Any]]:
+    """A row for each named sequence that the font draws."""
     names, keywords = read_annotations()
     with TTFont(FONT) as font:
         glyphs = sequence_glyphs(font)
@@ -78,6 +79,7 @@ def build_rows() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Write the Parquet file."""
     for source in (FONT, CLDR):
         if not source.exists():
             raise SystemExit(f"{source} is missing: apt install fonts-noto-color-emoji unicode-cldr-core")

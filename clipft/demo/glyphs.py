@@ -20,8 +20,8 @@ def sequence_glyphs(font: TTFont) -> dict[str, str]:
     characters = {glyph: chr(code) for code, glyph in cmap.items()}
     found = {chr(code): glyph for code, glyph in cmap.items()}
     for lookup in font["GSUB"].table.LookupList.Lookup:
-        for subtable in lookup.SubTable:
-            subtable = subtable.ExtSubTable if lookup.LookupType == EXTENSION_LOOKUP else subtable
+        for entry in lookup.SubTable:
+            subtable = entry.ExtSubTable if lookup.LookupType == EXTENSION_LOOKUP else entry
             for first, ligatures in getattr(subtable, "ligatures", {}).items():
                 for ligature in ligatures:
                     parts = [glyph for glyph in (first, *ligature.Component) if glyph != selector]
