@@ -45,7 +45,7 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProces
     """
     folder = Path(name_or_path).expanduser()
     source = str(folder)
-    if folder.is_dir() or folder is _DEMO:
+    if folder.is_dir():
         _check_folder(folder)
     elif _looks_like_path(str(name_or_path)):
         raise FileNotFoundError(
