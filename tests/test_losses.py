@@ -458,7 +458,7 @@ def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 def args(n, d):
-    return [torch.randn(n, d).requires_grad_(), torch.randn(n, d).requires_grad_(), torch.tensor(1.0, requires_grad=True)]
+    return [x.requires_grad_() for x in (torch.randn(n, d), torch.randn(n, d), torch.tensor(1.0))]
 loss = {loss}
 loss(*args(300, 64)).backward()
 inputs = args({n}, {d})
