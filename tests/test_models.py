@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_clip import captioned, tiny_clip
+from tiny_clip import LENGTH, SIZE, tiny_clip, tiny_model, tiny_tokenizer
 from transformers import CLIPModel, CLIPVisionModel
 
 import clipft
-from clipft.data import CLIPDataCollator
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
+    pytest.importorskip("torchvision")
     model, processor = tiny_clip()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -29,16 +29,17 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    _, processor = tiny_clip()
-    inputs = CLIPDataCollator(processor)([*captioned(6)])
-    del inputs["labels"]
-    return inputs
+    captions = [f"picture number {index} {'of many' * (index % 3)}" for index in range(6)]
+    tokens = tiny_tokenizer()(captions, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+    pixels = torch.randn(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels, "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
 # ---- the package ----
 
 
 def test_import_is_lazy_and_names_exist() -> None:
+    pytest.importorskip("torchvision")
     code = (
         "import sys, clipft; assert not {'torch', 'torchvision', 'transformers'} & set(sys.modules), 'not lazy';"
         "assert set(clipft.__all__) <= set(dir(clipft)); [getattr(clipft, name) for name in clipft.__all__]"
@@ -95,7 +96,7 @@ def names(model: CLIPModel, *prefixes: str) -> set[str]:
 
 
 def test_freeze_strategies() -> None:
-    model, _ = tiny_clip()
+    model = tiny_model()
     everything = names(model, "")
     text, vision = names(model, "text_model", "text_projection"), names(model, "vision_model", "visual_projection")
     assert trainable(clipft.freeze(model, "text")) == everything - text
@@ -109,7 +110,7 @@ def test_freeze_strategies() -> None:
 
 
 def test_freeze_all_but_the_last_layers() -> None:
-    model, _ = tiny_clip()
+    model = tiny_model()
     everything = names(model, "")
     stem = ("vision_model.embeddings", "vision_model.pre_layrnorm")
     first = tuple(f"vision_model.encoder.layers.{layer}." for layer in (0, 1))
@@ -121,14 +122,14 @@ def test_freeze_all_but_the_last_layers() -> None:
 
 @pytest.mark.parametrize("strategy", ["foo", "vision:", "vision:-1", "towers:1", "", "text:x"])
 def test_freeze_lists_the_strategies(strategy: str) -> None:
-    model, _ = tiny_clip()
+    model = tiny_model()
     with pytest.raises(ValueError, match=r'"none", "text", "vision", "towers", "vision:N", "text:N"'):
         clipft.freeze(model, strategy)
 
 
 @pytest.mark.parametrize("strategy", ["vision:0", "vision:4", "text:99"])
 def test_freeze_checks_the_number_of_layers(strategy: str) -> None:
-    model, _ = tiny_clip()
+    model = tiny_model()
     clipft.freeze(model, "text")
     before = trainable(model)
     with pytest.raises(ValueError, match="from 1 to 3"):
@@ -140,7 +141,7 @@ def test_freeze_checks_the_number_of_layers(strategy: str) -> None:
 
 
 def test_fused_loss_and_gradients_are_those_of_transformers(batch: dict[str, torch.Tensor]) -> None:
-    plain, _ = tiny_clip()
+    plain = tiny_model()
     fused = clipft.fuse(copy.deepcopy(plain))
     expected, got = plain(**batch, return_loss=True), fused(**batch, return_loss=True)
     expected.loss.backward()
@@ -152,7 +153,7 @@ def test_fused_loss_and_gradients_are_those_of_transformers(batch: dict[str, tor
 
 
 def test_fused_logits_only_when_asked(batch: dict[str, torch.Tensor]) -> None:
-    model, _ = tiny_clip()
+    model = tiny_model()
     expected = model(**batch).logits_per_image
     clipft.fuse(model)
     assert model(**batch, return_loss=True).logits_per_image is None
@@ -161,7 +162,7 @@ def test_fused_logits_only_when_asked(batch: dict[str, torch.Tensor]) -> None:
 
 
 def test_fuse_keeps_the_object_and_unfuse_gives_it_back(batch: dict[str, torch.Tensor]) -> None:
-    model, _ = tiny_clip()
+    model = tiny_model()
     before, state, calls = dict(vars(model)), dict(model.named_parameters()), []
     model.register_forward_hook(lambda *_: calls.append(1))
     assert clipft.fuse(model) is model
@@ -178,7 +179,7 @@ def test_fuse_keeps_the_object_and_unfuse_gives_it_back(batch: dict[str, torch.T
 
 
 def test_fused_model_is_copied_pickled_and_saved(batch: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    model, _ = tiny_clip()
+    model = tiny_model()
     expected = clipft.fuse(model)(**batch, return_loss=True).loss
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(twin) is type(model)
@@ -192,13 +193,13 @@ def test_fused_model_is_copied_pickled_and_saved(batch: dict[str, torch.Tensor],
 
 
 def test_fused_tuple_output(batch: dict[str, torch.Tensor]) -> None:
-    model = clipft.fuse(tiny_clip()[0])
+    model = clipft.fuse(tiny_model())
     loss = model(**batch, return_loss=True).loss
     assert torch.equal(model(**batch, return_loss=True, return_dict=False)[0], loss)
 
 
 def test_fused_embeddings_of_a_half_precision_model_are_float32(batch: dict[str, torch.Tensor]) -> None:
-    model = clipft.fuse(tiny_clip()[0].to(torch.bfloat16))
+    model = clipft.fuse(tiny_model().to(torch.bfloat16))
     output = model(**batch, return_loss=True)
     assert output.image_embeds.dtype == output.text_embeds.dtype == torch.float32
     torch.testing.assert_close(output.image_embeds.norm(dim=-1), torch.ones(6))
@@ -209,14 +210,14 @@ def test_fuse_refuses_other_models() -> None:
         pass
 
     with pytest.raises(TypeError, match=r"expected a CLIPModel .* got .*Own"):
-        clipft.fuse(Own(tiny_clip()[0].config))
+        clipft.fuse(Own(tiny_model().config))
     with pytest.raises(TypeError, match="got CLIPVisionModel"):
-        clipft.fuse(CLIPVisionModel(tiny_clip()[0].config.vision_config))
+        clipft.fuse(CLIPVisionModel(tiny_model().config.vision_config))
 
 
 def test_fuse_takes_the_model_inside_a_peft_model(batch: dict[str, torch.Tensor]) -> None:
     peft = pytest.importorskip("peft")
-    model: Any = peft.get_peft_model(tiny_clip()[0], peft.LoraConfig(target_modules=["q_proj"]))
+    model: Any = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
     expected = model(**batch, return_loss=True).loss
     assert clipft.fuse(model) is model
     output = model(**batch, return_loss=True)

@@ -19,23 +19,32 @@ SHAPES = ("square", "bar", "column", "frame")
 
 def tiny_clip(seed: int = 0, **config: Any) -> tuple[CLIPModel, CLIPProcessor]:
     """A model with 3 layers a tower, and a processor whose tokenizer knows single bytes."""
+    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    return tiny_model(seed, **config), CLIPProcessor(images, tiny_tokenizer())
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Single bytes as tokens."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=LENGTH)
-    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    end = len(tokens) - 1
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=LENGTH)
+
+
+def tiny_model(seed: int = 0, **config: Any) -> CLIPModel:
+    """The model alone, which needs no torchvision."""
+    tokenizer = tiny_tokenizer()
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    special = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(seed)
     model = CLIPModel(
         CLIPConfig(
-            text_config=tower | special | {"vocab_size": len(tokens), "max_position_embeddings": LENGTH},
+            text_config=tower | special | {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH},
             vision_config=tower | {"image_size": SIZE, "patch_size": 16},
             projection_dim=16,
             **config,
         )
     )
-    return model.eval(), CLIPProcessor(images, tokenizer)
+    return model.eval()
 
 
 def picture(index: int) -> tuple[Image.Image, str, str]:
