@@ -1,4 +1,4 @@
-"""The command line: ``clipft train``, ``clipft evaluate``.
+"""The command line: ``clipft demo``, ``clipft train``, ``clipft evaluate``.
 
 Heavy imports wait inside the commands, so that ``clipft --help`` answers at once. An error of the user's prints one
 line and ends with status 2.
@@ -45,7 +45,7 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
-Model = Annotated[str, typer.Option(help="A folder as save_pretrained writes it, or a hub name.")]
+Model = Annotated[str, typer.Option(help="A folder as save_pretrained writes it, a hub name, or demo.")]
 Data = Annotated[
     str, typer.Option(help="Folder with a sub-folder a class, .csv/.tsv/.jsonl/.parquet file, or a data set's name.")
 ]
@@ -76,6 +76,20 @@ def _one_line(error: Exception) -> str:
     if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
         return lines[-1].partition(": ")[2]
     return " ".join(" ".join(lines).split())
+
+
+@app.command()
+@user_errors
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the model, report.json and queries.png.")] = Path(
+        "clipft-demo"
+    ),
+) -> None:
+    """Fine-tune an embedded model on embedded pictures, offline, and show what it gained."""
+    console = _prepare()
+    from clipft.demo import run
+
+    run(output, console)
 
 
 @app.command()

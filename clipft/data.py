@@ -225,11 +225,13 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch()
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(_mix(self.seed, epoch, "order")))
+        order = torch.randperm(
+            self.length, generator=torch.Generator().manual_seed(mix_seed(self.seed, epoch, "order"))
+        )
         return ((epoch, index) for index in order.tolist())
 
 
-def _mix(*parts: Any) -> int:
+def mix_seed(*parts: Any) -> int:
     """A 64-bit seed from any values, the same on every machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
@@ -276,7 +278,9 @@ class CLIPDataCollator:
             batch.update(tokenize(self.processor, list(captions), self.max_length))
         labels = [row.get("label", caption) for row, caption in zip(rows, captions, strict=True)]
         if all(label is not None for label in labels):
-            batch["labels"] = torch.tensor([_mix(label) if isinstance(label, str) else int(label) for label in labels])
+            batch["labels"] = torch.tensor(
+                [mix_seed(label) if isinstance(label, str) else int(label) for label in labels]
+            )
         return batch
 
     def _draw(self, row: dict[str, Any]) -> tuple[Tensor, str | None]:
@@ -285,7 +289,7 @@ class CLIPDataCollator:
         if "draw" not in row:
             return self._plain(row["image"]), captions[0] if captions else None
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.manual_seed(_mix(self.seed, *row["draw"]))
+            torch.manual_seed(mix_seed(self.seed, *row["draw"]))
             choice = int(torch.randint(len(captions), ())) if captions else 0
             return self._random(row["image"]), captions[choice] if captions else None
 

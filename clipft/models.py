@@ -20,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 __all__ = ["freeze", "fuse", "load", "unfuse"]
 
+DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -30,8 +31,8 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProces
     """Load a CLIP model and its processor.
 
     Args:
-        name_or_path: a folder as ``save_pretrained`` writes it, or a
-            name on the Hugging Face hub.
+        name_or_path: a folder as ``save_pretrained`` writes it, a name on the Hugging Face hub, or ``"demo"``: the
+            small model inside the package.
         kwargs: passed to ``CLIPModel.from_pretrained`` (``dtype``, ``revision``, ...). Weights are read from
             safetensors only.
 
@@ -43,7 +44,7 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProces
         FileNotFoundError: no such folder, or a file is missing in it.
         ValueError: the folder holds another kind of model.
     """
-    folder = Path(name_or_path).expanduser()
+    folder = DEMO_MODEL if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
     source = str(folder)
     if folder.is_dir():
         _check_folder(folder)

@@ -75,14 +75,15 @@ def _per_class_table(rows: list[dict[str, Any]]) -> Table:
 class ProgressReport(TrainerCallback):
     """One bar for the run, with the last loss, in place of Trainer's printed dictionaries."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, title: str = "training") -> None:
         self.progress = bar(console)
+        self.title = title
         self.task: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar; a resumed run starts where it was."""
         self.progress.start()
-        self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        self.task = self.progress.add_task(self.title, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step further."""
@@ -91,7 +92,9 @@ class ProgressReport(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Show the loss."""
         if logs and "loss" in logs:
-            self.progress.update(self.task, description=f"training  epoch {state.epoch:.1f}  loss {logs['loss']:.4f}")
+            self.progress.update(
+                self.task, description=f"{self.title}  epoch {state.epoch:.1f}  loss {logs['loss']:.4f}"
+            )
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
