@@ -8,6 +8,8 @@ torch.compile. Inside a process group each rank works on the rows of its own ima
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import clipft._C  # noqa: F401  (importing it registers torch.ops.clipft)
+from clipft import reference
 
 __all__ = ["contrastive_loss", "sigmoid_loss"]
 
@@ -57,11 +60,16 @@ def contrastive_loss(
     Raises:
         TypeError: a dtype that is not supported (float64 among them) or that differs between the embeddings.
         ValueError: a shape, device, label count or smoothing that does not fit.
+        NotImplementedError: not on the CPU, and with ``group`` or in an environment with ``CLIPFT_STRICT=1``. Otherwise
+            plain torch computes it there, with a warning.
     """
     name = "contrastive_loss"
     image_embeds, text_embeds = _check_embeds(name, image_embeds, text_embeds, group is not None)
     scale = _scalar(name, "logit_scale", logit_scale, image_embeds)
     _check_targets(name, labels, label_smoothing, image_embeds)
+    if not _has_kernel(name, image_embeds, group):
+        embeds = image_embeds.float(), text_embeds.float()
+        return reference.contrastive_loss(*embeds, scale, labels=labels, label_smoothing=label_smoothing)
     if group is not None:
         return _GroupContrastive.apply(image_embeds, text_embeds, scale, labels, float(label_smoothing), group)
     if labels is None:
@@ -88,10 +96,29 @@ def sigmoid_loss(
     image_embeds, text_embeds = _check_embeds(name, image_embeds, text_embeds, group is not None)
     scale = _scalar(name, "logit_scale", logit_scale, image_embeds)
     bias = _scalar(name, "logit_bias", logit_bias, image_embeds)
+    if not _has_kernel(name, image_embeds, group):
+        return reference.sigmoid_loss(image_embeds.float(), text_embeds.float(), scale, bias)
     if group is not None:
         return _GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, group)
     keep = _needs_grad(image_embeds, text_embeds, scale, bias)
     return torch.ops.clipft.sigmoid_loss(image_embeds, text_embeds, scale, bias, keep)[0]
+
+
+def _has_kernel(op: str, embeds: Tensor, group: dist.ProcessGroup | None) -> bool:
+    """Whether the embeddings' device has a kernel. Where it has none: plain torch, said once, or an error."""
+    device = embeds.device.type
+    if device in ("cpu", "meta"):
+        return True
+    message = f"clipft.{op}: there is no kernel for {device} tensors yet"
+    if group is not None or os.environ.get("CLIPFT_STRICT") == "1":
+        raise NotImplementedError(message + (", which a process group needs" if group is not None else ""))
+    if (op, device) not in _WARNED:
+        _WARNED.add((op, device))
+        warnings.warn(f"{message}: plain torch computes it, with the N x N matrix of logits", stacklevel=3)
+    return False
+
+
+_WARNED: set[tuple[str, str]] = set()
 
 
 def _no_labels(like: Tensor) -> Tensor:

