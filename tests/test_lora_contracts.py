@@ -1,4 +1,4 @@
-"""lora_linear and quick_gelu as torch ops: opcheck, torch.compile, autocast, threads, bad input; values of quick_gelu."""
+"""lora_linear and quick_gelu as torch ops: opcheck, torch.compile, autocast, threads, bad input; quick_gelu values."""
 
 from __future__ import annotations
 
