@@ -82,6 +82,13 @@ typedef struct clipft_rank_tile {
 /* A row of v, [.., rank], is padded with zeros to a multiple of this. */
 enum { CLIPFT_RANK_PAD = 16 };
 
+/* What is read after the rows that a kernel works on, a row for each of them, or nothing (NULL). The kernel asks for it as it goes: rows of
+ * a wide matrix lie too far apart, and the pieces of them in a block are too short, for the CPU to foresee. */
+typedef struct clipft_ahead {
+    const float *data;
+    int64_t stride;
+} clipft_ahead;
+
 /* Which elements of a row are kept: bijective mixes of the column and the row's 64-bit key, compared with a threshold. */
 #define CLIPFT_HASH_STEP 0x9e3779b9U
 #define CLIPFT_HASH_MUL1 0x21f0aaadU
@@ -125,7 +132,8 @@ typedef struct clipft_kernels {
     float (*row_sigmoid_grad)(const float *x, float *out, int64_t cols, float scale, float bias, float gain);
 
     /* v[i][k] += sum_j x[i][j] * panel[j][k]; panel is [cols, padded], v [rows, padded]. */
-    void (*rank_down)(const float *x, int64_t stride, int64_t rows, int64_t cols, const float *panel, int64_t padded, float *v);
+    void (*rank_down)(const float *x, int64_t stride, int64_t rows, int64_t cols, const float *panel, int64_t padded, float *v,
+                      clipft_ahead ahead);
 
     /* out[i][j] = init[i][j] + sum_k v[i][k] * panel[k][j]. */
     void (*rank_up)(const clipft_rank_tile *tile);
@@ -133,7 +141,7 @@ typedef struct clipft_kernels {
     /* acc[k][j] += sum_i v[i][k] * x[i][j]; acc is [padded, cols] and cols a multiple of 16; rows of acc from `rank` on are left undefined.
      */
     void (*rank_outer)(const float *v, int64_t padded, int64_t rows, int64_t rank, const float *x, int64_t stride, int64_t cols, float *acc,
-                       int64_t acc_stride);
+                       int64_t acc_stride, clipft_ahead ahead);
 
     /* mask[j] = -1 where the element is kept, else 0 and x[j] = 0. Integer arithmetic only: every ISA agrees bit for bit. */
     void (*row_dropout)(const clipft_dropout_row *row, float *x, int32_t *mask, int64_t n);

@@ -79,6 +79,15 @@ static void load_block(const clipft_view *m, const block_range *at, float *block
     }
 }
 
+/* The block of m after `at`, along the row and then down, where it is whole and of float32. */
+static clipft_ahead block_ahead(const clipft_view *m, const block_range *at)
+{
+    const bool last = at->col + at->cols >= m->cols;
+    const int64_t row = at->row + (last ? at->rows : 0), col = last ? 0 : at->col + at->cols;
+    if (!clipft_view_plain(m) || row + at->rows > m->rows || col + at->cols > m->cols) return (clipft_ahead){NULL, 0};
+    return (clipft_ahead){clipft_view_floats(m, row, col), m->row_stride};
+}
+
 static void activate_block(const clipft_view *activated, const block_range *at, const float *in, float *out)
 {
     const int64_t cols = round_up(at->cols, CLIPFT_RANK_PAD); /* quick_gelu(0) = 0: the pad stays zero */
@@ -133,7 +142,8 @@ static void down_rows(int64_t begin, int64_t end, void *ctx)
             load_block(job->x, &at, block);
             if (job->lora->quick_gelu) activate_block(job->activated, &at, block, block);
             if (job->lora->dropout.active) drop_block(&job->lora->dropout, &at, block, mask);
-            clipft_kernel_table.rank_down(block, STRIDE, at.rows, at.cols, job->panel + at.col * job->padded, job->padded, v);
+            clipft_kernel_table.rank_down(block, STRIDE, at.rows, at.cols, job->panel + at.col * job->padded, job->padded, v,
+                                          block_ahead(job->x, &at));
         }
     }
 }
@@ -280,12 +290,15 @@ static void gradient_up_part(const gradient_up_job *job, int64_t part)
         for (; at.col < job->dy->cols; at.col += COLS) {
             at.cols = clipft_min(COLS, job->dy->cols - at.col);
             load_block(job->dy, &at, block);
-            if (job->u)
+            clipft_ahead ahead = block_ahead(job->dy, &at);
+            if (job->u) {
                 clipft_kernel_table.rank_down(block, STRIDE, at.rows, at.cols, job->panel + at.col * job->padded, job->padded,
-                                              job->u + row * job->padded);
+                                              job->u + row * job->padded, ahead);
+                ahead.data = NULL;
+            }
             if (sum)
                 clipft_kernel_table.rank_outer(job->v + row * job->padded, job->padded, at.rows, job->rank, block, STRIDE,
-                                               round_up(at.cols, CLIPFT_RANK_PAD), sum + at.col, job->stride);
+                                               round_up(at.cols, CLIPFT_RANK_PAD), sum + at.col, job->stride, ahead);
         }
     }
 }
@@ -377,7 +390,7 @@ static void gradient_down_block(const gradient_down_job *job, const block_range 
     if (lora->dropout.active) drop_block(&lora->dropout, at, x, b->mask);
     if (sum)
         clipft_kernel_table.rank_outer(job->u + at->row * job->padded, job->padded, at->rows, job->rank, x, STRIDE,
-                                       round_up(at->cols, CLIPFT_RANK_PAD), sum + at->col, job->stride);
+                                       round_up(at->cols, CLIPFT_RANK_PAD), sum + at->col, job->stride, block_ahead(job->x, at));
     if (!job->d_x->data) return;
     clipft_rank_tile tile = {.v = job->u + at->row * job->padded,
                              .panel = job->panel + at->col,

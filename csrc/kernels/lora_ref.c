@@ -4,8 +4,10 @@
 #include <math.h>
 
 /* Rows of the panel or of acc in the outer loop, so that the inner one runs along memory and a baseline compiler vectorises it. */
-void clipft_rank_down_ref(const float *x, int64_t stride, int64_t rows, int64_t cols, const float *panel, int64_t padded, float *v)
+void clipft_rank_down_ref(const float *x, int64_t stride, int64_t rows, int64_t cols, const float *panel, int64_t padded, float *v,
+                          clipft_ahead ahead)
 {
+    (void)ahead;
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < cols; ++j)
             for (int64_t k = 0; k < padded; ++k) v[i * padded + k] += x[i * stride + j] * panel[j * padded + k];
@@ -23,8 +25,9 @@ void clipft_rank_up_ref(const clipft_rank_tile *tile)
 }
 
 void clipft_rank_outer_ref(const float *v, int64_t padded, int64_t rows, int64_t rank, const float *x, int64_t stride, int64_t cols,
-                           float *acc, int64_t acc_stride)
+                           float *acc, int64_t acc_stride, clipft_ahead ahead)
 {
+    (void)ahead;
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t k = 0; k < rank; ++k)
             for (int64_t j = 0; j < cols; ++j) acc[k * acc_stride + j] += v[i * padded + k] * x[i * stride + j];

@@ -15,19 +15,30 @@
 /* Vectors in CLIPFT_RANK_PAD floats. */
 enum { DOWN_VECS = 16 / CLIPFT_LANES };
 #if CLIPFT_LANES == 16
-enum { DOWN_ROWS = 12, UP_ROWS = 12, UP_VECS = 2, OUTER_RANK = 8, OUTER_VECS = 2 }; /* 32 registers */
+enum { DOWN_ROWS = 12, UP_ROWS = 6, UP_VECS = 4, OUTER_RANK = 8, OUTER_VECS = 2 }; /* 32 registers */
 #elif CLIPFT_LANES == 8
 enum { DOWN_ROWS = 6, UP_ROWS = 6, UP_VECS = 2, OUTER_RANK = 4, OUTER_VECS = 2 }; /* 16 registers */
 #else
 enum { DOWN_ROWS = 6, UP_ROWS = 6, UP_VECS = 4, OUTER_RANK = 4, OUTER_VECS = 4 }; /* 32 registers */
 #endif
 
+/* Floats in a line of the cache. */
+enum { LINE = 16 };
+
+static inline __attribute__((always_inline)) clipft_ahead ahead_from(clipft_ahead ahead, int64_t row)
+{
+    return (clipft_ahead){ahead.data ? ahead.data + row * ahead.stride : NULL, ahead.stride};
+}
+
 /* CLIPFT_RANK_PAD columns of v for `n` rows. */
-SIMD void down_tile(const int n, const float *x, int64_t stride, int64_t cols, const float *panel, int64_t padded, float *v)
+SIMD void down_tile(const int n, const float *x, int64_t stride, int64_t cols, const float *panel, int64_t padded, float *v,
+                    clipft_ahead ahead)
 {
     f32v acc[DOWN_ROWS][DOWN_VECS];
     UNROLL for (int i = 0; i < n; ++i) UNROLL for (int c = 0; c < DOWN_VECS; ++c) acc[i][c] = f32v_load(v + i * padded + c * CLIPFT_LANES);
     for (int64_t j = 0; j < cols; ++j) {
+        if (ahead.data && j % LINE == 0)
+            for (int i = 0; i < n; ++i) __builtin_prefetch(ahead.data + i * ahead.stride + j, 0, 2);
         f32v p[DOWN_VECS];
         UNROLL for (int c = 0; c < DOWN_VECS; ++c) p[c] = f32v_load(panel + j * padded + c * CLIPFT_LANES);
         UNROLL for (int i = 0; i < n; ++i) UNROLL for (int c = 0; c < DOWN_VECS; ++c) acc[i][c] += p[c] * x[i * stride + j];
@@ -36,14 +47,15 @@ SIMD void down_tile(const int n, const float *x, int64_t stride, int64_t cols, c
 }
 
 CLIPFT_TARGET void KERNEL(rank_down)(const float *x, int64_t stride, int64_t rows, int64_t cols, const float *panel, int64_t padded,
-                                     float *v)
+                                     float *v, clipft_ahead ahead)
 {
-    for (int64_t k = 0; k < padded; k += CLIPFT_RANK_PAD) {
+    for (int64_t k = 0; k < padded; k += CLIPFT_RANK_PAD, ahead.data = NULL) {
         int64_t i = 0;
         for (; i + DOWN_ROWS <= rows; i += DOWN_ROWS)
-            down_tile(DOWN_ROWS, x + i * stride, stride, cols, panel + k, padded, v + i * padded + k);
-        for (; i + 4 <= rows; i += 4) down_tile(4, x + i * stride, stride, cols, panel + k, padded, v + i * padded + k);
-        for (; i < rows; ++i) down_tile(1, x + i * stride, stride, cols, panel + k, padded, v + i * padded + k);
+            down_tile(DOWN_ROWS, x + i * stride, stride, cols, panel + k, padded, v + i * padded + k, ahead_from(ahead, i));
+        for (; i + 4 <= rows; i += 4)
+            down_tile(4, x + i * stride, stride, cols, panel + k, padded, v + i * padded + k, ahead_from(ahead, i));
+        for (; i < rows; ++i) down_tile(1, x + i * stride, stride, cols, panel + k, padded, v + i * padded + k, ahead_from(ahead, i));
     }
 }
 
@@ -93,12 +105,14 @@ CLIPFT_TARGET void KERNEL(rank_up)(const clipft_rank_tile *tile)
 }
 
 SIMD void outer_tile(const int vecs, const float *v, int64_t padded, int64_t rows, const float *x, int64_t stride, float *acc,
-                     int64_t acc_stride)
+                     int64_t acc_stride, clipft_ahead ahead)
 {
     f32v sum[OUTER_RANK][OUTER_VECS];
     UNROLL for (int k = 0; k < OUTER_RANK; ++k) UNROLL for (int c = 0; c < vecs; ++c) sum[k][c] =
         f32v_load(acc + k * acc_stride + c * CLIPFT_LANES);
     for (int64_t i = 0; i < rows; ++i) {
+        if (ahead.data)
+            for (int j = 0; j < vecs * CLIPFT_LANES; j += LINE) __builtin_prefetch(ahead.data + i * ahead.stride + j, 0, 2);
         f32v p[OUTER_VECS];
         UNROLL for (int c = 0; c < vecs; ++c) p[c] = f32v_load(x + i * stride + c * CLIPFT_LANES);
         UNROLL for (int k = 0; k < OUTER_RANK; ++k) UNROLL for (int c = 0; c < vecs; ++c) sum[k][c] += p[c] * v[i * padded + k];
@@ -108,15 +122,16 @@ SIMD void outer_tile(const int vecs, const float *v, int64_t padded, int64_t row
 }
 
 CLIPFT_TARGET void KERNEL(rank_outer)(const float *v, int64_t padded, int64_t rows, int64_t rank, const float *x, int64_t stride,
-                                      int64_t cols, float *acc, int64_t acc_stride)
+                                      int64_t cols, float *acc, int64_t acc_stride, clipft_ahead ahead)
 {
     int64_t j = 0;
     for (; j + OUTER_VECS * CLIPFT_LANES <= cols; j += OUTER_VECS * CLIPFT_LANES)
         for (int64_t k = 0; k < rank; k += OUTER_RANK)
-            outer_tile(OUTER_VECS, v + k, padded, rows, x + j, stride, acc + k * acc_stride + j, acc_stride);
+            outer_tile(OUTER_VECS, v + k, padded, rows, x + j, stride, acc + k * acc_stride + j, acc_stride,
+                       (clipft_ahead){k == 0 && ahead.data ? ahead.data + j : NULL, ahead.stride});
     for (; j < cols; j += CLIPFT_LANES)
         for (int64_t k = 0; k < rank; k += OUTER_RANK)
-            outer_tile(1, v + k, padded, rows, x + j, stride, acc + k * acc_stride + j, acc_stride);
+            outer_tile(1, v + k, padded, rows, x + j, stride, acc + k * acc_stride + j, acc_stride, (clipft_ahead){NULL, 0});
 }
 
 SIMD i32v dropout_step(u32v counter, const clipft_dropout_row *row)

@@ -38,7 +38,7 @@ static void test_down(int64_t rows, int64_t cols, int64_t rank)
             }
             want[i * padded + k] = sum, size[i * padded + k] = magnitude;
         }
-    clipft_kernel_table.rank_down(x, stride, rows, cols, panel, padded, v);
+    clipft_kernel_table.rank_down(x, stride, rows, cols, panel, padded, v, (clipft_ahead){cols % 2 ? x : NULL, stride});
     for (int64_t k = 0; k < rows * padded; ++k) check_near((double)v[k], want[k], u * (double)(cols + 2) * size[k], "rank_down", cols);
     free(x), free(panel), free(v), free(want), free(size);
 }
@@ -91,7 +91,7 @@ static void test_outer(int64_t rows, int64_t cols, int64_t rank)
             }
             want[k * width + j] = sum, size[k * width + j] = magnitude;
         }
-    clipft_kernel_table.rank_outer(v, padded, rows, rank, x, width, width, acc, width);
+    clipft_kernel_table.rank_outer(v, padded, rows, rank, x, width, width, acc, width, (clipft_ahead){cols % 2 ? x : NULL, width});
     for (int64_t k = 0; k < rank * width; ++k) check_near((double)acc[k], want[k], u * (double)(rows + 2) * size[k], "rank_outer", cols);
     free(v), free(x), free(acc), free(want), free(size);
 }
