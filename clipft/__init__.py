@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clipft.models import load as load
     from clipft.models import unfuse as unfuse
     from clipft.ops import contrastive_loss as contrastive_loss
+    from clipft.ops import lora_linear as lora_linear
     from clipft.ops import sigmoid_loss as sigmoid_loss
     from clipft.pairs import load_pairs as load_pairs
     from clipft.training import CLIPTrainer as CLIPTrainer
@@ -36,6 +37,7 @@ if importlib.util.find_spec("clipft._C") is None:
 _MODULE_OF = {
     "contrastive_loss": "clipft.ops",
     "sigmoid_loss": "clipft.ops",
+    "lora_linear": "clipft.ops",
     "load": "clipft.models",
     "freeze": "clipft.models",
     "fuse": "clipft.models",

@@ -18,8 +18,16 @@ from torch import Tensor
 
 import clipft._C  # noqa: F401  (importing it registers torch.ops.clipft)
 from clipft import reference
+from clipft.linear import dropout_mask, lora_linear, quick_gelu, quick_gelu_lora_linear
 
-__all__ = ["contrastive_loss", "sigmoid_loss"]
+__all__ = [
+    "contrastive_loss",
+    "dropout_mask",
+    "lora_linear",
+    "quick_gelu",
+    "quick_gelu_lora_linear",
+    "sigmoid_loss",
+]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 1024  # CLIPFT_TILE in csrc/kernels/kernels.h

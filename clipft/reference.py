@@ -1,6 +1,6 @@
 """The ops in plain torch, as one would write them from the papers: the truth that tests compare with, run in float64.
 
-They build the full N x N matrix of logits and support autograd in every dtype that torch does.
+They build the full N x N matrix of logits and whole dropout masks, and support autograd in every dtype that torch does.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["contrastive_loss", "sigmoid_loss"]
+__all__ = ["contrastive_loss", "dropout_mask", "lora_linear", "quick_gelu", "sigmoid_loss"]
 
 
 def contrastive_targets(n: int, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
@@ -39,3 +39,56 @@ def sigmoid_loss(
     logits = logit_scale * image_embeds @ text_embeds.t() + logit_bias
     signs = 2.0 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1.0
     return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+def lora_linear(
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    dropout: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """LoRA (arXiv:2106.09685) as peft computes it; ``mask``, of the input's shape, says what dropout keeps."""
+    kept = input if mask is None else torch.where(mask.bool(), input / (1.0 - dropout), torch.zeros_like(input))
+    return F.linear(input, weight, bias) + scaling * F.linear(F.linear(kept, lora_a), lora_b)
+
+
+def quick_gelu(input: Tensor) -> Tensor:  # noqa: A002
+    """CLIP's activation."""
+    return input * torch.sigmoid(1.702 * input)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _signed(value: int) -> int:
+    """A 64-bit constant as int64 holds it."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """int64 shifted right as if it had no sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64, which wraps."""
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def dropout_mask(seed: int, rows: int, cols: int, dropout: float) -> Tensor:
+    """[rows, cols] bool: what ``clipft.lora_linear`` keeps. A 64-bit key of the seed and the row, then a 32-bit hash of
+    the key and the column, compared with ``dropout`` as a share of 2^32.
+    """
+    key = _mix(_mix(torch.tensor(seed)) + torch.arange(rows) * _signed(0x9E3779B97F4A7C15))[:, None]
+    h = (torch.arange(cols) * 0x9E3779B9 + (key & _WORD)) & _WORD
+    h = ((h ^ (h >> 16)) * 0x21F0AAAD) & _WORD
+    h = (((h ^ (h >> 15)) + _shift(key, 32)) * 0xD35A2D97) & _WORD
+    h = h ^ (h >> 15)
+    return ((h + 2**31) & _WORD) >= min(int(dropout * 2**32 + 0.5), _WORD)

@@ -179,26 +179,63 @@ void clipft_float_result(const clipft_tensor *t, const float *copy)
         clipft_float_to_float16(copy, t->data, n);
 }
 
+bool clipft_tensor_view(const clipft_tensor *t, clipft_view *view)
+{
+    const int64_t last = t->ndim - 1;
+    const bool sixteen = t->dtype != clipft_torch.aoti_torch_dtype_float32();
+    const bool bfloat16 = t->dtype == clipft_torch.aoti_torch_dtype_bfloat16();
+    int64_t rows = 1, stride = 0;
+    if (t->ndim > CLIPFT_MAX_DIM) return false;
+    for (int64_t d = last - 1; d >= 0; --d) {
+        if (t->size[d] == 1) continue;
+        if (rows > 1 && t->stride[d] != rows * stride) return false;
+        if (rows == 1) stride = t->stride[d];
+        rows *= t->size[d];
+    }
+    const int64_t cols = t->size[last];
+    *view = (clipft_view){t->data,
+                          rows,
+                          cols,
+                          rows > 1 ? stride : cols,
+                          cols > 1 ? t->stride[last] : 1,
+                          bfloat16  ? CLIPFT_BFLOAT16
+                          : sixteen ? CLIPFT_FLOAT16
+                                    : CLIPFT_FLOAT32};
+    return true;
+}
+
 /* ---- the kernels' host ---- */
 
-static AtenTensorHandle wrap(clipft_matrix m)
+static AtenTensorHandle wrap(const clipft_view *m)
 {
-    const int64_t sizes[] = {m.rows, m.cols}, strides[] = {m.row_stride, m.col_stride};
+    const int64_t sizes[] = {m->rows, m->cols}, strides[] = {m->row_stride, m->col_stride};
+    const int32_t dtype = m->kind == CLIPFT_FLOAT32    ? clipft_torch.aoti_torch_dtype_float32()
+                          : m->kind == CLIPFT_BFLOAT16 ? clipft_torch.aoti_torch_dtype_bfloat16()
+                                                       : clipft_torch.aoti_torch_dtype_float16();
     AtenTensorHandle handle = NULL;
-    if (clipft_torch.aoti_torch_create_tensor_from_blob(m.data, 2, sizes, strides, 0, clipft_torch.aoti_torch_dtype_float32(),
-                                                        clipft_torch.aoti_torch_device_type_cpu(), 0, &handle))
+    if (clipft_torch.aoti_torch_create_tensor_from_blob(m->data, 2, sizes, strides, 0, dtype, clipft_torch.aoti_torch_device_type_cpu(), 0,
+                                                        &handle))
         return NULL;
     return handle;
 }
 
-static bool host_gemm(clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate)
+bool clipft_torch_gemm(const clipft_view *c, const clipft_view *start, const clipft_view *a, const clipft_view *b)
 {
-    AtenTensorHandle out = wrap(c), left = wrap(a), right = wrap(b);
-    const bool ok = out && left && right && !clipft_torch.aoti_torch_cpu_addmm_out(out, out, left, right, accumulate ? 1.0 : 0.0, 1.0);
+    AtenTensorHandle out = wrap(c), self = wrap(start ? start : c), left = wrap(a), right = wrap(b);
+    const bool ok = out && self && left && right && !clipft_torch.aoti_torch_cpu_addmm_out(out, self, left, right, start ? 1.0 : 0.0, 1.0);
     if (out) clipft_torch.aoti_torch_delete_tensor_object(out);
+    if (self) clipft_torch.aoti_torch_delete_tensor_object(self);
     if (left) clipft_torch.aoti_torch_delete_tensor_object(left);
     if (right) clipft_torch.aoti_torch_delete_tensor_object(right);
     return ok;
+}
+
+static clipft_view float_view(clipft_matrix m) { return (clipft_view){m.data, m.rows, m.cols, m.row_stride, m.col_stride, CLIPFT_FLOAT32}; }
+
+static bool host_gemm(clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate)
+{
+    const clipft_view out = float_view(c), left = float_view(a), right = float_view(b);
+    return clipft_torch_gemm(&out, accumulate ? &out : NULL, &left, &right);
 }
 
 static bool host_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*fn)(int64_t, int64_t, void *), void *ctx)

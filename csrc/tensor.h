@@ -3,6 +3,7 @@
 #define CLIPFT_TENSOR_H
 
 #include "kernels/kernels.h"
+#include "kernels/views.h"
 #include "torch_abi.h"
 
 /* The first thing that went wrong in an op. Nothing is thrown before everything is freed. */
@@ -17,7 +18,7 @@ __attribute__((format(printf, 2, 3))) bool clipft_fail(clipft_error *error, cons
 /* Throws the recorded error as torch does, or returns if there is none. Call last. */
 void clipft_throw(const clipft_error *error, const char *file, int line);
 
-enum { CLIPFT_MAX_DIM = 2 };
+enum { CLIPFT_MAX_DIM = 8 };
 
 typedef struct clipft_tensor {
     AtenTensorHandle handle; /* owned */
@@ -63,6 +64,13 @@ bool clipft_float_matrix(const clipft_tensor *tensor, clipft_matrix *matrix, flo
  * clipft_float_result. */
 bool clipft_float_target(const clipft_tensor *tensor, clipft_matrix *matrix, float **copy, clipft_error *error);
 void clipft_float_result(const clipft_tensor *tensor, const float *copy);
+
+/* The tensor's memory, all dimensions but the last taken as one: they must lie in order, else false. A float dtype and at least one
+ * dimension are the caller's checks. */
+bool clipft_tensor_view(const clipft_tensor *tensor, clipft_view *view);
+
+/* c = start + a b, or a b without a start (NULL), all of one dtype. The start is c itself or one row, [1, cols], for every row of c. */
+bool clipft_torch_gemm(const clipft_view *c, const clipft_view *start, const clipft_view *a, const clipft_view *b);
 
 /* Kernels' host on torch: its threads and its GEMM. */
 extern const clipft_host clipft_torch_host;

@@ -1,28 +1,8 @@
-/* The losses' micro-kernels on vectors of any width; loss_<isa>.c includes this once with its width, target and name (see simd.h), and
- * CLIPFT_ISA, the suffix.
+/* The losses' micro-kernels on vectors of any width; loss_<isa>.c includes this once with its width, target and name (see simd.h).
  *
  * A row's last, partial vector goes through a padded copy, so that no lane reads or writes beyond the row. */
 #include "loss_kernels.h"
 #include "simd.h"
-
-#define JOIN_(a, b) a##_##b
-#define JOIN(a, b) JOIN_(a, b)
-#define KERNEL(name) JOIN(clipft_##name, CLIPFT_ISA)
-
-SIMD f32v load_part(const float *p, int64_t n, float fill)
-{
-    float lane[CLIPFT_LANES];
-    for (int k = 0; k < CLIPFT_LANES; ++k) lane[k] = fill;
-    memcpy(lane, p, (size_t)n * sizeof *p);
-    return f32v_load(lane);
-}
-
-SIMD void store_part(float *p, int64_t n, f32v v)
-{
-    float lane[CLIPFT_LANES];
-    f32v_store(lane, v);
-    memcpy(p, lane, (size_t)n * sizeof *p);
-}
 
 SIMD i32v load_ids_part(const int32_t *p, int64_t n)
 {

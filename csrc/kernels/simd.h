@@ -1,10 +1,15 @@
 /* Float vectors and their functions, written once for every width. The file that includes this defines
+ *   CLIPFT_ISA     the suffix of its functions' names
  *   CLIPFT_LANES   floats in a vector
  *   CLIPFT_TARGET  __attribute__((target(...))) of the ISA, or nothing; every function that handles vectors carries it, because a compiler
  * lowers wide vectors to narrow ones wherever the target is missing, even in what is inlined later. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define KERNEL(name) JOIN(clipft_##name, CLIPFT_ISA)
 
 #define SIMD static inline __attribute__((always_inline)) CLIPFT_TARGET
 
@@ -44,6 +49,22 @@ SIMD f32v f32v_select(i32v mask, f32v a, f32v b) { return (f32v)((mask & (i32v)a
 SIMD f32v f32v_zero_where(i32v mask, f32v a) { return (f32v)(~mask & (i32v)a); }
 
 SIMD f32v f32v_max(f32v a, f32v b) { return f32v_select(a > b, a, b); }
+
+/* The first n lanes from p, the rest `fill`: a row's last, partial vector, read and written without touching what lies beyond it. */
+SIMD f32v load_part(const float *p, int64_t n, float fill)
+{
+    float lane[CLIPFT_LANES];
+    for (int k = 0; k < CLIPFT_LANES; ++k) lane[k] = fill;
+    memcpy(lane, p, (size_t)n * sizeof *p);
+    return f32v_load(lane);
+}
+
+SIMD void store_part(float *p, int64_t n, f32v v)
+{
+    float lane[CLIPFT_LANES];
+    f32v_store(lane, v);
+    memcpy(p, lane, (size_t)n * sizeof *p);
+}
 
 SIMD float f32v_sum(f32v v)
 {

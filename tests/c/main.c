@@ -37,6 +37,8 @@ int main(void)
         test_loss_rows();
         test_losses();
         test_convert();
+        test_lora_rows();
+        test_lora();
         printf("isa %s: %d checks passed\n", clipft_isa_name((clipft_isa)isa), check_passed - before);
     }
     printf("%d passed, %d failed\n", check_passed, check_failed);

@@ -1,0 +1,327 @@
+"""The linear layers as functions over ``torch.ops.clipft.*``: LoRA, and the activation between CLIP's layers.
+
+``clipft.ops`` gives these names out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clipft._C  # noqa: F401  (importing it registers torch.ops.clipft)
+
+__all__ = ["dropout_mask", "lora_linear", "quick_gelu", "quick_gelu_lora_linear"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_DIM = 8  # CLIPFT_MAX_DIM in csrc/tensor.h
+_RANK_PAD = 16  # CLIPFT_RANK_PAD in csrc/kernels/kernels.h
+
+
+# ---- public functions ----
+
+
+def lora_linear(
+    input: Tensor,  # noqa: A002  (torch.nn.functional.linear's name)
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """A linear layer with a LoRA branch (arXiv:2106.09685): ``x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ``, as peft's
+    ``lora.Linear`` computes it.
+
+    Args:
+        input: [..., in] float32, bfloat16 or float16, at most 8 dimensions.
+        weight: [out, in], the dtype of ``input``.
+        bias: [out], the dtype of ``input``, or None.
+        lora_a: [r, in], float32 or the dtype of ``input``.
+        lora_b: [out, r], float32 or the dtype of ``input``.
+        scaling: factor of the branch, ``alpha / r`` or what peft's adapter says.
+        dropout: probability in [0, 1) with which an element of the branch's input is zeroed, the others being divided
+            by ``1 - dropout``.
+        training: whether dropout happens. The mask comes from a seed drawn from torch's generator of the CPU; it is
+            made again in the backward pass, and is the same when a checkpoint recomputes the layer.
+
+    Returns:
+        [..., out] in the dtype of ``input``. The branch is computed in float32, and added before the one rounding of a
+        16-bit result; all five tensors get gradients in their own dtype, where they need one. The result does not
+        depend on the number of threads beyond what the BLAS's own products do. Under autocast ``input``, ``weight``
+        and ``bias`` are cast to its dtype; ``lora_a`` and ``lora_b`` stay as they are.
+
+    Raises:
+        TypeError: a dtype that is not supported, or that does not fit the input's.
+        ValueError: a shape, device or ``dropout`` that does not fit.
+    """
+    return _lora_linear(input, weight, bias, lora_a, lora_b, scaling, dropout if training else 0.0, dropout, False)
+
+
+def quick_gelu_lora_linear(
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """``lora_linear(quick_gelu(input), ...)`` in one: the activation takes no pass of its own, and the backward pass
+    keeps ``input`` only. Arguments, result and errors are those of :func:`lora_linear`.
+    """
+    return _lora_linear(input, weight, bias, lora_a, lora_b, scaling, dropout if training else 0.0, dropout, True)
+
+
+def quick_gelu(input: Tensor) -> Tensor:  # noqa: A002
+    """CLIP's activation ``x · sigmoid(1.702 x)``, one pass forward and one backward, which keeps ``input`` only.
+
+    Args:
+        input: float32, bfloat16 or float16, 1 to 8 dimensions.
+
+    Returns:
+        The same shape and dtype; 16-bit floats are computed in float32 and rounded once.
+
+    Raises:
+        TypeError: another dtype. ValueError: no dimensions, or more than 8.
+    """
+    _check_float("quick_gelu", "input", input)
+    if not 1 <= input.dim() <= _MAX_DIM:
+        raise ValueError(f"clipft.quick_gelu: input must have 1 to {_MAX_DIM} dimensions, got shape {_shape(input)}")
+    return torch.ops.clipft.quick_gelu(input.contiguous())
+
+
+def dropout_mask(seed: int | Tensor, rows: int, cols: int, dropout: float) -> Tensor:
+    """[rows, cols] float32: 1 where ``lora_linear`` with this seed keeps an element of its input, as [rows, cols], else
+    0.
+    """
+    _check_dropout("dropout_mask", dropout)
+    return torch.ops.clipft.dropout_mask(torch.as_tensor(seed, dtype=torch.int64), rows, cols, float(dropout))
+
+
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    active_dropout: float,
+    dropout: float,
+    activation: bool,
+) -> Tensor:
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = _autocast(x, weight, bias)
+    _check_lora(x, weight, bias, lora_a, lora_b, scaling, dropout)
+    if x.dim() > 2:
+        x = x.contiguous()
+    if bias is None:
+        bias = x.new_empty(0)
+    seed = _draw_seed(x) if active_dropout else torch.empty((), dtype=torch.int64, device=x.device)
+    return torch.ops.clipft.lora_linear(
+        x, weight, bias, lora_a, lora_b, seed, float(scaling), float(active_dropout), activation
+    )[0]
+
+
+def _draw_seed(like: Tensor) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=like.device)
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As autocast does for ``torch.nn.functional.linear``; the branch's own weights keep their precision."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(tensor: Any) -> Any:
+        return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in _FLOATS else tensor
+
+    return cast(x), cast(weight), cast(bias)
+
+
+# ---- checks: the messages equal those of csrc/ops/lora.c ----
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _check_float(op: str, name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"clipft.{op}: {name} must be float32, bfloat16 or float16, got {_dtype(tensor)}")
+
+
+def _check_like(name: str, tensor: Any, x: Tensor, or_float32: bool) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"clipft.lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != x.dtype and not (or_float32 and tensor.dtype == torch.float32):
+        also = ", or float32" if or_float32 else ""
+        raise TypeError(
+            f"clipft.lora_linear: {name} must have the dtype of input, {_dtype(x)}{also}, got {_dtype(tensor)}"
+        )
+    if tensor.device != x.device:
+        raise ValueError(
+            f"clipft.lora_linear: {name} must be on the device of the other tensors, {x.device}, got {tensor.device}"
+        )
+
+
+def _check_matrix(name: str, tensor: Tensor, layout: str, rows: int | None, cols: int) -> None:
+    if (
+        tensor.dim() == 2
+        and tensor.shape[1] == cols
+        and (tensor.shape[0] > 0 if rows is None else tensor.shape[0] == rows)
+    ):
+        return
+    size = f"with in = {cols}" if rows is None else f"[{rows}, {cols}]"
+    joint = " " if rows is None else ", "
+    raise ValueError(f"clipft.lora_linear: {name} must be {layout}{joint}{size}, got shape {_shape(tensor)}")
+
+
+def _check_dropout(op: str, dropout: Any) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"clipft.{op}: dropout must be a float, got {type(dropout).__name__}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"clipft.{op}: dropout must be in [0, 1), got {dropout:g}")
+
+
+def _check_lora(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: float
+) -> None:
+    _check_float("lora_linear", "input", x)
+    if not 1 <= x.dim() <= _MAX_DIM or x.shape[-1] == 0:
+        raise ValueError(
+            f"clipft.lora_linear: input must be [..., in] with in > 0 and at most {_MAX_DIM} dimensions, "
+            f"got shape {_shape(x)}"
+        )
+    _check_like("weight", weight, x, False)
+    _check_matrix("weight", weight, "[out, in]", None, x.shape[-1])
+    out = weight.shape[0]
+    if bias is not None:
+        _check_like("bias", bias, x, False)
+        if bias.dim() != 1 or bias.shape[0] != out:
+            raise ValueError(f"clipft.lora_linear: bias must be [out], [{out}], got shape {_shape(bias)}")
+    _check_like("lora_a", lora_a, x, True)
+    _check_matrix("lora_a", lora_a, "[r, in]", None, x.shape[-1])
+    _check_like("lora_b", lora_b, x, True)
+    _check_matrix("lora_b", lora_b, "[out, r]", out, lora_a.shape[0])
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"clipft.lora_linear: scaling must be a float, got {type(scaling).__name__}")
+    _check_dropout("lora_linear", dropout)
+
+
+# ---- fake kernels ----
+
+
+def _padded(rank: int) -> int:
+    return (rank + _RANK_PAD - 1) // _RANK_PAD * _RANK_PAD
+
+
+@torch.library.register_fake("clipft::lora_linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    quick_gelu: bool = False,
+) -> Any:
+    rows = math.prod(x.shape[:-1])
+    return (
+        x.new_empty((*x.shape[:-1], weight.shape[0])),
+        x.new_empty((rows, _padded(lora_a.shape[0])), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("clipft::lora_linear_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor,
+    rank: Tensor,
+    scaling: float,
+    dropout: float,
+    quick_gelu: bool,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> Any:
+    def like(tensor: Tensor, needed: bool) -> Tensor:
+        return tensor.new_empty(tensor.shape if needed else (0,))
+
+    return (
+        like(x, needs_input),
+        like(weight, needs_weight),
+        x.new_empty((weight.shape[0] if needs_bias else 0,)),
+        like(lora_a, needs_a),
+        like(lora_b, needs_b),
+    )
+
+
+@torch.library.register_fake("clipft::dropout_mask")
+def _(seed: Tensor, rows: int, cols: int, dropout: float) -> Tensor:
+    return seed.new_empty((rows, cols), dtype=torch.float32)
+
+
+@torch.library.register_fake("clipft::quick_gelu")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("clipft::quick_gelu_backward")
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+# ---- autograd ----
+
+
+def _lora_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, lora_a, lora_b, seed, ctx.scaling, ctx.dropout, ctx.quick_gelu = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, lora_a, lora_b, seed, output[1])
+
+
+def _lora_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[:5]
+    if grad.dim() > 2:
+        grad = grad.contiguous()
+    grads = torch.ops.clipft.lora_linear_backward(
+        grad, *ctx.saved_tensors, ctx.scaling, ctx.dropout, ctx.quick_gelu, *needs
+    )
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
+
+
+def _gelu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gelu_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    return torch.ops.clipft.quick_gelu_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("clipft's ops have no second derivative: do not call their backward with create_graph=True")
+
+
+torch.library.register_autograd("clipft::lora_linear", _lora_gradients, setup_context=_lora_context)
+torch.library.register_autograd("clipft::quick_gelu", _gelu_gradient, setup_context=_gelu_context)
+for _op in ("lora_linear_backward", "quick_gelu_backward"):
+    torch.library.register_autograd(f"clipft::{_op}", _no_second_derivative)
