@@ -25,10 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
-from transformers.models.clip.modeling_clip import CLIPMLP
 
 import clipft
-from clipft.ops import lora_linear, quick_gelu_lora_linear
+from clipft.lora_layers import FusedLoraLinear
 
 RANK, ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -66,41 +65,8 @@ def build(model_name: str, competitor: str) -> nn.Module:
     )
     wrapped = get_peft_model(model, config).train()
     if kind == "clipft":
-        fuse(wrapped)
+        clipft.fuse(wrapped)
     return wrapped
-
-
-class _FusedLinear(PeftLinear):
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return lora_linear(x, **branch(self))
-
-
-class _FusedMLP(CLIPMLP):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return quick_gelu_lora_linear(self.fc1(hidden_states), **branch(self.fc2))
-
-
-def branch(layer: PeftLinear) -> dict[str, Any]:
-    base, (name,) = layer.get_base_layer(), layer.active_adapters
-    return {
-        "weight": base.weight,
-        "bias": base.bias,
-        "lora_a": layer.lora_A[name].weight,
-        "lora_b": layer.lora_B[name].weight,
-        "scaling": layer.scaling[name],
-        "dropout": getattr(layer.lora_dropout[name], "p", 0.0),
-        "training": layer.training,
-    }
-
-
-def fuse(model: nn.Module) -> None:
-    """``clipft.fuse``; the ops are put into the layers here where it leaves peft's layers as they are."""
-    clipft.fuse(model)
-    for module in model.modules():
-        if type(module) is PeftLinear:
-            module.__class__ = _FusedLinear
-        elif type(module) is CLIPMLP:
-            module.__class__ = _FusedMLP
 
 
 def batch_of(model_name: str, batch: int) -> dict[str, Tensor]:
@@ -184,7 +150,7 @@ def measure_layer(rows: int, n_in: int, n_out: int, repeats: int) -> dict[str, A
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=float(p), init_lora_weights=False)
         wrapped = PeftLinear(base, "default", config, r=RANK, lora_alpha=ALPHA)
         if kind == "clipft":
-            wrapped.__class__ = _FusedLinear
+            wrapped.__class__ = FusedLoraLinear
         return wrapped.train()
 
     def run(module: nn.Module) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clipft.data import CLIPDataCollator as CLIPDataCollator
     from clipft.evaluation import evaluate_retrieval as evaluate_retrieval
     from clipft.evaluation import evaluate_zero_shot as evaluate_zero_shot
+    from clipft.lora import add_lora as add_lora
     from clipft.models import freeze as freeze
     from clipft.models import fuse as fuse
     from clipft.models import load as load
@@ -38,6 +39,7 @@ _MODULE_OF = {
     "contrastive_loss": "clipft.ops",
     "sigmoid_loss": "clipft.ops",
     "lora_linear": "clipft.ops",
+    "add_lora": "clipft.lora",
     "load": "clipft.models",
     "freeze": "clipft.models",
     "fuse": "clipft.models",

@@ -1,4 +1,4 @@
-"""The command line: ``clipft demo``, ``clipft train``, ``clipft evaluate``.
+"""The command line: ``clipft demo``, ``clipft train``, ``clipft evaluate``, ``clipft merge``.
 
 Heavy imports wait inside the commands, so that ``clipft --help`` answers at once. An error of the user's prints one
 line and ends with status 2.
@@ -26,6 +26,8 @@ __all__ = ["app", "main"]
 HELD_OUT = 0.2  # share of the data tested on where no test data is given
 VALIDATION = 0.1  # share of the training data that early stopping looks at
 
+FULL_LR, LORA_LR = 1e-5, 2e-4  # peak learning rates: of all weights, and of an adapter
+
 METRICS = ("loss", *(f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)))
 
 app = typer.Typer(
@@ -45,7 +47,9 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
-Model = Annotated[str, typer.Option(help="A folder as save_pretrained writes it, a hub name, or demo.")]
+Model = Annotated[
+    str, typer.Option(help="A folder as save_pretrained writes it, an adapter folder, a hub name, or demo.")
+]
 Data = Annotated[
     str, typer.Option(help="Folder with a sub-folder a class, .csv/.tsv/.jsonl/.parquet file, or a data set's name.")
 ]
@@ -107,7 +111,19 @@ def train(
     ] = "none",
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 5.0,
     batch_size: BatchSize = 32,
-    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 1e-5,
+    lora_r: Annotated[
+        int | None, typer.Option(min=1, help="Train a LoRA adapter of this rank, and nothing else; 16 is usual.")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="The adapter's output is multiplied by alpha / r; default: twice the rank.")
+    ] = None,
+    lora_dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout of the adapter's input.")] = 0.1,
+    lora_targets: Annotated[
+        str, typer.Option(help="Adapted layers: vision, text, vision.8-11, vision.last2:q_proj,v_proj, q_proj, ...")
+    ] = "vision,text",
+    lr: Annotated[
+        float | None, typer.Option(min=0.0, help=f"Peak learning rate; default {FULL_LR:g}, or {LORA_LR:g} with LoRA.")
+    ] = None,
     warmup_ratio: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of the steps with a rising rate.")
     ] = 0.1,
@@ -142,20 +158,27 @@ def train(
         raise ValueError(f"--output: expected a folder, {output} is a file")
     if metric not in METRICS:
         raise ValueError(f"--metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    if lora_r is not None and freeze != "none":
+        raise ValueError(f"--freeze: expected none with --lora-r, which freezes all but the adapter, got {freeze!r}")
     console = _prepare()
     from clipft import report
+    from clipft.lora import add_lora
     from clipft.models import freeze as freeze_model
     from clipft.models import load, unfuse
 
     sets = _load_sets(data, eval_data, validate=early_stopping_patience is not None, seed=seed, console=console)
-    clip, processor = load(model)
-    freeze_model(clip, freeze)
+    base, processor = load(model)
+    clip: Any = base
+    if lora_r is None:
+        freeze_model(base, freeze)
+    else:
+        clip = add_lora(base, lora_r, 2 * lora_r if lora_alpha is None else lora_alpha, lora_dropout, lora_targets)
     arguments = _training_arguments(
         output,
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
-        learning_rate=lr,
+        learning_rate=lr if lr is not None else FULL_LR if lora_r is None else LORA_LR,
         warmup_steps=warmup_ratio,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
@@ -179,9 +202,12 @@ def train(
     results["after"] = score("after")
     if trainer.is_world_process_zero():
         report.save_model(unfuse(clip), processor, output)
+        if lora_r is not None:
+            report.save_model(clip.merge_and_unload(), processor, output / "merged")
         report.write_json(output / "report.json", results)
         report.show(results, sets.test_name, console)
-        console.print(f"model and report.json in {output}")
+        what = "model" if lora_r is None else "adapter, the model with it merged in (merged)"
+        console.print(f"{what} and report.json in {output}")
 
 
 @app.command()
@@ -209,6 +235,30 @@ def evaluate(
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         report.write_json(output, result)
+
+
+@app.command()
+@user_errors
+def merge(
+    *,
+    model: Annotated[Path, typer.Option(help="An adapter folder as peft or clipft train --lora-r writes it.")],
+    output: Annotated[Path, typer.Option(help="Folder for the plain model.")],
+) -> None:
+    """Merge a LoRA adapter into its base model and save that as a plain CLIPModel."""
+    from clipft.lora import is_adapter_folder
+
+    if not is_adapter_folder(model):
+        raise FileNotFoundError(f"--model: expected an adapter folder, with adapter_config.json, got {model}")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output: expected a folder, {output} is a file")
+    if output.resolve() == model.resolve():
+        raise ValueError(f"--output: expected a folder other than the adapter's, got {output}")
+    console = _prepare()
+    from clipft import report
+    from clipft.models import load
+
+    report.save_model(*load(model), output)
+    console.print(f"model in {output}")
 
 
 # ---- parts of train ----

@@ -1,12 +1,14 @@
 """Loading, freezing and fusing Hugging Face ``CLIPModel``.
 
-``fuse`` takes over one instance by its class: parameters, names and hooks stay, only ``forward`` computes the loss with
-``clipft.contrastive_loss`` and leaves the matrix of logits out unless it is asked for. ``unfuse`` gives the class back.
+``fuse`` takes over instances by their class: parameters, names and hooks stay, only ``forward`` changes. The model's
+computes the loss with ``clipft.contrastive_loss`` and leaves the matrix of logits out unless it is asked for; its
+activations and peft's LoRA layers become ops. ``unfuse`` gives the classes back.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +17,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
-from transformers.models.clip.modeling_clip import CLIPOutput
+from transformers.activations import QuickGELUActivation
+from transformers.models.clip.modeling_clip import CLIPMLP, CLIPOutput
 from transformers.utils.generic import can_return_tuple
+
+from clipft.lora import is_adapter_folder, load_merged
 
 __all__ = ["freeze", "fuse", "load", "unfuse"]
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_DIM = 8  # of the ops' inputs
 
 
 # ---- loading ----
@@ -31,20 +38,24 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProces
     """Load a CLIP model and its processor.
 
     Args:
-        name_or_path: a folder as ``save_pretrained`` writes it, a name on the Hugging Face hub, or ``"demo"``: the
-            small model inside the package.
+        name_or_path: a folder as ``save_pretrained`` writes it, a folder with a LoRA adapter as peft writes it, a name
+            on the Hugging Face hub, or ``"demo"``: the small model inside the package.
         kwargs: passed to ``CLIPModel.from_pretrained`` (``dtype``, ``revision``, ...). Weights are read from
             safetensors only.
 
     Returns:
         The model in evaluation mode, and a processor whose image processor is torchvision's: Hugging Face has two,
-        their outputs differ by up to 0.015, and everything in clipft uses this one.
+        their outputs differ by up to 0.015, and everything in clipft uses this one. An adapter comes as its base model
+        with the adapter merged in; to train it on, load it into the base with ``peft.PeftModel.from_pretrained``.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
         ValueError: the folder holds another kind of model.
+        ImportError: an adapter without peft installed.
     """
     folder = DEMO_MODEL if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
+    if is_adapter_folder(folder):
+        return load_merged(folder, **kwargs)
     source = str(folder)
     if folder.is_dir():
         _check_folder(folder)
@@ -162,6 +173,7 @@ class FusedCLIPOutput(CLIPOutput):
 class FusedCLIPModel(CLIPModel):
     """A ``CLIPModel`` whose ``forward`` uses ``clipft.contrastive_loss``. Made by :func:`fuse` only."""
 
+    _clipft_stands_in_for = CLIPModel
     accepts_loss_kwargs = False  # HF's Trainer asks: the loss is a mean over the batch it sees
 
     @can_return_tuple
@@ -209,9 +221,35 @@ class FusedCLIPModel(CLIPModel):
             logit_scale=scale,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_fused_model, (), self.__getstate__()
 
-# The class name is written into config.json; pickle and deepcopy find the class by its qualified name.
-FusedCLIPModel.__name__ = "CLIPModel"
+
+# save_pretrained writes the name into config.json, and peft name and module into adapter_config.json. Pickle and
+# deepcopy, which would look for the class there, go by __reduce__.
+FusedCLIPModel.__name__ = CLIPModel.__name__
+FusedCLIPModel.__module__ = CLIPModel.__module__
+
+
+def _new_fused_model() -> FusedCLIPModel:
+    return FusedCLIPModel.__new__(FusedCLIPModel)
+
+
+class FusedQuickGELU(QuickGELUActivation):
+    """A ``QuickGELUActivation`` on ``clipft.ops.quick_gelu``. Made by :func:`fuse` only."""
+
+    _clipft_stands_in_for = QuickGELUActivation
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the parameter's name in transformers)
+        """Any shape, kept."""
+        from clipft.ops import quick_gelu
+
+        if input.device.type != "cpu" or input.dtype not in _FLOATS or not 1 <= input.dim() <= _MAX_DIM:
+            return super().forward(input)
+        return quick_gelu(input)
+
+
+FusedQuickGELU.__name__ = QuickGELUActivation.__name__  # what print(model) shows
 
 
 def _normalised(embeds: Tensor) -> Tensor:
@@ -219,33 +257,49 @@ def _normalised(embeds: Tensor) -> Tensor:
 
 
 def fuse(model: Any) -> Any:
-    """Let an existing ``CLIPModel``, or the one inside a peft model, compute its loss with ``clipft.contrastive_loss``.
+    """Let an existing ``CLIPModel`` or peft model compute with clipft's ops.
 
-    The instance keeps its parameters, their names, its hooks and its place in other modules; ``copy.deepcopy``,
-    ``save_pretrained`` and pickling work, and what is saved loads as a plain ``CLIPModel``. With ``return_loss=True``
-    the output holds ``loss``, ``image_embeds`` and ``text_embeds``, and logits only with ``return_logits=True``. Fusing
-    twice is harmless.
+    - A ``CLIPModel``, also the one inside a peft model, gets its loss from ``clipft.contrastive_loss``: with
+      ``return_loss=True`` the output holds ``loss``, ``image_embeds`` and ``text_embeds``, and logits only with
+      ``return_logits=True``. Its ``quick_gelu`` activations become one op each.
+    - The ``lora.Linear`` layers of a peft model, of a ``CLIPModel`` or any other, run ``clipft.lora_linear``. All that
+      peft does still works: several adapters, switching, disabling, merging, saving. What the op does not cover (DoRA
+      and other variants, mixed batches, several active adapters, quantised layers, GPUs) runs peft's own forward; one
+      warning in the log per reason names the layers for which that is so now. Layers that a later ``add_adapter``
+      makes are peft's until ``fuse`` is called again.
+
+    Instances keep their parameters, the names of these, hooks and places; ``copy.deepcopy``, ``save_pretrained`` and
+    pickling work, and what is saved loads without clipft. Fusing twice is harmless.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: not a ``CLIPModel``, or a subclass of it, whose own ``forward`` would be lost.
+        TypeError: neither a ``CLIPModel`` nor a peft model with LoRA, or a subclass of ``CLIPModel``, whose own
+            ``forward`` would be lost.
     """
-    clip = _clip_inside(model)
-    if type(clip) is not FusedCLIPModel:
-        if type(clip) is not CLIPModel:
-            raise TypeError(f"model: expected a CLIPModel or a peft model of one, got {type(clip).__qualname__}")
+    clip, with_lora = _clip_inside(model), _has_lora(model)
+    if type(clip) is CLIPModel:
         clip.__class__ = FusedCLIPModel
+    elif type(clip) is not FusedCLIPModel and (isinstance(clip, CLIPModel) or not with_lora):
+        raise TypeError(f"model: expected a CLIPModel or a peft model of one, got {type(clip).__qualname__}")
+    for module in model.modules():
+        if isinstance(module, CLIPMLP) and type(module.activation_fn) is QuickGELUActivation:
+            module.activation_fn.__class__ = FusedQuickGELU
+    if with_lora:
+        from clipft.lora_layers import fuse_lora
+
+        fuse_lora(model)
     return model
 
 
 def unfuse(model: Any) -> Any:
-    """Undo :func:`fuse`: the same object, a plain ``CLIPModel`` again. A model that is not fused is left as it is."""
-    clip = _clip_inside(model)
-    if type(clip) is FusedCLIPModel:
-        clip.__class__ = CLIPModel  # type: ignore[assignment]
-        _drop_wrapped_forward(clip)
+    """Undo :func:`fuse`: the same object, its modules of their own classes again. What is not fused stays as it is."""
+    for module in model.modules():
+        plain = getattr(type(module), "_clipft_stands_in_for", None)
+        if plain is not None:
+            module.__class__ = plain
+            _drop_wrapped_forward(module)
     return model
 
 
@@ -253,9 +307,17 @@ def _clip_inside(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _drop_wrapped_forward(clip: CLIPModel) -> None:
+def _has_lora(model: Any) -> bool:
+    if sys.modules.get("peft") is None or not isinstance(model, nn.Module):
+        return False  # without peft nothing can have put LoRA in
+    from clipft.lora_layers import has_lora
+
+    return has_lora(model)
+
+
+def _drop_wrapped_forward(module: nn.Module) -> None:
     """Mixed precision in accelerate leaves a wrapper of the class's forward, here the fused one, on the instance."""
-    original = vars(clip).get("_original_forward")
+    original = vars(module).get("_original_forward")
     if getattr(original, "__func__", None) is FusedCLIPModel.forward:
-        del clip._original_forward
-        clip.__dict__.pop("forward", None)
+        del module._original_forward
+        module.__dict__.pop("forward", None)

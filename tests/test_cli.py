@@ -123,6 +123,53 @@ def test_resume_goes_on_to_the_same_model(base: Path, table: Path, tmp_path: Pat
     assert "no checkpoint in" in first.output
 
 
+def test_train_lora(base: Path, table: Path, tmp_path: Path) -> None:
+    """What is left is an adapter that plain peft loads, and the same model merged; all three score the same."""
+    peft = pytest.importorskip("peft")
+    out = tmp_path / "out"
+    options = ["--epochs", 4, "--batch-size", 8, "--lora-r", 4, "--lora-targets", "vision,text:q_proj", "--lr", 3e-2]
+    options += ["--eval-data", table, "--lora-dropout", 0.05]
+    result = run("train", "--model", base, "--data", table, "--output", out, *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "report.json").read_text())
+    assert report["after"]["retrieval"] != report["before"]["retrieval"]
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 8, 0.05)
+    assert not (out / "model.safetensors").exists()
+    data, processor = clipft.load_pairs(table), clipft.load(base)[1]
+    plain = peft.PeftModel.from_pretrained(CLIPModel.from_pretrained(base), out).eval()
+    for model in (plain, CLIPModel.from_pretrained(out / "merged"), clipft.load(out)[0]):
+        assert clipft.evaluate_retrieval(model, processor, data) == pytest.approx(report["after"]["retrieval"])
+    assert run("evaluate", "--model", out, "--data", table, "--output", tmp_path / "again.json").exit_code == 0
+    assert json.loads((tmp_path / "again.json").read_text())["retrieval"] == report["after"]["retrieval"]
+
+    assert run("merge", "--model", out, "--output", tmp_path / "merged").exit_code == 0
+    names = ("model.safetensors", "config.json", "tokenizer.json")
+    assert [(tmp_path / "merged" / name).is_file() for name in names] == [True] * 3
+    assert torch.equal(
+        CLIPModel.from_pretrained(tmp_path / "merged").visual_projection.weight,
+        CLIPModel.from_pretrained(base).visual_projection.weight,
+    )
+    for arguments, message in (
+        (["--model", base, "--output", tmp_path / "x"], "--model: expected an adapter folder"),
+        (["--model", out, "--output", out], "--output: expected a folder other than the adapter's"),
+    ):
+        failed = run("merge", *arguments)
+        assert failed.exit_code == 2
+        assert message in failed.stderr
+
+
+def test_resume_of_an_adapter(base: Path, table: Path, tmp_path: Path) -> None:
+    options = ["--model", base, "--data", table, "--epochs", 2, "--batch-size", 8, "--lora-r", 2]
+    run("train", *options, "--output", tmp_path / "whole")
+    run("train", *options, "--output", tmp_path / "broken")
+    whole, broken = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "broken"))
+    (tmp_path / "broken" / "checkpoints" / "checkpoint-6" / "optimizer.pt").unlink()
+    broken.unlink()
+    assert "checkpoint-3" in run("train", *options, "--output", tmp_path / "broken", "--resume").output
+    assert broken.read_bytes() == whole.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -133,12 +180,15 @@ def test_resume_goes_on_to_the_same_model(base: Path, table: Path, tmp_path: Pat
         (["--random-resized-crop", "2"], "random_resized_crop: expected a share"),
         (["--template", "no place"], "exactly one {}"),
         (["--output", __file__], "--output: expected a folder"),
+        (["--lora-r", "4", "--lora-targets", "query"], "targets: 'query': 'query' matches nothing; there are vision"),
+        (["--lora-r", "4", "--freeze", "text"], "--freeze: expected none with --lora-r"),
     ],
 )
 def test_user_errors_are_one_line_and_status_2(
     base: Path, colours: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    arguments = {"--model": base, "--data": colours, "--output": tmp_path} | dict([options])
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    arguments = {"--model": base, "--data": colours, "--output": tmp_path} | given
     result = run("train", *(part for option in arguments.items() for part in option))
     assert result.exit_code == 2
     assert message in result.stderr

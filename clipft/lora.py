@@ -1,0 +1,214 @@
+"""LoRA for a ``CLIPModel``: adapters by target, and adapter folders as plain models.
+
+peft is an optional dependency, imported where it is used. Its layers on clipft's op: ``clipft.lora_layers``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import safe_open
+from torch import nn
+from transformers import CLIPModel, CLIPProcessor
+
+__all__ = ["add_lora", "is_adapter_folder", "load_merged"]
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NAMES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+_TOWER = re.compile(r"(vision|text)(?:\.(?:last(?P<last>\d+)|(?P<first>\d+)(?:-(?P<end>\d+))?))?")
+
+
+# ---- adding ----
+
+
+def add_lora(
+    model: CLIPModel,
+    r: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.1,
+    targets: str | Iterable[str] = ("vision", "text"),
+) -> Any:
+    """Wrap a model in peft with a fresh LoRA adapter, fused (:func:`clipft.fuse`). Only the adapter trains: a saved
+    adapter holds its matrices and nothing else, so the logit scale, both projections and all else stay as they are.
+
+    Args:
+        model: a ``CLIPModel`` without adapters; changed in place, and what the adapter holds on to.
+        r: the rank.
+        alpha: the adapter's output is multiplied by ``alpha / r``.
+        dropout: probability in [0, 1) for an element of the adapter's input, in training.
+        targets: which linear layers get an adapter; one entry or several, whose union counts. ``"vision"`` and
+            ``"text"`` are a tower's ``q_proj``, ``k_proj``, ``v_proj``, ``out_proj``, ``fc1`` and ``fc2``;
+            ``"vision.8-11"``, ``"vision.11"`` and ``"vision.last2"`` are those of some layers (from 0, ends included);
+            ``"vision.last2:q_proj,v_proj"`` names them. A name alone (``"q_proj"``) is looked for in the whole model;
+            so the projections are targets too: ``"visual_projection"``.
+
+    Returns:
+        A ``peft.PeftModel`` in the model's mode (training or evaluation), with one adapter, ``"default"``.
+
+    Raises:
+        ImportError: peft is not installed.
+        TypeError, ValueError: an argument that does not fit; a target that matches nothing lists what exists.
+    """
+    peft = _import_peft()
+    _check_arguments(model, r, alpha, dropout)
+    modules = _target_modules(model, targets)
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules)
+    from clipft.models import fuse
+
+    return fuse(peft.get_peft_model(model, config).train(model.training))
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"LoRA needs peft: pip install 'clipft[lora]' ({error})") from error
+    return peft
+
+
+def _check_arguments(model: Any, r: Any, alpha: Any, dropout: Any) -> None:
+    if not isinstance(model, CLIPModel):
+        raise TypeError(f"model: expected a CLIPModel, got {type(model).__name__}")
+    if hasattr(model, "peft_config"):
+        raise ValueError("model: expected a CLIPModel without adapters; its peft model takes more by add_adapter(...)")
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r: expected an integer of at least 1, got {r!r}")
+    for name, value in (("alpha", alpha), ("dropout", dropout)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not alpha > 0:
+        raise ValueError(f"alpha: expected a number above 0, got {alpha!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
+
+
+# ---- targets ----
+
+
+def _target_modules(model: CLIPModel, targets: str | Iterable[str]) -> list[str]:
+    """Full names of the linear layers that the targets match, in the model's order."""
+    entries = [targets] if isinstance(targets, str) else list(targets)
+    if not entries:
+        raise ValueError("targets: expected at least one, got none")
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    chosen = {name for entry in entries for part in _parts(entry) for name in _matches(model, linears, *part)}
+    return [name for name in linears if name in chosen]
+
+
+def _parts(entry: str) -> list[tuple[str, str, str]]:
+    """What an entry stands for, as (entry, tower and layers or an empty string, name) each."""
+    where, colon, names = str(entry).partition(":")
+    if colon:
+        return [(entry, where.strip(), name.strip()) for name in names.split(",")]
+    parts = []
+    for part in map(str.strip, where.split(",")):
+        is_tower = part.startswith(("vision.", "text.")) or part in ("vision", "text")
+        parts += [(entry, part, name) for name in _NAMES] if is_tower else [(entry, "", part)]
+    return parts
+
+
+def _matches(model: CLIPModel, linears: list[str], entry: str, where: str, name: str) -> list[str]:
+    prefixes = _layer_prefixes(model, entry, where) if where else ("",)
+    found = [linear for linear in linears if linear.startswith(prefixes) and linear.rpartition(".")[2] == name]
+    if not found:
+        raise ValueError(f"targets: {entry!r}: {name!r} matches nothing; {_what_exists(model, linears)}")
+    return found
+
+
+def _layer_prefixes(model: CLIPModel, entry: str, where: str) -> tuple[str, ...]:
+    match = _TOWER.fullmatch(where)
+    if match is None:
+        raise ValueError(
+            f"targets: {entry!r}: expected vision or text, vision.FIRST-LAST, vision.N or vision.lastN before the "
+            f"names, got {where!r}"
+        )
+    tower, count = match[1], _layer_count(model, match[1])
+    first, end = 0, count - 1
+    if match["last"]:
+        first = count - int(match["last"])
+    elif match["first"]:
+        first = int(match["first"])
+        end = int(match["end"] or first)
+    if not 0 <= first <= end < count:
+        raise ValueError(f"targets: {entry!r}: expected layers from 0 to {count - 1}, which {tower} has, got {where!r}")
+    return tuple(f"{tower}_model.encoder.layers.{layer}." for layer in range(first, end + 1))
+
+
+def _layer_count(model: CLIPModel, tower: str) -> int:
+    return len(getattr(model, f"{tower}_model").encoder.layers)
+
+
+def _what_exists(model: CLIPModel, linears: list[str]) -> str:
+    towers = " and ".join(f"{tower} (layers 0-{_layer_count(model, tower) - 1})" for tower in ("vision", "text"))
+    inside = dict.fromkeys(name.rpartition(".")[2] for name in linears if ".layers." in name)
+    outside = [name for name in linears if ".layers." not in name]
+    return f"there are {towers} with {', '.join(inside)}, and {', '.join(outside)}"
+
+
+# ---- adapter folders ----
+
+
+def is_adapter_folder(path: str | Path) -> bool:
+    """Whether this is a folder as peft's ``save_pretrained`` writes it."""
+    return (Path(path).expanduser() / _CONFIG).is_file()
+
+
+def load_merged(folder: Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProcessor]:
+    """The base model that an adapter folder names, with the adapter merged into its weights, and the base's processor.
+
+    Args:
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        kwargs: as of :func:`clipft.load`, for the base model.
+
+    Raises:
+        ImportError: peft is not installed.
+        FileNotFoundError: no weights as safetensors, or no base model.
+        ValueError: not LoRA, no base model named, or weights that do not fit it.
+    """
+    peft = _import_peft()
+    base, revision = _base_of(folder)
+    from clipft.models import load
+
+    try:
+        model, processor = load(base, **({"revision": revision} if revision else {}) | kwargs)
+    except OSError as error:
+        raise FileNotFoundError(f"{folder / _CONFIG}: the base model {base!r} does not load: {error}") from error
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError) as error:
+        first = " ".join(str(error).split("\n")[:2])  # of a line per tensor
+        raise ValueError(f"{folder}: the adapter does not fit its base model {base!r}: {first}") from error
+    _check_keys(folder, base, set(peft.get_peft_model_state_dict(adapted)))
+    merged = cast(CLIPModel, adapted.merge_and_unload().requires_grad_(True).eval())
+    merged.name_or_path = str(folder)  # not the base's: these are other weights
+    return merged, processor
+
+
+def _base_of(folder: Path) -> tuple[str, str | None]:
+    path = folder / _CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind, base, revision = (config.get(key) for key in ("peft_type", "base_model_name_or_path", "revision"))
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a JSON object with the adapter's configuration ({error})") from error
+    if kind != "LORA":
+        raise ValueError(f"{path}: expected peft_type 'LORA', found {kind!r}")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{path}: expected base_model_name_or_path to name the base model, found {base!r}")
+    if not (folder / _WEIGHTS).is_file():
+        hint = "; adapter_model.bin is a pickle, which clipft does not open" * (folder / "adapter_model.bin").exists()
+        raise FileNotFoundError(f"{folder}: expected the adapter's weights in {_WEIGHTS}, which is missing{hint}")
+    return base, revision
+
+
+def _check_keys(folder: Path, base: str, expected: set[str]) -> None:
+    """peft only warns where an adapter's weights are not those that its configuration asks for."""
+    with safe_open(folder / _WEIGHTS, "pt") as file:
+        found = set(file.keys())
+    if found != expected:
+        odd = ", ".join(sorted(found ^ expected)[:4])
+        raise ValueError(f"{folder}: the adapter does not fit its base model {base!r}: missing or left over: {odd} ...")
