@@ -119,8 +119,11 @@ def train(
     ] = None,
     lora_dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout of the adapter's input.")] = 0.1,
     lora_targets: Annotated[
-        str, typer.Option(help="Adapted layers: vision, text, vision.8-11, vision.last2:q_proj,v_proj, q_proj, ...")
-    ] = "vision,text",
+        list[str] | None,
+        typer.Option(
+            help="Adapted layers: text, vision.8-11, vision.last2:q_proj,v_proj, q_proj, ...; repeat for several."
+        ),
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(min=0.0, help=f"Peak learning rate; default {FULL_LR:g}, or {LORA_LR:g} with LoRA.")
     ] = None,
@@ -172,7 +175,13 @@ def train(
     if lora_r is None:
         freeze_model(base, freeze)
     else:
-        clip = add_lora(base, lora_r, 2 * lora_r if lora_alpha is None else lora_alpha, lora_dropout, lora_targets)
+        clip = add_lora(
+            base,
+            lora_r,
+            2 * lora_r if lora_alpha is None else lora_alpha,
+            lora_dropout,
+            lora_targets or ("vision", "text"),
+        )
     arguments = _training_arguments(
         output,
         num_train_epochs=epochs,
