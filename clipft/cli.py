@@ -164,6 +164,8 @@ def train(
     if lora_r is not None and freeze != "none":
         raise ValueError(f"--freeze: expected none with --lora-r, which freezes all but the adapter, got {freeze!r}")
     console = _prepare()
+    from transformers import set_seed
+
     from clipft import report
     from clipft.lora import add_lora
     from clipft.models import freeze as freeze_model
@@ -175,6 +177,7 @@ def train(
     if lora_r is None:
         freeze_model(base, freeze)
     else:
+        set_seed(seed)  # the adapter starts from random numbers
         clip = add_lora(
             base,
             lora_r,
