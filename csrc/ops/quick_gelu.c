@@ -26,8 +26,8 @@ void clipft_op_quick_gelu(StableIValue *stack, uint64_t num_inputs, uint64_t num
 {
     (void)num_inputs, (void)num_outputs;
     clipft_error error = {.op = "quick_gelu"};
-    clipft_tensor input, out = {0};
-    clipft_view x, y;
+    clipft_tensor input = {0}, out = {0};
+    clipft_view x = {0}, y = {0};
     if (!take(stack[0], "input", &input, &x, &error) || !make_result(&input, &out, &y, &error)) goto done;
     if (clipft_quick_gelu(&clipft_torch_host, &x, &y))
         stack[0] = clipft_box(&out);
@@ -44,7 +44,7 @@ void clipft_op_quick_gelu_backward(StableIValue *stack, uint64_t num_inputs, uin
     (void)num_inputs, (void)num_outputs;
     clipft_error error = {.op = "quick_gelu_backward"};
     clipft_tensor grad = {0}, input = {0}, out = {0};
-    clipft_view dy, x, dx;
+    clipft_view dy = {0}, x = {0}, dx = {0};
     bool ok = take(stack[0], "grad", &grad, &dy, &error);
     ok &= take(stack[1], "input", &input, &x, &error);
     if (ok && (dy.rows != x.rows || dy.cols != x.cols || dy.kind != x.kind)) ok = clipft_fail(&error, "grad must be like input");
