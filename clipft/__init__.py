@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from clipft.models import unfuse as unfuse
     from clipft.ops import contrastive_loss as contrastive_loss
     from clipft.ops import lora_linear as lora_linear
+    from clipft.ops import quantized_linear as quantized_linear
     from clipft.ops import sigmoid_loss as sigmoid_loss
     from clipft.pairs import load_pairs as load_pairs
     from clipft.training import CLIPTrainer as CLIPTrainer
@@ -40,6 +41,7 @@ _MODULE_OF = {
     "sigmoid_loss": "clipft.ops",
     "lora_linear": "clipft.ops",
     "add_lora": "clipft.lora",
+    "quantized_linear": "clipft.ops",
     "load": "clipft.models",
     "freeze": "clipft.models",
     "fuse": "clipft.models",

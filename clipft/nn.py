@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from clipft import quantized
 from clipft.ops import contrastive_loss, sigmoid_loss
 
-__all__ = ["ContrastiveLoss", "SigmoidLoss"]
+__all__ = ["ContrastiveLoss", "QuantizedLinear", "SigmoidLoss"]
 
 
 class ContrastiveLoss(nn.Module):
@@ -48,3 +53,92 @@ class SigmoidLoss(nn.Module):
     ) -> Tensor:
         """[N, D] twice, scale and bias -> 0-d float32 loss."""
         return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, group=self.group)
+
+
+class QuantizedLinear(nn.Module):
+    """:func:`clipft.quantized_linear` with its weights kept as this CPU wants them.
+
+    The state is plain and moves between machines: ``weight_int8`` [out, in] int8, ``weight_scale`` [out] float32 and,
+    where there is one, ``bias`` [out]. What is packed is made from it when it is first needed, and again after a change
+    of ``weight_int8``; it is neither saved nor copied. ``weight_scale`` stays float32 whatever dtype the module is
+    cast to. For inference: nothing here gets a gradient.
+    """
+
+    weight_int8: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self._activation_code = quantized.activation_code("nn.QuantizedLinear", activation)
+        self._packed: tuple[object, Tensor] | None = None
+        self.register_buffer("weight_int8", torch.zeros((out_features, in_features), dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
+        quantized.check_weight("nn.QuantizedLinear", self.weight_int8, self.weight_scale)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, activation: str | None = None) -> QuantizedLinear:
+        """The int8 form of ``linear``, with ``activation`` (None, "quick_gelu" or "gelu") behind it."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"clipft.nn.QuantizedLinear: linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        bias = linear.bias
+        layer = cls(linear.in_features, linear.out_features, bias is not None, activation, linear.weight.device)
+        layer.weight_int8, layer.weight_scale = quantized.quantize_weight(linear.weight)
+        if bias is not None:
+            layer.bias = bias.detach().clone()
+        layer.train(linear.training)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """[..., in] float32, bfloat16 or float16 -> [..., out] in the same dtype."""
+        name = "nn.QuantizedLinear"
+        weight, scale, bias = self.weight_int8, self.weight_scale, self.bias
+        quantized.check_linear(name, input, weight, scale, bias, self.activation)
+        input, bias = quantized.prepare(input, bias)  # noqa: A001
+        if torch.compiler.is_exporting():
+            return torch.ops.clipft.quantized_linear(input, weight, scale, bias, self._activation_code)
+        return torch.ops.clipft.quantized_linear_packed(input, self._pack(), scale, bias, self._activation_code)
+
+    def _pack(self) -> Tensor:
+        """The packed weights. While torch.compile traces, those that there are; in eager mode they are made anew where
+        ``weight_int8`` is another tensor or was written to. The pair is replaced as one: threads may race for it."""
+        packed = self._packed
+        if torch.compiler.is_compiling():
+            return torch.ops.clipft.quantized_pack(self.weight_int8) if packed is None else packed[1]
+        weight = self.weight_int8
+        key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if packed is None or packed[0] != key:
+            packed = self._packed = (key, torch.ops.clipft.quantized_pack(weight))
+        return packed[1]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._packed = None
+        if self.weight_int8.device.type == "cpu":
+            self._pack()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"

@@ -19,11 +19,14 @@ from torch import Tensor
 import clipft._C  # noqa: F401  (importing it registers torch.ops.clipft)
 from clipft import reference
 from clipft.linear import dropout_mask, lora_linear, quick_gelu, quick_gelu_lora_linear
+from clipft.quantized import quantize_weight, quantized_linear
 
 __all__ = [
     "contrastive_loss",
     "dropout_mask",
     "lora_linear",
+    "quantize_weight",
+    "quantized_linear",
     "quick_gelu",
     "quick_gelu_lora_linear",
     "sigmoid_loss",

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["contrastive_loss", "dropout_mask", "lora_linear", "quick_gelu", "sigmoid_loss"]
+__all__ = [
+    "contrastive_loss",
+    "dropout_mask",
+    "lora_linear",
+    "quantize_rows",
+    "quantized_linear",
+    "quick_gelu",
+    "sigmoid_loss",
+]
 
 
 def contrastive_targets(n: int, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
@@ -60,6 +68,42 @@ def lora_linear(
 def quick_gelu(input: Tensor) -> Tensor:  # noqa: A002
     """CLIP's activation."""
     return input * torch.sigmoid(1.702 * input)
+
+
+def quantize_rows(input: Tensor, bits: int = 7) -> tuple[Tensor, Tensor, Tensor]:  # noqa: A002
+    """[rows, in] as levels 0 .. 2^bits - 1, int64, with a float32 scale [rows] and an int64 zero point [rows]: the
+    row's least and greatest value, and 0, are levels. Rows that are not finite get scale NaN. Step by step in float32,
+    as the kernels do it, so that levels agree bit for bit.
+    """
+    x = input.float()
+    top = 2.0**bits - 1.0
+    low, high = x.amin(dim=1).clamp_max(0.0), x.amax(dim=1).clamp_min(0.0)
+    scale = (high / top - low / top).clamp_min(torch.finfo(torch.float32).tiny)
+    inverse = 1.0 / scale
+    zero = -(low * inverse).round()
+    levels = ((x * inverse[:, None]).round() + zero[:, None]).clamp(0.0, top)
+    bad = ~torch.isfinite(x).all(dim=1)
+    levels[bad], zero[bad], scale[bad] = 0.0, 0.0, float("nan")
+    return levels.long(), scale, zero.long()
+
+
+def quantized_linear(
+    input: Tensor,  # noqa: A002
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    bits: int = 7,
+) -> Tensor:
+    """Exact integer sums, and float64 from there on; [rows, in] -> [rows, out] float64."""
+    levels, scale, zero = quantize_rows(input, bits)
+    sums = (levels - zero[:, None]) @ weight_int8.long().t()
+    out = sums.double() * weight_scale.double() * scale.double()[:, None]
+    out = out if bias is None else out + bias.double()
+    if activation == "quick_gelu":
+        return quick_gelu(out)
+    return F.gelu(out) if activation == "gelu" else out
 
 
 _WORD = 0xFFFFFFFF

@@ -1,6 +1,6 @@
 #include "cpu.h"
 
-static const char *const names[CLIPFT_ISA_COUNT] = {"ref", "neon", "avx2", "avx512"};
+static const char *const names[CLIPFT_ISA_COUNT] = {"ref", "neon", "neon_dot", "neon_i8mm", "avx2", "avx_vnni", "avx512", "avx512_vnni"};
 
 const char *clipft_isa_name(clipft_isa isa) { return names[isa]; }
 
@@ -17,22 +17,69 @@ static unsigned xcr0(void)
     return low;
 }
 
+/* EAX, EBX and ECX of a sub-leaf of leaf 7: zero where the CPU lacks it. */
+typedef struct features {
+    unsigned eax, ebx, ecx;
+} features;
+
+static features leaf7(unsigned subleaf)
+{
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || a < subleaf) return (features){0};
+    if (!__get_cpuid_count(7, subleaf, &a, &b, &c, &d)) return (features){0};
+    return (features){a, b, c};
+}
+
+static bool has_avx2(void)
+{
+    const unsigned needed = bit_OSXSAVE | bit_FMA | bit_F16C;
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & needed) != needed) return false;
+    return (xcr0() & XCR0_AVX) == XCR0_AVX && (leaf7(0).ebx & bit_AVX2);
+}
+
+static bool has_avx512(void)
+{
+    const unsigned needed = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    return has_avx2() && (xcr0() & XCR0_AVX512) == XCR0_AVX512 && (leaf7(0).ebx & needed) == needed;
+}
+
 bool clipft_cpu_has(clipft_isa isa)
 {
-    unsigned a, b, c, d, b7, saved;
+    enum { AVX_VNNI = 1U << 4 }; /* leaf 7, sub-leaf 1, EAX */
     if (isa == CLIPFT_ISA_REF) return true;
-    if (isa == CLIPFT_ISA_NEON) return false;
-    if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
-    if ((c & (bit_OSXSAVE | bit_FMA | bit_F16C)) != (bit_OSXSAVE | bit_FMA | bit_F16C)) return false;
-    saved = xcr0();
-    if (!__get_cpuid_count(7, 0, &a, &b7, &c, &d)) return false;
-    if ((saved & XCR0_AVX) != XCR0_AVX || !(b7 & bit_AVX2)) return false;
-    if (isa == CLIPFT_ISA_AVX2) return true;
-    const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-    return (saved & XCR0_AVX512) == XCR0_AVX512 && (b7 & avx512) == avx512;
+    if (isa == CLIPFT_ISA_AVX2) return has_avx2();
+    if (isa == CLIPFT_ISA_AVX_VNNI) return has_avx2() && (leaf7(1).eax & AVX_VNNI);
+    if (isa == CLIPFT_ISA_AVX512) return has_avx512();
+    return isa == CLIPFT_ISA_AVX512_VNNI && has_avx512() && (leaf7(0).ecx & bit_AVX512VNNI);
 }
 #elif defined(__aarch64__)
-bool clipft_cpu_has(clipft_isa isa) { return isa == CLIPFT_ISA_REF || isa == CLIPFT_ISA_NEON; }
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+
+static bool has(const char *feature)
+{
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, NULL, 0) == 0 && value;
+}
+
+static bool has_dot(void) { return has("hw.optional.arm.FEAT_DotProd"); }
+static bool has_i8mm(void) { return has("hw.optional.arm.FEAT_I8MM"); }
+#else
+#include <sys/auxv.h>
+
+/* Linux's bits, by value: older headers lack the second. */
+static bool has_dot(void) { return getauxval(AT_HWCAP) & 1UL << 20; }
+static bool has_i8mm(void) { return getauxval(AT_HWCAP2) & 1UL << 13; }
+#endif
+
+bool clipft_cpu_has(clipft_isa isa)
+{
+    if (isa == CLIPFT_ISA_NEON_DOT) return has_dot();
+    if (isa == CLIPFT_ISA_NEON_I8MM) return has_dot() && has_i8mm();
+    return isa == CLIPFT_ISA_REF || isa == CLIPFT_ISA_NEON;
+}
 #else
 bool clipft_cpu_has(clipft_isa isa) { return isa == CLIPFT_ISA_REF; }
 #endif

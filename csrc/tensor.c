@@ -185,10 +185,12 @@ bool clipft_tensor_view(const clipft_tensor *t, clipft_view *view)
     const bool sixteen = t->dtype != clipft_torch.aoti_torch_dtype_float32();
     const bool bfloat16 = t->dtype == clipft_torch.aoti_torch_dtype_bfloat16();
     int64_t rows = 1, stride = 0;
+    bool empty = false; /* then strides mean nothing */
     if (t->ndim > CLIPFT_MAX_DIM) return false;
+    for (int64_t d = 0; d < last; ++d) empty |= t->size[d] == 0;
     for (int64_t d = last - 1; d >= 0; --d) {
         if (t->size[d] == 1) continue;
-        if (rows > 1 && t->stride[d] != rows * stride) return false;
+        if (!empty && rows > 1 && t->stride[d] != rows * stride) return false;
         if (rows == 1) stride = t->stride[d];
         rows *= t->size[d];
     }

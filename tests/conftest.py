@@ -10,7 +10,8 @@ import pytest
 
 from clipft import _C
 
-ALL_ISAS = ("ref", "neon", "avx2", "avx512")
+ALL_ISAS = ("ref", "neon", "neon_dot", "neon_i8mm", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+INT8_ONLY = {"neon_dot": "neon", "neon_i8mm": "neon", "avx_vnni": "avx2", "avx512_vnni": "avx512"}
 
 
 def pytest_report_header() -> list[str]:
@@ -22,9 +23,19 @@ def pytest_report_header() -> list[str]:
     ]
 
 
-@pytest.fixture(params=_C.isas())
+@pytest.fixture(params=[name for name in _C.isas() if name not in INT8_ONLY])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction set that this machine has, but for those that differ in int8 products only."""
+    yield from use(request)
+
+
+@pytest.fixture(params=_C.isas())
+def int8_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per instruction set that this machine has."""
+    yield from use(request)
+
+
+def use(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _C.isa()
     _C.set_isa(request.param)
     yield request.param

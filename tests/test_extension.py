@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import INT8_ONLY
 
 from clipft import _C
 
@@ -28,9 +29,11 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_kernels_run_on_the_chosen_instruction_set(isa: str) -> None:
-    assert _C.isa() == isa
-    assert set(_C.kernels().values()) == {isa}
+def test_kernels_run_on_the_chosen_instruction_set(int8_isa: str) -> None:
+    assert _C.isa() == int8_isa
+    kernels = _C.kernels()
+    assert kernels.pop("int8_dot") == int8_isa
+    assert set(kernels.values()) == {INT8_ONLY.get(int8_isa, int8_isa)}
 
 
 @pytest.mark.parametrize("isa_name", _C.isas())
@@ -54,7 +57,9 @@ def test_an_instruction_set_that_is_missing_is_an_error() -> None:
 
 
 def test_an_unknown_instruction_set_is_an_error() -> None:
-    with pytest.raises(ValueError, match='unknown instruction set "sse9"; expected ref, neon, avx2 or avx512'):
+    with pytest.raises(
+        ValueError, match=r'unknown instruction set "sse9"; expected ref, neon, neon_dot, .* or avx512_vnni'
+    ):
         _C.set_isa("sse9")
 
 

@@ -67,7 +67,11 @@ typedef struct clipft_softmax_cols {
     SLOT(row_dropout)                                                                                                                      \
     SLOT(row_merge)                                                                                                                        \
     SLOT(row_quick_gelu)                                                                                                                   \
-    SLOT(row_quick_gelu_grad)
+    SLOT(row_quick_gelu_grad)                                                                                                              \
+    SLOT(row_range)                                                                                                                        \
+    SLOT(row_quantize)                                                                                                                     \
+    SLOT(int8_dot)                                                                                                                         \
+    SLOT(int8_finish)
 
 /* Operands of rank_up. Rows of v lie CLIPFT_RANK_PAD-padded, the others `*_stride` apart. */
 typedef struct clipft_rank_tile {
@@ -99,6 +103,37 @@ typedef struct clipft_dropout_row {
     uint32_t col;       /* of x[0] */
     int32_t threshold;  /* kept where the element's hash, as a signed number, is at least this */
 } clipft_dropout_row;
+
+/* What a row holds, gathered piece by piece; starts as zeros, so that 0 is in the range. */
+typedef struct clipft_range {
+    float low, high;
+    float bad; /* NaN once a NaN or an infinity was seen, else 0 */
+} clipft_range;
+
+/* Weights lie in panels of CLIPFT_INT8_PANEL output channels: [depth / 4][channel][4]. A tile takes CLIPFT_INT8_COLS channels at most. */
+enum { CLIPFT_INT8_PANEL = 16, CLIPFT_INT8_COLS = 64 };
+
+/* Operands of int8_dot. */
+typedef struct clipft_int8_tile {
+    const uint8_t *x; /* [rows, depth] 0 .. 127, rows x_stride apart */
+    const int8_t *w;  /* [panels, depth / 4, 16, 4], panels w_stride apart */
+    int64_t x_stride, w_stride;
+    int64_t rows, panels, depth; /* depth a multiple of 4 */
+} clipft_int8_tile;
+
+typedef enum clipft_activation { CLIPFT_NO_ACTIVATION, CLIPFT_QUICK_GELU, CLIPFT_GELU, CLIPFT_ACTIVATIONS } clipft_activation;
+
+/* What turns sums into a layer's results. Everything of a column has room for CLIPFT_INT8_COLS. */
+typedef struct clipft_int8_finish {
+    const float *row_scale;  /* [rows] */
+    const int32_t *row_zero; /* [rows] */
+    const float *col_scale;  /* [cols] */
+    const int32_t *col_sum;  /* [cols] */
+    const float *bias;       /* [cols] */
+    float *out;              /* [rows, cols], rows out_stride apart */
+    int64_t rows, cols, out_stride;
+    clipft_activation activation;
+} clipft_int8_finish;
 
 typedef struct clipft_kernels {
     /* max_j scale * x[j]; NaNs are passed over. */
@@ -154,6 +189,20 @@ typedef struct clipft_kernels {
 
     /* out[j] = grad[j] * d quick_gelu(x[j]) / d x[j]; out may be either. */
     void (*row_quick_gelu_grad)(const float *x, const float *grad, float *out, int64_t n);
+
+    /* Widens the range to hold x. Exact: every ISA agrees. */
+    void (*row_range)(const float *x, int64_t n, clipft_range *range);
+
+    /* q[j] = clamp(round(x[j] * inverse) + zero, 0, 127), the product rounded to float32 and then to an integer, both to nearest even:
+     * every ISA agrees bit for bit. |x[j] * inverse| < 2^21. */
+    void (*row_quantize)(const float *x, int64_t n, float inverse, int32_t zero, uint8_t *q);
+
+    /* sums[i][j] = sum_k x[i][k] * w[j][k], rows CLIPFT_INT8_COLS apart. Exact. */
+    void (*int8_dot)(const clipft_int8_tile *tile, int32_t *sums);
+
+    /* out[i][j] = activation((sums[i][j] - row_zero[i] * col_sum[j]) * col_scale[j] * row_scale[i] + bias[j]), the bracket exact; where
+     * the activation tends to 0 it is 0, even of -Inf. */
+    void (*int8_finish)(const clipft_int8_finish *finish, const int32_t *sums);
 } clipft_kernels;
 
 extern clipft_kernels clipft_kernel_table; /* filled by dispatch.c */

@@ -55,5 +55,6 @@ void test_losses(void);
 void test_convert(void);
 void test_lora_rows(void);
 void test_lora(void);
+void test_int8(void);
 
 #endif

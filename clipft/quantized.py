@@ -1,0 +1,188 @@
+"""The int8 linear layer as a function over ``torch.ops.clipft.*``; ``clipft.ops`` gives its name out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clipft._C  # noqa: F401  (importing it registers torch.ops.clipft)
+
+__all__ = ["quantize_weight", "quantized_linear"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_DIM = 8  # CLIPFT_MAX_DIM in csrc/tensor.h
+_MAX_IN = 131072  # CLIPFT_INT8_MAX_IN in csrc/kernels/int8.h
+_HEADER, _PANEL = 64, 16  # clipft_int8_header and CLIPFT_INT8_PANEL
+_ACTIVATIONS = {None: 0, "quick_gelu": 1, "gelu": 2}  # clipft_activation in csrc/kernels/kernels.h
+
+
+def quantized_linear(
+    input: Tensor,  # noqa: A002  (torch.nn.functional.linear's name)
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """A linear layer with int8 weights, ``activation(x (weight_int8 * weight_scale[:, None])ᵀ + bias)``.
+
+    Each row of ``input`` is brought to 7 bits when it comes, with a scale and a zero point of its own; products and
+    sums are exact integers, the same on every CPU. It packs the weights at every call: ``clipft.nn.QuantizedLinear``
+    keeps them packed.
+
+    Args:
+        input: [..., in] float32, bfloat16 or float16, at most 8 dimensions.
+        weight_int8: [out, in] int8, in <= 131072.
+        weight_scale: [out] float32; channel j's weights are ``weight_int8[j] * weight_scale[j]``.
+        bias: [out], float32 or the dtype of ``input``, or None.
+        activation: None, "quick_gelu" (``x · sigmoid(1.702 x)``) or "gelu" (exact).
+
+    Returns:
+        [..., out] in the dtype of ``input``. A row that holds a NaN or an infinity comes out NaN; other rows do not
+        notice. For inference: there is no gradient. Autocast changes nothing.
+
+    Raises:
+        TypeError: a dtype that is not supported, or that does not fit the input's.
+        ValueError: a shape, device or ``activation`` that does not fit.
+    """
+    code = check_linear("quantized_linear", input, weight_int8, weight_scale, bias, activation)
+    input, bias = prepare(input, bias)  # noqa: A001
+    return torch.ops.clipft.quantized_linear(input, weight_int8, weight_scale, bias, code)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, in] float weights as int8 in -127 .. 127 and a float32 scale per output channel; a channel of zeros gets
+    scale 1.
+
+    Raises:
+        TypeError: not a float tensor. ValueError: not [out, in], or NaN or Inf in it.
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = _dtype(weight) if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"clipft.quantize_weight: weight must be a float tensor, got {got}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"clipft.quantize_weight: weight must be [out, in], not empty, got shape {_shape(weight)}")
+    wide = weight.detach().float()
+    if not torch.isfinite(wide).all():
+        raise ValueError("clipft.quantize_weight: weight must be finite, got NaN or Inf in it")
+    scale = wide.abs().amax(dim=1) / 127.0
+    scale = torch.where(scale > 0, scale.clamp_min(torch.finfo(torch.float32).tiny), torch.ones_like(scale))
+    return (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def prepare(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the ops take: rows in order, and an empty bias for none."""
+    return x.contiguous() if x.dim() > 2 else x, x.new_empty(0) if bias is None else bias
+
+
+# ---- checks: the messages equal those of csrc/ops/quantized.c ----
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _check_tensor(op: str, name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
+
+
+def _check_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(
+            f"clipft.{op}: {name} must be on the device of the other tensors, {x.device}, got {tensor.device}"
+        )
+
+
+def check_input(op: str, x: Any) -> None:
+    """Dtype and dimensions of a layer's input."""
+    _check_tensor(op, "input", x)
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"clipft.{op}: input must be float32, bfloat16 or float16, got {_dtype(x)}")
+    if not 1 <= x.dim() <= _MAX_DIM or x.shape[-1] == 0:
+        raise ValueError(
+            f"clipft.{op}: input must be [..., in] with in > 0 and at most {_MAX_DIM} dimensions, got shape {_shape(x)}"
+        )
+
+
+def _check_out(op: str, name: str, tensor: Tensor, out: int) -> None:
+    if tensor.dim() != 1 or tensor.shape[0] != out:
+        raise ValueError(f"clipft.{op}: {name} must be [out], [{out}], got shape {_shape(tensor)}")
+
+
+def activation_code(op: str, activation: Any) -> int:
+    """The op's number of an activation."""
+    if activation is not None and not isinstance(activation, str):
+        raise TypeError(
+            f'clipft.{op}: activation must be None, "quick_gelu" or "gelu", got {type(activation).__name__}'
+        )
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f'clipft.{op}: activation must be None, "quick_gelu" or "gelu", got "{activation}"')
+    return _ACTIVATIONS[activation]
+
+
+def check_weight(op: str, weight: Any, scale: Any) -> None:
+    """Dtypes and shapes of a layer's state."""
+    _check_tensor(op, "weight_int8", weight)
+    if weight.dtype != torch.int8:
+        raise TypeError(f"clipft.{op}: weight_int8 must be int8, got {_dtype(weight)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or not 0 < weight.shape[1] <= _MAX_IN:
+        raise ValueError(
+            f"clipft.{op}: weight_int8 must be [out, in] with out > 0 and 0 < in <= {_MAX_IN}, "
+            f"got shape {_shape(weight)}"
+        )
+    _check_tensor(op, "weight_scale", scale)
+    if scale.dtype != torch.float32:
+        raise TypeError(f"clipft.{op}: weight_scale must be float32, got {_dtype(scale)}")
+    _check_out(op, "weight_scale", scale, weight.shape[0])
+    _check_device(op, "weight_scale", scale, weight)
+
+
+def check_linear(op: str, x: Any, weight: Any, scale: Any, bias: Any, activation: Any) -> int:
+    """Every argument of a layer; returns the activation's number."""
+    check_input(op, x)
+    check_weight(op, weight, scale)
+    _check_device(op, "weight_int8", weight, x)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"clipft.{op}: input must have the weight's {weight.shape[1]} features last, got shape {_shape(x)}"
+        )
+    if bias is not None:
+        _check_tensor(op, "bias", bias)
+        if bias.dtype not in (x.dtype, torch.float32):
+            raise TypeError(
+                f"clipft.{op}: bias must have the dtype of input, {_dtype(x)}, or float32, got {_dtype(bias)}"
+            )
+        _check_device(op, "bias", bias, x)
+        _check_out(op, "bias", bias, weight.shape[0])
+    return activation_code(op, activation)
+
+
+# ---- fake kernels; no gradient ----
+
+
+@torch.library.register_fake("clipft::quantized_pack")
+def _(weight: Tensor) -> Tensor:
+    out, features = weight.shape
+    panels = (out + _PANEL - 1) // _PANEL
+    size = _HEADER + panels * _PANEL * ((features + 3) // 4 * 4 + 4)
+    return weight.new_empty((size,), dtype=torch.uint8)
+
+
+@torch.library.register_fake("clipft::quantized_linear")
+@torch.library.register_fake("clipft::quantized_linear_packed")
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, activation: int = 0) -> Tensor:
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+def _no_gradient(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("clipft.quantized_linear has no gradient: int8 layers are for inference")
+
+
+for _op in ("quantized_linear", "quantized_linear_packed"):
+    torch.library.register_autograd(f"clipft::{_op}", _no_gradient)

@@ -1,0 +1,315 @@
+/* The int8 kernels and the driver over them: sums and quantised rows equal the reference's bit for bit at every shape around the tiles, on
+ * buffers of exact size; results against float64. */
+#include "check.h"
+
+#include "../../csrc/kernels/int8.h"
+#include "../../csrc/kernels/int8_kernels.h"
+
+#include <float.h>
+#include <string.h>
+
+static const double u = 0x1p-24;
+#define COUNT(array) (int)(sizeof(array) / sizeof *(array))
+
+static int pick(int low, int high) { return low + (int)((uniform() * 0.5F + 0.5F) * (float)(high - low + 1)); }
+
+static void check_same(const void *got, const void *want, size_t bytes, const char *what, int64_t size)
+{
+    check_near(memcmp(got, want, bytes) != 0, 0.0, 0.0, what, size);
+}
+
+/* ---- micro-kernels ---- */
+
+enum { RANDOM, LARGEST, SMALLEST, ALTERNATING, VALUES };
+
+static void fill_tile(uint8_t *x, int64_t n, int8_t *w, int64_t m, int values)
+{
+    for (int64_t k = 0; k < n; ++k) x[k] = (uint8_t)(values == RANDOM ? pick(0, 127) : 127);
+    for (int64_t k = 0; k < m; ++k)
+        w[k] = (int8_t)(values == RANDOM ? pick(-128, 127) : values == LARGEST ? 127 : values == SMALLEST || k % 2 ? -128 : 127);
+}
+
+static void test_dot(int64_t rows, int64_t panels, int64_t depth, int values)
+{
+    const int64_t stride = depth + 5, w_stride = depth * CLIPFT_INT8_PANEL + 64, x_size = rows > 0 ? (rows - 1) * stride + depth : 0;
+    const int64_t w_size = (panels - 1) * w_stride + depth * CLIPFT_INT8_PANEL;
+    const size_t bytes = (size_t)(rows * CLIPFT_INT8_COLS) * sizeof(int32_t);
+    uint8_t *x = check_alloc(x_size, 1);
+    int8_t *w = check_alloc(w_size, 1);
+    int32_t *sums = check_alloc(rows * CLIPFT_INT8_COLS, sizeof *sums), *want = check_alloc(rows * CLIPFT_INT8_COLS, sizeof *want);
+    const clipft_int8_tile tile = {x, w, stride, w_stride, rows, panels, depth};
+    fill_tile(x, x_size, w, w_size, values);
+    memset(sums, 0x55, bytes);
+    memset(want, 0x55, bytes);
+    clipft_kernel_table.int8_dot(&tile, sums);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < panels * CLIPFT_INT8_PANEL; ++c) {
+            const int8_t *channel = w + c / CLIPFT_INT8_PANEL * w_stride + 4 * (c % CLIPFT_INT8_PANEL);
+            int32_t sum = 0;
+            for (int64_t k = 0; k < depth; ++k) sum += x[i * stride + k] * channel[k / 4 * 4 * CLIPFT_INT8_PANEL + k % 4];
+            want[i * CLIPFT_INT8_COLS + c] = sum;
+        }
+    check_same(sums, want, bytes, "int8_dot", depth);
+    free(x), free(w), free(sums), free(want);
+}
+
+static void test_range(int64_t n, float spread, int64_t special, float value)
+{
+    float *x = floats(n);
+    clipft_range got = {-0.5F, 0.25F, 0.0F}, want = got;
+    for (int64_t j = 0; j < n; ++j) x[j] = uniform() * spread;
+    if (special < n) x[special] = value;
+    clipft_kernel_table.row_range(x, n, &got);
+    clipft_row_range_ref(x, n, &want);
+    check_near((double)got.bad, (double)want.bad, 0.0, "row_range bad", n);
+    if (special >= n) {
+        check_near((double)got.low, (double)want.low, 0.0, "row_range low", n);
+        check_near((double)got.high, (double)want.high, 0.0, "row_range high", n);
+    }
+    free(x);
+}
+
+/* Among the values are exact halves, which go to even, and what has to be clamped. */
+static void test_quantize(int64_t n, float inverse, int32_t zero)
+{
+    float *x = calloc((size_t)n + 1, sizeof *x);
+    if (!x) abort();
+    uint8_t *got = check_alloc(n, 1), *want = check_alloc(n, 1);
+    for (int64_t j = 0; j < n; ++j) x[j] = (j % 3 ? uniform() * 80.0F : (float)pick(-300, 300) * 0.5F) / inverse;
+    clipft_kernel_table.row_quantize(x, n, inverse, zero, got);
+    clipft_row_quantize_ref(x, n, inverse, zero, want);
+    check_same(got, want, (size_t)n, "row_quantize", n);
+    for (int64_t j = 0; j < n; ++j) {
+        const double level = nearbyint((double)(float)((double)x[j] * (double)inverse)) + zero;
+        check_near(got[j], level < 0 ? 0 : level > 127 ? 127 : level, 0.0, "row_quantize level", n);
+    }
+    free(x), free(got), free(want);
+}
+
+static double activated(double v, clipft_activation activation)
+{
+    if (activation == CLIPFT_QUICK_GELU) return v / (1.0 + exp(-1.702 * v));
+    if (activation == CLIPFT_GELU) return 0.5 * v * erfc(-v * sqrt(0.5));
+    return v;
+}
+
+/* Four roundings before the activation, whose slope is at most 1.13; then quick_gelu's exponential (2 u and u |t| for its argument's
+ * rounding), or gelu's erfc, whose formula errs by 0.75e-7 |v| and is evaluated with a few roundings of numbers below 1. */
+static double tolerance(double v, double size, clipft_activation activation)
+{
+    const double before = 4.0 * u * size * 1.13;
+    if (activation == CLIPFT_QUICK_GELU) return before + u * (8.0 + 4.0 * fabs(v)) * fabs(activated(v, activation)) + 1e-36;
+    return activation == CLIPFT_GELU ? before + (1e-7 + 8.0 * u) * fabs(v) : before;
+}
+
+static void test_finish(int64_t rows, int64_t cols, clipft_activation activation, float spread)
+{
+    float row_scale[12], col_scale[CLIPFT_INT8_COLS], bias[CLIPFT_INT8_COLS];
+    int32_t row_zero[12], col_sum[CLIPFT_INT8_COLS], sums[12 * CLIPFT_INT8_COLS] = {0};
+    const int64_t stride = cols + 1;
+    float *out = floats(rows * stride);
+    for (int64_t i = 0; i < rows; ++i) row_scale[i] = fabsf(uniform()) * spread, row_zero[i] = pick(0, 127);
+    for (int64_t j = 0; j < CLIPFT_INT8_COLS; ++j)
+        col_scale[j] = uniform() * 1e-3F, col_sum[j] = pick(-98304, 98304), bias[j] = uniform() * spread;
+    for (int64_t k = 0; k < rows * CLIPFT_INT8_COLS; ++k) sums[k] = pick(-500000, 500000);
+    for (int64_t k = 0; k < rows * stride; ++k) out[k] = 7.0F;
+    const clipft_int8_finish finish = {row_scale, row_zero, col_scale, col_sum, bias, out, rows, cols, stride, activation};
+    clipft_kernel_table.int8_finish(&finish, sums);
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < cols; ++j) {
+            const double sum = sums[i * CLIPFT_INT8_COLS + j] - (double)row_zero[i] * col_sum[j];
+            const double product = sum * (double)row_scale[i] * (double)col_scale[j], v = product + (double)bias[j];
+            check_near((double)out[i * stride + j], activated(v, activation), tolerance(v, fabs(product) + fabs(v), activation),
+                       "int8_finish", cols);
+        }
+        check_near((double)out[i * stride + cols], 7.0, 0.0, "int8_finish wrote beyond the row", cols);
+    }
+    free(out);
+}
+
+/* What a huge or a bad row becomes: nothing but a limit of the function, or NaN. */
+static void test_finish_specials(void)
+{
+    const float row_scale[] = {1.0F, -1.0F, NAN, 3e38F, -INFINITY};
+    const int32_t row_zero[5] = {0}, col_sum[CLIPFT_INT8_COLS] = {0};
+    const double want[3][5] = {
+        {1.0, -1.0, NAN, 3e38, -INFINITY}, {0.8457957659, -0.1542042340, NAN, 3e38, 0.0}, {0.8413447461, -0.1586552539, NAN, 3e38, 0.0}};
+    float col_scale[CLIPFT_INT8_COLS], bias[CLIPFT_INT8_COLS] = {0}, out[5 * CLIPFT_INT8_COLS];
+    int32_t sums[5 * CLIPFT_INT8_COLS];
+    for (int j = 0; j < CLIPFT_INT8_COLS; ++j) col_scale[j] = 1.0F;
+    for (int k = 0; k < 5 * CLIPFT_INT8_COLS; ++k) sums[k] = 1;
+    for (int activation = 0; activation < CLIPFT_ACTIVATIONS; ++activation) {
+        const clipft_int8_finish finish = {row_scale, row_zero, col_scale,        col_sum,          bias,
+                                           out,       5,        CLIPFT_INT8_COLS, CLIPFT_INT8_COLS, (clipft_activation)activation};
+        clipft_kernel_table.int8_finish(&finish, sums);
+        for (int k = 0; k < 5 * CLIPFT_INT8_COLS; ++k) {
+            const double expected = want[activation][k / CLIPFT_INT8_COLS];
+            check_near((double)out[k], expected, 1e-6 * fabs(expected), "int8_finish of specials", activation);
+        }
+    }
+}
+
+/* ---- the driver ---- */
+
+typedef struct layer_case {
+    int64_t rows, in, out;
+    clipft_activation activation;
+    bool bias, transposed;
+    clipft_float_kind kind;
+} layer_case;
+
+static const layer_case cases[] = {
+    {1, 1, 1, CLIPFT_NO_ACTIVATION, true, false, CLIPFT_FLOAT32},    {0, 5, 7, CLIPFT_QUICK_GELU, true, false, CLIPFT_FLOAT32},
+    {3, 4, 16, CLIPFT_QUICK_GELU, false, false, CLIPFT_FLOAT32},     {13, 63, 65, CLIPFT_GELU, true, false, CLIPFT_FLOAT32},
+    {50, 64, 64, CLIPFT_NO_ACTIVATION, true, true, CLIPFT_FLOAT32},  {25, 130, 131, CLIPFT_GELU, true, false, CLIPFT_BFLOAT16},
+    {12, 1030, 100, CLIPFT_QUICK_GELU, true, false, CLIPFT_FLOAT16}, {700, 600, 17, CLIPFT_NO_ACTIVATION, true, false, CLIPFT_FLOAT32},
+    {7, 2050, 9, CLIPFT_NO_ACTIVATION, false, true, CLIPFT_BFLOAT16}};
+
+typedef struct layer_data {
+    clipft_view x, y, scale, bias;
+    int8_t *w;
+    uint8_t *packed;
+} layer_data;
+
+static clipft_view make_view(int64_t rows, int64_t cols, bool transposed, clipft_float_kind kind)
+{
+    const int64_t ld = transposed ? rows + 1 : cols + 3;
+    clipft_view v = {check_alloc((transposed ? cols : rows) * ld, 4), rows, cols, transposed ? 1 : ld, transposed ? ld : 1, kind};
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; ++j) {
+            const float value = uniform() + 0.3F;
+            clipft_view_write(&v, i, j, 1, &value);
+        }
+    return v;
+}
+
+static double held(const clipft_view *v, int64_t i, int64_t j)
+{
+    float x;
+    clipft_view_read(v, i, j, 1, &x);
+    return (double)x;
+}
+
+/* Rows 2 and 5, where there are such, are bad; row 1 is zero; row 3 is huge, row 4 denormal. */
+static void set_rows(const clipft_view *x)
+{
+    for (int64_t i = 1; i < x->rows && i < 6; ++i)
+        for (int64_t j = 0; j < x->cols; ++j) {
+            const float now = (float)held(x, i, j), big = x->kind == CLIPFT_FLOAT16 ? 6e4F : 3e38F;
+            const float value = i == 1             ? 0.0F
+                                : i == 3           ? (j % 2 ? -big : big)
+                                : i == 4           ? now * 1e-39F
+                                : j != x->cols / 2 ? now
+                                : i == 2           ? NAN
+                                                   : -INFINITY;
+            clipft_view_write(x, i, j, 1, &value);
+        }
+}
+
+/* Levels of a row by the definition; false where it holds what is not finite. */
+static bool row_levels(const clipft_view *x, int64_t i, double *level, double *scale)
+{
+    float low = 0.0F, high = 0.0F;
+    for (int64_t j = 0; j < x->cols; ++j) {
+        const float v = (float)held(x, i, j);
+        if (!isfinite(v)) return false;
+        low = fminf(low, v), high = fmaxf(high, v);
+    }
+    const float step = fmaxf(high / 127.0F - low / 127.0F, FLT_MIN), inverse = 1.0F / step;
+    const double zero = -nearbyint((double)(float)((double)low * (double)inverse));
+    for (int64_t j = 0; j < x->cols; ++j) {
+        const double q = nearbyint((double)(float)(held(x, i, j) * (double)inverse)) + zero;
+        level[j] = (q > 127 ? 127 : q < 0 ? 0 : q) - zero;
+    }
+    *scale = (double)step;
+    return true;
+}
+
+static void check_layer(const layer_case *c, const layer_data *d)
+{
+    const double rounding = c->kind == CLIPFT_BFLOAT16 ? 0x1p-8 : c->kind == CLIPFT_FLOAT16 ? 0x1p-11 : 0.0;
+    const double largest = c->kind == CLIPFT_FLOAT16 ? 65504.0 : (double)FLT_MAX;
+    double *level = doubles(c->in), scale = 0.0;
+    for (int64_t i = 0; i < c->rows; ++i) {
+        const bool good = row_levels(&d->x, i, level, &scale);
+        for (int64_t j = 0; j < c->out; ++j) {
+            double sum = 0.0, bias = c->bias ? held(&d->bias, 0, j) : 0.0;
+            for (int64_t k = 0; good && k < c->in; ++k) sum += level[k] * d->w[j * c->in + k];
+            const double product = sum * scale * held(&d->scale, 0, j), v = product + bias, want = activated(v, c->activation);
+            const double got = held(&d->y, i, j), error = tolerance(v, fabs(product) + fabs(v), c->activation);
+            if (!good)
+                check_near(got, NAN, 0.0, "row with a NaN", c->in);
+            else if (fabs(want) < largest * 0.99)
+                check_near(got, want, error + rounding * (fabs(want) + error) + (rounding > 0.0 ? 0x1p-25 : 0.0), "int8_linear", c->in);
+        }
+    }
+    free(level);
+}
+
+static void test_layer(const layer_case *c)
+{
+    const int64_t size = clipft_int8_packed_size(c->out, c->in);
+    layer_data d = {.x = make_view(c->rows, c->in, c->transposed, c->kind),
+                    .y = make_view(c->rows, c->out, c->transposed, c->kind),
+                    .scale = make_view(1, c->out, false, CLIPFT_FLOAT32),
+                    .bias = make_view(1, c->out, false, c->kind),
+                    .w = check_alloc(c->out * c->in, 1),
+                    .packed = check_alloc(size, 1)};
+    set_rows(&d.x);
+    for (int64_t j = 0; j < c->out; ++j)
+        for (int64_t k = 0; k < c->in; ++k) d.w[j * c->in + k] = (int8_t)(j == 1 ? 0 : pick(-128, 127));
+    clipft_int8_pack(&check_host, d.w, c->out, c->in, c->in, 1, d.packed);
+    const clipft_int8_header *header = clipft_int8_packed(d.packed, size);
+    check_near(header && header->out == c->out && header->in == c->in, 1.0, 0.0, "int8_packed", size);
+    check_near(!clipft_int8_packed(d.packed, size - 1), 1.0, 0.0, "int8_packed of a part", size);
+    const clipft_int8_layer layer = {d.packed, d.scale, c->bias ? d.bias : (clipft_view){0}, c->activation};
+    check_near(clipft_int8_linear(&layer, &check_host, &d.x, &d.y), 1.0, 0.0, "int8_linear", size);
+    check_layer(c, &d);
+    free(d.x.data), free(d.y.data), free(d.scale.data), free(d.bias.data), free(d.w), free(d.packed);
+}
+
+/* Sums as large as they get: in the middle they pass what 16 bits hold, and zero * column sum wraps. */
+static void test_extremes(void)
+{
+    enum { IN = 4099, OUT = 33 };
+    const clipft_view x = make_view(2, IN, false, CLIPFT_FLOAT32), y = make_view(2, OUT, false, CLIPFT_FLOAT32);
+    const clipft_view scale = make_view(1, OUT, false, CLIPFT_FLOAT32);
+    int8_t *w = check_alloc((int64_t)IN * OUT, 1);
+    uint8_t *packed = check_alloc(clipft_int8_packed_size(OUT, IN), 1);
+    for (int64_t j = 0; j < IN; ++j) clipft_view_floats(&x, 0, j)[0] = 127.0F, clipft_view_floats(&x, 1, j)[0] = -127.0F;
+    for (int64_t k = 0; k < (int64_t)IN * OUT; ++k) w[k] = (int8_t)(k / IN % 2 ? -128 : 127);
+    for (int64_t j = 0; j < OUT; ++j) clipft_view_floats(&scale, 0, j)[0] = 1.0F;
+    clipft_int8_pack(&check_host, w, OUT, IN, IN, 1, packed);
+    const clipft_int8_layer layer = {packed, scale, {0}, CLIPFT_NO_ACTIVATION};
+    clipft_int8_linear(&layer, &check_host, &x, &y);
+    for (int64_t i = 0; i < 2; ++i)
+        for (int64_t j = 0; j < OUT; ++j)
+            check_near(held(&y, i, j), (double)(float)((i ? -127 : 127) * (j % 2 ? -128 : 127) * (double)IN), 0.0, "extremes", IN);
+    free(x.data), free(y.data), free(scale.data), free(w), free(packed);
+}
+
+void test_int8(void)
+{
+    static const int64_t depths[] = {0, 4, 8, 12, 60, 64, 68, 252, 1028}, heights[] = {0, 1, 2, 3, 4, 5, 6, 7, 11, 12};
+    static const int64_t widths[] = {0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64};
+    for (int d = 0; d < COUNT(depths); ++d)
+        for (int h = 0; h < COUNT(heights); ++h)
+            for (int64_t panels = 1; panels <= 4; ++panels) test_dot(heights[h], panels, depths[d], (d + h + (int)panels) % VALUES);
+    for (int values = 0; values < VALUES; ++values) test_dot(12, 4, 8192, values);
+    for (int n = 0; n < COUNT(widths); ++n) {
+        test_range(widths[n], 10.0F, 999, 0.0F);
+        test_range(widths[n], 3e38F, widths[n] / 2, NAN);
+        test_range(widths[n], 1e-40F, widths[n] - 1 < 0 ? 0 : widths[n] - 1, INFINITY);
+        test_quantize(widths[n], 1.0F, 64);
+        test_quantize(widths[n], 3.1415926F, 0);
+        test_quantize(widths[n], 1.0e-30F, 127);
+        for (int a = 0; a < CLIPFT_ACTIVATIONS; ++a) {
+            test_finish(n % 13, widths[n], (clipft_activation)a, 0.01F);
+            test_finish(12, widths[n], (clipft_activation)a, 1.0F);
+            test_finish(1, widths[n], (clipft_activation)a, 10.0F);
+        }
+    }
+    test_finish_specials();
+    for (int c = 0; c < COUNT(cases); ++c) test_layer(&cases[c]);
+    test_extremes();
+}

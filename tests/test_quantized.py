@@ -1,0 +1,441 @@
+"""clipft.quantized_linear and nn.QuantizedLinear: exact integer arithmetic on every instruction set, float64 behind it;
+torch's contracts; state; bad input.
+
+Tolerances: u = 2^-24. Behind the exact sum stand four roundings, and an activation of slope at most 1.13 that is
+computed with a relative error of a few u (quick_gelu) or an absolute one of 1e-7 |v| (gelu). A 16-bit result adds half
+an ulp of itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import clipft
+import clipft.ops  # registers the fake kernels that opcheck runs
+from clipft import _C, reference
+from clipft.nn import QuantizedLinear
+from clipft.quantized import quantize_weight
+
+U = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Int8Case:
+    rows: int
+    features: int
+    out: int
+    activation: str | None = None
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+    values: str = "random"  # random | positive | outliers | halves
+    layout: str = "contiguous"  # contiguous | transposed | strided | offset
+
+    def __str__(self) -> str:
+        parts = [f"{self.rows}x{self.features}x{self.out}", str(self.activation), self.values, self.layout]
+        return "-".join([*parts, str(self.dtype)[6:], "bias" if self.bias else "plain"])
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, str | None]:
+        generator = torch.Generator().manual_seed(1000 * self.rows + self.features)
+        x = torch.randn(self.rows, self.features, generator=generator)
+        if self.values == "positive":
+            x = x.abs() + 3.0
+        if self.values == "outliers" and self.features > 5:
+            x[:, 5] *= 100.0
+        if self.values == "halves":  # scale 1: every element lies between two levels
+            x = torch.randint(-60, 60, x.shape, generator=generator) + 0.5
+            x[:, 0], x[:, -1] = -63.0, 64.0
+        weight = torch.randint(-128, 128, (self.out, self.features), dtype=torch.int8, generator=generator)
+        scale = torch.rand(self.out, generator=generator) * 0.01
+        bias = torch.randn(self.out, generator=generator).to(self.dtype) if self.bias else None
+        return self._lay_out(x.to(self.dtype)), weight, scale, bias, self.activation
+
+    def _lay_out(self, x: Tensor) -> Tensor:
+        if self.layout == "transposed":
+            return x.t().contiguous().t()
+        nan = float("nan")
+        if self.layout == "strided":
+            return torch.full((2 * self.rows, 2 * self.features), nan, dtype=x.dtype)[::2, ::2].copy_(x)
+        if self.layout == "offset":
+            wide = torch.full((self.rows * (self.features + 3) + 1,), nan, dtype=x.dtype)[1:]
+            return wide.view(self.rows, self.features + 3)[:, : self.features].copy_(x)
+        return x
+
+
+SHAPES = [(1, 1, 1), (2, 3, 5), (5, 4, 16), (7, 63, 17), (13, 64, 64), (12, 65, 130), (50, 768, 768), (26, 1030, 100)]
+CASES = [Int8Case(*shape, activation=a) for shape in SHAPES for a in (None, "quick_gelu", "gelu")]
+CASES += [Int8Case(9, 100, 40, values=v) for v in ("positive", "outliers", "halves")]
+CASES += [Int8Case(9, 1029, 40, "gelu", dtype=t) for t in (torch.bfloat16, torch.float16)]
+CASES += [
+    Int8Case(11, 70, 50, layout=x, dtype=t)
+    for x in ("transposed", "strided", "offset")
+    for t in (torch.float32, torch.bfloat16)
+]
+CASES += [Int8Case(3, 3072, 48, bias=False), Int8Case(1700, 5000, 20), Int8Case(0, 8, 8, "quick_gelu")]
+
+
+def tolerance(case: Int8Case, want: Tensor, size: Tensor) -> Tensor:
+    """`size`: of the terms before the activation."""
+    rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[case.dtype]
+    error = 5 * U * size
+    if case.activation == "quick_gelu":
+        error += U * (8 + 4 * size) * want.abs()
+    if case.activation == "gelu":
+        error += (1e-7 + 8 * U) * size
+    return error + rounding * (want.abs() + error) + 1e-30 + (2.0**-25 if case.dtype == torch.float16 else 0.0)
+
+
+def assert_layer(case: Int8Case, got: Tensor) -> None:
+    x, weight, scale, bias, activation = case.arguments()
+    want = reference.quantized_linear(x, weight, scale, bias, activation)
+    size = reference.quantized_linear(x, weight, scale).abs() + (0.0 if bias is None else bias.double().abs())
+    assert got.dtype == case.dtype and got.shape == (case.rows, case.out)
+    assert ((got.double() - want).abs() <= tolerance(case, want, size)).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_exact_integers(case: Int8Case, int8_isa: str) -> None:
+    assert_layer(case, clipft.quantized_linear(*case.arguments()))
+
+
+@pytest.mark.parametrize("shape", [(50, 768, 100), (13, 131, 40), (7, 5000, 33)], ids=str)
+@pytest.mark.parametrize("values", ["random", "positive", "halves"])
+def test_sums_are_exact(shape: tuple[int, int, int], values: str, int8_isa: str) -> None:
+    """Scale 1 and no bias: what is left is the integer sum, rounded once by the row's scale."""
+    x, weight, *_ = Int8Case(*shape, values=values).arguments()
+    levels, row_scale, zero = reference.quantize_rows(x)
+    sums = (levels - zero[:, None]) @ weight.long().t()
+    got = clipft.quantized_linear(x, weight, torch.ones(shape[2]))
+    assert torch.equal(got, sums.float() * row_scale[:, None])
+
+
+def test_extreme_levels_do_not_saturate(int8_isa: str) -> None:
+    """Full activations against -128 and 127: pairs in 16 bits are as large as they get, and so are the sums."""
+    for features in (2, 64, 4099, 131072):
+        weight = torch.full((17, features), -128, dtype=torch.int8)
+        weight[1] = 127
+        weight[2, ::2] = 127
+        for sign in (1, -1):
+            x = sign * torch.full((3, features), 127.0)
+            want = (weight.long().sum(dim=1) * 127 * sign).float().expand(3, 17)
+            assert torch.equal(clipft.quantized_linear(x, weight, torch.ones(17)), want)
+
+
+@pytest.mark.parametrize("activation", [None, "quick_gelu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bad_rows_come_out_nan_and_others_unharmed(activation: str | None, dtype: torch.dtype, int8_isa: str) -> None:
+    case = Int8Case(40, 77, 70, activation, dtype=dtype)
+    x, *rest = case.arguments()
+    for row, col, value in ((3, 0, "nan"), (11, 76, "inf"), (12, 40, "-inf"), (39, 17, "nan")):
+        x[row, col] = float(value)
+    bad = torch.tensor([3, 11, 12, 39])
+    good = torch.ones(40, dtype=torch.bool).index_fill(0, bad, False)
+    got = clipft.quantized_linear(x, *rest)
+    assert got[bad].isnan().all() and got[good].isfinite().all()
+    assert torch.equal(got[good], clipft.quantized_linear(case.arguments()[0], *rest)[good])
+
+
+def test_zero_huge_and_tiny_rows(int8_isa: str) -> None:
+    _, weight, scale, bias, _ = Int8Case(5, 64, 30).arguments()
+    base = torch.randn(64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    weight[4] = 0
+    x = torch.stack([torch.zeros(64), base * 3e38, base * 1e-40, base * 1e-20, torch.full((64,), 5.0)])
+    got = clipft.quantized_linear(x, weight, scale, bias)
+    assert torch.equal(got[0], bias) and torch.equal(got[:, 4], bias[4].expand(5))
+    want = reference.quantized_linear(x, weight, scale, bias)
+    fits = want.abs() < 3.4e38
+    assert ((got.double() - want).abs() <= 1e-6 * want.abs() + 1e-5)[fits].all()
+    assert torch.equal(got[~fits].sign().double(), want[~fits].sign()) and fits[2:].all()
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (0,), (3, 7), (2, 0, 5), (2, 3, 1, 4), (1, 1, 1, 1, 1, 2, 2)])
+def test_any_leading_shape(lead: tuple[int, ...], int8_isa: str) -> None:
+    x = torch.randn(*lead, 36, generator=torch.Generator().manual_seed(1))
+    _, weight, scale, bias, _ = Int8Case(1, 36, 20).arguments()
+    got = clipft.quantized_linear(x, weight, scale, bias, "gelu")
+    assert got.shape == (*lead, 20)
+    flat = clipft.quantized_linear(x.reshape(-1, 36), weight, scale, bias, "gelu")
+    assert torch.equal(got.reshape(-1, 20), flat)
+    if len(lead) > 1:
+        swapped = x.transpose(0, 1)
+        assert torch.equal(clipft.quantized_linear(swapped, weight, scale, bias, "gelu"), got.transpose(0, 1))
+
+
+def test_rows_do_not_depend_on_their_batch_or_on_threads(int8_isa: str) -> None:
+    x, *rest = Int8Case(430, 768, 100, "quick_gelu").arguments()
+    whole = clipft.quantized_linear(x, *rest)
+    assert torch.equal(whole[17:18], clipft.quantized_linear(x[17:18], *rest))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(whole, clipft.quantized_linear(x, *rest))
+        torch.set_num_threads(5)
+        assert torch.equal(whole, clipft.quantized_linear(x, *rest))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_every_instruction_set_gives_the_same_without_activation() -> None:
+    case = Int8Case(60, 1031, 90, values="outliers")
+    x, weight, *_ = case.arguments()
+    before, results = _C.isa(), []
+    for name in _C.isas():
+        _C.set_isa(name)
+        results.append(clipft.quantized_linear(x, weight, torch.ones(90)))
+    _C.set_isa(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_bias_may_stay_float32() -> None:
+    x, weight, scale, bias, _ = Int8Case(9, 40, 30, dtype=torch.bfloat16).arguments()
+    exact = reference.quantized_linear(x, weight, scale, bias.float() + 1e-3)
+    got = clipft.quantized_linear(x, weight, scale, bias.float() + 1e-3)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, exact.to(torch.bfloat16), rtol=2.0**-7, atol=1e-6)
+
+
+def test_error_against_float_weights_is_that_of_seven_and_eight_bits() -> None:
+    """Uniform rounding: a row's step is its range / 127, a channel's its largest weight / 127; errors are random."""
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(200, 768, generator=generator), torch.randn(300, 768, generator=generator)
+    got = clipft.quantized_linear(x, *quantize_weight(weight))
+    error = (got - x @ weight.t()).pow(2).mean().sqrt() / (x @ weight.t()).pow(2).mean().sqrt()
+    step_x = (x.amax(dim=1) - x.amin(dim=1)).pow(2).mean().sqrt() / 127
+    step_w = weight.abs().amax(dim=1).pow(2).mean().sqrt() / 127
+    assert error <= 1.1 * ((step_x**2 + step_w**2) / 12).sqrt()
+
+
+# ---- torch's contracts ----
+
+
+def test_opcheck(int8_isa: str) -> None:
+    x, weight, scale, bias, _ = Int8Case(6, 37, 21).arguments()
+    packed = torch.ops.clipft.quantized_pack(weight)
+    assert packed.shape == (64 + 32 * (40 + 4),)
+    torch.library.opcheck(torch.ops.clipft.quantized_pack.default, (weight,))
+    torch.library.opcheck(torch.ops.clipft.quantized_linear.default, (x, weight, scale, bias, 1))
+    torch.library.opcheck(torch.ops.clipft.quantized_linear_packed.default, (x, packed, scale, x.new_empty(0), 2))
+
+
+def make_layer(activation: str | None = "quick_gelu", bias: bool = True) -> tuple[torch.nn.Linear, QuantizedLinear]:
+    torch.manual_seed(5)
+    linear = torch.nn.Linear(52, 39, bias=bias)
+    return linear, QuantizedLinear.from_linear(linear, activation)
+
+
+def test_compiled_in_one_graph() -> None:
+    _, layer = make_layer()
+    model = torch.nn.Sequential(layer, torch.nn.LayerNorm(39))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for shape in ((7, 52), (2, 5, 52), (9, 52)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(compiled(x), model(x))
+        layer.load_state_dict(make_layer(bias=True)[1].state_dict() | {"weight_scale": torch.ones(39)})
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_compiled_function() -> None:
+    x, weight, scale, bias, _ = Int8Case(6, 37, 21).arguments()
+    compiled = torch.compile(lambda y: clipft.quantized_linear(y * 2, weight, scale, bias, "gelu") + 1, fullgraph=True)
+    want = clipft.quantized_linear(x * 2, weight, scale, bias, "gelu") + 1
+    torch.testing.assert_close(compiled(x), want)
+
+
+def test_no_gradient_says_so() -> None:
+    x, *rest = Int8Case(6, 37, 21).arguments()
+    out = clipft.quantized_linear(x.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match="quantized_linear has no gradient: int8 layers are for inference"):
+        out.sum().backward()
+
+
+def test_several_threads_at_once(int8_isa: str) -> None:
+    layers = [make_layer()[1] for _ in range(3)]
+    inputs = [torch.randn(50 + k, 52) for k in range(6)]
+    want = [layers[k % 3](x) for k, x in enumerate(inputs)]
+    fresh = [copy.deepcopy(layer) for layer in layers]  # not packed yet: threads race to do it
+    wrong: list[int] = []
+
+    def work(k: int) -> None:
+        for _ in range(20):
+            if not torch.equal(fresh[k % 3](inputs[k]), want[k]):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# ---- the module ----
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_module_is_close_to_the_linear_it_came_from(bias: bool, int8_isa: str) -> None:
+    linear, layer = make_layer(None, bias)
+    x = torch.randn(30, 52)
+    assert torch.nn.functional.cosine_similarity(layer(x), linear(x)).min() > 0.999
+    assert torch.equal(layer(x), clipft.quantized_linear(x, layer.weight_int8, layer.weight_scale, layer.bias))
+    assert sorted(layer.state_dict()) == ["bias"] * bias + ["weight_int8", "weight_scale"]
+    assert not list(layer.parameters())
+
+
+def test_module_survives_copies_pickles_and_state_dicts() -> None:
+    _, layer = make_layer()
+    x = torch.randn(4, 52)
+    want = layer(x)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert other._packed is None and torch.equal(other(x), want)
+    empty = QuantizedLinear(52, 39, activation="quick_gelu")
+    assert not torch.equal(empty(x), want)
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty(x), want)
+    with torch.device("meta"):
+        meta = QuantizedLinear(52, 39, activation="quick_gelu")
+    meta.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(meta(x), want)
+
+
+def test_module_packs_again_after_a_change() -> None:
+    _, layer = make_layer(None)
+    x = torch.randn(4, 52)
+    layer(x)
+    layer.weight_int8.neg_()
+    assert torch.equal(layer(x), clipft.quantized_linear(x, layer.weight_int8, layer.weight_scale, layer.bias))
+    layer.weight_int8 = torch.zeros_like(layer.weight_int8)
+    assert torch.equal(layer(x), layer.bias.expand(4, 39))
+    with torch.inference_mode():
+        layer.weight_int8 = torch.ones(39, 52, dtype=torch.int8)
+        assert not torch.equal(layer(x), layer.bias.expand(4, 39))
+
+
+def test_module_in_sixteen_bits_keeps_its_scales() -> None:
+    _, layer = make_layer(None)
+    scale = layer.weight_scale.clone()
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert half.bias.dtype == torch.bfloat16 and half.weight_int8.dtype == torch.int8
+    assert half(torch.randn(4, 52, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert torch.equal(half.float().weight_scale, scale)
+
+
+def test_weights_quantise_to_the_nearest_level() -> None:
+    weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [1e-40, 0.0, -1e-40]])
+    int8, scale = quantize_weight(weight)
+    assert int8.dtype == torch.int8 and int8.tolist()[:2] == [[64, -127, 32], [0, 0, 0]] and int8.abs().max() <= 127
+    assert scale[1] == 1.0 and ((int8 * scale[:, None] - weight).abs() <= scale[:, None] / 2).all()
+    with pytest.raises(ValueError, match="weight must be finite"):
+        quantize_weight(torch.tensor([[float("nan")]]))
+    with pytest.raises(ValueError, match=r"weight must be \[out, in\], not empty, got shape \[3\]"):
+        quantize_weight(torch.ones(3))
+    with pytest.raises(TypeError, match="weight must be a float tensor, got int64"):
+        quantize_weight(torch.ones(3, 3, dtype=torch.int64))
+
+
+# ---- bad input ----
+
+X, W, S, B = torch.ones(4, 8), torch.ones(6, 8, dtype=torch.int8), torch.ones(6), torch.ones(6)
+BAD = {
+    "float64": ((X.double(), W, S, B), TypeError, "input must be float32, bfloat16 or float16, got float64"),
+    "integer": ((W, W, S, B), TypeError, "input must be float32, bfloat16 or float16, got int8"),
+    "scalar": (
+        (torch.tensor(1.0), W, S, B),
+        ValueError,
+        r"input must be \[..., in\] with in > 0 and at most 8 dimensions, got shape \[\]",
+    ),
+    "no features": ((X[:, :0], W, S, B), ValueError, r"with in > 0 and at most 8 dimensions, got shape \[4, 0\]"),
+    "features differ": (
+        (X[:, :7], W, S, B),
+        ValueError,
+        r"input must have the weight's 8 features last, got shape \[4, 7\]",
+    ),
+    "float weight": ((X, W.float(), S, B), TypeError, "weight_int8 must be int8, got float32"),
+    "one-dimensional weight": (
+        (X, W[0], S, B),
+        ValueError,
+        r"weight_int8 must be \[out, in\] with out > 0 and 0 < in <= 131072, got shape \[8\]",
+    ),
+    "no channels": ((X, W[:0], S, B), ValueError, r"0 < in <= 131072, got shape \[0, 8\]"),
+    "half scale": ((X, W, S.half(), B), TypeError, "weight_scale must be float32, got float16"),
+    "scale too short": ((X, W, S[:5], B), ValueError, r"weight_scale must be \[out\], \[6\], got shape \[5\]"),
+    "scale a matrix": ((X, W, S[:, None], B), ValueError, r"weight_scale must be \[out\], \[6\], got shape \[6, 1\]"),
+    "bias of another dtype": (
+        (X, W, S, B.half()),
+        TypeError,
+        "bias must have the dtype of input, float32, or float32, got float16",
+    ),
+    "bias too long": ((X, W, S, torch.ones(7)), ValueError, r"bias must be \[out\], \[6\], got shape \[7\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_the_bare_op_says_the_same(name: str) -> None:
+    args, error, message = BAD[name]
+    with pytest.raises(error, match=message) as caught:
+        clipft.quantized_linear(*args)
+    with pytest.raises(RuntimeError) as bare:
+        torch.ops.clipft.quantized_linear(*args, 0)
+    assert str(caught.value) in str(bare.value)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"input": [[1.0]]}, TypeError, "input must be a tensor, got list"),
+        ({"weight_int8": None}, TypeError, "weight_int8 must be a tensor, got NoneType"),
+        ({"weight_scale": 1.0}, TypeError, "weight_scale must be a tensor, got float"),
+        ({"bias": 1.0}, TypeError, "bias must be a tensor, got float"),
+        (
+            {"input": X.to("meta")},
+            ValueError,
+            "weight_int8 must be on the device of the other tensors, meta, got cpu",
+        ),
+        ({"activation": "relu"}, ValueError, 'activation must be None, "quick_gelu" or "gelu", got "relu"'),
+        ({"activation": 1}, TypeError, 'activation must be None, "quick_gelu" or "gelu", got int'),
+    ],
+)
+def test_bad_arguments_of_the_function(change: dict, error: type[Exception], message: str) -> None:
+    args = {"input": X, "weight_int8": W, "weight_scale": S, "bias": B} | change
+    with pytest.raises(error, match=message):
+        clipft.quantized_linear(**args)
+
+
+def test_bare_ops_refuse_what_the_function_never_passes() -> None:
+    packed = torch.ops.clipft.quantized_pack(W)
+    with pytest.raises(RuntimeError, match=r'activation must be None, "quick_gelu" or "gelu" \(0, 1 or 2\), got 3'):
+        torch.ops.clipft.quantized_linear(X, W, S, B, 3)
+    for foreign in (packed[:-1], torch.zeros_like(packed), torch.zeros(3, dtype=torch.uint8)):
+        with pytest.raises(RuntimeError, match="packed must be what quantized_pack gave"):
+            torch.ops.clipft.quantized_linear_packed(X, foreign, S, B)
+    with pytest.raises(RuntimeError, match="packed must be uint8, got int8"):
+        torch.ops.clipft.quantized_linear_packed(X, W, S, B)
+    with pytest.raises(RuntimeError, match="input must have the weight's 8 features last"):
+        torch.ops.clipft.quantized_linear_packed(X[:, :7], packed, S, B)
+    with pytest.raises(RuntimeError, match=r"clipft.quantized_pack: weight_int8 must be int8, got float32"):
+        torch.ops.clipft.quantized_pack(X)
+
+
+def test_module_names_its_arguments() -> None:
+    _, layer = make_layer()
+    with pytest.raises(ValueError, match=r"clipft.nn.QuantizedLinear: input must have the weight's 52 features last"):
+        layer(torch.ones(3, 51))
+    with pytest.raises(ValueError, match='activation must be None, "quick_gelu" or "gelu", got "relu"'):
+        QuantizedLinear(3, 4, activation="relu")
+    with pytest.raises(TypeError, match=r"linear must be a torch.nn.Linear, got Conv2d"):
+        QuantizedLinear.from_linear(torch.nn.Conv2d(3, 3, 3))
+    assert "in_features=52, out_features=39, bias=True, activation='quick_gelu'" in repr(layer)
