@@ -44,6 +44,12 @@ static bool has_avx512(void)
     return has_avx2() && (xcr0() & XCR0_AVX512) == XCR0_AVX512 && (leaf7(0).ebx & needed) == needed;
 }
 
+bool clipft_cpu_is_amd(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
+}
+
 bool clipft_cpu_has(clipft_isa isa)
 {
     enum { AVX_VNNI = 1U << 4 }; /* leaf 7, sub-leaf 1, EAX */
@@ -82,6 +88,10 @@ bool clipft_cpu_has(clipft_isa isa)
 }
 #else
 bool clipft_cpu_has(clipft_isa isa) { return isa == CLIPFT_ISA_REF; }
+#endif
+
+#if !defined(__x86_64__)
+bool clipft_cpu_is_amd(void) { return false; }
 #endif
 
 clipft_isa clipft_cpu_best(void)

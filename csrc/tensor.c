@@ -1,5 +1,8 @@
 #include "tensor.h"
 
+#include "dispatch.h"
+#include "kernels/gemm.h"
+
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -234,8 +237,10 @@ bool clipft_torch_gemm(const clipft_view *c, const clipft_view *start, const cli
 
 static clipft_view float_view(clipft_matrix m) { return (clipft_view){m.data, m.rows, m.cols, m.row_stride, m.col_stride, CLIPFT_FLOAT32}; }
 
+/* Ours where it was measured to beat torch's: on AMD, by 1.15 to 1.2. */
 static bool host_gemm(clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate)
 {
+    if (clipft_cpu_is_amd() && clipft_dispatch_isa() >= CLIPFT_ISA_AVX2) return clipft_gemm(&clipft_torch_host, c, a, b, accumulate);
     const clipft_view out = float_view(c), left = float_view(a), right = float_view(b);
     return clipft_torch_gemm(&out, accumulate ? &out : NULL, &left, &right);
 }

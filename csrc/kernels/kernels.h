@@ -61,6 +61,7 @@ typedef struct clipft_softmax_cols {
     SLOT(row_match_add)                                                                                                                    \
     SLOT(row_softplus_sum)                                                                                                                 \
     SLOT(row_sigmoid_grad)                                                                                                                 \
+    SLOT(gemm_rows)                                                                                                                        \
     SLOT(rank_down)                                                                                                                        \
     SLOT(rank_up)                                                                                                                          \
     SLOT(rank_outer)                                                                                                                       \
@@ -72,6 +73,16 @@ typedef struct clipft_softmax_cols {
     SLOT(row_quantize)                                                                                                                     \
     SLOT(int8_dot)                                                                                                                         \
     SLOT(int8_finish)
+
+/* Operands of gemm_rows: see gemm.h. The block of b is packed; a and c are whole. */
+enum { CLIPFT_GEMM_PANEL = 16, CLIPFT_GEMM_DEPTH = 256 };
+
+typedef struct clipft_gemm_block {
+    clipft_matrix c; /* [rows, cols], col_stride 1 */
+    clipft_matrix a; /* [rows, depth], depth <= CLIPFT_GEMM_DEPTH */
+    const float *b;  /* [cols / 16 rounded up, depth, 16] */
+    bool accumulate;
+} clipft_gemm_block;
 
 /* Operands of rank_up. Rows of v lie CLIPFT_RANK_PAD-padded, the others `*_stride` apart. */
 typedef struct clipft_rank_tile {
@@ -165,6 +176,9 @@ typedef struct clipft_kernels {
 
     /* out[j] = gain * sigmoid(scale * x[j] + bias); returns the sum of out. out may be x. */
     float (*row_sigmoid_grad)(const float *x, float *out, int64_t cols, float scale, float bias, float gain);
+
+    /* c[i] = or += a[i] b for rows i of begin .. end - 1. */
+    void (*gemm_rows)(const clipft_gemm_block *block, int64_t begin, int64_t end);
 
     /* v[i][k] += sum_j x[i][j] * panel[j][k]; panel is [cols, padded], v [rows, padded]. */
     void (*rank_down)(const float *x, int64_t stride, int64_t rows, int64_t cols, const float *panel, int64_t padded, float *v,

@@ -41,7 +41,7 @@ SIMD i32v i32v_iota(void)
 
 SIMD void f32v_store(float *p, f32v v) { memcpy(p, &v, sizeof v); }
 
-SIMD f32v f32v_set(float a) { return (f32v){0} + a; }
+SIMD f32v f32v_set(float a) { return a - (f32v){0}; } /* not + 0, which would turn -0 into 0 and so costs an addition */
 
 /* mask ? a : b; a mask's lanes are 0 or -1. */
 SIMD f32v f32v_select(i32v mask, f32v a, f32v b) { return (f32v)((mask & (i32v)a) | (~mask & (i32v)b)); }

@@ -53,6 +53,7 @@ extern const clipft_host check_host;
 void test_loss_rows(void);
 void test_losses(void);
 void test_convert(void);
+void test_gemm(void);
 void test_lora_rows(void);
 void test_lora(void);
 void test_int8(void);

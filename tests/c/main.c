@@ -37,6 +37,7 @@ int main(void)
         test_loss_rows();
         test_losses();
         test_convert();
+        test_gemm();
         test_lora_rows();
         test_lora();
         test_int8();
