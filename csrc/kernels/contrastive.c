@@ -153,7 +153,7 @@ bool clipft_contrastive_forward(const clipft_logits *logits, const clipft_target
                                 double *col_lse, double *target)
 {
     const int64_t rows = logits->image.rows, cols = logits->text.rows;
-    const int64_t work_items = logits->kept_rows < rows ? (int64_t)CLIPFT_TILE * CLIPFT_TILE : 0;
+    const int64_t work_items = logits->kept_rows < rows ? CLIPFT_TILE_ITEMS : 0;
     clipft_arena arena = {0};
     bool ok = false;
     clipft_arena_reserve(&arena, work_items, sizeof(float));
@@ -266,13 +266,13 @@ bool clipft_contrastive_backward(const clipft_logits *logits, const clipft_targe
     const int64_t rows = logits->image.rows, cols = logits->text.rows;
     clipft_arena arena = {0};
     bool ok = false;
-    clipft_arena_reserve(&arena, (int64_t)CLIPFT_TILE * CLIPFT_TILE, sizeof(float));
+    clipft_arena_reserve(&arena, CLIPFT_TILE_ITEMS, sizeof(float));
     clipft_arena_reserve(&arena, cols, sizeof(float));
     clipft_arena_reserve(&arena, cols, sizeof(float));
     clipft_arena_reserve(&arena, CLIPFT_TILE, sizeof(float));
     if (!clipft_arena_allocate(&arena)) goto done;
 
-    float *work = clipft_arena_take(&arena, (int64_t)CLIPFT_TILE * CLIPFT_TILE, sizeof(float));
+    float *work = clipft_arena_take(&arena, CLIPFT_TILE_ITEMS, sizeof(float));
     backward_job job = {.logits = logits, .targets = targets, .row_lse = row_lse, .col_lse = col_lse, .gain = grad / (2.0 * (double)cols)};
     job.col_lse_f = clipft_arena_take(&arena, cols, sizeof(float));
     job.col_own = clipft_arena_take(&arena, cols, sizeof(float));

@@ -63,7 +63,7 @@ static bool sigmoid_walk(sigmoid_job *job, const clipft_host *host, void (*rows_
 {
     const clipft_logits *logits = job->logits;
     const int64_t rows = logits->image.rows;
-    const int64_t work_items = backward || logits->kept_rows < rows ? (int64_t)CLIPFT_TILE * CLIPFT_TILE : 0;
+    const int64_t work_items = backward || logits->kept_rows < rows ? CLIPFT_TILE_ITEMS : 0;
     clipft_arena arena = {0};
     bool ok = false;
     clipft_arena_reserve(&arena, work_items, sizeof(float));

@@ -10,10 +10,10 @@ bool clipft_tile_load(const clipft_logits *logits, const clipft_host *host, int6
     const int64_t rows = clipft_min(CLIPFT_TILE, logits->image.rows - row0);
     const int64_t cols = clipft_min(CLIPFT_TILE, logits->text.rows - col0);
     const bool kept = row0 < logits->kept_rows;
-    const int64_t stride = kept ? logits->text.rows : cols;
+    const int64_t stride = kept ? logits->text.rows : CLIPFT_TILE_STRIDE;
     float *data = kept ? logits->kept + row0 * stride + col0 : work;
 
-    *tile = (clipft_tile){{data, rows, cols, stride, 1}, {work, rows, cols, cols, 1}, row0, col0};
+    *tile = (clipft_tile){{data, rows, cols, stride, 1}, {work, rows, cols, CLIPFT_TILE_STRIDE, 1}, row0, col0};
     if (kept && reuse) return true;
     return host->gemm(tile->x, clipft_rows(logits->image, row0, row0 + rows),
                       clipft_transposed(clipft_rows(logits->text, col0, col0 + cols)), false);

@@ -10,6 +10,10 @@
 /* Rows that one task handles. Partial sums belong to a chunk, not to a thread, so results do not depend on the number of threads. */
 enum { CLIPFT_CHUNK = 64, CLIPFT_CHUNKS = CLIPFT_TILE / CLIPFT_CHUNK };
 
+/* Between rows of the work space: never a multiple of a page, which would put a column of the tile into the same few places of the cache.
+ */
+enum { CLIPFT_TILE_STRIDE = CLIPFT_TILE + 16, CLIPFT_TILE_ITEMS = CLIPFT_TILE * CLIPFT_TILE_STRIDE };
+
 typedef struct clipft_tile {
     clipft_matrix x;    /* [rows, cols] products */
     clipft_matrix out;  /* [rows, cols] where a gradient may be written: x itself, or the work space beside products that are kept */
@@ -18,7 +22,7 @@ typedef struct clipft_tile {
 
 static inline int64_t clipft_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* The products of the tile at (row0, col0), computed into `work` (CLIPFT_TILE^2 floats) or, for rows that are kept, into their place.
+/* The products of the tile at (row0, col0), computed into `work` (CLIPFT_TILE_ITEMS floats) or, for rows that are kept, into their place.
  * With `reuse` kept rows are taken as they are, and stay so. */
 bool clipft_tile_load(const clipft_logits *logits, const clipft_host *host, int64_t row0, int64_t col0, float *work, bool reuse,
                       clipft_tile *tile);
