@@ -4,8 +4,9 @@
 
 Peers: eager (transformers' image_text_contrastive_loss on the matrix of logits), the same under torch.compile,
 open_clip's ClipLoss, and for the sigmoid loss eager and open_clip's SigLipLoss. "of limit" is the time that the loss's
-matrix products alone take at the GEMM rate of this run (8 N^2 D operations, 6 for tiles that are kept), over its time.
-Memory is the growth of the peak RSS beyond inputs and gradients, each in a process of its own.
+matrix products alone take at the rate of torch's GEMM in this run (8 N^2 D operations, 6 for tiles that are kept), over
+its time; on AMD the loss has a GEMM of its own, which may pass torch's. Memory is the growth of the peak RSS beyond
+inputs and gradients, each in a process of its own.
 """
 
 from __future__ import annotations
