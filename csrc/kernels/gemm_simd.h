@@ -55,12 +55,14 @@ CLIPFT_TARGET void KERNEL(gemm_rows)(const clipft_gemm_block *block, int64_t beg
         const float *b = block->b;
         clipft_gemm_pack(GEMM_ROWS, clipft_rows(block->a, i, i1), a);
         while (c.cols > 0) {
-            const bool wide = c.cols > (GEMM_PANELS - 1) * CLIPFT_GEMM_PANEL;
-            const int64_t cols = (wide ? GEMM_PANELS : 1) * CLIPFT_GEMM_PANEL;
-            if (wide)
-                multiply_tile(GEMM_PANELS, a, b, depth, c, block->accumulate);
-            else
+            int64_t cols = GEMM_PANELS * CLIPFT_GEMM_PANEL;
+#if GEMM_PANELS > 1
+            if (c.cols <= cols - CLIPFT_GEMM_PANEL) {
+                cols = CLIPFT_GEMM_PANEL;
                 multiply_tile(1, a, b, depth, c, block->accumulate);
+            } else
+#endif
+                multiply_tile(GEMM_PANELS, a, b, depth, c, block->accumulate);
             c.data += cols;
             c.cols -= cols;
             b += cols * depth;
