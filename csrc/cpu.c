@@ -46,7 +46,7 @@ static bool has_avx512(void)
 
 bool clipft_cpu_is_amd(void)
 {
-    unsigned a, b, c, d;
+    unsigned a, b = 0, c = 0, d = 0;
     return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
 }
 
