@@ -265,9 +265,9 @@ def test_a_peft_model_of_another_model_has_its_layers_fused(calls: list[Tensor])
         clipft.fuse(adapted(Own(tiny_model().config)))
 
 
-def test_adapters_that_transformers_injected(batch: dict[str, Tensor], calls: list[Tensor]) -> None:
-    model = tiny_model()
-    model.add_adapter(config())
+def test_adapters_injected_into_a_plain_model(batch: dict[str, Tensor], calls: list[Tensor]) -> None:
+    """As transformers' own ``add_adapter`` does."""
+    model = peft.inject_adapter_in_model(config(), tiny_model())
     expected = embeds(randomised(model), batch)
     assert_near(embeds(clipft.fuse(model), batch), expected)
     assert len(calls) == LAYERS
