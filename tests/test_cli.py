@@ -15,7 +15,8 @@ from transformers import CLIPModel
 from typer.testing import CliRunner
 
 import clipft
-from clipft.cli import METRICS, app
+from clipft.cli import app
+from clipft.cli.training import METRICS
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,8 @@
-"""The command line: ``clipft demo``, ``clipft train``, ``clipft evaluate``, ``clipft merge``.
-
-Heavy imports wait inside the commands, so that ``clipft --help`` answers at once. An error of the user's prints one
-line and ends with status 2.
-"""
+"""Commands that train and score: ``clipft demo``, ``clipft train``, ``clipft evaluate``."""
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
+
+from clipft.cli.common import BatchSize, Data, Model, Workers, app, output_folder, prepare, user_errors
 
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["app", "main"]
+__all__ = ["METRICS"]
 
 HELD_OUT = 0.2  # share of the data tested on where no test data is given
 VALIDATION = 0.1  # share of the training data that early stopping looks at
@@ -29,14 +24,6 @@ VALIDATION = 0.1  # share of the training data that early stopping looks at
 FULL_LR, LORA_LR = 1e-5, 2e-4  # peak learning rates: of all weights, and of an adapter
 
 METRICS = ("loss", *(f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)))
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Fine-tune and evaluate CLIP models.",
-)
 
 
 class Precision(StrEnum):
@@ -47,39 +34,9 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
-Model = Annotated[
-    str, typer.Option(help="A folder as save_pretrained writes it, an adapter folder, a hub name, or demo.")
-]
-Data = Annotated[
-    str, typer.Option(help="Folder with a sub-folder a class, .csv/.tsv/.jsonl/.parquet file, or a data set's name.")
-]
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help="Caption of a class, with one {}; repeat for several.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pairs a step; all are negatives of each other.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load and augment pictures.")]
-
-
-def user_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print what went wrong with the input as one line; anything else keeps its traceback."""
-
-    @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
-            Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "red"), _one_line(error)))
-            raise typer.Exit(2) from error
-
-    return guarded
-
-
-def _one_line(error: Exception) -> str:
-    """The message; of an error in a loader's process, where torch adds the traceback to the message, the last line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
-        return lines[-1].partition(": ")[2]
-    return " ".join(" ".join(lines).split())
 
 
 @app.command()
@@ -90,7 +47,7 @@ def demo(
     ),
 ) -> None:
     """Fine-tune an embedded model on embedded pictures, offline, and show what it gained."""
-    console = _prepare()
+    console = prepare()
     from clipft.demo import run
 
     run(output, console)
@@ -157,13 +114,12 @@ def train(
     ] = "image_to_text_R@1",
 ) -> None:
     """Fine-tune a model and report what it gained."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output: expected a folder, {output} is a file")
+    output_folder(output)
     if metric not in METRICS:
         raise ValueError(f"--metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     if lora_r is not None and freeze != "none":
         raise ValueError(f"--freeze: expected none with --lora-r, which freezes all but the adapter, got {freeze!r}")
-    console = _prepare()
+    console = prepare()
     from transformers import set_seed
 
     from clipft import report
@@ -234,7 +190,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="File for the numbers, as JSON.")] = None,
 ) -> None:
     """Zero-shot classification where the data has classes, retrieval where it has captions."""
-    console = _prepare()
+    console = prepare()
     from clipft import load_pairs, report
     from clipft.data import DEFAULT_TEMPLATES
     from clipft.models import load
@@ -249,30 +205,6 @@ def evaluate(
         report.write_json(output, result)
 
 
-@app.command()
-@user_errors
-def merge(
-    *,
-    model: Annotated[Path, typer.Option(help="An adapter folder as peft or clipft train --lora-r writes it.")],
-    output: Annotated[Path, typer.Option(help="Folder for the plain model.")],
-) -> None:
-    """Merge a LoRA adapter into its base model and save that as a plain CLIPModel."""
-    from clipft.lora import is_adapter_folder
-
-    if not is_adapter_folder(model):
-        raise FileNotFoundError(f"--model: expected an adapter folder, with adapter_config.json, got {model}")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output: expected a folder, {output} is a file")
-    if output.resolve() == model.resolve():
-        raise ValueError(f"--output: expected a folder other than the adapter's, got {output}")
-    console = _prepare()
-    from clipft import report
-    from clipft.models import load
-
-    report.save_model(*load(model), output)
-    console.print(f"model in {output}")
-
-
 # ---- parts of train ----
 
 
@@ -284,17 +216,6 @@ class Sets:
     validation: datasets.Dataset | None
     test: datasets.Dataset
     test_name: str
-
-
-def _prepare() -> Console:
-    """Quiet libraries, and the console to print on."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)  # under torchrun one process prints
 
 
 def _load_sets(data: str, eval_data: str | None, *, validate: bool, seed: int, console: Console) -> Sets:
@@ -423,12 +344,3 @@ class Scorer:
         if not result:
             raise ValueError("--data: expected captions, or labels with names, found labels that are numbers only")
         return result
-
-
-def main() -> None:
-    """Entry point of the ``clipft`` command."""
-    app(prog_name="clipft")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,12 @@
+"""The command line, a module per group of commands: ``training`` (demo, train, evaluate) and ``deploy`` (merge)."""
+
+from clipft.cli import training as training  # isort: skip  (--help lists commands in the order of their modules)
+from clipft.cli import deploy as deploy
+from clipft.cli.common import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Entry point of the ``clipft`` command."""
+    app(prog_name="clipft")

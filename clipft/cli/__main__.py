@@ -1,0 +1,5 @@
+"""``python -m clipft.cli``."""
+
+from clipft.cli import main
+
+main()

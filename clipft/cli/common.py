@@ -1,0 +1,76 @@
+"""What the commands share: the app, options, and how errors and progress are shown.
+
+Heavy imports wait inside the commands, so that ``clipft --help`` answers at once. An error of the user's prints one
+line and ends with status 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+__all__ = ["BatchSize", "Data", "Model", "Workers", "app", "output_folder", "prepare", "user_errors"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fine-tune and evaluate CLIP models.",
+)
+
+Model = Annotated[
+    str, typer.Option(help="A folder as save_pretrained writes it, an adapter folder, a hub name, or demo.")
+]
+Data = Annotated[
+    str, typer.Option(help="Folder with a sub-folder a class, .csv/.tsv/.jsonl/.parquet file, or a data set's name.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pairs a step; all are negatives of each other.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load and augment pictures.")]
+
+
+def user_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print what went wrong with the input as one line; anything else keeps its traceback."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "red"), _one_line(error)))
+            raise typer.Exit(2) from error
+
+    return guarded
+
+
+def _one_line(error: Exception) -> str:
+    """The message; of an error in a loader's process, where torch adds the traceback to the message, the last line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
+        return lines[-1].partition(": ")[2]
+    return " ".join(" ".join(lines).split())
+
+
+def prepare() -> Console:
+    """Quiet libraries, and the console to print on."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)  # under torchrun one process prints
+
+
+def output_folder(output: Path) -> Path:
+    """``--output`` where a folder is to be written."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output: expected a folder, {output} is a file")
+    return output
