@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from clipft.ops import quantized_linear as quantized_linear
     from clipft.ops import sigmoid_loss as sigmoid_loss
     from clipft.pairs import load_pairs as load_pairs
+    from clipft.quantization import quantize as quantize
     from clipft.training import CLIPTrainer as CLIPTrainer
     from clipft.training import CLIPTrainingArguments as CLIPTrainingArguments
 
@@ -42,6 +43,7 @@ _MODULE_OF = {
     "lora_linear": "clipft.ops",
     "add_lora": "clipft.lora",
     "quantized_linear": "clipft.ops",
+    "quantize": "clipft.quantization",
     "load": "clipft.models",
     "freeze": "clipft.models",
     "fuse": "clipft.models",

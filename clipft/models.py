@@ -16,17 +16,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPOutput
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.hub import cached_file
 
 from clipft.lora import is_adapter_folder, load_merged
 
 __all__ = ["freeze", "fuse", "load", "unfuse"]
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "clipft_int8.safetensors")
+QUANT_METHOD = "clipft_int8"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 8  # of the ops' inputs
 
@@ -38,8 +40,9 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProces
     """Load a CLIP model and its processor.
 
     Args:
-        name_or_path: a folder as ``save_pretrained`` writes it, a folder with a LoRA adapter as peft writes it, a name
-            on the Hugging Face hub, or ``"demo"``: the small model inside the package.
+        name_or_path: a folder as ``save_pretrained`` writes it, of a float model or one of :func:`clipft.quantize`, a
+            folder with a LoRA adapter as peft writes it, a name on the Hugging Face hub, or ``"demo"``: the small model
+            inside the package.
         kwargs: passed to ``CLIPModel.from_pretrained`` (``dtype``, ``revision``, ...). Weights are read from
             safetensors only.
 
@@ -72,8 +75,23 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProces
             f"name_or_path: {source!r}: expected an image processor with the torchvision backend, got {backend!r}: "
             "install torchvision"
         )
-    model = CLIPModel.from_pretrained(source, use_safetensors=True, **kwargs)
+    quantized = _quantized(source, kwargs)
+    model = quantized or CLIPModel.from_pretrained(source, use_safetensors=True, **kwargs)
     return cast(CLIPModel, model.eval()), processor
+
+
+def _quantized(source: str, kwargs: dict[str, Any]) -> CLIPModel | None:
+    """The int8 model, where the configuration says that it is one."""
+    revision = kwargs.get("revision", "main")
+    config = CLIPConfig.from_pretrained(source, revision=revision)
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") != QUANT_METHOD:
+        return None
+    from clipft.quantized_clip import WEIGHTS, load_quantized
+
+    other = sorted(kwargs.keys() - {"revision"})
+    if other:
+        raise TypeError(f"{other[0]}: not for {source!r}, an int8 model, which comes as it was saved")
+    return load_quantized(Path(str(cached_file(source, WEIGHTS, revision=revision))), config)
 
 
 def _looks_like_path(name: str) -> bool:

@@ -125,6 +125,7 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._packed = None
+        quantized.check_weight("nn.QuantizedLinear", self.weight_int8, self.weight_scale)
         if self.weight_int8.device.type == "cpu":
             self._pack()
 

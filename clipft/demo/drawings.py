@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from clipft.demo.pictures import PICTURES
+from clipft.demo.pictures import decode, on_white, read_pictures
 
 TEST_SHARE = 0.165  # of the names: about 300
 _OPENMOJI_SIZE = 96
@@ -53,22 +52,6 @@ def split_by_name(dataset: datasets.Dataset) -> tuple[datasets.Dataset, datasets
 
 def _is_tested(emoji: str) -> bool:
     return int.from_bytes(hashlib.sha256(emoji.encode()).digest()[:4], "big") / 2**32 < TEST_SHARE
-
-
-def read_pictures() -> list[dict[str, Any]]:
-    """The rows of the embedded file: ``emoji``, ``name``, ``keywords``, ``image`` (WebP with transparency)."""
-    return pq.read_table(PICTURES).to_pylist()
-
-
-def decode(row: dict[str, Any]) -> Image.Image:
-    """The drawing with its transparency."""
-    return Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGBA")
-
-
-def on_white(drawing: Image.Image) -> Image.Image:
-    """What a viewer sees: transparency over white."""
-    white = Image.new("RGBA", drawing.size, "white")
-    return Image.alpha_composite(white, drawing).convert("RGB")
 
 
 def _dataset(rows: list[dict[str, Any]], images: list[Image.Image]) -> datasets.Dataset:

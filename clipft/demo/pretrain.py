@@ -34,7 +34,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from transformers.trainer_callback import PrinterCallback
 
 from clipft.data import mix_seed, tokenize
-from clipft.demo.drawings import decode, noto, read_pictures
+from clipft.demo.drawings import noto
+from clipft.demo.pictures import decode, read_pictures
 from clipft.evaluation import evaluate_retrieval
 from clipft.models import DEMO_MODEL, unfuse
 from clipft.report import ProgressReport, save_model

@@ -2,6 +2,27 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from PIL import Image
 
 PICTURES = Path(__file__).with_name("pictures.parquet")
+
+
+def read_pictures() -> list[dict[str, Any]]:
+    """The rows of the embedded file: ``emoji``, ``name``, ``keywords``, ``image`` (WebP with transparency)."""
+    return pq.read_table(PICTURES).to_pylist()
+
+
+def decode(row: dict[str, Any]) -> Image.Image:
+    """The drawing with its transparency."""
+    return Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGBA")
+
+
+def on_white(drawing: Image.Image) -> Image.Image:
+    """What a viewer sees: transparency over white."""
+    white = Image.new("RGBA", drawing.size, "white")
+    return Image.alpha_composite(white, drawing).convert("RGB")

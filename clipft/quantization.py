@@ -1,0 +1,377 @@
+"""``clipft.quantize``: a ``CLIPModel`` with its linear layers in int8, and what that changed.
+
+Every product of both towers, q, k and v as one, and both projections become ``clipft.nn.QuantizedLinear``; embeddings,
+norms and attention stay in float. The errors that the report tells are measured on pictures: the inputs of each layer
+are taken from the float model, half of their rows serve the searches of ``calibrate`` and the other half judge.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from clipft.nn import QuantizedLinear
+from clipft.quantized import quantize_weight, quantized_linear
+from clipft.quantized_clip import QuantizedCLIPModel, QuantizedPatchEmbedding, fused_activation, install
+
+__all__ = ["quantize"]
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+_PICTURES = 32  # that the errors are measured on
+_ROWS = 512  # of a layer's input
+_CLIPS = (1.0, 0.97, 0.94, 0.91, 0.87, 0.82, 0.76, 0.7)  # shares of a channel's range that the search tries
+_SMOOTHINGS = (0.35, 0.5, 0.65)  # SmoothQuant's alpha
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+
+
+def quantize(
+    model: Any,
+    *,
+    skip: str | Iterable[str] = (),
+    inplace: bool = False,
+    data: Any = None,
+    processor: Any = None,
+    calibrate: bool = False,
+) -> QuantizedCLIPModel:
+    """Replace the linear layers of both towers, both projections and the patch convolution by int8 layers.
+
+    Weights are rounded to int8 with one scale an output channel; activations are rounded at run time, row by row. No
+    data is needed for that.
+
+    Args:
+        model: a ``CLIPModel``, fused or not, or a peft model of one, whose adapters are merged first; on the CPU.
+        skip: layers to leave in float, by whole parts of their names: ``"visual_projection"``, ``"fc2"``,
+            ``"vision_model.encoder.layers.0"``.
+        inplace: take the model's own modules instead of a copy; what is left of ``model`` is the result.
+        data: a data set (as from :func:`clipft.load_pairs`) to measure the errors on; default: 32 of the embedded
+            pictures, with their captions where ``processor`` is given and random tokens where not.
+        processor: the model's; needed with ``data``.
+        calibrate: from the same pictures, search the range of each channel's weights (clipping) and move scale from
+            inputs to weights (SmoothQuant, Xiao et al. 2023, across the norm before a layer), each kept only where it
+            lowers the layer's error on rows that the search did not see.
+
+    Returns:
+        The model in evaluation mode: a ``CLIPModel`` in use. ``save_pretrained`` writes what :func:`clipft.load` reads.
+        Its ``quantization_report`` holds ``layers`` (for each, by its name in the float model, ``error``: the relative
+        error of its output, and with ``calibrate`` what was kept: ``clipped``, ``smoothing``), ``skipped``,
+        ``image_cosine`` and ``text_cosine`` (``mean`` and ``min`` over the pictures and captions, to the float model's
+        embeddings), ``pictures`` and ``texts`` (what they are), and ``bytes`` (``float`` and ``int8``, of the whole
+        model).
+
+    Raises:
+        TypeError: not a ``CLIPModel``, or not on the CPU in a float type that the kernels have.
+        ValueError: ``skip`` names nothing, ``data`` without ``processor``, weights with NaN or Inf.
+    """
+    plain = _plain_model(model, inplace)
+    names, skipped = _layers_of(plain), [skip] if isinstance(skip, str) else list(skip)
+    left_out = _matching(names, skipped)
+    if data is not None and processor is None:
+        raise ValueError("processor: expected the model's processor together with data, got None")
+    batch, described = _measure_on(plain, data, processor)
+    size = _bytes(plain)
+    plan = _plan([name for name in names if name not in left_out])
+    rows, before = _observe(plain, plan, batch)
+    layers: dict[str, QuantizedLinear] = {}
+    errors: dict[str, dict[str, Any]] = {}
+    for name, sources in plan.items():
+        layers[name], errors_of = _quantize_layer(plain, name, sources, rows.pop(name), calibrate)
+        errors |= errors_of
+    quantized = install(plain, layers)
+    after = _embeddings(quantized, batch)
+    quantized.quantization_report = {
+        "layers": {name: errors[name] for name in names if name in errors},
+        "skipped": left_out,
+        **{f"{kind}_cosine": _cosines(before[kind], after[kind]) for kind in before},
+        **described,
+        "bytes": {"float": size, "int8": _bytes(quantized)},
+    }
+    return quantized
+
+
+# ---- the float model ----
+
+
+def _plain_model(model: Any, inplace: bool) -> CLIPModel:
+    from clipft.models import unfuse
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(inner, QuantizedCLIPModel):
+        raise TypeError("model: expected a float CLIPModel, got one that is quantized already")
+    if not isinstance(inner, CLIPModel):
+        raise TypeError(f"model: expected a CLIPModel or a peft model of one, got {type(inner).__qualname__}")
+    if inner.device.type != "cpu":
+        raise TypeError(f"model: expected a model on the CPU, got one on {inner.device}: call model.cpu() first")
+    if not inplace:
+        model = copy.deepcopy(model)
+    if model_has_adapters := hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    plain = unfuse(model)
+    if not model_has_adapters and getattr(plain, "peft_config", None):
+        raise TypeError("model: expected a CLIPModel without injected adapters; merge them first, or give a PeftModel")
+    return cast(CLIPModel, plain.eval())
+
+
+def _layers_of(model: nn.Module) -> list[str]:
+    """Names of what becomes int8, in the model's order."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or name.endswith("embeddings.patch_embedding")
+    ]
+
+
+def _matching(names: list[str], skip: list[str]) -> list[str]:
+    """The layers that ``skip`` names."""
+    chosen: set[str] = set()
+    for entry in skip:
+        found = [name for name in names if f".{entry}." in f".{name}."]
+        if not found:
+            last = dict.fromkeys(name.rpartition(".")[2] for name in names)
+            raise ValueError(f"skip: {entry!r} matches no layer; there are {', '.join(last)}, as in {names[0]!r}")
+        chosen.update(found)
+    return [name for name in names if name in chosen]
+
+
+def _plan(names: list[str]) -> dict[str, list[str]]:
+    """For each int8 layer the names of the layers that it stands for."""
+    plan: dict[str, list[str]] = {}
+    for name in names:
+        path, _, own = name.rpartition(".")
+        together = [f"{path}.{part}" for part in _QKV]
+        if own in _QKV and all(part in names for part in together):
+            plan[f"{path}.qkv_proj"] = together
+        else:
+            plan[name] = [name]
+    return plan
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+# ---- what it is measured on ----
+
+
+def _measure_on(model: CLIPModel, data: Any, processor: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A batch of pictures and captions, and what they are."""
+    if data is None:
+        pictures, captions = _embedded()
+        source = "embedded drawings"
+    else:
+        pictures, captions = _chosen(data)
+        source = "given data"
+    if processor is None:
+        return {"pixel_values": _pixels(model, pictures), **_random_tokens(model)}, {
+            "pictures": f"{len(pictures)} {source}",
+            "texts": f"{_PICTURES} of random tokens",
+        }
+    from clipft.data import build_transform, tokenize
+
+    transform = build_transform(processor.image_processor)
+    pixels = torch.stack([transform(picture) for picture in pictures])
+    described = {"pictures": f"{len(pictures)} of the {source}", "texts": f"{len(captions)} captions of the {source}"}
+    return {"pixel_values": pixels, **tokenize(processor, captions)}, described
+
+
+def _embedded() -> tuple[list[Any], list[str]]:
+    from clipft.demo.pictures import decode, on_white, read_pictures
+
+    rows = read_pictures()
+    chosen = rows[:: len(rows) // _PICTURES][:_PICTURES]
+    return [on_white(decode(row)) for row in chosen], [row["name"] for row in chosen]
+
+
+def _chosen(data: Any) -> tuple[list[Any], list[str]]:
+    """Rows at equal distances."""
+    from clipft.data import PairRows
+
+    rows = PairRows(data)
+    step = max(len(rows) // _PICTURES, 1)
+    pairs = [rows[index] for index in range(0, len(rows), step)][:_PICTURES]
+    return [pair["image"] for pair in pairs], [pair["captions"][0] for pair in pairs]
+
+
+def _pixels(model: CLIPModel, pictures: list[Any]) -> Tensor:
+    """CLIP's own preprocessing at the model's size; of square drawings, so without a crop."""
+    side = cast(Any, model.config.vision_config).image_size
+    arrays = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) for picture in pictures]
+    raw = [array.view(picture.height, picture.width, 3) for array, picture in zip(arrays, pictures, strict=True)]
+    pixels = torch.stack(raw).permute(0, 3, 1, 2).float() / 255
+    pixels = nn.functional.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    return (pixels - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+
+
+def _random_tokens(model: CLIPModel) -> dict[str, Tensor]:
+    config: Any = model.config.text_config
+    end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id  # 2: old ones take the largest
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, end, (_PICTURES, min(16, config.max_position_embeddings)), generator=generator)
+    ids[:, -1] = end
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _embeddings(model: CLIPModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        images = model.get_image_features(pixel_values=batch["pixel_values"].to(model.dtype))
+        texts = model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return {"image": images.pooler_output, "text": texts.pooler_output}
+
+
+def _cosines(before: Tensor, after: Tensor) -> dict[str, float]:
+    cosines = nn.functional.cosine_similarity(before.double(), after.double())
+    return {"mean": float(cosines.mean()), "min": float(cosines.min())}
+
+
+def _observe(
+    model: CLIPModel, plan: dict[str, list[str]], batch: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Rows of the inputs of each layer, [rows, in] float32, and the embeddings."""
+    rows: dict[str, Tensor] = {}
+    with _hooks(model, {sources[0]: name for name, sources in plan.items()}, rows.__setitem__):
+        embeddings = _embeddings(model, batch)
+    return rows, embeddings
+
+
+@contextmanager
+def _hooks(model: nn.Module, names: dict[str, str], keep: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+        x = args[0]
+        if isinstance(module, nn.Conv2d):
+            x = _patch_layer(module).patches(x)
+        flat = x.detach().reshape(-1, x.shape[-1])
+        keep(name, flat[torch.linspace(0, len(flat) - 1, min(len(flat), _ROWS)).long()].float())
+
+    handles = [
+        model.get_submodule(source).register_forward_pre_hook(lambda module, args, name=name: hook(module, args, name))
+        for source, name in names.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- a layer ----
+
+
+@dataclass
+class _Rounded:
+    """Weights in int8 for inputs that are divided by ``divisor``, and the relative error on the judging rows."""
+
+    int8: Tensor  # [out, in]
+    scale: Tensor  # [out]
+    error: float
+    clipped: bool = False
+    smoothing: float | None = None
+    divisor: Tensor | None = None  # [in]
+
+
+def _quantize_layer(
+    model: CLIPModel, name: str, sources: list[str], rows: Tensor, calibrate: bool
+) -> tuple[QuantizedLinear, dict[str, dict[str, Any]]]:
+    modules: list[Any] = [model.get_submodule(source) for source in sources]
+    weight = torch.cat([module.weight.detach().flatten(1).float() for module in modules])
+    search, judge = rows[::2], rows[1::2]
+    try:
+        best = _round(weight, judge)
+        if calibrate:
+            norm = _norm_before(model, name)
+            best = min(_candidates(weight, search, judge, norm is not None, best), key=lambda one: one.error)
+            if norm is not None and best.divisor is not None:
+                norm.weight.data /= best.divisor
+                norm.bias.data /= best.divisor
+    except ValueError as error:
+        raise ValueError(f"model: {name}: {error}") from error
+    layer = _layer(model, name, modules, best)
+    found = {"clipped": best.clipped, "smoothing": best.smoothing} if calibrate else {}
+    errors = _errors(weight, best, judge, len(sources))
+    return layer, {source: {"error": error, **found} for source, error in zip(sources, errors, strict=True)}
+
+
+def _layer(model: CLIPModel, name: str, modules: list[Any], rounded: _Rounded) -> QuantizedLinear:
+    first, out = modules[0], len(rounded.scale)
+    layer: QuantizedLinear
+    if isinstance(first, nn.Conv2d):
+        layer = _patch_layer(first)
+    else:
+        activation = fused_activation(model, name)
+        layer = QuantizedLinear(first.in_features, out, first.bias is not None, activation, device="meta")
+    layer.weight_int8, layer.weight_scale = rounded.int8, rounded.scale
+    if first.bias is not None:
+        layer.bias = torch.cat([module.bias.detach() for module in modules])
+    return layer
+
+
+def _patch_layer(conv: nn.Conv2d) -> QuantizedPatchEmbedding:
+    side, bias = conv.kernel_size[0], conv.bias is not None
+    return QuantizedPatchEmbedding(conv.in_channels, side, conv.out_channels, bias, device="meta")
+
+
+def _norm_before(model: CLIPModel, name: str) -> nn.LayerNorm | None:
+    """The norm whose output this layer, and nothing else, takes in."""
+    path, _, own = name.rpartition(".")
+    if own == "qkv_proj":
+        return cast(nn.LayerNorm, model.get_submodule(path.rpartition(".")[0]).layer_norm1)
+    if own == "fc1":
+        return cast(nn.LayerNorm, model.get_submodule(path.rpartition(".")[0]).layer_norm2)
+    return None
+
+
+# ---- rounding, and the searches ----
+
+
+def _round(weight: Tensor, judge: Tensor, scale: Tensor | None = None) -> _Rounded:
+    if scale is None:
+        int8, scale = quantize_weight(weight)
+    else:
+        int8 = (weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    rounded = _Rounded(int8, scale, 0.0, clipped=False)
+    rounded.error = _errors(weight, rounded, judge, 1)[0]
+    return rounded
+
+
+def _errors(weight: Tensor, rounded: _Rounded, judge: Tensor, parts: int) -> list[float]:
+    """Relative errors of the layer's output on these rows, for each of so many equal parts of its channels. ``weight``
+    is the float layer's, for inputs as they were before smoothing."""
+    x = judge if rounded.divisor is None else judge / rounded.divisor
+    with torch.no_grad():
+        want, got = judge @ weight.t(), quantized_linear(x, rounded.int8, rounded.scale)
+    pairs = zip(want.chunk(parts, dim=1), (got - want).chunk(parts, dim=1), strict=True)
+    return [float(wrong.norm() / right.norm().clamp_min(1e-30)) for right, wrong in pairs]
+
+
+def _candidates(weight: Tensor, search: Tensor, judge: Tensor, smooth: bool, plain: _Rounded) -> Iterator[_Rounded]:
+    yield plain
+    for alpha in (None, *(_SMOOTHINGS if smooth else ())):
+        divisor = None if alpha is None else _smoothing(weight, search, alpha)
+        moved = weight if divisor is None else weight * divisor
+        x = search if divisor is None else search / divisor
+        for clipped, scale in ((False, None), (True, _clip(moved, x))):
+            one = _round(moved, judge if divisor is None else judge / divisor, scale)
+            yield _Rounded(one.int8, one.scale, one.error, clipped, alpha, divisor)
+
+
+def _smoothing(weight: Tensor, rows: Tensor, alpha: float) -> Tensor:
+    """[in]: what inputs are divided by, max|x|^alpha / max|w|^(1 - alpha), of mean 1."""
+    divisor = rows.abs().amax(dim=0).clamp_min(1e-5) ** alpha / weight.abs().amax(dim=0).clamp_min(1e-5) ** (1 - alpha)
+    return divisor / divisor.log().mean().exp()
+
+
+def _clip(weight: Tensor, rows: Tensor) -> Tensor:
+    """[out]: for each channel the scale with the least squared error of the output on these rows."""
+    full = quantize_weight(weight)[1]
+    best, least = full, torch.full_like(full, float("inf"))
+    for share in _CLIPS:
+        scale = full * share
+        wrong = (weight / scale[:, None]).round_().clamp_(-127, 127) * scale[:, None] - weight
+        error = (rows @ wrong.t()).square().sum(dim=0)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best

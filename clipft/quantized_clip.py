@@ -1,0 +1,209 @@
+"""The modules of an int8 ``CLIPModel``, and its files.
+
+Instances keep their place in Hugging Face's model and are taken over by class, as in ``clipft.fuse``: attention has q, k
+and v in one product (``qkv_proj``), the MLP's first layer its activation, and the patch convolution is a linear layer
+over patches. A folder holds ``clipft_int8.safetensors`` and never ``model.safetensors``, from which transformers would
+make a model with random linears; with the name that it has, transformers refuses the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import (
+    CLIPMLP,
+    CLIPAttention,
+    CLIPVisionEmbeddings,
+    eager_attention_forward,
+)
+
+from clipft.models import QUANT_METHOD
+from clipft.nn import QuantizedLinear
+
+__all__ = ["WEIGHTS", "QuantizedCLIPModel", "QuantizedPatchEmbedding", "install", "load_quantized"]
+
+WEIGHTS, REPORT = "clipft_int8.safetensors", "quantization_report.json"
+_FLOAT_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_FUSED_ACTIVATIONS = ("quick_gelu", "gelu")  # of Hugging Face's names, those that the op has
+
+
+# ---- modules ----
+
+
+class QuantizedAttention(CLIPAttention):
+    """Queries, keys and values as one product of one quantised input."""
+
+    qkv_proj: QuantizedLinear
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``CLIPAttention.forward``: [B, L, D] -> [B, L, D] and the attention weights, if its function gives any."""
+        shape = hidden_states.shape[:-1]
+        heads = self.qkv_proj(hidden_states).view(*shape, 3, self.num_heads, self.head_dim)
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind()
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(self, queries, keys, values, attention_mask, scaling=self.scale, dropout=0.0, **kwargs)
+        return self.out_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+class QuantizedMLP(CLIPMLP):
+    """The activation belongs to ``fc1``."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """As ``CLIPMLP.forward``."""
+        return cast(Tensor, self.fc2(self.fc1(hidden_states)))
+
+
+class QuantizedPatchEmbedding(QuantizedLinear):
+    """The patch convolution, whose patches do not overlap, as a linear layer over them."""
+
+    def __init__(self, channels: int, patch: int, out_features: int, bias: bool, **kwargs: Any) -> None:
+        super().__init__(channels * patch * patch, out_features, bias, **kwargs)
+        self.channels, self.patch = channels, patch
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, patches, out]."""
+        return super().forward(self.patches(pixel_values))
+
+    def patches(self, pixel_values: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, patches, C * patch * patch], rows and columns of pixels beyond whole patches left out."""
+        batch, side = pixel_values.shape[0], self.patch
+        rows, cols = pixel_values.shape[2] // side, pixel_values.shape[3] // side
+        whole = pixel_values[:, :, : rows * side, : cols * side].reshape(batch, self.channels, rows, side, cols, side)
+        return whole.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * cols, self.in_features)
+
+
+class QuantizedVisionEmbeddings(CLIPVisionEmbeddings):
+    """Patches by ``QuantizedPatchEmbedding``."""
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """As ``CLIPVisionEmbeddings.forward``: [B, C, H, W] -> [B, 1 + patches, D]."""
+        height, width = pixel_values.shape[2:]
+        if not interpolate_pos_encoding and (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"pixel_values: expected pictures of the model's size, {self.image_size} x {self.image_size}, got "
+                f"{height} x {width}; interpolate_pos_encoding=True takes others"
+            )
+        patches = self.patch_embedding(pixel_values.to(self.class_embedding.dtype))
+        classes = self.class_embedding.expand(len(patches), 1, -1)
+        embeddings = torch.cat([classes, patches], dim=1)
+        if interpolate_pos_encoding:
+            return embeddings + self.interpolate_pos_encoding(embeddings, height, width)
+        return embeddings + self.position_embedding.weight
+
+
+class QuantizedCLIPModel(CLIPModel):
+    """A ``CLIPModel`` with int8 linear layers, for inference. Made by :func:`clipft.quantize` and :func:`clipft.load`.
+
+    Attributes:
+        quantization_report: see :func:`clipft.quantize`.
+    """
+
+    quantization_report: dict[str, Any]
+
+    def save_pretrained(self, save_directory: str | Path) -> None:  # type: ignore[override]
+        """Write ``config.json``, the weights and the report, in that order; :func:`clipft.load` reads them back.
+
+        Raises:
+            ValueError: the folder holds a float model, which would pass for this one.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        present = [name for name in _FLOAT_WEIGHTS if (folder / name).exists()]
+        if present:
+            raise ValueError(f"{folder}: expected a folder of its own for an int8 model, found {present[0]} in it")
+        staging = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=folder))
+        try:
+            tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+            save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+            report = json.dumps(self.quantization_report, indent=2, ensure_ascii=False)
+            (staging / REPORT).write_text(report + "\n", encoding="utf-8")
+            self.config.save_pretrained(staging)
+            _mark(staging / "config.json", str(self.dtype).removeprefix("torch."))
+            for name in ("config.json", REPORT, WEIGHTS):
+                (staging / name).chmod(0o644)
+                (staging / name).replace(folder / name)
+        finally:
+            shutil.rmtree(staging)
+
+
+def _mark(path: Path, dtype: str) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"architectures": ["CLIPModel"], "dtype": dtype, "quantization_config": {"quant_method": QUANT_METHOD}}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# ---- putting layers into a model ----
+
+
+def install(model: CLIPModel, layers: Mapping[str, QuantizedLinear]) -> QuantizedCLIPModel:
+    """Put int8 layers where a plain model has its linears; ``....self_attn.qkv_proj`` takes the place of three."""
+    for name, layer in layers.items():
+        path, _, own = name.rpartition(".")
+        parent = model.get_submodule(path)
+        setattr(parent, own, layer)
+        if isinstance(layer, QuantizedPatchEmbedding):
+            parent.__class__ = QuantizedVisionEmbeddings
+        elif own == "qkv_proj":
+            parent.__class__ = QuantizedAttention
+            del parent.q_proj, parent.k_proj, parent.v_proj
+        elif layer.activation is not None:
+            parent.__class__ = QuantizedMLP
+    model.__class__ = QuantizedCLIPModel
+    return cast(QuantizedCLIPModel, model.requires_grad_(False).eval())
+
+
+def fused_activation(model: CLIPModel, name: str) -> str | None:
+    """The activation that the layer of this name takes along: that of its MLP, for ``fc1``."""
+    path, _, own = name.rpartition(".")
+    hidden_act = cast(Any, model.get_submodule(path)).config.hidden_act if own == "fc1" else None
+    return cast(str, hidden_act) if hidden_act in _FUSED_ACTIVATIONS else None
+
+
+# ---- loading ----
+
+
+def load_quantized(weights: Path, config: CLIPConfig) -> QuantizedCLIPModel:
+    """The model whose weights lie in this file.
+
+    Raises:
+        ValueError: the file is damaged, or does not fit the configuration.
+    """
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{weights}: expected weights as safetensors; the file is damaged ({error})") from error
+    with init_empty_weights():
+        plain = CLIPModel(config)
+    names = [name.removesuffix(".weight_int8") for name in tensors if name.endswith(".weight_int8")]
+    try:
+        model = install(plain, {name: _empty_layer(plain, name, tensors) for name in names})
+        model.load_state_dict(tensors, assign=True)
+    except (AttributeError, RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split("\n")[:2])
+        raise ValueError(f"{weights}: expected the weights of the model in config.json ({reason})") from error
+    report = weights.with_name(REPORT)
+    model.quantization_report = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    return cast(QuantizedCLIPModel, model.requires_grad_(False).eval())
+
+
+def _empty_layer(model: CLIPModel, name: str, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
+    out, features = tensors[f"{name}.weight_int8"].shape
+    bias = f"{name}.bias" in tensors
+    if name.endswith(".patch_embedding"):
+        config: Any = model.config.vision_config
+        return QuantizedPatchEmbedding(config.num_channels, config.patch_size, out, bias, device="meta")
+    return QuantizedLinear(features, out, bias, fused_activation(model, name), device="meta")
