@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from clipft.data import CLIPDataCollator as CLIPDataCollator
     from clipft.evaluation import evaluate_retrieval as evaluate_retrieval
     from clipft.evaluation import evaluate_zero_shot as evaluate_zero_shot
+    from clipft.export import export_onnx as export_onnx
     from clipft.lora import add_lora as add_lora
     from clipft.models import freeze as freeze
     from clipft.models import fuse as fuse
     from clipft.models import load as load
     from clipft.models import unfuse as unfuse
+    from clipft.onnx_clip import OnnxCLIP as OnnxCLIP
     from clipft.ops import contrastive_loss as contrastive_loss
     from clipft.ops import lora_linear as lora_linear
     from clipft.ops import quantized_linear as quantized_linear
@@ -44,6 +46,8 @@ _MODULE_OF = {
     "add_lora": "clipft.lora",
     "quantized_linear": "clipft.ops",
     "quantize": "clipft.quantization",
+    "export_onnx": "clipft.export",
+    "OnnxCLIP": "clipft.onnx_clip",
     "load": "clipft.models",
     "freeze": "clipft.models",
     "fuse": "clipft.models",

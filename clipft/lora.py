@@ -73,6 +73,9 @@ def _import_peft() -> Any:
 def _check_arguments(model: Any, r: Any, alpha: Any, dropout: Any) -> None:
     if not isinstance(model, CLIPModel):
         raise TypeError(f"model: expected a CLIPModel, got {type(model).__name__}")
+    from clipft.models import check_float
+
+    check_float(model)
     if hasattr(model, "peft_config"):
         raise ValueError("model: expected a CLIPModel without adapters; its peft model takes more by add_adapter(...)")
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:

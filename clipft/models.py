@@ -143,6 +143,7 @@ def freeze(model: CLIPModel, strategy: str) -> CLIPModel:
     """
     if not isinstance(model, CLIPModel):
         raise TypeError(f"model: expected a CLIPModel, got {type(model).__name__}")
+    check_float(model)
     frozen = _frozen_by(model, strategy)
     model.requires_grad_(True)
     for part in frozen:
@@ -297,6 +298,7 @@ def fuse(model: Any) -> Any:
             ``forward`` would be lost.
     """
     clip, with_lora = _clip_inside(model), _has_lora(model)
+    check_float(clip)
     if type(clip) is CLIPModel:
         clip.__class__ = FusedCLIPModel
     elif type(clip) is not FusedCLIPModel and (isinstance(clip, CLIPModel) or not with_lora):
@@ -319,6 +321,12 @@ def unfuse(model: Any) -> Any:
             module.__class__ = plain
             _drop_wrapped_forward(module)
     return model
+
+
+def check_float(model: Any) -> None:
+    """That this is not a model of :func:`clipft.quantize`, which is for inference."""
+    if hasattr(model, "quantization_report"):
+        raise ValueError("model: expected a float model, got one with int8 layers, which do not train")
 
 
 def _clip_inside(model: Any) -> Any:

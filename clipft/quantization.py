@@ -8,7 +8,7 @@ are taken from the float model, half of their rows serve the searches of ``calib
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,10 +21,11 @@ from clipft.nn import QuantizedLinear
 from clipft.quantized import quantize_weight, quantized_linear
 from clipft.quantized_clip import QuantizedCLIPModel, QuantizedPatchEmbedding, fused_activation, install
 
-__all__ = ["quantize"]
+__all__ = ["pictures_and_captions", "plain_model", "quantize"]
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _PICTURES = 32  # that the errors are measured on
+_DRAWINGS = 300  # embedded ones to compare on, at most
 _ROWS = 512  # of a layer's input
 _CLIPS = (1.0, 0.97, 0.94, 0.91, 0.87, 0.82, 0.76, 0.7)  # shares of a channel's range that the search tries
 _SMOOTHINGS = (0.35, 0.5, 0.65)  # SmoothQuant's alpha
@@ -69,7 +70,7 @@ def quantize(
         TypeError: not a ``CLIPModel``, or not on the CPU in a float type that the kernels have.
         ValueError: ``skip`` names nothing, ``data`` without ``processor``, weights with NaN or Inf.
     """
-    plain = _plain_model(model, inplace)
+    plain = plain_model(model, inplace)
     names, skipped = _layers_of(plain), [skip] if isinstance(skip, str) else list(skip)
     left_out = _matching(names, skipped)
     if data is not None and processor is None:
@@ -98,12 +99,13 @@ def quantize(
 # ---- the float model ----
 
 
-def _plain_model(model: Any, inplace: bool) -> CLIPModel:
+def plain_model(model: Any, inplace: bool) -> CLIPModel:
+    """The float ``CLIPModel`` itself or a copy, unfused, adapters merged, in evaluation mode."""
     from clipft.models import unfuse
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(inner, QuantizedCLIPModel):
-        raise TypeError("model: expected a float CLIPModel, got one that is quantized already")
+        raise ValueError("model: expected a float model, got one that has int8 layers already")
     if not isinstance(inner, CLIPModel):
         raise TypeError(f"model: expected a CLIPModel or a peft model of one, got {type(inner).__qualname__}")
     if inner.device.type != "cpu":
@@ -161,41 +163,41 @@ def _bytes(model: nn.Module) -> int:
 
 def _measure_on(model: CLIPModel, data: Any, processor: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A batch of pictures and captions, and what they are."""
-    if data is None:
-        pictures, captions = _embedded()
-        source = "embedded drawings"
-    else:
-        pictures, captions = _chosen(data)
-        source = "given data"
+    pictures, captions, source = pictures_and_captions(data, _PICTURES)
     if processor is None:
         return {"pixel_values": _pixels(model, pictures), **_random_tokens(model)}, {
-            "pictures": f"{len(pictures)} {source}",
+            "pictures": source,
             "texts": f"{_PICTURES} of random tokens",
         }
     from clipft.data import build_transform, tokenize
 
     transform = build_transform(processor.image_processor)
     pixels = torch.stack([transform(picture) for picture in pictures])
-    described = {"pictures": f"{len(pictures)} of the {source}", "texts": f"{len(captions)} captions of the {source}"}
-    return {"pixel_values": pixels, **tokenize(processor, captions)}, described
+    texts = [own[0] for own in captions]
+    return {"pixel_values": pixels, **tokenize(processor, texts)}, {
+        "pictures": source,
+        "texts": f"captions of the {source}",
+    }
 
 
-def _embedded() -> tuple[list[Any], list[str]]:
-    from clipft.demo.pictures import decode, on_white, read_pictures
+def pictures_and_captions(data: Any, most: int) -> tuple[list[Any], list[list[str]], str]:
+    """At most so many rows of a data set, or of the embedded drawings, at equal distances, and what they are."""
+    if data is None:
+        from clipft.demo.pictures import decode, on_white, read_pictures
 
-    rows = read_pictures()
-    chosen = rows[:: len(rows) // _PICTURES][:_PICTURES]
-    return [on_white(decode(row)) for row in chosen], [row["name"] for row in chosen]
-
-
-def _chosen(data: Any) -> tuple[list[Any], list[str]]:
-    """Rows at equal distances."""
+        drawings = _spread(read_pictures(), min(most, _DRAWINGS))
+        named = [[row["name"]] for row in drawings]
+        return [on_white(decode(row)) for row in drawings], named, f"{len(drawings)} embedded drawings"
     from clipft.data import PairRows
 
     rows = PairRows(data)
-    step = max(len(rows) // _PICTURES, 1)
-    pairs = [rows[index] for index in range(0, len(rows), step)][:_PICTURES]
-    return [pair["image"] for pair in pairs], [pair["captions"][0] for pair in pairs]
+    pairs = [rows[index] for index in _spread(range(len(rows)), most)]
+    return [pair["image"] for pair in pairs], [pair["captions"] for pair in pairs], f"{len(pairs)} rows of the data"
+
+
+def _spread(rows: Sequence[Any], most: int) -> list[Any]:
+    step = len(rows) / min(len(rows), most)
+    return [rows[int(number * step)] for number in range(min(len(rows), most))]
 
 
 def _pixels(model: CLIPModel, pictures: list[Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """The modules of an int8 ``CLIPModel``, and its files.
 
-Instances keep their place in Hugging Face's model and are taken over by class, as in ``clipft.fuse``: attention has q, k
-and v in one product (``qkv_proj``), the MLP's first layer its activation, and the patch convolution is a linear layer
+Instances keep their place in Hugging Face's model and are taken over by class, as in ``clipft.fuse``: attention has q,
+k and v in one product (``qkv_proj``), the MLP's first layer its activation, and the patch convolution is a linear layer
 over patches. A folder holds ``clipft_int8.safetensors`` and never ``model.safetensors``, from which transformers would
 make a model with random linears; with the name that it has, transformers refuses the folder.
 """
@@ -98,7 +98,7 @@ class QuantizedVisionEmbeddings(CLIPVisionEmbeddings):
                 f"{height} x {width}; interpolate_pos_encoding=True takes others"
             )
         patches = self.patch_embedding(pixel_values.to(self.class_embedding.dtype))
-        classes = self.class_embedding.expand(len(patches), 1, -1)
+        classes = self.class_embedding.expand(patches.shape[0], 1, -1)  # not len(), which export would freeze
         embeddings = torch.cat([classes, patches], dim=1)
         if interpolate_pos_encoding:
             return embeddings + self.interpolate_pos_encoding(embeddings, height, width)
@@ -201,9 +201,11 @@ def load_quantized(weights: Path, config: CLIPConfig) -> QuantizedCLIPModel:
 
 
 def _empty_layer(model: CLIPModel, name: str, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
-    out, features = tensors[f"{name}.weight_int8"].shape
     bias = f"{name}.bias" in tensors
     if name.endswith(".patch_embedding"):
         config: Any = model.config.vision_config
-        return QuantizedPatchEmbedding(config.num_channels, config.patch_size, out, bias, device="meta")
-    return QuantizedLinear(features, out, bias, fused_activation(model, name), device="meta")
+        return QuantizedPatchEmbedding(config.num_channels, config.patch_size, config.hidden_size, bias, device="meta")
+    together = name.endswith(".qkv_proj")
+    plain: Any = model.get_submodule(name.replace(".qkv_proj", ".q_proj"))
+    out = plain.out_features * (3 if together else 1)
+    return QuantizedLinear(plain.in_features, out, bias, fused_activation(model, name), device="meta")

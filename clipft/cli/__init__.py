@@ -1,4 +1,6 @@
-"""The command line, a module per group of commands: ``training`` (demo, train, evaluate) and ``deploy`` (merge)."""
+"""The command line, a module per group of commands: ``training`` (demo, train, evaluate), ``deploy`` (merge, quantize,
+export).
+"""
 
 from clipft.cli import training as training  # isort: skip  (--help lists commands in the order of their modules)
 from clipft.cli import deploy as deploy

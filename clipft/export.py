@@ -1,0 +1,276 @@
+"""``clipft.export_onnx``: two encoders as ONNX files, and proof that they compute what the model computes.
+
+Everything is written into a folder of its own beside the target, loaded again by ``clipft.OnnxCLIP`` as a user would,
+compared with torch on pictures and captions, and only then moved into place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPProcessor
+
+from clipft.evaluation import embed_images, embed_texts, index_texts, retrieval_metrics
+from clipft.quantization import pictures_and_captions, plain_model, quantize
+
+__all__ = ["export_onnx"]
+
+OPSET = 20
+_PAIRS = 500  # of the data, that the report looks at
+_RUNS = 10  # for a latency
+_MODEL_FILES = ("image_encoder", "text_encoder")
+
+
+def export_onnx(
+    model: Any,
+    processor: CLIPProcessor,
+    directory: str | Path,
+    *,
+    int8: bool = False,
+    data: Any = None,
+    min_cosine: float = 0.99,
+    skip: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write a model as ONNX, and report how near it is to the model in torch.
+
+    The folder gets ``image_encoder.onnx`` (``pixel_values`` [N, 3, H, W] -> ``image_embeds`` [N, D]) and
+    ``text_encoder.onnx`` (``input_ids``, ``attention_mask`` [N, L] -> ``text_embeds`` [N, D]), one file each, with
+    dynamic N and L, L2-normalised embeddings, opset 20 and no operators but ONNX's own; the processor's files; and
+    ``clipft_onnx.json``. :class:`clipft.OnnxCLIP` needs no more than the folder.
+
+    Args:
+        model: a float ``CLIPModel``, fused or not, or a peft model of one, whose adapters are merged in. Not changed.
+        processor: the model's, as :func:`clipft.load` gives it.
+        directory: may exist; files of an earlier export are replaced, others stay.
+        int8: write ``image_encoder.int8.onnx`` and ``text_encoder.int8.onnx`` too: :func:`clipft.quantize`'s linear
+            layers in ONNX's integer operators, with the same weights.
+        data: a data set with captions or classes to compare on, of which at most 500 rows are taken; default: 300 of
+            the embedded drawings.
+        min_cosine: the least mean cosine between embeddings of an encoder and of the float model in torch.
+        skip: layers to leave in float with ``int8``, as in :func:`clipft.quantize`.
+
+    Returns:
+        The parity report, which is also in ``clipft_onnx.json`` under ``parity``: ``data``, ``torch`` (its
+        ``retrieval``, as of :func:`clipft.evaluate_retrieval`) and, for ``fp32`` and ``int8``, ``image_cosine`` and
+        ``text_cosine`` (``mean``, ``min``), ``top1_agreement`` (share of the pictures with the same best caption),
+        ``retrieval``, ``bytes``, and ``latency_ms`` (median of one picture and of one caption).
+
+    Raises:
+        ImportError: the ``onnx`` extra is not installed.
+        ValueError: a cosine below ``min_cosine``, or preprocessing that :class:`clipft.OnnxCLIP` does not know.
+            Nothing is left in ``directory`` then.
+    """
+    _require_onnx()
+    if not -1.0 <= min_cosine <= 1.0:
+        raise ValueError(f"min_cosine: expected a cosine in [-1, 1], got {min_cosine}")
+    plain = plain_model(model, inplace=False)
+    pictures, captions, described = pictures_and_captions(data, _PAIRS)
+    folder = Path(directory).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"directory: expected a folder, {folder} is a file")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
+    try:
+        processor.save_pretrained(staging)
+        info = _info(plain, processor)
+        _write_encoders(plain, staging, "", info)
+        if int8:
+            quantized = quantize(plain, skip=skip, processor=processor)
+            _write_encoders(quantized, staging, ".int8", info)
+        _write_info(staging, info)
+        parity = {"data": described} | _compare(plain, processor, staging, (pictures, captions), int8)
+        _check(parity, min_cosine, folder)
+        _write_info(staging, info | {"parity": parity})
+        folder.mkdir(exist_ok=True)
+        for file in staging.iterdir():
+            file.chmod(0o644)
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(staging)
+    return parity
+
+
+def _require_onnx() -> None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"the ONNX export needs {name}: pip install 'clipft[onnx]'")
+
+
+# ---- the encoders ----
+
+
+class _ImageEncoder(nn.Module):
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        features: Any = self.model.get_image_features(pixel_values=pixel_values)
+        return nn.functional.normalize(features.pooler_output, dim=-1)
+
+
+class _TextEncoder(nn.Module):
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        features: Any = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+        return nn.functional.normalize(features.pooler_output, dim=-1)
+
+
+def _write_encoders(model: CLIPModel, folder: Path, kind: str, info: dict[str, Any]) -> None:
+    config: Any = model.config
+    side, channels = config.vision_config.image_size, config.vision_config.num_channels
+    batch = torch.export.Dim("batch")
+    length = torch.export.Dim("length", min=2, max=config.text_config.max_position_embeddings)
+    tokens = (2, min(7, config.text_config.max_position_embeddings))
+    _write(
+        _ImageEncoder(model),
+        {"pixel_values": torch.zeros(2, channels, side, side)},
+        {"pixel_values": {0: batch}},
+        "image_embeds",
+        folder / f"image_encoder{kind}.onnx",
+        info,
+    )
+    _write(
+        _TextEncoder(model),
+        {name: torch.ones(tokens, dtype=torch.int64) for name in ("input_ids", "attention_mask")},  # not one for both
+        {name: {0: batch, 1: length} for name in ("input_ids", "attention_mask")},
+        "text_embeds",
+        folder / f"text_encoder{kind}.onnx",
+        info,
+    )
+
+
+def _write(
+    encoder: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, Any], output: str, path: Path, info: dict[str, Any]
+) -> None:
+    from clipft.onnx_int8 import TRANSLATIONS
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name")  # torch's, of two inputs with the same axes
+        program = torch.onnx.export(
+            encoder.eval(),
+            kwargs=inputs,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            opset_version=OPSET,
+            custom_translation_table=cast(Any, TRANSLATIONS),
+            output_names=[output],
+            verbose=False,
+        )
+    assert program is not None  # only the older exporter returns nothing
+    for node in program.model.graph:  # torch's notes: the lines of code that a node came from, on this machine
+        node.metadata_props.clear()
+    program.model.metadata_props.update({f"clipft.{name}": json.dumps(value) for name, value in info.items()})
+    program.save(str(path), external_data=False)
+
+
+# ---- what stands beside them ----
+
+
+def _info(model: CLIPModel, processor: Any) -> dict[str, Any]:
+    from clipft import __version__
+    from clipft.pixels import check_preprocessing
+
+    preprocessing = json.loads(json.dumps(processor.image_processor.to_dict(), default=dict))
+    check_preprocessing(preprocessing, "processor")
+    return {
+        "clipft": __version__,
+        "model": str(model.name_or_path),
+        "opset": OPSET,
+        "dim": int(cast(Any, model.config).projection_dim),
+        "logit_scale": float(model.logit_scale.detach().exp()),
+        "preprocessing": preprocessing,
+        "tokenizer": "tokenizer.json",
+    }
+
+
+def _write_info(folder: Path, info: dict[str, Any]) -> None:
+    from clipft.onnx_clip import INFO
+
+    (folder / INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- the parity report ----
+
+
+def _compare(
+    model: CLIPModel, processor: Any, folder: Path, pairs: tuple[list[Any], list[list[str]]], int8: bool
+) -> dict[str, Any]:
+    from clipft.onnx_clip import OnnxCLIP
+
+    pictures, captions = pairs
+    texts_of, texts = index_texts(captions)
+    image = embed_images(model, processor, cast(Any, [{"image": picture} for picture in pictures]), batch_size=32)
+    text = embed_texts(model, processor, texts, 64)
+    report: dict[str, Any] = {"torch": {"retrieval": retrieval_metrics(image, text, texts_of)}}
+    for kind in ("fp32", *(["int8"] if int8 else [])):
+        clip = OnnxCLIP(folder, int8=kind == "int8", threads=torch.get_num_threads())
+        own_image = torch.from_numpy(clip.encode_images(pictures))
+        own_text = torch.from_numpy(clip.encode_texts(texts))
+        report[kind] = {
+            "image_cosine": _cosines(image, own_image),
+            "text_cosine": _cosines(text, own_text),
+            "top1_agreement": float(
+                ((image @ text.t()).argmax(1) == (own_image @ own_text.t()).argmax(1)).float().mean()
+            ),
+            "retrieval": retrieval_metrics(own_image, own_text, texts_of),
+            "bytes": {name: (folder / f"{name}{_suffix(kind)}.onnx").stat().st_size for name in _MODEL_FILES},
+            "latency_ms": _latencies(clip, pictures[0], texts[0]),
+        }
+    return report
+
+
+def _suffix(kind: str) -> str:
+    return ".int8" if kind == "int8" else ""
+
+
+def _cosines(want: Tensor, got: Tensor) -> dict[str, float]:
+    cosines = nn.functional.cosine_similarity(want.double(), got.double())
+    return {"mean": float(cosines.mean()), "min": float(cosines.min())}
+
+
+def _latencies(clip: Any, picture: Any, text: str) -> dict[str, float]:
+    pixels: NDArray[np.float32] = clip.preprocess(picture)[None]
+    tokens = clip.tokenize([text])
+    return {
+        "image": _milliseconds(lambda: clip.run_images(pixels)),
+        "text": _milliseconds(lambda: clip.run_texts(**tokens)),
+    }
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    run()
+    seconds = []
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds)
+
+
+def _check(parity: dict[str, Any], min_cosine: float, folder: Path) -> None:
+    for kind in ("fp32", "int8"):
+        for part in ("image", "text"):
+            mean = parity.get(kind, {}).get(f"{part}_cosine", {}).get("mean", 1.0)
+            if not mean >= min_cosine:
+                raise ValueError(
+                    f"min_cosine: expected a mean cosine of at least {min_cosine} to the model in torch, the {kind} "
+                    f"{part} encoder has {mean:.5f}; nothing is written to {folder}. Leave layers in float with skip, "
+                    "or lower it"
+                )

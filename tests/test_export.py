@@ -1,0 +1,290 @@
+"""clipft.export_onnx and clipft.OnnxCLIP: parity with torch, what the files hold, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_clip import SIZE, captioned, tiny_clip
+from torch import nn
+from transformers import CLIPImageProcessor
+from typer.testing import CliRunner
+
+import clipft
+from clipft.cli import app
+from clipft.data import build_transform
+from clipft.pixels import to_pixels
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+FILES = {"image_encoder.onnx", "text_encoder.onnx", "clipft_onnx.json", "processor_config.json", "tokenizer.json"}
+INT8 = {"image_encoder.int8.onnx", "text_encoder.int8.onnx"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("onnx")
+    model, processor = tiny_clip()
+    return folder, clipft.export_onnx(model, processor, folder, int8=True, data=captioned(40))
+
+
+def embeds(features: Any) -> np.ndarray:
+    return nn.functional.normalize(features.pooler_output, dim=-1).numpy()
+
+
+# ---- parity ----
+
+
+def test_the_folder_and_its_report(exported: tuple[Path, dict[str, Any]]) -> None:
+    folder, parity = exported
+    names = {file.name for file in folder.iterdir()}
+    assert names == FILES | INT8 | {"tokenizer_config.json"}  # one file an encoder
+    assert not list(folder.parent.glob(".onnx*"))
+    info = json.loads((folder / "clipft_onnx.json").read_text())
+    assert info["parity"] == parity and info["opset"] == 20 and info["dim"] == 16
+    assert info["logit_scale"] == pytest.approx(float(tiny_clip()[0].logit_scale.exp()))
+    assert parity["data"] == "40 rows of the data"
+    for kind, least in (("fp32", 1 - 1e-6), ("int8", 0.998)):
+        for part in ("image_cosine", "text_cosine"):
+            assert least < parity[kind][part]["min"] <= parity[kind][part]["mean"] <= 1 + 1e-6
+        assert parity[kind]["retrieval"].keys() == parity["torch"]["retrieval"].keys()
+        assert parity[kind]["latency_ms"]["image"] > 0
+    assert parity["fp32"]["retrieval"] == parity["torch"]["retrieval"] and parity["fp32"]["top1_agreement"] == 1.0
+    assert parity["int8"]["bytes"]["image_encoder"] < parity["fp32"]["bytes"]["image_encoder"]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("count, length", [(1, 2), (3, 9), (5, 24)])
+def test_encoders_compute_what_the_model_computes(
+    int8: bool, count: int, length: int, exported: tuple[Path, dict[str, Any]]
+) -> None:
+    """int8 against our own int8 layers: the same levels, sums and scales."""
+    model, processor = tiny_clip()
+    if int8:
+        model = clipft.quantize(model, processor=processor)
+    clip = clipft.OnnxCLIP(exported[0], int8=int8)
+    torch.manual_seed(count)
+    pixels, ids = torch.randn(count, 3, SIZE, SIZE), torch.randint(0, 500, (count, length))
+    mask = torch.ones_like(ids)
+    ids[:, -1] = model.config.text_config.eos_token_id
+    ids[0, length // 2 :], mask[0, length // 2 + 1 :] = ids[0, -1], 0  # padding
+    with torch.no_grad():
+        images = embeds(model.get_image_features(pixel_values=pixels))
+        texts = embeds(model.get_text_features(input_ids=ids, attention_mask=mask))
+    np.testing.assert_allclose(clip.run_images(pixels.numpy()), images, atol=2e-6)
+    np.testing.assert_allclose(clip.run_texts(ids.numpy(), mask.numpy()), texts, atol=2e-6)
+
+
+def test_standard_operators_and_int8_weights(exported: tuple[Path, dict[str, Any]]) -> None:
+    quantized = clipft.quantize(tiny_clip()[0])
+    for name in FILES | INT8:
+        if not name.endswith(".onnx"):
+            continue
+        model = onnx.load(exported[0] / name)
+        onnx.checker.check_model(model, full_check=True)
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)] and not model.functions
+        metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props if "clipft." in entry.key}
+        assert metadata["clipft.preprocessing"]["crop_size"] == {"height": SIZE, "width": SIZE}
+        assert metadata["clipft.logit_scale"] > 1 and metadata["clipft.tokenizer"] == "tokenizer.json"
+        dims = [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input]
+        outputs = [output.name for output in model.graph.output]
+        if name.startswith("image"):
+            assert dims == [["batch", 3, SIZE, SIZE]] and outputs == ["image_embeds"]
+        else:
+            assert dims == [["batch", "length"]] * 2 and outputs == ["text_embeds"]
+        own = {array.tobytes() for array in map(onnx.numpy_helper.to_array, model.graph.initializer)}
+        tower = "vision" if name.startswith("image") else "text"
+        kept = [t for n, t in quantized.state_dict().items() if n.endswith("weight_int8") and n.startswith(tower)]
+        found = [tensor.numpy().tobytes() in own or tensor.t().numpy().tobytes() in own for tensor in kept]
+        assert all(found) if name in INT8 else not any(found)
+
+
+def test_pictures_and_texts(exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    rows = captioned(7)
+    clip = clipft.OnnxCLIP(exported[0])
+    pictures, texts = list(rows["image"]), list(rows["caption"])
+    with torch.no_grad():
+        inputs = processor(images=pictures, text=texts, return_tensors="pt", padding=True)
+        output = model(**inputs)
+    np.testing.assert_allclose(clip.encode_images(pictures, batch_size=3), output.image_embeds.numpy(), atol=2e-6)
+    np.testing.assert_allclose(clip.encode_texts(texts, batch_size=2), output.text_embeds.numpy(), atol=2e-6)
+    pictures[2].save(tmp_path / "a.png")
+    assert np.array_equal(clip.encode_images([tmp_path / "a.png"]), clip.encode_images([pictures[2]]))
+    assert clip.encode_images([]).shape == (0, 16) and clip.encode_texts([]).shape == (0, 16)
+    assert len(clip.tokenize(["x" * 500])["input_ids"][0]) == 24
+    with pytest.raises(TypeError, match="texts: expected a list of strings, got str"):
+        clip.encode_texts("a cat")
+    with pytest.raises(TypeError, match="images: expected a list of PIL pictures or paths, got str"):
+        clip.encode_images("a.png")
+    with pytest.raises(TypeError, match="images: expected PIL pictures or paths, got int"):
+        clip.encode_images([3])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+@pytest.mark.parametrize("shape", [(50, 40), (64, 64), (333, 500), (37, 901), (10, 10), (2, 300)])
+def test_pixels_are_those_of_training(mode: str, shape: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    for config in (
+        {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}},
+        {"size": {"shortest_edge": 48}, "crop_size": {"height": 64, "width": 56}},  # padded
+        {"size": {"height": 64, "width": 96}, "do_center_crop": False},
+    ):
+        processor: Any = CLIPImageProcessor(**config)
+        own = json.loads(json.dumps(processor.to_dict(), default=dict))
+        assert np.array_equal(to_pixels(image, own), build_transform(processor)(image).numpy())
+
+
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model, processor = tiny_clip()
+    plain, pixels = tiny_clip()[0], torch.randn(2, 3, SIZE, SIZE)
+    adapted = clipft.add_lora(model, r=4, dropout=0.0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        want, other = (embeds(m.get_image_features(pixel_values=pixels)) for m in (adapted.eval(), plain))
+    clipft.export_onnx(adapted, processor, tmp_path / "out", data=captioned(4))
+    got = clipft.OnnxCLIP(tmp_path / "out").run_images(pixels.numpy())
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    assert np.abs(want - other).max() > 1e-3
+
+
+def test_without_torch(exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    captioned(1)[0]["image"].save(tmp_path / "a.png")
+    code = (
+        f"import sys, clipft; clip = clipft.OnnxCLIP({str(exported[0])!r});"
+        f"clip.encode_images([{str(tmp_path / 'a.png')!r}]);"
+        "clip.encode_texts(['a red square']); print(any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+# ---- what goes wrong ----
+
+
+def test_a_missed_threshold_leaves_nothing(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    with pytest.raises(ValueError, match=r"at least 0.99999999 .* the int8 (image|text) encoder has 0.99"):
+        clipft.export_onnx(model, processor, tmp_path / "out", int8=True, data=captioned(6), min_cosine=1 - 1e-8)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"min_cosine: expected a cosine in \[-1, 1\], got 2"):
+        clipft.export_onnx(model, processor, tmp_path / "out", min_cosine=2)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny_clip()
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("clipft.export._compare", full)  # the encoders are there by then
+    with pytest.raises(OSError, match="No space left"):
+        clipft.export_onnx(model, processor, tmp_path / "out", data=captioned(4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match=r"directory: expected a folder, .*out is a file"):
+        clipft.export_onnx(*tiny_clip(), tmp_path / "out", data=captioned(4))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_preprocessing_that_cannot_be_deployed(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    processor.image_processor.resample = 2
+    with pytest.raises(ValueError, match=r"processor: expected a bicubic resize .* got resample 2"):
+        clipft.export_onnx(model, processor, tmp_path / "out", data=captioned(4))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "fault, error, message",
+    [
+        (
+            "no folder",
+            FileNotFoundError,
+            r"expected a folder that clipft.export_onnx wrote; clipft_onnx.json is missing",
+        ),
+        ("no encoder", FileNotFoundError, r"expected a folder .* image_encoder.onnx is missing"),
+        ("cut encoder", ValueError, r"image_encoder.onnx: ONNX Runtime cannot load it"),
+        ("no tokenizer", FileNotFoundError, r"tokenizer.json is missing"),
+        ("bad tokenizer", ValueError, r"tokenizer.json: expected a tokenizer"),
+        ("bad info", ValueError, r"clipft_onnx.json: expected JSON"),
+    ],
+)
+def test_a_damaged_folder_is_named(
+    fault: str, error: type[Exception], message: str, exported: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    for file in exported[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    encoder, tokenizer = tmp_path / "image_encoder.onnx", tmp_path / "tokenizer.json"
+    folder = tmp_path / "absent" if fault == "no folder" else tmp_path
+    if fault == "no encoder":
+        encoder.unlink()
+    if fault == "cut encoder":
+        encoder.write_bytes(encoder.read_bytes()[:5000])
+    if fault == "no tokenizer":
+        tokenizer.unlink()
+    if fault == "bad tokenizer":
+        tokenizer.write_text("{}")
+    if fault == "bad info":
+        (tmp_path / "clipft_onnx.json").write_text("{")
+    with pytest.raises(error, match=message):
+        clipft.OnnxCLIP(folder)
+
+
+def test_int8_that_is_not_there(tmp_path: Path) -> None:
+    clipft.export_onnx(*tiny_clip(), tmp_path, data=captioned(4))
+    assert {file.name for file in tmp_path.iterdir()} == FILES | {"tokenizer_config.json"}
+    with pytest.raises(FileNotFoundError, match=r"no int8 encoders here; export with int8=True \(--int8\)"):
+        clipft.OnnxCLIP(tmp_path, int8=True)
+
+
+# ---- the demo model and the command line ----
+
+
+def run(*arguments: Any) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_demo_model_keeps_its_recall(tmp_path: Path) -> None:
+    result = run("export", "--model", "demo", "--output", tmp_path / "out", "--int8", "--min-cosine", 0.999)
+    assert result.exit_code == 0 and "same best caption" in result.output, result.output
+    parity = json.loads((tmp_path / "out" / "clipft_onnx.json").read_text())["parity"]
+    assert parity["data"] == "300 embedded drawings"
+    for way in ("image_to_text_R@1", "text_to_image_R@1"):
+        assert parity["int8"]["retrieval"][way] >= parity["torch"]["retrieval"][way] - 0.01
+
+
+def test_quantize_command(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    result = run(
+        "quantize", "--model", tmp_path / "base", "--output", tmp_path / "int8", "--skip", "fc2", "--calibrate"
+    )
+    assert result.exit_code == 0 and "worst layer: " in result.output and "MB in float" in result.output, result.output
+    loaded, _ = clipft.load(tmp_path / "int8")
+    assert set(loaded.quantization_report["skipped"]) == {
+        f"{t}_model.encoder.layers.{n}.mlp.fc2" for t in ("text", "vision") for n in range(3)
+    }
+    missed = run("quantize", "--model", tmp_path / "base", "--output", tmp_path / "no", "--min-cosine", 1.0)
+    assert missed.exit_code == 2 and "--min-cosine: expected at least 1.0" in missed.output
+    assert not (tmp_path / "no").exists()
+    again = run("quantize", "--model", tmp_path / "int8", "--output", tmp_path / "no")
+    assert again.exit_code == 2 and "expected a float model, got one that has int8 layers already" in again.output
