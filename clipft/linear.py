@@ -50,9 +50,9 @@ def lora_linear(
             made again in the backward pass, and is the same when a checkpoint recomputes the layer.
 
     Returns:
-        [..., out] in the dtype of ``input``. The branch is computed in float32, and added before the one rounding of a
-        16-bit result; all five tensors get gradients in their own dtype, where they need one. The result does not
-        depend on the number of threads beyond what the BLAS's own products do. Under autocast ``input``, ``weight``
+        [..., out] in the dtype of ``input``. The branch is computed in float32 and added there to the rest, which in 16
+        bits was rounded before; all five tensors get gradients in their own dtype, where they need one. The result does
+        not depend on the number of threads beyond what the BLAS's own products do. Under autocast ``input``, ``weight``
         and ``bias`` are cast to its dtype; ``lora_a`` and ``lora_b`` stay as they are.
 
     Raises:

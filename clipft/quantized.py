@@ -13,7 +13,7 @@ __all__ = ["quantize_weight", "quantized_linear"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 8  # CLIPFT_MAX_DIM in csrc/tensor.h
-_MAX_IN = 131072  # CLIPFT_INT8_MAX_IN in csrc/kernels/int8.h
+_MAX_IN, _MAX_OUT = 131072, 1 << 24  # CLIPFT_INT8_MAX_IN and _OUT in csrc/kernels/int8.h
 _HEADER, _PANEL = 64, 16  # clipft_int8_header and CLIPFT_INT8_PANEL
 _ACTIVATIONS = {None: 0, "quick_gelu": 1, "gelu": 2}  # clipft_activation in csrc/kernels/kernels.h
 
@@ -33,7 +33,7 @@ def quantized_linear(
 
     Args:
         input: [..., in] float32, bfloat16 or float16, at most 8 dimensions.
-        weight_int8: [out, in] int8, in <= 131072.
+        weight_int8: [out, in] int8, in <= 131072, out <= 2^24.
         weight_scale: [out] float32; channel j's weights are ``weight_int8[j] * weight_scale[j]``.
         bias: [out], float32 or the dtype of ``input``, or None.
         activation: None, "quick_gelu" (``x · sigmoid(1.702 x)``) or "gelu" (exact).
@@ -131,9 +131,9 @@ def check_weight(op: str, weight: Any, scale: Any) -> None:
     _check_tensor(op, "weight_int8", weight)
     if weight.dtype != torch.int8:
         raise TypeError(f"clipft.{op}: weight_int8 must be int8, got {_dtype(weight)}")
-    if weight.dim() != 2 or weight.shape[0] == 0 or not 0 < weight.shape[1] <= _MAX_IN:
+    if weight.dim() != 2 or not 0 < weight.shape[0] <= _MAX_OUT or not 0 < weight.shape[1] <= _MAX_IN:
         raise ValueError(
-            f"clipft.{op}: weight_int8 must be [out, in] with out > 0 and 0 < in <= {_MAX_IN}, "
+            f"clipft.{op}: weight_int8 must be [out, in] with 0 < out <= {_MAX_OUT} and 0 < in <= {_MAX_IN}, "
             f"got shape {_shape(weight)}"
         )
     _check_tensor(op, "weight_scale", scale)

@@ -32,7 +32,7 @@ static features leaf7(unsigned subleaf)
 
 static bool has_avx2(void)
 {
-    const unsigned needed = bit_OSXSAVE | bit_FMA | bit_F16C;
+    const unsigned needed = bit_OSXSAVE | bit_FMA;
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & needed) != needed) return false;
     return (xcr0() & XCR0_AVX) == XCR0_AVX && (leaf7(0).ebx & bit_AVX2);

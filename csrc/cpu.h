@@ -10,7 +10,7 @@ typedef enum clipft_isa {
     CLIPFT_ISA_NEON,        /* aarch64 baseline */
     CLIPFT_ISA_NEON_DOT,    /* and the int8 dot products of FEAT_DotProd */
     CLIPFT_ISA_NEON_I8MM,   /* and the int8 matrix products of FEAT_I8MM */
-    CLIPFT_ISA_AVX2,        /* AVX2, FMA, F16C */
+    CLIPFT_ISA_AVX2,        /* AVX2, FMA */
     CLIPFT_ISA_AVX_VNNI,    /* and the int8 dot products of AVX-VNNI */
     CLIPFT_ISA_AVX512,      /* AVX-512 F, BW, DQ, VL */
     CLIPFT_ISA_AVX512_VNNI, /* and the int8 dot products of AVX-512 VNNI */

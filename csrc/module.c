@@ -23,6 +23,7 @@ static char *find_libtorch(void)
 {
     PyObject *torch = PyImport_ImportModule("torch"), *file = NULL, *path = NULL;
     char *result = NULL;
+    if (!torch && !PyErr_ExceptionMatches(PyExc_ImportError) && !PyErr_ExceptionMatches(PyExc_OSError)) goto done; /* Ctrl-C, say */
     if (!torch) {
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);

@@ -48,11 +48,12 @@ bool clipft_unbox(StableIValue slot, const char *name, clipft_tensor *tensor, cl
 bool clipft_empty(int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor, clipft_error *error)
 {
     int64_t strides[CLIPFT_MAX_DIM] = {0}, stride = 1;
+    *tensor = (clipft_tensor){.name = "result"};
     for (int64_t d = ndim - 1; d >= 0; --d) {
         strides[d] = stride;
-        stride *= sizes[d] > 0 ? sizes[d] : 1;
+        if (__builtin_mul_overflow(stride, sizes[d] > 0 ? sizes[d] : 1, &stride))
+            return clipft_fail(error, "a %s result of 2^63 elements or more was asked for", clipft_dtype_name(dtype));
     }
-    *tensor = (clipft_tensor){.name = "result"};
     if (clipft_torch.aoti_torch_empty_strided(ndim, sizes, strides, dtype, clipft_torch.aoti_torch_device_type_cpu(), 0, &tensor->handle))
         return clipft_fail(error, "torch could not allocate a %s tensor of %lld elements", clipft_dtype_name(dtype), (long long)stride);
     return describe(tensor, error);
@@ -190,7 +191,7 @@ bool clipft_tensor_view(const clipft_tensor *t, clipft_view *view)
     int64_t rows = 1, stride = 0;
     bool empty = false; /* then strides mean nothing */
     if (t->ndim > CLIPFT_MAX_DIM) return false;
-    for (int64_t d = 0; d < last; ++d) empty |= t->size[d] == 0;
+    for (int64_t d = 0; d <= last; ++d) empty |= t->size[d] == 0;
     for (int64_t d = last - 1; d >= 0; --d) {
         if (t->size[d] == 1) continue;
         if (!empty && rows > 1 && t->stride[d] != rows * stride) return false;
@@ -226,10 +227,11 @@ static AtenTensorHandle wrap(const clipft_view *m)
 
 bool clipft_torch_gemm(const clipft_view *c, const clipft_view *start, const clipft_view *a, const clipft_view *b)
 {
-    AtenTensorHandle out = wrap(c), self = wrap(start ? start : c), left = wrap(a), right = wrap(b);
+    /* The same tensor, not only the same memory, where the sum starts from c: torch copies otherwise. */
+    AtenTensorHandle out = wrap(c), self = start && start != c ? wrap(start) : out, left = wrap(a), right = wrap(b);
     const bool ok = out && self && left && right && !clipft_torch.aoti_torch_cpu_addmm_out(out, self, left, right, start ? 1.0 : 0.0, 1.0);
     if (out) clipft_torch.aoti_torch_delete_tensor_object(out);
-    if (self) clipft_torch.aoti_torch_delete_tensor_object(self);
+    if (self && self != out) clipft_torch.aoti_torch_delete_tensor_object(self);
     if (left) clipft_torch.aoti_torch_delete_tensor_object(left);
     if (right) clipft_torch.aoti_torch_delete_tensor_object(right);
     return ok;
@@ -237,10 +239,9 @@ bool clipft_torch_gemm(const clipft_view *c, const clipft_view *start, const cli
 
 static clipft_view float_view(clipft_matrix m) { return (clipft_view){m.data, m.rows, m.cols, m.row_stride, m.col_stride, CLIPFT_FLOAT32}; }
 
-/* Ours where it was measured to beat torch's: on AMD, by 1.15 to 1.2. */
 static bool host_gemm(clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate)
 {
-    if (clipft_cpu_is_amd() && clipft_dispatch_isa() >= CLIPFT_ISA_AVX2) return clipft_gemm(&clipft_torch_host, c, a, b, accumulate);
+    if (clipft_dispatch_own_gemm()) return clipft_gemm(&clipft_torch_host, c, a, b, accumulate);
     const clipft_view out = float_view(c), left = float_view(a), right = float_view(b);
     return clipft_torch_gemm(&out, accumulate ? &out : NULL, &left, &right);
 }

@@ -274,3 +274,12 @@ def test_bad_input_of_the_other_ops() -> None:
         x, w, _, a, b = list(good().values())[:5]
         flags = (2.0, 0.0, False, True, False, False, True, True)
         torch.ops.clipft.lora_linear_backward(torch.ones(4, 6), x, w, a, b, torch.tensor(0), torch.ones(4, 2), *flags)
+
+
+def test_results_without_elements_and_of_too_many() -> None:
+    """Rows without columns are no work, however many; strides of empty tensors mean nothing."""
+    assert clipft.ops.quick_gelu(torch.empty(3, 2, 0).transpose(0, 1)).shape == (2, 3, 0)
+    assert torch.ops.clipft.quick_gelu(torch.empty(2**62, 0)).shape == (2**62, 0)
+    assert torch.ops.clipft.dropout_mask(torch.tensor(3), 2**62, 0, 0.1).shape == (2**62, 0)
+    with pytest.raises(RuntimeError, match=r"a float32 result of 2\^63 elements or more was asked for"):
+        torch.ops.clipft.dropout_mask(torch.tensor(3), 2**40, 2**40, 0.1)

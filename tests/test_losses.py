@@ -506,3 +506,29 @@ def test_a_device_without_a_kernel_takes_plain_torch_and_says_so(monkeypatch: py
         monkeypatch.setenv("CLIPFT_STRICT", "1")
         with pytest.raises(NotImplementedError, match="no kernel for cuda tensors yet"):
             clipft.contrastive_loss(image, text, 10.0)
+
+
+def test_sigmoid_bias_gradient_near_convergence(isa: str) -> None:
+    """The pair's sigmoid, 1 but for rounding, must not take the others, of 1e-8 each, out of the sum."""
+    n = 1024
+    image = torch.eye(n)
+    scale, bias = torch.tensor(35.0), torch.tensor(-18.0, requires_grad=True)  # logits 17 and -18
+    clipft.sigmoid_loss(image, image, scale, bias).backward()
+    exact = (n - 1) * torch.tensor(-18.0, dtype=torch.float64).sigmoid() - torch.tensor(
+        -17.0, dtype=torch.float64
+    ).sigmoid()
+    torch.testing.assert_close(bias.grad.double(), exact, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7F800001, -1])
+def test_every_nan_comes_out_nan(bits: int, isa: str) -> None:
+    """exp works on the bits of its argument."""
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    embeds = torch.eye(40)
+    bad = embeds.clone()
+    bad[3, 7] = nan
+    for loss in (
+        clipft.contrastive_loss(bad, embeds, 10.0),
+        clipft.sigmoid_loss(embeds, bad, 10.0, -5.0),
+    ):
+        assert loss.isnan()

@@ -368,7 +368,12 @@ BAD = {
     "one-dimensional weight": (
         (X, W[0], S, B),
         ValueError,
-        r"weight_int8 must be \[out, in\] with out > 0 and 0 < in <= 131072, got shape \[8\]",
+        r"weight_int8 must be \[out, in\] with 0 < out <= 16777216 and 0 < in <= 131072, got shape \[8\]",
+    ),
+    "more channels than bytes can be counted": (
+        (X[:, :1], W[:1, :1].expand(2**61, 1), S, B),
+        ValueError,
+        r"0 < out <= 16777216 and .* got shape \[2305843009213693952, 1\]",
     ),
     "no channels": ((X, W[:0], S, B), ValueError, r"0 < in <= 131072, got shape \[0, 8\]"),
     "half scale": ((X, W, S.half(), B), TypeError, "weight_scale must be float32, got float16"),
@@ -422,6 +427,9 @@ def test_bare_ops_refuse_what_the_function_never_passes() -> None:
     for foreign in (packed[:-1], torch.zeros_like(packed), torch.zeros(3, dtype=torch.uint8)):
         with pytest.raises(RuntimeError, match="packed must be what quantized_pack gave"):
             torch.ops.clipft.quantized_linear_packed(X, foreign, S, B)
+    shifted = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:].copy_(packed)  # at an odd address
+    want = torch.ops.clipft.quantized_linear_packed(X, packed, S, B)
+    assert torch.equal(torch.ops.clipft.quantized_linear_packed(X, shifted, S, B), want)
     with pytest.raises(RuntimeError, match="packed must be uint8, got int8"):
         torch.ops.clipft.quantized_linear_packed(X, W, S, B)
     with pytest.raises(RuntimeError, match="input must have the weight's 8 features last"):

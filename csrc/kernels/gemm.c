@@ -9,6 +9,12 @@ static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 typedef float four __attribute__((vector_size(16)));
 
+#if defined(__clang__)
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else /* gcc before 12 has no other */
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (int32_t __attribute__((vector_size(16)))){i, j, k, l})
+#endif
+
 static inline four load_four(const float *p)
 {
     four v;
@@ -20,10 +26,10 @@ static inline four load_four(const float *p)
 static inline void transpose_four(const float *from, int64_t stride, float *to, int64_t width)
 {
     const four a = load_four(from), b = load_four(from + stride), c = load_four(from + 2 * stride), d = load_four(from + 3 * stride);
-    const four ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const four cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    const four rows[4] = {__builtin_shufflevector(ab0, cd0, 0, 1, 4, 5), __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7),
-                          __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5), __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7)};
+    const four ab0 = SHUFFLE(a, b, 0, 4, 1, 5), ab1 = SHUFFLE(a, b, 2, 6, 3, 7);
+    const four cd0 = SHUFFLE(c, d, 0, 4, 1, 5), cd1 = SHUFFLE(c, d, 2, 6, 3, 7);
+    const four rows[4] = {SHUFFLE(ab0, cd0, 0, 1, 4, 5), SHUFFLE(ab0, cd0, 2, 3, 6, 7), SHUFFLE(ab1, cd1, 0, 1, 4, 5),
+                          SHUFFLE(ab1, cd1, 2, 3, 6, 7)};
     for (int k = 0; k < 4; ++k) memcpy(to + k * width, &rows[k], sizeof rows[k]);
 }
 

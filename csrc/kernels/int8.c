@@ -72,12 +72,13 @@ bool clipft_int8_pack(const clipft_host *host, const int8_t *w, int64_t out, int
     return host->parallel_for(0, divide_up(out, CLIPFT_INT8_PANEL), 4, pack_panels, &job);
 }
 
-const clipft_int8_header *clipft_int8_packed(const uint8_t *packed, int64_t size)
+bool clipft_int8_packed(const uint8_t *packed, int64_t size, clipft_int8_header *header)
 {
-    const clipft_int8_header *header = (const clipft_int8_header *)packed;
-    if (size < (int64_t)sizeof *header || header->magic != MAGIC) return NULL;
-    if (header->out <= 0 || header->out > size || header->in <= 0 || header->in > CLIPFT_INT8_MAX_IN) return NULL;
-    return clipft_int8_packed_size(header->out, header->in) == size ? header : NULL;
+    if (size < (int64_t)sizeof *header) return false;
+    memcpy(header, packed, sizeof *header); /* it may lie anywhere */
+    if (header->magic != MAGIC || header->out <= 0 || header->out > CLIPFT_INT8_MAX_OUT) return false;
+    if (header->in <= 0 || header->in > CLIPFT_INT8_MAX_IN) return false;
+    return clipft_int8_packed_size(header->out, header->in) == size;
 }
 
 /* ---- rows of x ---- */

@@ -12,8 +12,8 @@
 
 #include "views.h"
 
-/* in <= this: |sum_k q w| <= 127 * 128 * in < 2^31. */
-enum { CLIPFT_INT8_MAX_IN = 131072 };
+/* in <= this: |sum_k q w| <= 127 * 128 * in < 2^31. out <= this: the size of packed weights is far from 2^63. */
+enum { CLIPFT_INT8_MAX_IN = 131072, CLIPFT_INT8_MAX_OUT = 1 << 24 };
 
 /* What stands before packed weights, which are [panels, in / 4 rounded up, 16, 4] int8 and then [out rounded up] int32 sums over in. */
 typedef struct clipft_int8_header {
@@ -27,8 +27,8 @@ int64_t clipft_int8_packed_size(int64_t out, int64_t in);
 bool clipft_int8_pack(const clipft_host *host, const int8_t *w, int64_t out, int64_t in, int64_t row_stride, int64_t col_stride,
                       uint8_t *packed);
 
-/* The header if `size` bytes are such a whole, else NULL. */
-const clipft_int8_header *clipft_int8_packed(const uint8_t *packed, int64_t size);
+/* Whether `size` bytes are such a whole; its header. */
+bool clipft_int8_packed(const uint8_t *packed, int64_t size, clipft_int8_header *header);
 
 typedef struct clipft_int8_layer {
     const uint8_t *packed;

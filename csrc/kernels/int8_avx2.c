@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
 #define CLIPFT_ISA avx2
 #define CLIPFT_LANES 8
-#define CLIPFT_TARGET __attribute__((target("avx2,fma,f16c")))
+#define CLIPFT_TARGET __attribute__((target("avx2,fma")))
 #define INT8_ROWS 4
 #define INT8_PANELS 1
 #include <immintrin.h>

@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
 #define CLIPFT_ISA avx_vnni
 #define CLIPFT_LANES 8
-#define CLIPFT_TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
+#define CLIPFT_TARGET __attribute__((target("avx2,fma,avxvnni")))
 #define INT8_ROWS 6
 #define INT8_PANELS 1
 #include <immintrin.h>

@@ -29,7 +29,7 @@ static inline clipft_matrix clipft_rows(clipft_matrix m, int64_t begin, int64_t 
 typedef struct clipft_host {
     /* c = a b, or c += a b. Uses all threads itself. */
     bool (*gemm)(clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate);
-    /* Calls fn on sub-ranges that cover begin .. end - 1, of at least `grain` items each. */
+    /* Calls fn on sub-ranges that cover begin .. end - 1, of `grain` items or more, but for the last. */
     bool (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*fn)(int64_t begin, int64_t end, void *ctx), void *ctx);
 } clipft_host;
 
@@ -49,8 +49,8 @@ typedef struct clipft_softmax_cols {
     const float *own; /* [cols] */
 } clipft_softmax_cols;
 
-/* SLOT(name): the micro-kernels. Each works on one row of a tile of raw products x = <image_i, text_j>; every ISA keeps this contract, with
- * float rounding its own. NaN in gives NaN out. */
+/* SLOT(name): the micro-kernels. Those of the losses work on a row of a tile of raw products x = <image_i, text_j>. Every ISA keeps the
+ * contracts below, with float rounding its own. */
 #define CLIPFT_KERNEL_SLOTS(SLOT)                                                                                                          \
     SLOT(row_max)                                                                                                                          \
     SLOT(row_exp_sum)                                                                                                                      \

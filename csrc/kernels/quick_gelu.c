@@ -32,8 +32,8 @@ static void gelu_rows(int64_t begin, int64_t end, void *ctx)
 
 static bool run(const clipft_host *host, gelu_job *job)
 {
-    const int64_t cols = job->x->cols > 0 ? job->x->cols : 1;
-    return host->parallel_for(0, job->x->rows, GRAIN / cols + 1, gelu_rows, job);
+    const int64_t cols = job->x->cols;
+    return cols == 0 || host->parallel_for(0, job->x->rows, GRAIN / cols + 1, gelu_rows, job);
 }
 
 bool clipft_quick_gelu(const clipft_host *host, const clipft_view *x, const clipft_view *y)

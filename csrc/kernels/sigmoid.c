@@ -47,10 +47,13 @@ static void backward_rows(int64_t begin, int64_t end, void *ctx)
         float *out = job->tile.out.data + i * job->tile.out.row_stride;
         const int64_t pair = clipft_tile_pair(job->logits, &job->tile, i);
         const double z = pair < 0 ? 0.0 : (double)job->logits->scale * (double)row[pair] + (double)job->bias;
-        double sum = (double)clipft_kernel_table.row_sigmoid_grad(row, out, x.cols, job->logits->scale, job->bias, (float)job->gain);
-        if (pair >= 0) { /* sigmoid(z) - 1 = -sigmoid(-z), without the cancellation */
+        const int64_t before = pair < 0 ? x.cols : pair, after = x.cols - before - 1;
+        const float scale = job->logits->scale, bias = job->bias, gain = (float)job->gain;
+        double sum = (double)clipft_kernel_table.row_sigmoid_grad(row, out, before, scale, bias, gain);
+        if (pair >= 0) { /* its sigmoid, near 1, would take the others out of a float32 sum; sigmoid(z) - 1 = -sigmoid(-z) */
             const double exact = -job->gain / (1.0 + exp(z));
-            sum += exact - (double)out[pair];
+            sum += exact;
+            sum += (double)clipft_kernel_table.row_sigmoid_grad(row + pair + 1, out + pair + 1, after, scale, bias, gain);
             out[pair] = (float)exact;
         }
         job->row_sum[job->tile.row0 + i] += sum;

@@ -83,11 +83,11 @@ SIMD float f32v_max_lane(f32v v)
 }
 
 /* exp(x) for x <= 88 to 1.1 ulp; 0 where the result would be denormal; NaN stays NaN.
- * x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by the polynomial of Cephes' expf; 2^n by adding n to the exponent. Adding 1.5 * 2^23 rounds
- * to an integer and leaves it in the low bits. */
+ * x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by the polynomial of Cephes' expf; times 2^n. Adding 1.5 * 2^23 + 127 rounds to an integer
+ * and leaves n + 127, the exponent of 2^n, in the low bits. */
 SIMD f32v f32v_exp(f32v x)
 {
-    const f32v magic = f32v_set(12582912.0F);
+    const f32v magic = f32v_set(12583039.0F);
     const f32v shifted = x * 1.44269504088896341F + magic;
     const f32v n = shifted - magic;
     f32v r = x - n * 0.693359375F;
@@ -98,8 +98,7 @@ SIMD f32v f32v_exp(f32v x)
     p = p * r + 1.6666665459e-1F;
     p = p * r + 5.0000001201e-1F;
     p = p * (r * r) + (r + 1.0F);
-    const f32v e = (f32v)((u32v)p + ((u32v)shifted << 23));
-    return f32v_zero_where(x < -87.3365402F, e);
+    return f32v_zero_where(x < -87.3365402F, p * (f32v)((u32v)shifted << 23));
 }
 
 /* log(1 + x) for 0 <= x <= 1: 2 atanh(u) with u = x / (2 + x) <= 1/3; the series' next term is below 2e-8 of the result. */

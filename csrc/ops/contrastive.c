@@ -178,5 +178,6 @@ done:
     clipft_release(&row_lse);
     clipft_release(&col_lse);
     clipft_release(&tiles);
+    clipft_release(&d_scale);
     clipft_throw(&error, __FILE__, __LINE__);
 }

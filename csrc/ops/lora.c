@@ -17,7 +17,7 @@ typedef struct lora_inputs {
     int64_t rows, in, out, rank, padded;
 } lora_inputs;
 
-/* ---- checks: clipft/ops.py has the same words ---- */
+/* ---- checks: clipft/linear.py has the same words ---- */
 
 static bool check_float(const clipft_tensor *t, clipft_error *error)
 {

@@ -32,9 +32,10 @@ static bool check_weight(const clipft_tensor *t, clipft_error *error)
 {
     char shape[96];
     if (!clipft_check_dtype(t, clipft_torch.aoti_torch_dtype_int8(), "int8", error) || !clipft_check_cpu(t, error)) return false;
-    if (t->ndim == 2 && t->size[0] > 0 && t->size[1] > 0 && t->size[1] <= CLIPFT_INT8_MAX_IN) return true;
-    return clipft_fail(error, "weight_int8 must be [out, in] with out > 0 and 0 < in <= %d, got shape %s", CLIPFT_INT8_MAX_IN,
-                       clipft_shape_text(t, shape, sizeof shape));
+    if (t->ndim == 2 && t->size[0] > 0 && t->size[0] <= CLIPFT_INT8_MAX_OUT && t->size[1] > 0 && t->size[1] <= CLIPFT_INT8_MAX_IN)
+        return true;
+    return clipft_fail(error, "weight_int8 must be [out, in] with 0 < out <= %d and 0 < in <= %d, got shape %s", CLIPFT_INT8_MAX_OUT,
+                       CLIPFT_INT8_MAX_IN, clipft_shape_text(t, shape, sizeof shape));
 }
 
 static bool check_features(const clipft_tensor *input, int64_t in, clipft_error *error)
@@ -146,20 +147,19 @@ void clipft_op_quantized_linear_packed(StableIValue *stack, uint64_t num_inputs,
     clipft_error error = {.op = "quantized_linear_packed"};
     int8_inputs in = {0};
     clipft_tensor output = {0};
-    const clipft_int8_header *header;
+    clipft_int8_header header;
 
     if (!unbox_inputs(&in, stack, "packed", &error)) goto done;
     if (!clipft_check_dtype(&in.weight, clipft_torch.aoti_torch_dtype_uint8(), "uint8", &error) || !clipft_check_cpu(&in.weight, &error) ||
         !clipft_check_dim(&in.weight, 1, "[bytes]", &error))
         goto done;
-    header = in.weight.stride[0] == 1 ? clipft_int8_packed(in.weight.data, in.weight.size[0]) : NULL;
-    if (!header) {
+    if (in.weight.stride[0] != 1 || !clipft_int8_packed(in.weight.data, in.weight.size[0], &header)) {
         clipft_fail(&error, "packed must be what quantized_pack gave");
         goto done;
     }
     in.layer.packed = in.weight.data;
-    in.out = header->out;
-    in.in = header->in;
+    in.out = header.out;
+    in.in = header.in;
     if (check_layer(&in, (int64_t)stack[4], &error) && multiply(&in, &output, &error)) stack[0] = clipft_box(&output);
 done:
     clipft_release(&output);

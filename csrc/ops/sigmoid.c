@@ -27,6 +27,7 @@ static void forward(StableIValue *stack, bool shard, clipft_error *error)
         stack[1] = clipft_box(&tiles);
     }
 done:
+    clipft_release(&loss);
     clipft_release(&tiles);
     clipft_release(&bias);
     loss_inputs_free(&in);

@@ -259,9 +259,9 @@ static void test_layer(const layer_case *c)
     for (int64_t j = 0; j < c->out; ++j)
         for (int64_t k = 0; k < c->in; ++k) d.w[j * c->in + k] = (int8_t)(j == 1 ? 0 : pick(-128, 127));
     clipft_int8_pack(&check_host, d.w, c->out, c->in, c->in, 1, d.packed);
-    const clipft_int8_header *header = clipft_int8_packed(d.packed, size);
-    check_near(header && header->out == c->out && header->in == c->in, 1.0, 0.0, "int8_packed", size);
-    check_near(!clipft_int8_packed(d.packed, size - 1), 1.0, 0.0, "int8_packed of a part", size);
+    clipft_int8_header header;
+    check_near(clipft_int8_packed(d.packed, size, &header) && header.out == c->out && header.in == c->in, 1.0, 0.0, "int8_packed", size);
+    check_near(!clipft_int8_packed(d.packed, size - 1, &header), 1.0, 0.0, "int8_packed of a part", size);
     const clipft_int8_layer layer = {d.packed, d.scale, c->bias ? d.bias : (clipft_view){0}, c->activation};
     check_near(clipft_int8_linear(&layer, &check_host, &d.x, &d.y), 1.0, 0.0, "int8_linear", size);
     check_layer(c, &d);
