@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from clipft import nn as nn
     from clipft import reference as reference
     from clipft.data import CLIPDataCollator as CLIPDataCollator
+    from clipft.embedding import embed as embed
     from clipft.evaluation import evaluate_retrieval as evaluate_retrieval
     from clipft.evaluation import evaluate_zero_shot as evaluate_zero_shot
     from clipft.export import export_onnx as export_onnx
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from clipft.quantization import quantize as quantize
     from clipft.training import CLIPTrainer as CLIPTrainer
     from clipft.training import CLIPTrainingArguments as CLIPTrainingArguments
+    from clipft.vectors import search as search
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,8 @@ _MODULE_OF = {
     "quantize": "clipft.quantization",
     "export_onnx": "clipft.export",
     "OnnxCLIP": "clipft.onnx_clip",
+    "embed": "clipft.embedding",
+    "search": "clipft.vectors",
     "load": "clipft.models",
     "freeze": "clipft.models",
     "fuse": "clipft.models",

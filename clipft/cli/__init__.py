@@ -1,9 +1,10 @@
 """The command line, a module per group of commands: ``training`` (demo, train, evaluate), ``deploy`` (merge, quantize,
-export).
+export) and ``search`` (embed, search).
 """
 
 from clipft.cli import training as training  # isort: skip  (--help lists commands in the order of their modules)
 from clipft.cli import deploy as deploy
+from clipft.cli import search as search
 from clipft.cli.common import app
 
 __all__ = ["app", "main"]

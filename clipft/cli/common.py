@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Fine-tune and evaluate CLIP models.",
+    help="Fine-tune, evaluate and deploy CLIP models.",
 )
 
 Model = Annotated[

@@ -1,0 +1,190 @@
+"""Commands over pictures as vectors: ``clipft embed`` and ``clipft search``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from clipft.cli.common import Workers, app, prepare, user_errors
+
+AnyModel = Annotated[
+    str, typer.Option("--model", help="As for evaluate, or a folder that clipft export wrote, which ONNX Runtime runs.")
+]
+Int8 = Annotated[bool, typer.Option("--int8", help="Of an ONNX folder, take the int8 encoders.")]
+_PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+class OnBadRow(StrEnum):
+    """What to do about a picture that cannot be read."""
+
+    error = "error"
+    skip = "skip"
+
+
+@app.command()
+@user_errors
+def embed(
+    *,
+    model: AnyModel,
+    output: Annotated[Path, typer.Option(help="File to write: .parquet, or .npy with .npy.json beside it.")],
+    data: Annotated[
+        str | None, typer.Option(help="Folder of pictures (its sub-folders too), table, or data set's name.")
+    ] = None,
+    texts: Annotated[Path | None, typer.Option(help="File with a text a line, in place of --data.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts at a time.")] = 64,
+    workers: Workers = 0,
+    int8: Int8 = False,
+    on_bad_row: Annotated[OnBadRow, typer.Option(help="A picture that cannot be read: an error, or left out.")] = (
+        OnBadRow.error
+    ),
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False,
+) -> None:
+    """Turn pictures or texts to vectors in a file; goes on where an interrupted run was."""
+    if (data is None) == (texts is None):
+        raise ValueError("--data, --texts: expected one of the two")
+    console = prepare()
+    from clipft.embedding import load_encoder
+    from clipft.report import bar
+    from clipft.vectors import Description, embed_to_file
+
+    rows, ids = _read_texts(texts) if texts is not None else _read_pictures(str(data))
+    encoder = load_encoder(model, int8=int8, batch_size=batch_size)
+    source = str(texts if texts is not None else data)
+    source = str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source
+    description = Description("texts" if texts is not None else "images", model, encoder.identity(), source)
+    with bar(console) as progress:
+        task = progress.add_task("embedding", total=len(ids))
+        left_out = embed_to_file(
+            encoder,
+            rows,
+            ids,
+            output,
+            description,
+            batch_size=batch_size,
+            num_workers=workers,
+            skip=on_bad_row is OnBadRow.skip,
+            restart=restart,
+            done=lambda count: progress.advance(task, count),
+        )
+    if left_out:
+        console.print(f"{left_out} of {len(ids)} pictures cannot be read and were left out")
+    console.print(f"{len(ids) - left_out} vectors in {output}", highlight=False)
+
+
+def _read_texts(path: Path) -> tuple[list[str], list[str]]:
+    texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"{path}: expected a text a line, found none")
+    return texts, texts
+
+
+def _read_pictures(data: str) -> tuple[Any, list[str]]:
+    folder = Path(data).expanduser()
+    if folder.is_dir() and not any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES)
+        if not paths:
+            raise ValueError(f"--data: expected pictures in {folder}, found none")
+        return paths, [str(path.relative_to(folder)) for path in paths]
+    from clipft import load_pairs
+
+    rows = load_pairs(data)
+    return rows, [str(number) for number in range(len(rows))]
+
+
+@app.command()
+@user_errors
+def search(
+    *,
+    index: Annotated[Path, typer.Option(help="A file of pictures that clipft embed wrote.")],
+    model: AnyModel,
+    text: Annotated[list[str] | None, typer.Option(help="A query in words; repeat for several.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture as a query; repeat for several.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Hits of a query.")] = 5,
+    output: Annotated[Path | None, typer.Option(help="PNG with the hits' pictures.")] = None,
+    int8: Int8 = False,
+) -> None:
+    """Find the pictures (or texts) of a file that are nearest to words or pictures."""
+    if not text and not image:
+        raise ValueError("--text, --image: expected at least one query")
+    console = prepare()
+    import numpy as np
+
+    from clipft.embedding import encode_pictures, load_encoder
+    from clipft.vectors import VectorFile
+    from clipft.vectors import search as search_vectors
+
+    file = VectorFile.read(index)
+    encoder = load_encoder(model, int8=int8)
+    if encoder.identity() != file.description.identity:
+        raise ValueError(
+            f"--model: {index} was embedded with {file.description.model}, whose weights or preprocessing differ from "
+            f"those of {model}; of an ONNX folder, --int8 chooses the encoders"
+        )
+    names = [str(path) for path in image or ()]
+    vectors = [encoder.texts(list(text))] if text else []
+    vectors += [rows for rows, _ in encode_pictures(encoder, list(image or ()), 64, names=names)]
+    scores, indices = search_vectors(file.vectors, np.concatenate(vectors), k)
+    queries = [*(text or ()), *names]
+    found = [
+        [(file.ids[number], score) for number, score in zip(row, own, strict=True)]
+        for row, own in zip(indices.tolist(), scores.tolist(), strict=True)
+    ]
+    _print_hits(queries, found, console)
+    if output is not None:
+        _write_sheet(output, [*(text or ()), *(image or ())], found, file.description.source)
+        console.print(f"pictures in {output}", highlight=False)
+
+
+def _print_hits(queries: list[str], found: list[list[tuple[str, float]]], console: Console) -> None:
+    for query, hits in zip(queries, found, strict=True):
+        table = Table("", "score", "id", title=query, title_justify="left")
+        for place, (name, score) in enumerate(hits):
+            table.add_row(str(place + 1), f"{score:.3f}", name)
+        console.print(table)
+
+
+def _write_sheet(path: Path, queries: list[Any], found: list[list[tuple[str, float]]], source: str) -> None:
+    try:
+        from clipft.sheet import Row, draw_sheet
+    except ImportError as error:
+        raise ImportError(f"the sheet needs {error.name}: pip install 'clipft[search]'") from error
+    from clipft.pixels import open_picture
+
+    picture = _pictures_of(source)
+    rows = [
+        Row(
+            query if isinstance(query, str) else open_picture(query),
+            [(name, score, picture(name)) for name, score in hits],
+        )
+        for query, hits in zip(queries, found, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(path, rows)
+
+
+def _pictures_of(source: str) -> Callable[[str], Any]:
+    """From an id to its picture, or None where that is not to be had any more."""
+    from clipft.embedding import UNREADABLE
+    from clipft.pixels import open_picture
+
+    def from_folder(name: str) -> Any:
+        try:
+            return open_picture(Path(source) / name)
+        except UNREADABLE:
+            return None
+
+    if Path(source).is_dir():
+        return from_folder
+    from clipft import load_pairs
+
+    try:
+        rows = load_pairs(source)
+    except (OSError, ValueError):
+        return lambda name: None
+    return lambda name: rows[int(name)]["image"] if name.isdecimal() and int(name) < len(rows) else None

@@ -1,0 +1,187 @@
+"""``clipft.embed``: pictures and texts as vectors, by a model in torch or by ONNX Runtime.
+
+An encoder is what both have in common: a transform of one picture, and functions from batches to L2-normalised rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["Encoder", "embed", "encode_pictures", "encoder_of", "load_encoder"]
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+Array = NDArray[np.float32]
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model for embedding, whatever runs it."""
+
+    transform: Callable[[Any], Any]  # a PIL picture -> [3, H, W] float32
+    images: Callable[[Any], Array]  # [N, 3, H, W] -> [N, D]
+    texts: Callable[[Sequence[str]], Array]  # N -> [N, D]
+    identity: Callable[[], str]  # of weights and preprocessing
+
+
+def embed(
+    model: Any,
+    processor: Any = None,
+    images: Any = None,
+    texts: Sequence[str] | None = None,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Vectors of pictures or of texts.
+
+    Args:
+        model: a ``CLIPModel``, in float or int8, a peft model of one, or a :class:`clipft.OnnxCLIP`.
+        processor: the model's; None with ``OnnxCLIP``.
+        images: PIL pictures, paths, or a data set with the column ``image``.
+        texts: strings. One of the two is given.
+        batch_size, num_workers: pictures or texts at a time; processes that load pictures.
+        progress: wraps the loop over batches of pictures.
+
+    Returns:
+        [N, D] float32 on the CPU, L2-normalised, in the order given.
+
+    Raises:
+        ValueError: both or none of ``images`` and ``texts``, or a picture that cannot be read.
+        TypeError: a single string or picture where several are expected.
+    """
+    if (images is None) == (texts is None):
+        raise ValueError("images, texts: expected one of the two")
+    encoder = encoder_of(model, processor, batch_size)
+    if texts is not None:
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
+        return torch.from_numpy(encoder.texts(list(texts)))
+    if isinstance(images, (str, bytes, Path, Image.Image)) or not hasattr(images, "__getitem__"):
+        raise TypeError(f"images: expected several pictures, paths or a data set, got {type(images).__name__}")
+    parts = [rows for rows, _ in encode_pictures(encoder, images, batch_size, num_workers, progress=progress)]
+    return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, _dim(model))
+
+
+def _dim(model: Any) -> int:
+    info = getattr(model, "info", None)
+    return int(info["dim"] if info else model.config.projection_dim)
+
+
+# ---- encoders ----
+
+
+def load_encoder(name: str, *, int8: bool = False, batch_size: int = 64) -> Encoder:
+    """Of a folder that :func:`clipft.export_onnx` wrote, where ``int8`` chooses between its encoders, or of anything
+    that :func:`clipft.load` takes.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "clipft_onnx.json").is_file():
+        from clipft.onnx_clip import OnnxCLIP
+
+        return encoder_of(OnnxCLIP(folder, int8=int8), None, batch_size)
+    if int8:
+        raise ValueError(f"--int8: chooses between the encoders of an ONNX folder, which {name!r} is not")
+    from clipft.models import load
+
+    return encoder_of(*load(name), batch_size)
+
+
+def encoder_of(model: Any, processor: Any, batch_size: int) -> Encoder:
+    """The encoder that runs this model."""
+    if hasattr(model, "encode_images"):
+        return Encoder(
+            model.preprocess,
+            model.run_images,
+            lambda texts: cast(Array, model.encode_texts(texts, batch_size)),
+            lambda: _digest([json.dumps(model.info, sort_keys=True).encode(), model.identity().encode()]),
+        )
+    from clipft.data import build_transform
+    from clipft.evaluation import embed_texts, evaluating
+
+    if processor is None:
+        raise ValueError("processor: expected the model's processor, got None")
+
+    def images(pixels: Any) -> Array:
+        with evaluating(model) as device:
+            features = model.get_image_features(pixel_values=torch.as_tensor(pixels).to(device)).pooler_output
+        return cast(Array, torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
+
+    def identity() -> str:
+        tensors = (tensor.detach().cpu().contiguous() for tensor in model.state_dict().values())
+        weights = (tensor.view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
+        return _digest([str(processor.image_processor.to_dict()).encode(), *weights])
+
+    return Encoder(
+        build_transform(processor.image_processor),
+        images,
+        lambda texts: cast(Array, embed_texts(model, processor, texts, batch_size).numpy()),
+        identity,
+    )
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+# ---- pictures ----
+
+
+class _Pixels(Dataset[Any]):
+    """Transformed pictures by index; with ``skip``, None for one that cannot be read."""
+
+    def __init__(self, transform: Callable[[Any], Any], pictures: Any, names: Sequence[str] | None, skip: bool) -> None:
+        self.transform, self.pictures, self.names, self.skip = transform, pictures, names, skip
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Any:
+        from clipft.pixels import open_picture
+
+        try:
+            picture = self.pictures[index]
+            picture = picture["image"] if isinstance(picture, dict) else picture
+            return np.asarray(self.transform(open_picture(picture)))
+        except UNREADABLE as error:
+            if self.skip:
+                return None
+            where = self.names[index] if self.names else f"row {index}"
+            raise ValueError(f"{where}: the image cannot be read ({error})") from error
+
+
+def encode_pictures(
+    encoder: Encoder,
+    pictures: Any,
+    batch_size: int,
+    num_workers: int = 0,
+    *,
+    names: Sequence[str] | None = None,
+    skip: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Array, list[bool]]]:
+    """Batch by batch: vectors of the pictures that could be read, and which those were. ``names`` are for errors."""
+    rows = _Pixels(encoder.transform, pictures, names, skip)
+    loader = DataLoader(rows, batch_size, num_workers=num_workers, collate_fn=list)
+    for batch in progress(loader) if progress else loader:
+        good = [pixels is not None for pixels in batch]
+        if any(good):
+            yield encoder.images(np.stack([pixels for pixels in batch if pixels is not None])), good
+        else:
+            yield np.empty((0, 0), np.float32), good
