@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("clipft", "torch", "transformers", "peft", "open_clip_torch", "onnxruntime", "openvino", "nncf", "torchao")
 
 
 def machine() -> dict[str, Any]:
@@ -26,7 +27,7 @@ def machine() -> dict[str, Any]:
     from clipft import _C
 
     versions = {}
-    for name in ("clipft", "torch", "transformers", "peft", "open_clip_torch", "onnxruntime"):
+    for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
