@@ -55,13 +55,18 @@ def cpu_model() -> str:
     return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
 
 
-def interleave(competitors: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each competitor, `repeats` times in turn after one warm-up round."""
+def interleave(competitors: dict[str, Callable[[], object]], repeats: int, rest: float = 0.0) -> dict[str, list[float]]:
+    """Seconds of each competitor, `repeats` times in turn after one warm-up round. `rest`: seconds of sleep, and then an
+    untimed run, before each timed one, for libraries whose threads go on spinning after their work is done.
+    """
     for run in competitors.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for _ in range(repeats):
         for name, run in competitors.items():
+            if rest:
+                time.sleep(rest)
+                run()
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)

@@ -151,7 +151,8 @@ def measure(runs: dict[str, Run], repeats: int, inner: int = 1) -> dict[str, Any
             del runs[name]
             continue
         cosines[name] = float(nn.functional.cosine_similarity(got.flatten(1), want.flatten(1)).mean())
-    seconds = interleave({name: (lambda run=run: [run() for _ in range(inner)]) for name, run in runs.items()}, repeats)
+    loops = {name: (lambda run=run: [run() for _ in range(inner)]) for name, run in runs.items()}
+    seconds = interleave(loops, repeats, rest=0.1)
     seconds = {name: [value / inner for value in values] for name, values in seconds.items()}
     return {
         "seconds": {name: summary(values) for name, values in seconds.items()},
