@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("clipft", "torch", "transformers", "peft", "open_clip_torch", "onnxruntime", "openvino", "nncf", "torchao")
+PACKAGES = (
+    "clipft",
+    "torch",
+    "transformers",
+    "peft",
+    "open_clip_torch",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "torchao",
+)
 
 
 def machine() -> dict[str, Any]:
@@ -56,8 +66,8 @@ def cpu_model() -> str:
 
 
 def interleave(competitors: dict[str, Callable[[], object]], repeats: int, rest: float = 0.0) -> dict[str, list[float]]:
-    """Seconds of each competitor, `repeats` times in turn after one warm-up round. `rest`: seconds of sleep, and then an
-    untimed run, before each timed one, for libraries whose threads go on spinning after their work is done.
+    """Seconds of each competitor, `repeats` times in turn after one warm-up round. `rest`: seconds of sleep, and then
+    an untimed run, before each timed one, for libraries whose threads go on spinning after their work is done.
     """
     for run in competitors.values():
         run()

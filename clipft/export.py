@@ -76,7 +76,7 @@ def export_onnx(
     _require_onnx()
     if not -1.0 <= min_cosine <= 1.0:
         raise ValueError(f"min_cosine: expected a cosine in [-1, 1], got {min_cosine}")
-    plain = plain_model(model, inplace=False)
+    plain = plain_model(model, inplace=False).float()  # the encoders take and give float32
     pictures, captions, described = pictures_and_captions(data, _PAIRS)
     folder = Path(directory).expanduser()
     if folder.exists() and not folder.is_dir():

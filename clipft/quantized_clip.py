@@ -121,10 +121,8 @@ class QuantizedCLIPModel(CLIPModel):
             ValueError: the folder holds a float model, which would pass for this one.
         """
         folder = Path(save_directory)
+        check_own_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        present = [name for name in _FLOAT_WEIGHTS if (folder / name).exists()]
-        if present:
-            raise ValueError(f"{folder}: expected a folder of its own for an int8 model, found {present[0]} in it")
         staging = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=folder))
         try:
             tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -138,6 +136,13 @@ class QuantizedCLIPModel(CLIPModel):
                 (staging / name).replace(folder / name)
         finally:
             shutil.rmtree(staging)
+
+
+def check_own_folder(folder: Path) -> None:
+    """That no float model lies where an int8 one is to be written."""
+    present = [name for name in _FLOAT_WEIGHTS if (folder / name).exists()]
+    if present:
+        raise ValueError(f"{folder}: expected a folder of its own for an int8 model, found {present[0]} in it")
 
 
 def _mark(path: Path, dtype: str) -> None:

@@ -159,6 +159,13 @@ def test_adapters_are_merged(tmp_path: Path) -> None:
     assert np.abs(want - other).max() > 1e-3
 
 
+def test_a_bfloat16_model_is_exported_in_float32(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    clipft.export_onnx(model.to(torch.bfloat16), processor, tmp_path, data=captioned(4))
+    pixels = np.zeros((1, 3, SIZE, SIZE), np.float32)
+    assert clipft.OnnxCLIP(tmp_path).run_images(pixels).dtype == np.float32 and model.dtype == torch.bfloat16
+
+
 def test_without_torch(exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     captioned(1)[0]["image"].save(tmp_path / "a.png")
     code = (
@@ -283,6 +290,8 @@ def test_quantize_command(tmp_path: Path) -> None:
     assert set(loaded.quantization_report["skipped"]) == {
         f"{t}_model.encoder.layers.{n}.mlp.fc2" for t in ("text", "vision") for n in range(3)
     }
+    same = run("quantize", "--model", tmp_path / "base", "--output", tmp_path / "base")
+    assert same.exit_code == 2 and "expected a folder of its own for an int8 model" in same.output
     missed = run("quantize", "--model", tmp_path / "base", "--output", tmp_path / "no", "--min-cosine", 1.0)
     assert missed.exit_code == 2 and "--min-cosine: expected at least 1.0" in missed.output
     assert not (tmp_path / "no").exists()

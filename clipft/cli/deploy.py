@@ -65,7 +65,9 @@ def quantize(
     from clipft import load_pairs, report
     from clipft.models import load
     from clipft.quantization import quantize as quantize_model
+    from clipft.quantized_clip import check_own_folder
 
+    check_own_folder(output)
     clip, processor = load(model)
     pairs = None if data is None else load_pairs(data)
     quantized = quantize_model(
