@@ -214,7 +214,7 @@ def _random_tokens(model: CLIPModel) -> dict[str, Tensor]:
     config: Any = model.config.text_config
     end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id  # 2: old ones take the largest
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, end, (_PICTURES, min(16, config.max_position_embeddings)), generator=generator)
+    ids = torch.randint(0, max(end, 1), (_PICTURES, min(16, config.max_position_embeddings)), generator=generator)
     ids[:, -1] = end
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
