@@ -100,15 +100,56 @@ class QuantizedLinear(nn.Module):
         layer.train(linear.training)
         return layer
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """[..., in] float32, bfloat16 or float16 -> [..., out] in the same dtype."""
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002
+        norm: nn.LayerNorm | None = None,
+        residual: Tensor | None = None,
+        then: QuantizedLinear | None = None,
+    ) -> Tensor:
+        """[..., in] float32, bfloat16 or float16 -> [..., out] in the same dtype.
+
+        What stands around a layer in a transformer's block may come along, and is then done in the same pass over the
+        rows: ``residual + then(self(norm(input)))``, ``norm`` over [in], ``then`` a layer without an activation whose
+        input these are.
+        """
         name = "nn.QuantizedLinear"
-        weight, scale, bias = self.weight_int8, self.weight_scale, self.bias
-        quantized.check_linear(name, input, weight, scale, bias, self.activation)
-        input, bias = quantized.prepare(input, bias)  # noqa: A001
+        code = quantized.check_linear(name, input, self.weight_int8, self.weight_scale, self.bias, self.activation)
+        if then is not None and not (
+            isinstance(then, QuantizedLinear) and then.in_features == self.out_features and then.activation is None
+        ):
+            raise ValueError(
+                f"clipft.{name}: then must be a QuantizedLinear of {self.out_features} features without an activation, "
+                f"got {then!r}"
+            )
+        last = self if then is None else then
+        quantized.check_surroundings(name, input, norm, residual, last.out_features)
         if torch.compiler.is_exporting():
-            return torch.ops.clipft.quantized_linear(input, weight, scale, bias, self._activation_code)
-        return torch.ops.clipft.quantized_linear_packed(input, self._pack(), scale, bias, self._activation_code)
+            return self._by_steps(input, norm, residual, then)
+        none = input.new_empty(0)
+        x = quantized.in_order(input)
+        return torch.ops.clipft.quantized_chain(
+            x,
+            *((none, none, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)),
+            *self._operands(none),
+            code,
+            *((none, none, none) if then is None else then._operands(none)),
+            none if residual is None else quantized.in_order(residual),
+        )
+
+    def _operands(self, none: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._pack(), self.weight_scale, none if self.bias is None else self.bias
+
+    def _by_steps(
+        self, x: Tensor, norm: nn.LayerNorm | None, residual: Tensor | None, then: QuantizedLinear | None
+    ) -> Tensor:
+        """In ops that an exporter can translate."""
+        x, bias = quantized.prepare(x if norm is None else norm(x), self.bias)
+        code = self._activation_code
+        x = torch.ops.clipft.quantized_linear(x, self.weight_int8, self.weight_scale, bias, code)
+        if then is not None:
+            x = then(x)
+        return x if residual is None else residual + x
 
     def _pack(self) -> Tensor:
         """The packed weights. While torch.compile traces, those that there are; in eager mode they are made anew where

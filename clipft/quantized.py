@@ -73,7 +73,12 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def prepare(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the ops take: rows in order, and an empty bias for none."""
-    return x.contiguous() if x.dim() > 2 else x, x.new_empty(0) if bias is None else bias
+    return in_order(x), x.new_empty(0) if bias is None else bias
+
+
+def in_order(x: Tensor) -> Tensor:
+    """With rows that the ops can walk through."""
+    return x.contiguous() if x.dim() > 2 else x
 
 
 # ---- checks: the messages equal those of csrc/ops/quantized.c ----
@@ -163,6 +168,26 @@ def check_linear(op: str, x: Any, weight: Any, scale: Any, bias: Any, activation
     return activation_code(op, activation)
 
 
+def check_surroundings(op: str, x: Tensor, norm: Any, residual: Any, out: int) -> None:
+    """The norm before a layer of ``x`` and what is added to its ``out`` features."""
+    if norm is not None:
+        if not isinstance(norm, torch.nn.LayerNorm) or norm.weight is None or norm.bias is None:
+            raise TypeError(f"clipft.{op}: norm must be a torch.nn.LayerNorm with weight and bias, got {norm!r}")
+        if norm.normalized_shape != (x.shape[-1],):
+            raise ValueError(
+                f"clipft.{op}: norm must be over the input's {x.shape[-1]} features, got {norm.normalized_shape}"
+            )
+    if residual is not None:
+        _check_tensor(op, "residual", residual)
+        if residual.dtype != x.dtype:
+            raise TypeError(f"clipft.{op}: residual must have the dtype of input, {_dtype(x)}, got {_dtype(residual)}")
+        _check_device(op, "residual", residual, x)
+        if residual.shape != (*x.shape[:-1], out):
+            raise ValueError(
+                f"clipft.{op}: residual must have the result's shape, {[*x.shape[:-1], out]}, got {_shape(residual)}"
+            )
+
+
 # ---- fake kernels; no gradient ----
 
 
@@ -175,14 +200,31 @@ def _(weight: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("clipft::quantized_linear")
-@torch.library.register_fake("clipft::quantized_linear_packed")
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, activation: int = 0) -> Tensor:
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+@torch.library.register_fake("clipft::quantized_chain")
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_eps: float,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    activation: int,
+    packed2: Tensor,
+    scale2: Tensor,
+    bias2: Tensor,
+    residual: Tensor,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], (scale2 if len(packed2) else scale).shape[0]))
 
 
 def _no_gradient(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError("clipft.quantized_linear has no gradient: int8 layers are for inference")
 
 
-for _op in ("quantized_linear", "quantized_linear_packed"):
+for _op in ("quantized_linear", "quantized_chain"):
     torch.library.register_autograd(f"clipft::{_op}", _no_gradient)

@@ -19,12 +19,13 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import (
     CLIPMLP,
     CLIPAttention,
+    CLIPEncoderLayer,
     CLIPVisionEmbeddings,
     eager_attention_forward,
 )
@@ -48,15 +49,22 @@ class QuantizedAttention(CLIPAttention):
     qkv_proj: QuantizedLinear
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        norm: nn.LayerNorm | None = None,
+        residual: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``CLIPAttention.forward``: [B, L, D] -> [B, L, D] and the attention weights, if its function gives any."""
+        """As ``CLIPAttention.forward``: [B, L, D] -> [B, L, D] and the attention weights, if its function gives any.
+        ``norm`` and ``residual``: as those of ``QuantizedLinear.forward``."""
         shape = hidden_states.shape[:-1]
-        heads = self.qkv_proj(hidden_states).view(*shape, 3, self.num_heads, self.head_dim)
+        heads = self.qkv_proj(hidden_states, norm).view(*shape, 3, self.num_heads, self.head_dim)
         queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind()
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, queries, keys, values, attention_mask, scaling=self.scale, dropout=0.0, **kwargs)
-        return self.out_proj(output.reshape(*shape, -1).contiguous()), weights
+        output = output.reshape(*shape, -1)
+        return (self.out_proj(output) if residual is None else self.out_proj(output, None, residual)), weights
 
 
 class QuantizedMLP(CLIPMLP):
@@ -67,6 +75,17 @@ class QuantizedMLP(CLIPMLP):
         return cast(Tensor, self.fc2(self.fc1(hidden_states)))
 
 
+class QuantizedEncoderLayer(CLIPEncoderLayer):
+    """All in int8: norms and residuals are done with the products, and the MLP's two layers row block by row block."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As ``CLIPEncoderLayer.forward``: [B, L, D] -> [B, L, D]."""
+        hidden_states, _ = self.self_attn(
+            hidden_states, attention_mask, norm=self.layer_norm1, residual=hidden_states, **kwargs
+        )
+        return cast(Tensor, self.mlp.fc1(hidden_states, self.layer_norm2, hidden_states, self.mlp.fc2))
+
+
 class QuantizedPatchEmbedding(QuantizedLinear):
     """The patch convolution, whose patches do not overlap, as a linear layer over them."""
 
@@ -74,7 +93,7 @@ class QuantizedPatchEmbedding(QuantizedLinear):
         super().__init__(channels * patch * patch, out_features, bias, **kwargs)
         self.channels, self.patch = channels, patch
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
         """[B, C, H, W] -> [B, patches, out]."""
         return super().forward(self.patches(pixel_values))
 
@@ -167,8 +186,21 @@ def install(model: CLIPModel, layers: Mapping[str, QuantizedLinear]) -> Quantize
             del parent.q_proj, parent.k_proj, parent.v_proj
         elif layer.activation is not None:
             parent.__class__ = QuantizedMLP
+    for module in model.modules():
+        if type(module) is CLIPEncoderLayer and _whole(module):
+            module.__class__ = QuantizedEncoderLayer
     model.__class__ = QuantizedCLIPModel
     return cast(QuantizedCLIPModel, model.requires_grad_(False).eval())
+
+
+def _whole(layer: CLIPEncoderLayer) -> bool:
+    attention, mlp = layer.self_attn, layer.mlp
+    parts = (attention.out_proj, mlp.fc1, mlp.fc2)
+    return (
+        isinstance(attention, QuantizedAttention)
+        and isinstance(mlp, QuantizedMLP)
+        and all(isinstance(part, QuantizedLinear) for part in parts)
+    )
 
 
 def fused_activation(model: CLIPModel, name: str) -> str | None:

@@ -251,4 +251,10 @@ static bool host_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*
     return begin >= end || !clipft_torch.torch_parallel_for(begin, end, grain, fn, ctx);
 }
 
-const clipft_host clipft_torch_host = {host_gemm, host_parallel_for};
+static int64_t host_threads(void)
+{
+    uint32_t threads;
+    return clipft_torch.torch_get_num_threads(&threads) || threads == 0 ? 1 : (int64_t)threads;
+}
+
+const clipft_host clipft_torch_host = {host_gemm, host_parallel_for, host_threads};

@@ -49,6 +49,7 @@ typedef void (*clipft_range_fn)(int64_t begin, int64_t end, void *ctx);
     X(AOTITorchError, torch_library_impl, (TorchLibraryHandle self, const char *name, clipft_boxed_fn fn, uint64_t build_version))         \
     X(void, aoti_torch_check, (bool cond, const char *func, const char *file, uint32_t line, const char *msg))                             \
     X(AOTITorchError, torch_parallel_for, (int64_t begin, int64_t end, int64_t grain_size, clipft_range_fn fn, void *ctx))                 \
+    X(AOTITorchError, torch_get_num_threads, (uint32_t * out_num_threads))                                                                 \
     X(AOTITorchError, aoti_torch_delete_tensor_object, (AtenTensorHandle tensor))                                                          \
     X(AOTITorchError, aoti_torch_get_data_ptr, (AtenTensorHandle tensor, void **ret))                                                      \
     X(AOTITorchError, aoti_torch_get_dim, (AtenTensorHandle tensor, int64_t * ret))                                                        \

@@ -13,6 +13,7 @@ import io
 import pickle
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -212,6 +213,74 @@ def test_error_against_float_weights_is_that_of_seven_and_eight_bits() -> None:
     assert error <= 1.1 * ((step_x**2 + step_w**2) / 12).sqrt()
 
 
+# ---- a layer and what stands around it ----
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 50, 411])  # few: channels are shared out; many: blocks of rows
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_residual_and_a_second_layer_in_one_pass(rows: int, dtype: torch.dtype, int8_isa: str) -> None:
+    """Against the steps one by one, whose norm rounds otherwise: a level may then be the next one."""
+    torch.manual_seed(7)
+    first = QuantizedLinear.from_linear(torch.nn.Linear(70, 131), "quick_gelu")
+    second = QuantizedLinear.from_linear(torch.nn.Linear(131, 70))
+    norm = torch.nn.LayerNorm(70).requires_grad_(False)
+    torch.nn.init.normal_(norm.weight)
+    x = (3.0 * torch.randn(rows, 70) + 1.0).to(dtype)
+    wide = x.float()
+    step = 2.0**-7 if dtype == torch.bfloat16 else 1e-2
+    for got, want in (
+        (first(x, norm), first(norm(wide))),
+        (second(first(x), None, x), second(first(wide)) + wide),
+        (first(x, norm, x, second), wide + second(first(norm(wide)))),
+        (first(x, None, None, second), second(first(wide))),
+    ):
+        assert got.dtype == dtype and got.shape == want.shape
+        assert rows == 0 or (got.float() - want).norm() <= step * want.norm()
+    if dtype == torch.float32:
+        assert torch.equal(first(x, None, x, second), second(first(x)) + x)
+
+
+def test_rows_with_nan_harm_no_other_row() -> None:
+    torch.manual_seed(7)
+    first = QuantizedLinear.from_linear(torch.nn.Linear(20, 30), "gelu")
+    second = QuantizedLinear.from_linear(torch.nn.Linear(30, 20))
+    norm = torch.nn.LayerNorm(20).requires_grad_(False)
+    x = torch.randn(2, 60, 20)
+    want = first(x, norm, x, second)
+    bad = x.clone()
+    bad[0, 3, 5], bad[1, 59, 0] = float("nan"), float("inf")
+    got = first(bad, norm, bad, second)
+    assert got[0, 3].isnan().all() and got[1, 59].isnan().all()
+    good = bad.isfinite().all(dim=-1)
+    assert torch.equal(got[good], want[good])
+
+
+def test_what_stands_around_a_layer_is_checked() -> None:
+    layer, x = QuantizedLinear(8, 3), torch.ones(4, 8)
+    for change, error, message in (
+        ({"norm": torch.nn.LayerNorm(7)}, ValueError, r"norm must be over the input's 8 features, got \(7,\)"),
+        (
+            {"norm": torch.nn.RMSNorm(8)},
+            TypeError,
+            "norm must be a torch.nn.LayerNorm with weight and bias, got RMSNorm",
+        ),
+        ({"residual": torch.ones(4, 8)}, ValueError, r"residual must have the result's shape, \[4, 3\], got \[4, 8\]"),
+        (
+            {"residual": torch.ones(4, 3).half()},
+            TypeError,
+            "residual must have the dtype of input, float32, got float16",
+        ),
+        (
+            {"then": QuantizedLinear(4, 3)},
+            ValueError,
+            "then must be a QuantizedLinear of 3 features without an activation",
+        ),
+        ({"then": torch.nn.Linear(3, 3)}, ValueError, "then must be a QuantizedLinear of 3 features"),
+    ):
+        with pytest.raises(error, match=f"clipft.nn.QuantizedLinear: {message}"):
+            layer(x, **change)
+
+
 # ---- torch's contracts ----
 
 
@@ -221,7 +290,11 @@ def test_opcheck(int8_isa: str) -> None:
     assert packed.shape == (64 + 32 * (40 + 4),)
     torch.library.opcheck(torch.ops.clipft.quantized_pack.default, (weight,))
     torch.library.opcheck(torch.ops.clipft.quantized_linear.default, (x, weight, scale, bias, 1))
-    torch.library.opcheck(torch.ops.clipft.quantized_linear_packed.default, (x, packed, scale, x.new_empty(0), 2))
+    none, more = x.new_empty(0), torch.ops.clipft.quantized_pack(weight[:5, :21].contiguous())
+    alone = (x, none, none, 0.0, packed, scale, none, 2, none, none, none, none)
+    torch.library.opcheck(torch.ops.clipft.quantized_chain.default, alone)
+    whole = (x, x[0], x[1], 1e-5, packed, scale, bias, 1, more, scale[:5], none, x[:, :5].contiguous())
+    torch.library.opcheck(torch.ops.clipft.quantized_chain.default, whole)
 
 
 def make_layer(activation: str | None = "quick_gelu", bias: bool = True) -> tuple[torch.nn.Linear, QuantizedLinear]:
@@ -420,20 +493,34 @@ def test_bad_arguments_of_the_function(change: dict, error: type[Exception], mes
         clipft.quantized_linear(**args)
 
 
+def chain(x: Tensor, packed: Tensor, **change: Any) -> Tensor:
+    none = x.new_empty(0)
+    layers = {"packed": packed, "scale": S, "bias": B, "activation": 0, "packed2": none, "scale2": none, "bias2": none}
+    args = {"norm_weight": none, "norm_bias": none, "eps": 0.0, **layers, "residual": none} | change
+    return torch.ops.clipft.quantized_chain(x, *args.values())
+
+
 def test_bare_ops_refuse_what_the_function_never_passes() -> None:
     packed = torch.ops.clipft.quantized_pack(W)
     with pytest.raises(RuntimeError, match=r'activation must be None, "quick_gelu" or "gelu" \(0, 1 or 2\), got 3'):
         torch.ops.clipft.quantized_linear(X, W, S, B, 3)
     for foreign in (packed[:-1], torch.zeros_like(packed), torch.zeros(3, dtype=torch.uint8)):
         with pytest.raises(RuntimeError, match="packed must be what quantized_pack gave"):
-            torch.ops.clipft.quantized_linear_packed(X, foreign, S, B)
+            chain(X, foreign)
     shifted = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:].copy_(packed)  # at an odd address
-    want = torch.ops.clipft.quantized_linear_packed(X, packed, S, B)
-    assert torch.equal(torch.ops.clipft.quantized_linear_packed(X, shifted, S, B), want)
+    assert torch.equal(chain(X, shifted), chain(X, packed))
     with pytest.raises(RuntimeError, match="packed must be uint8, got int8"):
-        torch.ops.clipft.quantized_linear_packed(X, W, S, B)
+        chain(X, W)
     with pytest.raises(RuntimeError, match="input must have the weight's 8 features last"):
-        torch.ops.clipft.quantized_linear_packed(X[:, :7], packed, S, B)
+        chain(X[:, :7], packed)
+    with pytest.raises(RuntimeError, match=r"packed2 must take the first layer's \d+ features, got 8"):
+        chain(X, packed, packed2=packed, scale2=S)
+    with pytest.raises(RuntimeError, match="norm_weight and norm_bias must come together"):
+        chain(X, packed, norm_weight=torch.ones(8))
+    with pytest.raises(
+        RuntimeError, match=r"residual must be contiguous and of the result's 4 rows of \d+, got shape \[4, 2\]"
+    ):
+        chain(X, packed, residual=torch.ones(4, 2))
     with pytest.raises(RuntimeError, match=r"clipft.quantized_pack: weight_int8 must be int8, got float32"):
         torch.ops.clipft.quantized_pack(X)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import captioned, tiny_model
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 import clipft
 from clipft.nn import QuantizedLinear
@@ -66,6 +67,23 @@ def test_logits_and_loss_as_a_clip_model_gives_them(batch: dict[str, Tensor]) ->
         output = quantized(**batch, return_loss=True, output_hidden_states=True)
     assert output.logits_per_image.shape == (5, 5) and output.loss.isfinite()
     assert len(output.vision_model_output.hidden_states) == 4
+
+
+def test_a_block_in_one_pass_equals_its_steps(batch: dict[str, Tensor]) -> None:
+    """Where a layer is skipped the block's norms and sums are torch's own: the same model but for rounding."""
+    plain = tiny_model()
+    quantized = clipft.quantize(plain)
+    assert {type(layer).__name__ for layer in quantized.vision_model.encoder.layers} == {"QuantizedEncoderLayer"}
+    by_steps = copy.deepcopy(quantized)
+    for tower in (by_steps.vision_model, by_steps.text_model):
+        for layer in tower.encoder.layers:
+            layer.__class__ = CLIPEncoderLayer
+    for got, want in zip(embeddings(quantized, batch), embeddings(by_steps, batch), strict=True):
+        assert cosine(got, want) > 0.9995
+    quantized.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = quantized.vision_model(pixel_values=batch["pixel_values"], output_attentions=True)
+    assert len(output.attentions) == 3 and output.attentions[0].shape[0] == 5
 
 
 def test_in_place(batch: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-/* A linear layer with int8 weights: y = act(x W^T + b), W = w diag(weight_scale), w int8 [out, in].
+/* Linear layers with int8 weights: y = act(x W^T + b), W = w diag(weight_scale), w int8 [out, in].
  *
  * Each row of x is brought to 7 bits at run time: q = round(x / scale) + zero in 0 .. 127, scale and zero such that the row's least and
  * greatest value, and 0, are levels. Then
@@ -30,14 +30,31 @@ bool clipft_int8_pack(const clipft_host *host, const int8_t *w, int64_t out, int
 /* Whether `size` bytes are such a whole; its header. */
 bool clipft_int8_packed(const uint8_t *packed, int64_t size, clipft_int8_header *header);
 
+/* What lies in such a whole, and the bytes between its panels. */
+const int8_t *clipft_int8_weights(const uint8_t *packed);
+const uint8_t *clipft_int8_sums(const uint8_t *packed, int64_t out, int64_t in); /* int32, perhaps not aligned */
+int64_t clipft_int8_panel_bytes(int64_t in);
+
 typedef struct clipft_int8_layer {
     const uint8_t *packed;
+    int64_t out, in;
     clipft_view scale; /* [1, out] */
     clipft_view bias;  /* [1, out] or without data */
     clipft_activation activation;
 } clipft_int8_layer;
 
-/* y [rows, out] of x [rows, in]. False when memory ran out or the host failed. */
-bool clipft_int8_linear(const clipft_int8_layer *layer, const clipft_host *host, const clipft_view *x, const clipft_view *y);
+enum { CLIPFT_INT8_LAYERS = 2 };
+
+/* One layer or two in a row, and what stands before and behind them in a transformer's block. */
+typedef struct clipft_int8_chain {
+    clipft_int8_layer layers[CLIPFT_INT8_LAYERS];
+    int count;
+    clipft_view norm_weight, norm_bias; /* [1, in] LayerNorm of the rows of x, or without data */
+    float norm_eps;
+    clipft_view residual; /* [rows, out] added to the result, or without data */
+} clipft_int8_chain;
+
+/* y [rows, out of the last layer] of x [rows, in]. False when memory ran out or the host failed. */
+bool clipft_int8_run(const clipft_int8_chain *chain, const clipft_host *host, const clipft_view *x, const clipft_view *y);
 
 #endif

@@ -3,6 +3,8 @@
  *   int8_dot4(sum, x, w)    adds to each 32-bit lane the four products of its unsigned bytes of x and signed bytes of w; x <= 127. */
 #include "int8_kernels.h"
 
+#include <stddef.h>
+
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else
@@ -19,8 +21,9 @@ SIMD i32v spread(const uint8_t *x)
     return (i32v){0} + four;
 }
 
-/* `n` rows and `panels` panels. */
-SIMD void dot_tile(const int n, const int panels, const clipft_int8_tile *t, const uint8_t *x, const int8_t *w, int32_t *sums)
+/* `n` rows and `panels` panels; `ahead`: a panel to ask for meanwhile, or NULL. */
+SIMD void dot_tile(const int n, const int panels, const clipft_int8_tile *t, const uint8_t *x, const int8_t *w, int32_t *sums,
+                   const int8_t *ahead)
 {
     const int vecs = panels * PANEL_VECS;
     const int64_t x_stride = t->x_stride, w_stride = t->w_stride;
@@ -28,6 +31,7 @@ SIMD void dot_tile(const int n, const int panels, const clipft_int8_tile *t, con
     UNROLL for (int i = 0; i < n; ++i) UNROLL for (int c = 0; c < vecs; ++c) acc[i][c] = (i32v){0};
     for (int64_t k = 0; k < t->depth; k += 4, w += BLOCK) {
         i32v p[INT8_PANELS * PANEL_VECS];
+        if (ahead) __builtin_prefetch(ahead + k * CLIPFT_INT8_PANEL, 0, 2);
         UNROLL for (int c = 0; c < vecs; ++c)
             memcpy(&p[c], w + c / PANEL_VECS * w_stride + c % PANEL_VECS * (int64_t)sizeof p[c], sizeof p[c]);
         UNROLL for (int i = 0; i < n; ++i)
@@ -47,27 +51,31 @@ SIMD void dot_panels(const int panels, const clipft_int8_tile *t, int64_t p, int
     const uint8_t *x = t->x;
     int64_t left = t->rows;
     sums += p * CLIPFT_INT8_PANEL;
-    for (; left >= INT8_ROWS; left -= INT8_ROWS, x += INT8_ROWS * t->x_stride, sums += INT8_ROWS * CLIPFT_INT8_COLS)
-        dot_tile(INT8_ROWS, panels, t, x, w, sums);
+    int64_t tile = 0;
+    for (; left >= INT8_ROWS; left -= INT8_ROWS, x += INT8_ROWS * t->x_stride, sums += INT8_ROWS * CLIPFT_INT8_COLS, ++tile)
+        if (tile < t->ahead_panels)
+            dot_tile(INT8_ROWS, panels, t, x, w, sums, t->ahead + tile * t->w_stride);
+        else
+            dot_tile(INT8_ROWS, panels, t, x, w, sums, NULL);
     switch (left) {
 #if INT8_ROWS > 5
     case 5:
-        dot_tile(5, panels, t, x, w, sums);
+        dot_tile(5, panels, t, x, w, sums, NULL);
         break;
 #endif
 #if INT8_ROWS > 4
     case 4:
-        dot_tile(4, panels, t, x, w, sums);
+        dot_tile(4, panels, t, x, w, sums, NULL);
         break;
 #endif
     case 3:
-        dot_tile(3, panels, t, x, w, sums);
+        dot_tile(3, panels, t, x, w, sums, NULL);
         break;
     case 2:
-        dot_tile(2, panels, t, x, w, sums);
+        dot_tile(2, panels, t, x, w, sums, NULL);
         break;
     case 1:
-        dot_tile(1, panels, t, x, w, sums);
+        dot_tile(1, panels, t, x, w, sums, NULL);
         break;
     default:
         break;

@@ -8,6 +8,7 @@
 
 #define CLIPFT_DECLARE_INT8_KERNELS(isa)                                                                                                   \
     CLIPFT_DECLARE_INT8_DOT(isa)                                                                                                           \
+    void clipft_row_norm_##isa(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *out);                  \
     void clipft_row_range_##isa(const float *x, int64_t n, clipft_range *range);                                                           \
     void clipft_row_quantize_##isa(const float *x, int64_t n, float inverse, int32_t zero, uint8_t *q);                                    \
     void clipft_int8_finish_##isa(const clipft_int8_finish *finish, const int32_t *sums);

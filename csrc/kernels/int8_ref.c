@@ -4,6 +4,16 @@
 #include <math.h>
 #include <string.h>
 
+void clipft_row_norm_ref(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *out)
+{
+    double sum = 0.0, squares = 0.0;
+    for (int64_t j = 0; j < n; ++j) sum += (double)x[j];
+    const double mean = sum / (double)n;
+    for (int64_t j = 0; j < n; ++j) squares += ((double)x[j] - mean) * ((double)x[j] - mean);
+    const double inverse = 1.0 / sqrt(squares / (double)n + (double)eps);
+    for (int64_t j = 0; j < n; ++j) out[j] = (float)(((double)x[j] - mean) * inverse) * weight[j] + bias[j];
+}
+
 void clipft_row_range_ref(const float *x, int64_t n, clipft_range *range)
 {
     clipft_range r = *range;
@@ -53,6 +63,6 @@ void clipft_int8_finish_ref(const clipft_int8_finish *finish, const int32_t *sum
             /* Either term may wrap; their difference is a sum that fits. */
             const uint32_t sum = (uint32_t)sums[i * CLIPFT_INT8_COLS + j] - (uint32_t)f.row_zero[i] * (uint32_t)f.col_sum[j];
             const float v = (float)(int32_t)sum * f.col_scale[j] * f.row_scale[i] + f.bias[j];
-            f.out[i * f.out_stride + j] = activate(v, f.activation);
+            f.out[i * f.out_stride + j] = activate(v, f.activation) + (f.residual ? f.residual[i * f.residual_stride + j] : 0.0F);
         }
 }

@@ -25,12 +25,14 @@ static inline clipft_matrix clipft_rows(clipft_matrix m, int64_t begin, int64_t 
     return (clipft_matrix){m.data + begin * m.row_stride, end - begin, m.cols, m.row_stride, m.col_stride};
 }
 
-/* What a driver needs from where it runs. Both calls return false when the host failed. */
+/* What a driver needs from where it runs. Calls return false when the host failed. */
 typedef struct clipft_host {
     /* c = a b, or c += a b. Uses all threads itself. */
     bool (*gemm)(clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate);
     /* Calls fn on sub-ranges that cover begin .. end - 1, of `grain` items or more, but for the last. */
     bool (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*fn)(int64_t begin, int64_t end, void *ctx), void *ctx);
+    /* Sub-ranges that may run at once, at least 1. */
+    int64_t (*threads)(void);
 } clipft_host;
 
 /* How a row of a tile becomes a row of d loss / d logits; see row_softmax_grad. */
@@ -69,6 +71,7 @@ typedef struct clipft_softmax_cols {
     SLOT(row_merge)                                                                                                                        \
     SLOT(row_quick_gelu)                                                                                                                   \
     SLOT(row_quick_gelu_grad)                                                                                                              \
+    SLOT(row_norm)                                                                                                                         \
     SLOT(row_range)                                                                                                                        \
     SLOT(row_quantize)                                                                                                                     \
     SLOT(int8_dot)                                                                                                                         \
@@ -130,6 +133,8 @@ typedef struct clipft_int8_tile {
     const int8_t *w;  /* [panels, depth / 4, 16, 4], panels w_stride apart */
     int64_t x_stride, w_stride;
     int64_t rows, panels, depth; /* depth a multiple of 4 */
+    const int8_t *ahead;         /* panels that are multiplied next, w_stride apart: asked for meanwhile */
+    int64_t ahead_panels;
 } clipft_int8_tile;
 
 typedef enum clipft_activation { CLIPFT_NO_ACTIVATION, CLIPFT_QUICK_GELU, CLIPFT_GELU, CLIPFT_ACTIVATIONS } clipft_activation;
@@ -141,8 +146,9 @@ typedef struct clipft_int8_finish {
     const float *col_scale;  /* [cols] */
     const int32_t *col_sum;  /* [cols] */
     const float *bias;       /* [cols] */
-    float *out;              /* [rows, cols], rows out_stride apart */
-    int64_t rows, cols, out_stride;
+    const float *residual;   /* [rows, cols], rows residual_stride apart, or NULL */
+    float *out;              /* [rows, cols], rows out_stride apart; may be the residual */
+    int64_t rows, cols, out_stride, residual_stride;
     clipft_activation activation;
 } clipft_int8_finish;
 
@@ -204,6 +210,9 @@ typedef struct clipft_kernels {
     /* out[j] = grad[j] * d quick_gelu(x[j]) / d x[j]; out may be either. */
     void (*row_quick_gelu_grad)(const float *x, const float *grad, float *out, int64_t n);
 
+    /* out[j] = (x[j] - mean) / sqrt(variance + eps) * weight[j] + bias[j], mean and (biased) variance those of x; out may be x. */
+    void (*row_norm)(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *out);
+
     /* Widens the range to hold x. Exact: every ISA agrees. */
     void (*row_range)(const float *x, int64_t n, clipft_range *range);
 
@@ -214,8 +223,8 @@ typedef struct clipft_kernels {
     /* sums[i][j] = sum_k x[i][k] * w[j][k], rows CLIPFT_INT8_COLS apart. Exact. */
     void (*int8_dot)(const clipft_int8_tile *tile, int32_t *sums);
 
-    /* out[i][j] = activation((sums[i][j] - row_zero[i] * col_sum[j]) * col_scale[j] * row_scale[i] + bias[j]), the bracket exact; where
-     * the activation tends to 0 it is 0, even of -Inf. */
+    /* out[i][j] = activation((sums[i][j] - row_zero[i] * col_sum[j]) * col_scale[j] * row_scale[i] + bias[j]) + residual[i][j], the bracket
+     * exact; where the activation tends to 0 it is 0, even of -Inf. */
     void (*int8_finish)(const clipft_int8_finish *finish, const int32_t *sums);
 } clipft_kernels;
 

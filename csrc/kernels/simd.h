@@ -3,6 +3,9 @@
  *   CLIPFT_LANES   floats in a vector
  *   CLIPFT_TARGET  __attribute__((target(...))) of the ISA, or nothing; every function that handles vectors carries it, because a compiler
  * lowers wide vectors to narrow ones wherever the target is missing, even in what is inlined later. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -48,7 +51,18 @@ SIMD f32v f32v_select(i32v mask, f32v a, f32v b) { return (f32v)((mask & (i32v)a
 
 SIMD f32v f32v_zero_where(i32v mask, f32v a) { return (f32v)(~mask & (i32v)a); }
 
+/* a > b ? a : b and a < b ? a : b, lane by lane: so b where either is NaN. Compilers do not see x86's single instructions in the selection.
+ */
+#if defined(__x86_64__) && CLIPFT_LANES == 16
+SIMD f32v f32v_max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
+SIMD f32v f32v_min(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__x86_64__) && CLIPFT_LANES == 8
+SIMD f32v f32v_max(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
+SIMD f32v f32v_min(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 SIMD f32v f32v_max(f32v a, f32v b) { return f32v_select(a > b, a, b); }
+SIMD f32v f32v_min(f32v a, f32v b) { return f32v_select(a < b, a, b); }
+#endif
 
 /* The first n lanes from p, the rest `fill`: a row's last, partial vector, read and written without touching what lies beyond it. */
 SIMD f32v load_part(const float *p, int64_t n, float fill)

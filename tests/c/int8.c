@@ -37,7 +37,7 @@ static void test_dot(int64_t rows, int64_t panels, int64_t depth, int values)
     uint8_t *x = check_alloc(x_size, 1);
     int8_t *w = check_alloc(w_size, 1);
     int32_t *sums = check_alloc(rows * CLIPFT_INT8_COLS, sizeof *sums), *want = check_alloc(rows * CLIPFT_INT8_COLS, sizeof *want);
-    const clipft_int8_tile tile = {x, w, stride, w_stride, rows, panels, depth};
+    const clipft_int8_tile tile = {x, w, stride, w_stride, rows, panels, depth, w, rows % 3};
     fill_tile(x, x_size, w, w_size, values);
     memset(sums, 0x55, bytes);
     memset(want, 0x55, bytes);
@@ -102,8 +102,10 @@ static double tolerance(double v, double size, clipft_activation activation)
     return activation == CLIPFT_GELU ? before + (1e-7 + 8.0 * u) * fabs(v) : before;
 }
 
+/* Every second time with a residual, which the results then replace. */
 static void test_finish(int64_t rows, int64_t cols, clipft_activation activation, float spread)
 {
+    static bool residual;
     float row_scale[12], col_scale[CLIPFT_INT8_COLS], bias[CLIPFT_INT8_COLS];
     int32_t row_zero[12], col_sum[CLIPFT_INT8_COLS], sums[12 * CLIPFT_INT8_COLS] = {0};
     const int64_t stride = cols + 1;
@@ -113,14 +115,17 @@ static void test_finish(int64_t rows, int64_t cols, clipft_activation activation
         col_scale[j] = uniform() * 1e-3F, col_sum[j] = pick(-98304, 98304), bias[j] = uniform() * spread;
     for (int64_t k = 0; k < rows * CLIPFT_INT8_COLS; ++k) sums[k] = pick(-500000, 500000);
     for (int64_t k = 0; k < rows * stride; ++k) out[k] = 7.0F;
-    const clipft_int8_finish finish = {row_scale, row_zero, col_scale, col_sum, bias, out, rows, cols, stride, activation};
+    residual = !residual;
+    const double before = residual ? 7.0 : 0.0;
+    const clipft_int8_finish finish = {row_scale, row_zero, col_scale, col_sum, bias,   residual ? out : NULL,
+                                       out,       rows,     cols,      stride,  stride, activation};
     clipft_kernel_table.int8_finish(&finish, sums);
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < cols; ++j) {
             const double sum = sums[i * CLIPFT_INT8_COLS + j] - (double)row_zero[i] * col_sum[j];
             const double product = sum * (double)row_scale[i] * (double)col_scale[j], v = product + (double)bias[j];
-            check_near((double)out[i * stride + j], activated(v, activation), tolerance(v, fabs(product) + fabs(v), activation),
-                       "int8_finish", cols);
+            const double want = activated(v, activation) + before, error = tolerance(v, fabs(product) + fabs(v), activation);
+            check_near((double)out[i * stride + j], want, error + u * before * fabs(want), "int8_finish", cols);
         }
         check_near((double)out[i * stride + cols], 7.0, 0.0, "int8_finish wrote beyond the row", cols);
     }
@@ -139,14 +144,43 @@ static void test_finish_specials(void)
     for (int j = 0; j < CLIPFT_INT8_COLS; ++j) col_scale[j] = 1.0F;
     for (int k = 0; k < 5 * CLIPFT_INT8_COLS; ++k) sums[k] = 1;
     for (int activation = 0; activation < CLIPFT_ACTIVATIONS; ++activation) {
-        const clipft_int8_finish finish = {row_scale, row_zero, col_scale,        col_sum,          bias,
-                                           out,       5,        CLIPFT_INT8_COLS, CLIPFT_INT8_COLS, (clipft_activation)activation};
+        const clipft_int8_finish finish = {.row_scale = row_scale,
+                                           .row_zero = row_zero,
+                                           .col_scale = col_scale,
+                                           .col_sum = col_sum,
+                                           .bias = bias,
+                                           .out = out,
+                                           .rows = 5,
+                                           .cols = CLIPFT_INT8_COLS,
+                                           .out_stride = CLIPFT_INT8_COLS,
+                                           .activation = (clipft_activation)activation};
         clipft_kernel_table.int8_finish(&finish, sums);
         for (int k = 0; k < 5 * CLIPFT_INT8_COLS; ++k) {
             const double expected = want[activation][k / CLIPFT_INT8_COLS];
             check_near((double)out[k], expected, 1e-6 * fabs(expected), "int8_finish of specials", activation);
         }
     }
+}
+
+/* Mean and variance err by a few roundings of the row's largest value, however long it is: sums run in many lanes and double would not
+ * tell. */
+static void test_norm(int64_t n, float offset, float eps)
+{
+    float x[1040] = {0}, weight[1040] = {0}, bias[1040] = {0}, out[1040];
+    double sum = 0.0, squares = 0.0, largest = 0.0;
+    for (int64_t j = 0; j < n; ++j) x[j] = uniform() + offset, weight[j] = uniform(), bias[j] = uniform(), sum += (double)x[j];
+    const double mean = sum / (double)n;
+    for (int64_t j = 0; j < n; ++j) squares += pow((double)x[j] - mean, 2), largest = fmax(largest, fabs((double)x[j]));
+    const double inverse = 1.0 / sqrt(squares / (double)n + (double)eps);
+    clipft_kernel_table.row_norm(x, n, weight, bias, eps, out);
+    for (int64_t j = 0; j < n; ++j) {
+        const double normed = ((double)x[j] - mean) * inverse, moved = (8.0 + (double)n / 32.0) * u * largest * inverse;
+        const double error = moved * (1.0 + fabs(normed)) + 8.0 * u * fabs(normed);
+        check_near((double)out[j], normed * (double)weight[j] + (double)bias[j],
+                   error * fabs((double)weight[j]) + 2.0 * u * (1.0 + fabs(normed)), "row_norm", n);
+    }
+    clipft_kernel_table.row_norm(x, n, weight, bias, eps, x);
+    check_same(x, out, (size_t)n * sizeof *x, "row_norm in place", n);
 }
 
 /* ---- the driver ---- */
@@ -262,10 +296,55 @@ static void test_layer(const layer_case *c)
     clipft_int8_header header;
     check_near(clipft_int8_packed(d.packed, size, &header) && header.out == c->out && header.in == c->in, 1.0, 0.0, "int8_packed", size);
     check_near(!clipft_int8_packed(d.packed, size - 1, &header), 1.0, 0.0, "int8_packed of a part", size);
-    const clipft_int8_layer layer = {d.packed, d.scale, c->bias ? d.bias : (clipft_view){0}, c->activation};
-    check_near(clipft_int8_linear(&layer, &check_host, &d.x, &d.y), 1.0, 0.0, "int8_linear", size);
+    const clipft_int8_layer layer = {d.packed, c->out, c->in, d.scale, c->bias ? d.bias : (clipft_view){0}, c->activation};
+    const clipft_int8_chain chain = {.layers = {layer}, .count = 1};
+    check_near(clipft_int8_run(&chain, &check_host, &d.x, &d.y), 1.0, 0.0, "int8_linear", size);
     check_layer(c, &d);
     free(d.x.data), free(d.y.data), free(d.scale.data), free(d.bias.data), free(d.w), free(d.packed);
+}
+
+/* What fuses norm, two layers and a residual, against the same one after the other: equal but for the rounding of 16-bit rows in between,
+ * so exactly in float32. 200 rows go block by block, 9 by channels. */
+static void test_chain(int64_t rows, clipft_float_kind kind, int count, bool norm, bool residual)
+{
+    enum { IN = 70, HIDDEN = 131, OUT = 67 };
+    const int64_t sizes[] = {IN, HIDDEN, count > 1 ? OUT : HIDDEN};
+    clipft_view x = make_view(rows, IN, false, kind), y = make_view(rows, sizes[2], false, kind),
+                normed = make_view(rows, IN, false, CLIPFT_FLOAT32);
+    const clipft_view hidden = make_view(rows, HIDDEN, false, CLIPFT_FLOAT32), want = make_view(rows, sizes[2], false, CLIPFT_FLOAT32);
+    const clipft_view weight = make_view(1, IN, false, CLIPFT_FLOAT32), bias = make_view(1, IN, false, kind);
+    const clipft_view scale = make_view(1, HIDDEN, false, CLIPFT_FLOAT32), added = make_view(rows, sizes[2], residual, kind);
+    clipft_int8_chain chain = {.count = count, .norm_eps = 1e-5F};
+    float row[IN], shift[IN];
+    for (int k = 0; k < count; ++k) {
+        const int64_t in = sizes[k], out = sizes[k + 1];
+        int8_t *w = check_alloc(in * out, 1);
+        uint8_t *packed = check_alloc(clipft_int8_packed_size(out, in), 1);
+        for (int64_t j = 0; j < in * out; ++j) w[j] = (int8_t)pick(-128, 127);
+        clipft_int8_pack(&check_host, w, out, in, in, 1, packed);
+        chain.layers[k] = (clipft_int8_layer){packed, out, in, scale, {0}, k + 1 < count ? CLIPFT_QUICK_GELU : CLIPFT_NO_ACTIVATION};
+        free(w);
+    }
+    clipft_view_read(&bias, 0, 0, IN, shift);
+    for (int64_t i = 0; i < rows; ++i) {
+        clipft_view_read(&x, i, 0, IN, row);
+        if (norm) clipft_kernel_table.row_norm(row, IN, clipft_view_floats(&weight, 0, 0), shift, chain.norm_eps, row);
+        clipft_view_write(&normed, i, 0, IN, row);
+    }
+    clipft_int8_chain first = {.layers = {chain.layers[0]}, .count = 1}, second = {.layers = {chain.layers[1]}, .count = 1};
+    clipft_int8_run(&first, &check_host, &normed, count > 1 ? &hidden : &want);
+    if (count > 1) clipft_int8_run(&second, &check_host, &hidden, &want);
+    if (norm) chain.norm_weight = weight, chain.norm_bias = bias;
+    if (residual) chain.residual = added;
+    check_near(clipft_int8_run(&chain, &check_host, &x, &y), 1.0, 0.0, "int8_run", rows);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < sizes[2]; ++j) {
+            const double sum = (double)(float)(held(&want, i, j) + (residual ? held(&added, i, j) : 0.0));
+            check_near(held(&y, i, j), sum, kind == CLIPFT_BFLOAT16 ? 0x1p-8 * fabs(sum) : 0.0, "chain", rows);
+        }
+    for (int k = 0; k < count; ++k) free((void *)(uintptr_t)chain.layers[k].packed);
+    free(x.data), free(y.data), free(normed.data), free(hidden.data), free(want.data), free(weight.data), free(bias.data);
+    free(scale.data), free(added.data);
 }
 
 /* Sums as large as they get: in the middle they pass what 16 bits hold, and zero * column sum wraps. */
@@ -280,8 +359,8 @@ static void test_extremes(void)
     for (int64_t k = 0; k < (int64_t)IN * OUT; ++k) w[k] = (int8_t)(k / IN % 2 ? -128 : 127);
     for (int64_t j = 0; j < OUT; ++j) clipft_view_floats(&scale, 0, j)[0] = 1.0F;
     clipft_int8_pack(&check_host, w, OUT, IN, IN, 1, packed);
-    const clipft_int8_layer layer = {packed, scale, {0}, CLIPFT_NO_ACTIVATION};
-    clipft_int8_linear(&layer, &check_host, &x, &y);
+    const clipft_int8_chain chain = {.layers = {{packed, OUT, IN, scale, {0}, CLIPFT_NO_ACTIVATION}}, .count = 1};
+    clipft_int8_run(&chain, &check_host, &x, &y);
     for (int64_t i = 0; i < 2; ++i)
         for (int64_t j = 0; j < OUT; ++j)
             check_near(held(&y, i, j), (double)(float)((i ? -127 : 127) * (j % 2 ? -128 : 127) * (double)IN), 0.0, "extremes", IN);
@@ -303,6 +382,8 @@ void test_int8(void)
         test_quantize(widths[n], 1.0F, 64);
         test_quantize(widths[n], 3.1415926F, 0);
         test_quantize(widths[n], 1.0e-30F, 127);
+        test_norm(widths[n] + 1, 0.0F, 1e-5F);
+        test_norm(widths[n] + 1, 20.0F, 1e-5F);
         for (int a = 0; a < CLIPFT_ACTIVATIONS; ++a) {
             test_finish(n % 13, widths[n], (clipft_activation)a, 0.01F);
             test_finish(12, widths[n], (clipft_activation)a, 1.0F);
@@ -311,5 +392,10 @@ void test_int8(void)
     }
     test_finish_specials();
     for (int c = 0; c < COUNT(cases); ++c) test_layer(&cases[c]);
+    for (int k = 0; k < 16; ++k) {
+        test_chain(200, k & 8 ? CLIPFT_BFLOAT16 : CLIPFT_FLOAT32, 1 + (k & 1), k & 2, k & 4);
+        test_chain(9, k & 8 ? CLIPFT_BFLOAT16 : CLIPFT_FLOAT32, 1 + (k & 1), k & 2, k & 4);
+    }
+    test_norm(1030, 1.0F, 1e-5F);
     test_extremes();
 }

@@ -23,7 +23,9 @@ static bool plain_for(int64_t begin, int64_t end, int64_t grain, void (*fn)(int6
     return true;
 }
 
-const clipft_host check_host = {plain_gemm, plain_for};
+static int64_t two_threads(void) { return 2; }
+
+const clipft_host check_host = {plain_gemm, plain_for, two_threads};
 
 int main(void)
 {
