@@ -7,6 +7,7 @@ unbroken one would have seen, with any number of workers.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,10 +126,11 @@ class PairRows(Dataset[dict[str, Any]]):
     come from it.
 
     An index may be a pair (epoch, i): the row then carries ``draw = (epoch, i)``, which makes it a training row. A data
-    set without captions gets them from its class names through ``templates``.
+    set without captions gets them from its class names through ``templates``. With ``images=False`` rows come without
+    their pictures, for a collator that has features of them, and carry ``index`` instead.
     """
 
-    def __init__(self, dataset: Any, templates: Sequence[str] = DEFAULT_TEMPLATES) -> None:
+    def __init__(self, dataset: Any, templates: Sequence[str] = DEFAULT_TEMPLATES, *, images: bool = True) -> None:
         if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(f"dataset: expected one with a length and rows by index, got {type(dataset).__name__}")
         if len(dataset) == 0:
@@ -140,14 +142,19 @@ class PairRows(Dataset[dict[str, Any]]):
         self._class_captions: list[list[str]] | None = None
         if "caption" not in columns:
             self._class_captions = _class_captions(dataset, columns, templates)
+        self._without_images = None if images else _drop_images(dataset, columns)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index = key[1] if isinstance(key, tuple) else key
-        row = read_row(self.dataset, index)
-        pair = {"image": row["image"], "captions": self._captions_of(row, index)}
+        row = read_row(self.dataset if self._without_images is None else self._without_images, index)
+        pair: dict[str, Any] = {"captions": self._captions_of(row, index)}
+        if self._without_images is None:
+            pair["image"] = row["image"]
+        else:
+            pair["index"] = index
         if self._class_captions is not None:
             pair["label"] = int(row["label"])
         if isinstance(key, tuple):
@@ -170,6 +177,12 @@ class PairRows(Dataset[dict[str, Any]]):
         if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
             raise ValueError(f"row {index}: expected a caption or a list of captions, got {row['caption']!r}")
         return captions
+
+
+def _drop_images(dataset: Any, columns: list[str]) -> Any:
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset
+    return dataset.select_columns([name for name in ("caption", "label") if name in columns])
 
 
 def read_row(dataset: Any, index: int) -> dict[str, Any]:
@@ -240,6 +253,20 @@ def mix_seed(*parts: Any) -> int:
 # ---- collator ----
 
 
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """``pooler_output`` of frozen towers for one data set, from ``clipft.features``; None for a tower that trains.
+
+    Attributes:
+        images: [N, D], in the order of the rows.
+        texts: [M, D], and ``text_rows``, the row of each caption.
+    """
+
+    images: Tensor | None = None
+    texts: Tensor | None = None
+    text_rows: dict[str, int] | None = None
+
+
 class CLIPDataCollator:
     """Rows to a batch: ``pixel_values``, ``input_ids``, ``attention_mask``, ``labels``.
 
@@ -267,15 +294,29 @@ class CLIPDataCollator:
         self.seed = seed
         self.max_length = max_length
         self.augmentation = augmentation or Augmentation()
+        self.features: FrozenFeatures | None = None
         self._plain = build_transform(processor.image_processor)
         self._random = build_transform(processor.image_processor, self.augmentation)
 
+    def with_features(self, features: FrozenFeatures | None) -> CLIPDataCollator:
+        """The same for a data set whose frozen towers' outputs are known; they take the place of inputs."""
+        other = copy.copy(self)
+        other.features = features
+        return other
+
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch: ``pixel_values`` [N, 3, H, W], ``input_ids`` and ``attention_mask`` [N, L], ``labels`` [N]."""
+        """The batch of N rows with U distinct captions: ``pixel_values`` [N, 3, H, W], ``input_ids`` and
+        ``attention_mask`` [U, L], ``text_index`` [N] where U < N, ``labels`` [N]; ``image_pooler_output`` [N, D] and
+        ``text_pooler_output`` [U, D] instead where features are known."""
         pictures, captions = zip(*map(self._draw, rows), strict=True)
-        batch = {"pixel_values": torch.stack(pictures)}
+        known = self.features or FrozenFeatures()
+        batch: dict[str, Tensor] = {}
+        if known.images is not None:
+            batch["image_pooler_output"] = known.images[[row["index"] for row in rows]]
+        else:
+            batch["pixel_values"] = torch.stack(pictures)
         if all(caption is not None for caption in captions):
-            batch.update(tokenize(self.processor, list(captions), self.max_length))
+            batch |= self._texts(list(captions), known)
         labels = [row.get("label", caption) for row, caption in zip(rows, captions, strict=True)]
         if all(label is not None for label in labels):
             batch["labels"] = torch.tensor(
@@ -283,15 +324,29 @@ class CLIPDataCollator:
             )
         return batch
 
-    def _draw(self, row: dict[str, Any]) -> tuple[Tensor, str | None]:
+    def _texts(self, captions: list[str], known: FrozenFeatures) -> dict[str, Tensor]:
+        place = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+        batch: dict[str, Tensor] = {}
+        if known.texts is not None:
+            assert known.text_rows is not None
+            batch["text_pooler_output"] = known.texts[[known.text_rows[caption] for caption in place]]
+        else:
+            batch |= tokenize(self.processor, list(place), self.max_length)
+        if len(place) < len(captions):
+            batch["text_index"] = torch.tensor([place[caption] for caption in captions])
+        return batch
+
+    def _draw(self, row: dict[str, Any]) -> tuple[Tensor | None, str | None]:
         captions = row.get("captions", row.get("caption"))
         captions = [captions] if isinstance(captions, str) else captions
         if "draw" not in row:
-            return self._plain(row["image"]), captions[0] if captions else None
+            picture = self._plain(row["image"]) if "image" in row else None
+            return picture, captions[0] if captions else None
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(mix_seed(self.seed, *row["draw"]))
             choice = int(torch.randint(len(captions), ())) if captions else 0
-            return self._random(row["image"]), captions[choice] if captions else None
+            picture = self._random(row["image"]) if "image" in row else None
+            return picture, captions[choice] if captions else None
 
 
 def tokenize(processor: CLIPProcessor, captions: list[str], max_length: int | None = None) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.activations import QuickGELUActivation
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import cached_file
@@ -205,22 +206,36 @@ class FusedCLIPModel(CLIPModel):
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
         return_logits: bool | None = None,
+        image_pooler_output: Tensor | None = None,
+        text_pooler_output: Tensor | None = None,
+        text_index: Tensor | None = None,
         **kwargs: Any,
     ) -> FusedCLIPOutput:
         """As ``CLIPModel.forward``, but with ``return_loss=True`` logits come only with ``return_logits=True``.
+
+        ``image_pooler_output`` and ``text_pooler_output`` [N, D]: what that tower gave before the projection, in place
+        of pixels or tokens. ``text_index`` [N]: the text of each picture, where texts that are equal come once.
 
         Embeddings are L2-normalised in float32, whatever the towers compute in: at a scale of 100, bfloat16 embeddings
         would move logits by tenths.
         """
         if return_logits is None:
             return_logits = not return_loss
-        vision = self.get_image_features(
-            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
-        )
-        text = self.get_text_features(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-        )
+        if image_pooler_output is None:
+            vision = self.get_image_features(
+                pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+            )
+        else:
+            vision = BaseModelOutputWithPooling(pooler_output=self.visual_projection(image_pooler_output))
+        if text_pooler_output is None:
+            text = self.get_text_features(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+            )
+        else:
+            text = BaseModelOutputWithPooling(pooler_output=self.text_projection(text_pooler_output))
         image_embeds, text_embeds = _normalised(vision.pooler_output), _normalised(text.pooler_output)
+        if text_index is not None:
+            text_embeds = text_embeds[text_index]
         scale = self.logit_scale.exp()
         loss = logits = None
         if return_loss:

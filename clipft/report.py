@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ class ProgressReport(TrainerCallback):
         self.progress = bar(console)
         self.title = title
         self.task: Any = None
+
+    def track(self, loop: Iterable[Any]) -> Iterable[Any]:
+        """A bar for the frozen towers' features, above that of the training."""
+        self.progress.start()
+        return self.progress.track(loop, description="frozen towers")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar; a resumed run starts where it was."""

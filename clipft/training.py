@@ -13,20 +13,23 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import CLIPProcessor, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from clipft.data import DEFAULT_TEMPLATES, Augmentation, CLIPDataCollator, EpochSampler, PairRows
+from clipft.data import DEFAULT_TEMPLATES, Augmentation, CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows
 from clipft.evaluation import embed_texts, index_texts, retrieval_metrics
+from clipft.features import FrozenTowers, frozen_towers
 from clipft.models import fuse
 from clipft.ops import contrastive_loss
 
@@ -77,6 +80,12 @@ class CLIPTrainingArguments(TrainingArguments):
         default_factory=lambda: list(DEFAULT_TEMPLATES),
         metadata={"help": "Captions from class names, where the data set has labels and no captions."},
     )
+    cache_frozen: bool = field(
+        default=True, metadata={"help": "Compute the outputs of a frozen tower once, not in every epoch."}
+    )
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Folder for them, shared by runs; default: features in output_dir."}
+    )
     cudnn_benchmark: bool = field(
         default=False, metadata={"help": "Let cuDNN time its kernels; batches have one size."}
     )
@@ -121,10 +130,62 @@ class CLIPTrainer(Trainer):
     # ---- data ----
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return super()._get_dataloader(PairRows(dataset, self.args.caption_templates), *args, **kwargs)
+        rows = PairRows(dataset, self.args.caption_templates)
+        self._features = self._frozen_features(rows, kwargs.get("is_training", False))
+        if self._features and self._features.images is not None:
+            rows = PairRows(dataset, self.args.caption_templates, images=False)
+        return super()._get_dataloader(rows, *args, **kwargs)
+
+    _features: FrozenFeatures | None = None
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
-        return data_collator  # PairRows has left out what is not needed
+        """The collator of the loader that is being made. PairRows has left out what is not needed."""
+        return data_collator.with_features(self._features) if self._features else data_collator
+
+    def _frozen_features(self, rows: PairRows, is_training: bool) -> FrozenFeatures | None:
+        """What frozen towers say of these rows, where that saves forward passes."""
+        collator = self.data_collator
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or not self.args.cache_frozen or not isinstance(collator, CLIPDataCollator):
+            return None
+        frozen = frozen_towers(self.model)
+        passes = self._passes(len(rows)) if is_training else math.inf
+        captions = sorted({caption for own in rows.captions() for caption in own}) if "text" in frozen else []
+        cache_texts = 0 < len(captions) < passes * len(rows)
+        cache_images = (
+            "vision" in frozen and passes > 1 and (not is_training or collator.augmentation == Augmentation())
+        )
+        if not (cache_texts or cache_images):
+            return None
+        with self.args.main_process_first(desc="features of frozen towers"):
+            towers = self._frozen_towers()
+            return FrozenFeatures(
+                images=towers.images(rows) if cache_images else None,
+                texts=towers.texts(captions) if cache_texts else None,
+                text_rows={caption: row for row, caption in enumerate(captions)},
+            )
+
+    def _frozen_towers(self) -> FrozenTowers:
+        args = self.args
+        return FrozenTowers(
+            self.model,
+            self.processing_class,
+            args.feature_cache or Path(str(args.output_dir)) / "features",
+            batch_size=args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+            precision=(self.accelerator.mixed_precision, self.compute_loss_context_manager),
+            max_length=cast(CLIPDataCollator, self.data_collator).max_length,
+            progress=self.progress or partial(tqdm, desc="frozen towers", disable=args.disable_tqdm),
+        )
+
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None  # around that loop, in place of tqdm
+
+    def _passes(self, rows: int) -> float:
+        """Epochs of the run, as planned."""
+        args = self.args
+        if args.max_steps <= 0:
+            return args.num_train_epochs
+        return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / rows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset

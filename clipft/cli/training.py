@@ -257,6 +257,7 @@ def _training_arguments(output: Path, **options: Any) -> Any:
 
     defaults: dict[str, Any] = {
         "output_dir": str(output / "checkpoints"),
+        "feature_cache": str(output / "features"),
         "save_strategy": "epoch",
         "save_total_limit": 2,
         "logging_steps": 5,
@@ -293,7 +294,9 @@ def _trainer(clip: Any, processor: Any, arguments: Any, *, sets: Sets, patience:
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
-        trainer.add_callback(ProgressReport(console))
+        report = ProgressReport(console)
+        trainer.add_callback(report)
+        trainer.progress = report.track
     return trainer
 
 

@@ -1,0 +1,193 @@
+"""What a frozen tower says of a data set, computed once and found again by content.
+
+A tower without trainable parameters gives the same output for a picture or a caption in every epoch. Its output before
+the projection (``pooler_output``), which is small, stands in for pixels or tokens from then on. On disk a file belongs
+to one tower (its weights and how inputs are prepared for it); a row in it, to the bytes of one picture or the tokens
+of one caption. So other splits, further epochs and later runs find what is there, and any change of model,
+preprocessing or data misses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from clipft.data import PairRows, build_transform, tokenize
+from clipft.evaluation import evaluating
+
+__all__ = ["FrozenTowers", "frozen_towers"]
+
+_DIGEST = 16  # bytes
+_TOWERS = {"vision": "vision_model", "text": "text_model"}
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+def frozen_towers(model: Any) -> frozenset[str]:
+    """Which of "vision" and "text" give the same output for the same input throughout a training run."""
+    clip = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(name for name, part in _TOWERS.items() if _is_frozen(getattr(clip, part)))
+
+
+def _is_frozen(tower: nn.Module) -> bool:
+    return not any(p.requires_grad for p in tower.parameters()) and not tower.config.attention_dropout  # type: ignore[union-attr]
+
+
+class FrozenTowers:
+    """Computes and keeps the features of a model's frozen towers.
+
+    Args:
+        model: a ``CLIPModel`` or a peft model of one.
+        processor: its processor.
+        folder: for the files; made when needed.
+        batch_size: pictures or captions a forward pass.
+        num_workers: processes that load pictures.
+        precision: a context for the forward passes, such as autocast, and its name.
+        max_length: most tokens of a caption.
+        progress: wraps the loops, for instance ``tqdm.tqdm``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        folder: str | Path,
+        *,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        precision: tuple[str, Callable[[], AbstractContextManager[Any]]] = ("", nullcontext),
+        max_length: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.clip = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.processor, self.folder = processor, Path(folder)
+        self.batch_size, self.num_workers, self.max_length = batch_size, num_workers, max_length
+        self.precision, self.progress = precision, progress or (lambda loop: loop)
+
+    def images(self, rows: PairRows) -> Tensor:
+        """[N, D] float32 on the CPU, in the order of the rows."""
+        pictures = _Pictures(rows, build_transform(self.processor.image_processor))
+        digests = [pictures.digest(index) for index in range(len(rows))]
+
+        def compute(missing: list[int]) -> Iterable[Tensor]:
+            subset = torch.utils.data.Subset(pictures, missing)
+            loader: Any = DataLoader(subset, self.batch_size, num_workers=self.num_workers)
+            return (self._forward("vision", pixel_values=pixels) for pixels in loader)
+
+        return self._features("vision", repr(self.processor.image_processor), digests, compute)
+
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """[M, D] float32 on the CPU, in the order of the captions."""
+        tokens = [tokenize(self.processor, [caption], self.max_length)["input_ids"][0] for caption in captions]
+        digests = [_digest(ids.numpy().tobytes()) for ids in tokens]
+
+        def compute(missing: list[int]) -> Iterable[Tensor]:
+            for start in range(0, len(missing), self.batch_size):
+                batch = [captions[index] for index in missing[start : start + self.batch_size]]
+                yield self._forward("text", **tokenize(self.processor, batch, self.max_length))
+
+        return self._features("text", "", digests, compute)
+
+    def _forward(self, tower: str, **inputs: Tensor) -> Tensor:
+        model = getattr(self.clip, _TOWERS[tower])
+        with evaluating(model) as device, self.precision[1]():
+            output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        return output.pooler_output.float().cpu()
+
+    def _features(
+        self, tower: str, preparation: str, digests: list[bytes], compute: Callable[[list[int]], Iterable[Tensor]]
+    ) -> Tensor:
+        path = self.folder / f"{tower}-{self._fingerprint(tower, preparation)}.safetensors"
+        known, table = _read(path)
+        first = {digest: index for index, digest in reversed(list(enumerate(digests))) if digest not in known}
+        missing = sorted(first.values())
+        if missing:
+            batches = range(0, len(missing), self.batch_size)
+            computed = zip(self.progress(batches), compute(missing), strict=True)
+            new = torch.cat([features for _, features in computed])
+            table = new if table is None else torch.cat([table, new])
+            known |= {digests[index]: len(known) + place for place, index in enumerate(missing)}
+            _write(path, known, table)
+        assert table is not None  # a data set has rows
+        return table[[known[digest] for digest in digests]]
+
+    def _fingerprint(self, tower: str, preparation: str) -> str:
+        model = getattr(self.clip, _TOWERS[tower])
+        digest = hashlib.blake2b(
+            f"{model.config.to_json_string()}/{preparation}/{self.precision[0]}".encode(), digest_size=_DIGEST
+        )
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+# ---- pictures ----
+
+
+class _Pictures(Dataset[Tensor]):
+    """``pixel_values`` of the rows."""
+
+    def __init__(self, rows: PairRows, transform: Callable[[Any], Tensor]) -> None:
+        self.rows, self.transform = rows, transform
+        self._stored: Any = None
+        data = rows.dataset
+        if isinstance(data, datasets.Dataset) and isinstance(data.features["image"], datasets.Image):
+            self._stored = data.select_columns("image").cast_column("image", datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(self.rows[index]["image"])
+
+    def digest(self, index: int) -> bytes:
+        """Of the file's bytes, or of the decoded picture where there is no file."""
+        if self._stored is not None:
+            stored = self._stored[index]["image"]
+            content = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+            return _digest(content)
+        pixels = np.asarray(self.rows[index]["image"])
+        return _digest(f"{pixels.dtype}/{pixels.shape}".encode(), np.ascontiguousarray(pixels).tobytes())
+
+
+def _digest(*parts: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+# ---- files ----
+
+
+def _read(path: Path) -> tuple[dict[bytes, int], Tensor | None]:
+    """Rows by digest. A file that is not there, or damaged, is one without rows: it is made anew."""
+    try:
+        tensors = load_file(path)
+        digests, table = tensors["digests"], tensors["pooler_output"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return {}, None
+    if digests.shape != (len(table), _DIGEST):
+        return {}, None
+    return {row.tobytes(): index for index, row in enumerate(digests.numpy())}, table
+
+
+def _write(path: Path, rows: dict[bytes, int], table: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digests = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, _DIGEST)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as staging:
+        staged = Path(staging) / path.name
+        save_file({"digests": digests, "pooler_output": table.contiguous()}, staged)
+        staged.replace(path)

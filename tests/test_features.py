@@ -1,0 +1,181 @@
+"""Frozen towers: their outputs are computed once, found again by content, and change nothing in a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from tiny_clip import captioned, labelled, picture, tiny_clip
+from torch.utils.data import Dataset
+
+import clipft
+
+
+def run(
+    folder: Path,
+    train: Any,
+    test: Any = None,
+    *,
+    strategy: str = "none",
+    seen: Counter[str] | None = None,
+    **options: Any,
+) -> clipft.CLIPTrainer:
+    """Train two epochs; `seen` counts the pictures and captions that go through each tower."""
+    model, processor = tiny_clip()
+    clipft.freeze(model, strategy)
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    for name, tower in (("vision", model.vision_model), ("text", model.text_model)):
+
+        def count(_: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+            if seen is not None:
+                seen[name] += len(output.pooler_output)
+
+        tower.register_forward_hook(count, with_kwargs=True)
+    arguments = clipft.CLIPTrainingArguments(**(defaults | options))
+    trainer = clipft.CLIPTrainer(model, arguments, train_dataset=train, eval_dataset=test, processing_class=processor)
+    trainer.train()
+    return trainer
+
+
+def losses(trainer: clipft.CLIPTrainer) -> torch.Tensor:
+    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+@pytest.mark.parametrize("strategy", ["text", "vision", "towers"])
+@pytest.mark.parametrize("data", ["captions", "classes"])
+def test_a_run_goes_as_without_the_cache(strategy: str, data: str, tmp_path: Path) -> None:
+    train = captioned(20, captions=3) if data == "captions" else labelled(20)
+    options: dict[str, Any] = {"strategy": strategy, "eval_strategy": "epoch"}
+    test = captioned(9, captions=2)
+    cached = run(tmp_path / "cached", train, test, **options)
+    plain = run(tmp_path / "plain", train, test, cache_frozen=False, **options)
+    torch.testing.assert_close(losses(cached), losses(plain), rtol=1e-4, atol=1e-5)
+    for name in ("eval_loss", "eval_image_to_text_R@1"):
+        assert cached.state.log_history[-2][name] == pytest.approx(plain.state.log_history[-2][name], abs=1e-4)
+    assert list((tmp_path / "cached" / "features").glob("*.safetensors")) and not (tmp_path / "plain/features").exists()
+
+
+def test_a_frozen_tower_runs_once_for_each_input(tmp_path: Path) -> None:
+    seen: Counter[str] = Counter()
+    run(tmp_path, labelled(20), strategy="towers", seen=seen)
+    assert seen == {"vision": 20, "text": 4}  # four class names
+    run(tmp_path, labelled(20), strategy="towers", seen=seen)
+    assert seen == {"vision": 20, "text": 4}  # all found on disk
+    run(tmp_path, labelled(23), strategy="towers", seen=seen)
+    assert seen == {"vision": 23, "text": 4}
+    with_text: Counter[str] = Counter()
+    run(tmp_path, labelled(20), strategy="vision", seen=with_text)
+    assert with_text["vision"] == 0 and with_text["text"] <= 2 * 3 * 4  # equal captions of a batch once
+
+
+def test_augmented_pictures_are_not_cached(tmp_path: Path) -> None:
+    seen: Counter[str] = Counter()
+    run(tmp_path, captioned(16), strategy="towers", seen=seen, horizontal_flip=0.5)
+    assert seen == {"vision": 32, "text": 16}
+
+
+def test_what_a_single_epoch_would_compute_anyway_is_not_kept(tmp_path: Path) -> None:
+    seen: Counter[str] = Counter()
+    run(tmp_path, captioned(16), strategy="towers", seen=seen, max_steps=1)
+    assert seen == {"vision": 8, "text": 8} and not (tmp_path / "features").exists()
+
+
+def test_another_model_or_picture_misses(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    options: dict[str, Any] = {"strategy": "vision", "feature_cache": str(store)}
+    run(tmp_path / "a", captioned(8), **options)
+    (first,) = store.iterdir()
+    seen: Counter[str] = Counter()
+    other = captioned(8).to_list()
+    rows = [row | {"image": picture(99)[0] if number == 3 else row["image"]} for number, row in enumerate(other)]
+    run(tmp_path / "b", datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()), seen=seen, **options)
+    assert seen["vision"] == 1 and list(store.iterdir()) == [first]
+
+    model, processor = tiny_clip()
+    clipft.freeze(model, "vision")
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    trainer = clipft.CLIPTrainer(
+        model,
+        clipft.CLIPTrainingArguments(
+            output_dir=str(tmp_path), feature_cache=str(store), use_cpu=True, disable_tqdm=True
+        ),
+        train_dataset=captioned(8),
+        processing_class=processor,
+    )
+    trainer.get_train_dataloader()
+    assert len(list(store.iterdir())) == 2
+    with torch.no_grad():
+        model.vision_model.post_layernorm.bias += 1.0
+    trainer.get_train_dataloader()
+    assert len(list(store.iterdir())) == 3
+
+
+def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
+    want = run(tmp_path, captioned(8), strategy="vision")
+    (file,) = (tmp_path / "features").iterdir()
+    whole = file.read_bytes()
+    for damage in (whole[:100], b"", whole[:-5]):
+        file.write_bytes(damage)
+        assert torch.equal(losses(run(tmp_path, captioned(8), strategy="vision")), losses(want))
+        assert file.read_bytes() == whole
+
+
+class Pictures(Dataset[dict[str, Any]]):
+    """Not from `datasets`: content is the decoded picture."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image: Image.Image = picture(index)[0]
+        return {"image": image, "caption": f"number {index}"}
+
+
+def test_any_data_set_with_rows(tmp_path: Path) -> None:
+    seen: Counter[str] = Counter()
+    run(tmp_path, Pictures(), strategy="towers", seen=seen)
+    assert seen == {"vision": 8, "text": 8}
+
+
+def test_only_an_adapter_on_one_tower_leaves_the_other_frozen(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model, processor = tiny_clip()
+    adapted = clipft.add_lora(model, r=2, targets="vision")
+    arguments = clipft.CLIPTrainingArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True)
+    trainer = clipft.CLIPTrainer(adapted, arguments, train_dataset=captioned(8), processing_class=processor)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert "text_pooler_output" in batch and "pixel_values" in batch
+    trainer.compute_loss(adapted, batch).backward()
+
+
+# ---- equal captions ----
+
+
+def test_equal_captions_of_a_batch_are_encoded_once(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    rows = [{"image": picture(index)[0], "captions": [f"caption {index % 3}"]} for index in range(7)]
+    batch = clipft.data.CLIPDataCollator(processor)(rows)
+    assert batch["input_ids"].shape[0] == 3 and batch["text_index"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    fused = clipft.fuse(model)
+    features = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    output = fused(**features, return_logits=True)
+    plain = {name: batch[name][batch["text_index"]] for name in ("input_ids", "attention_mask")}
+    want = fused(pixel_values=batch["pixel_values"], **plain, return_logits=True)
+    torch.testing.assert_close(output.logits_per_image, want.logits_per_image)
+    assert "text_index" not in clipft.data.CLIPDataCollator(processor)(rows[:3])
