@@ -16,7 +16,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPMLP
 
-from clipft.models import FusedQuickGELU
+from clipft.fused import FusedQuickGELU
 from clipft.ops import lora_linear, quick_gelu_lora_linear
 
 __all__ = ["FusedLoraLinear", "FusedMLP", "fuse_lora", "has_lora", "why_not"]

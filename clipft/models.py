@@ -1,8 +1,7 @@
 """Loading, freezing and fusing Hugging Face ``CLIPModel``.
 
-``fuse`` takes over instances by their class: parameters, names and hooks stay, only ``forward`` changes. The model's
-computes the loss with ``clipft.contrastive_loss`` and leaves the matrix of logits out unless it is asked for; its
-activations and peft's LoRA layers become ops. ``unfuse`` gives the classes back.
+``fuse`` takes over instances by their class: parameters, names and hooks stay, only ``forward`` changes, to those of
+``clipft.fused``. ``unfuse`` gives the classes back.
 """
 
 from __future__ import annotations
@@ -10,19 +9,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.activations import QuickGELUActivation
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPMLP, CLIPOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.models.clip.modeling_clip import CLIPMLP, CLIPEncoderLayer
 from transformers.utils.hub import cached_file
 
+from clipft.fused import FusedCLIPModel, FusedLastLayer, FusedQuickGELU
 from clipft.lora import is_adapter_folder, load_merged
 
 __all__ = ["freeze", "fuse", "load", "unfuse"]
@@ -30,8 +26,6 @@ __all__ = ["freeze", "fuse", "load", "unfuse"]
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "clipft_int8.safetensors")
 QUANT_METHOD = "clipft_int8"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_DIM = 8  # of the ops' inputs
 
 
 # ---- loading ----
@@ -181,121 +175,12 @@ def _all_but_last(layers: Iterable[nn.Module], count: int, strategy: str) -> lis
 # ---- fusing ----
 
 
-@dataclass
-class FusedCLIPOutput(CLIPOutput):
-    """``CLIPOutput`` and, last, the multiplier of the cosines (``logit_scale.exp()``), so that a loss outside the model
-    can use it.
-    """
-
-    logit_scale: Tensor | None = None
-
-
-class FusedCLIPModel(CLIPModel):
-    """A ``CLIPModel`` whose ``forward`` uses ``clipft.contrastive_loss``. Made by :func:`fuse` only."""
-
-    _clipft_stands_in_for = CLIPModel
-    accepts_loss_kwargs = False  # HF's Trainer asks: the loss is a mean over the batch it sees
-
-    @can_return_tuple
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        return_loss: bool | None = None,
-        interpolate_pos_encoding: bool = False,
-        return_logits: bool | None = None,
-        image_pooler_output: Tensor | None = None,
-        text_pooler_output: Tensor | None = None,
-        text_index: Tensor | None = None,
-        **kwargs: Any,
-    ) -> FusedCLIPOutput:
-        """As ``CLIPModel.forward``, but with ``return_loss=True`` logits come only with ``return_logits=True``.
-
-        ``image_pooler_output`` and ``text_pooler_output`` [N, D]: what that tower gave before the projection, in place
-        of pixels or tokens. ``text_index`` [N]: the text of each picture, where texts that are equal come once.
-
-        Embeddings are L2-normalised in float32, whatever the towers compute in: at a scale of 100, bfloat16 embeddings
-        would move logits by tenths.
-        """
-        if return_logits is None:
-            return_logits = not return_loss
-        if image_pooler_output is None:
-            vision = self.get_image_features(
-                pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
-            )
-        else:
-            vision = BaseModelOutputWithPooling(pooler_output=self.visual_projection(image_pooler_output))
-        if text_pooler_output is None:
-            text = self.get_text_features(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-            )
-        else:
-            text = BaseModelOutputWithPooling(pooler_output=self.text_projection(text_pooler_output))
-        image_embeds, text_embeds = _normalised(vision.pooler_output), _normalised(text.pooler_output)
-        if text_index is not None:
-            text_embeds = text_embeds[text_index]
-        scale = self.logit_scale.exp()
-        loss = logits = None
-        if return_loss:
-            from clipft.ops import contrastive_loss
-
-            loss = contrastive_loss(image_embeds, text_embeds, scale)
-        if return_logits:
-            logits = scale * image_embeds @ text_embeds.t()
-        return FusedCLIPOutput(
-            loss=loss,
-            logits_per_image=logits,
-            logits_per_text=None if logits is None else logits.t(),
-            text_embeds=text_embeds,
-            image_embeds=image_embeds,
-            text_model_output=text,
-            vision_model_output=vision,
-            logit_scale=scale,
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _new_fused_model, (), self.__getstate__()
-
-
-# save_pretrained writes the name into config.json, and peft name and module into adapter_config.json. Pickle and
-# deepcopy, which would look for the class there, go by __reduce__.
-FusedCLIPModel.__name__ = CLIPModel.__name__
-FusedCLIPModel.__module__ = CLIPModel.__module__
-
-
-def _new_fused_model() -> FusedCLIPModel:
-    return FusedCLIPModel.__new__(FusedCLIPModel)
-
-
-class FusedQuickGELU(QuickGELUActivation):
-    """A ``QuickGELUActivation`` on ``clipft.ops.quick_gelu``. Made by :func:`fuse` only."""
-
-    _clipft_stands_in_for = QuickGELUActivation
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the parameter's name in transformers)
-        """Any shape, kept."""
-        from clipft.ops import quick_gelu
-
-        if input.device.type != "cpu" or input.dtype not in _FLOATS or not 1 <= input.dim() <= _MAX_DIM:
-            return super().forward(input)
-        return quick_gelu(input)
-
-
-FusedQuickGELU.__name__ = QuickGELUActivation.__name__  # what print(model) shows
-
-
-def _normalised(embeds: Tensor) -> Tensor:
-    return embeds / torch.linalg.vector_norm(embeds, dim=-1, keepdim=True, dtype=torch.float32)
-
-
 def fuse(model: Any) -> Any:
     """Let an existing ``CLIPModel`` or peft model compute with clipft's ops.
 
     - A ``CLIPModel``, also the one inside a peft model, gets its loss from ``clipft.contrastive_loss``: with
-      ``return_loss=True`` the output holds ``loss``, ``image_embeds`` and ``text_embeds``, and logits only with
-      ``return_logits=True``. Its ``quick_gelu`` activations become one op each.
+      ``return_loss=True`` the output holds ``loss``, ``image_embeds`` and ``text_embeds``, and logits and the image
+      tower's ``last_hidden_state`` only with ``return_logits=True``. Its ``quick_gelu`` activations become one op each.
     - The ``lora.Linear`` layers of a peft model, of a ``CLIPModel`` or any other, run ``clipft.lora_linear``. All that
       peft does still works: several adapters, switching, disabling, merging, saving. What the op does not cover (DoRA
       and other variants, mixed batches, several active adapters, quantised layers, GPUs) runs peft's own forward; one
@@ -321,6 +206,10 @@ def fuse(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, CLIPMLP) and type(module.activation_fn) is QuickGELUActivation:
             module.activation_fn.__class__ = FusedQuickGELU
+    if isinstance(clip, FusedCLIPModel):
+        last = clip.vision_model.encoder.layers[-1]
+        if type(last) is CLIPEncoderLayer:
+            last.__class__ = FusedLastLayer
     if with_lora:
         from clipft.lora_layers import fuse_lora
 

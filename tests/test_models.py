@@ -234,3 +234,55 @@ def test_fuse_takes_the_model_inside_a_peft_model(batch: dict[str, torch.Tensor]
     torch.testing.assert_close(output.loss, expected)
     clipft.unfuse(model)
     assert type(model.get_base_model()) is CLIPModel
+
+
+# ---- the last layer, of which the class token alone is used ----
+
+
+def inputs_of(model: CLIPModel, batch: int = 4) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(0, 500, (batch, 7))
+    ids[:, -1] = model.config.text_config.eos_token_id
+    return {"pixel_values": torch.randn(batch, 3, 32, 32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def gradients(model: CLIPModel, **options: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**inputs_of(model), return_loss=True, **options).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_layer_computes_the_class_token_alone(attention: str, checkpointing: bool) -> None:
+    model = tiny_clip()[0].train()
+    model.set_attn_implementation(attention)
+    want = gradients(model)
+    fused = clipft.fuse(copy.deepcopy(model))
+    if checkpointing:
+        fused.gradient_checkpointing_enable()
+    rows = []
+    last = fused.vision_model.encoder.layers[-1]
+    last.mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    got = gradients(fused)
+    assert set(rows) == {1} and got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6, msg=name)
+    rows.clear()
+    gradients(fused, return_logits=True)
+    assert set(rows) == {5}  # 4 patches and the class token
+
+
+def test_who_asks_for_all_tokens_gets_them() -> None:
+    fused = clipft.fuse(tiny_clip()[0])
+    fused.set_attn_implementation("eager")
+    inputs = inputs_of(fused)
+    with torch.no_grad():
+        assert fused(**inputs, return_loss=True).vision_model_output.last_hidden_state is None
+        whole = fused(**inputs).vision_model_output.last_hidden_state
+        assert whole.shape == (4, 5, 32)
+        assert torch.equal(fused.vision_model(inputs["pixel_values"]).last_hidden_state, whole)
+        for asked in ("output_hidden_states", "output_attentions"):
+            output = fused(**inputs, return_loss=True, **{asked: True}).vision_model_output
+            assert torch.equal(output.last_hidden_state, whole)
+        assert len(output.attentions) == 3 and output.attentions[-1].shape == (4, 2, 5, 5)
