@@ -7,7 +7,7 @@ its quick_gelu is one op; and the image tower's last layer, of which only the cl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +63,8 @@ class FusedCLIPModel(CLIPModel):
         **kwargs: Any,
     ) -> FusedCLIPOutput:
         """As ``CLIPModel.forward``, but with ``return_loss=True`` logits come only with ``return_logits=True``. Without
-        them the image tower's last layer computes the class token alone, and ``last_hidden_state`` is None there.
+        them the image tower's last layer computes the class token alone, and ``last_hidden_state`` is None there; and
+        with neither loss nor logits pictures or texts may come alone.
 
         ``image_pooler_output`` and ``text_pooler_output`` [N, D]: what that tower gave before the projection, in place
         of pixels or tokens. ``text_index`` [N]: the text of each picture, where texts that are equal come once.
@@ -73,19 +74,26 @@ class FusedCLIPModel(CLIPModel):
         """
         if return_logits is None:
             return_logits = not return_loss
+        everything = return_logits or self._records(kwargs)
+        vision: Any = None
+        text: Any = None
         if image_pooler_output is not None:
             vision = BaseModelOutputWithPooling(pooler_output=self.visual_projection(image_pooler_output))
-        elif return_logits or self._records(kwargs):
-            vision = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
-        else:
-            vision = self.get_image_features(pixel_values, interpolate_pos_encoding, class_token_only=True, **kwargs)
-            vision.last_hidden_state = None
+        elif pixel_values is not None:
+            only = {} if everything else {"class_token_only": True}
+            vision = self.get_image_features(pixel_values, interpolate_pos_encoding, **only, **kwargs)
+            vision.last_hidden_state = vision.last_hidden_state if everything else None
         if text_pooler_output is not None:
             text = BaseModelOutputWithPooling(pooler_output=self.text_projection(text_pooler_output))
-        else:
+        elif input_ids is not None:
             text = self.get_text_features(input_ids, attention_mask, position_ids, **kwargs)
-        image_embeds, text_embeds = (_normalised(cast(Tensor, output.pooler_output)) for output in (vision, text))
-        if text_index is not None:
+        if (vision is None or text is None) and (return_loss or return_logits):
+            raise ValueError(
+                "forward: expected pixel_values and input_ids; one of them alone gives embeddings (return_logits=False)"
+            )
+        embeds: list[Any] = [None if side is None else _normalised(side.pooler_output) for side in (vision, text)]
+        image_embeds, text_embeds = embeds
+        if text_index is not None and text_embeds is not None:
             text_embeds = text_embeds[text_index]
         scale = self.logit_scale.exp()
         loss = logits = None

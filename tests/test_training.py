@@ -69,6 +69,18 @@ class StopAfter(TrainerCallback):
             control.should_training_stop = True
 
 
+def test_the_default_rate_follows_the_models_size() -> None:
+    from clipft.training import default_learning_rate
+
+    sizes = {"b32": 151_277_313, "l14": 427_616_513, "small": 12_000_000, "tiny": 100_000}
+    models = {name: torch.nn.ParameterList([torch.empty(size, device="meta")]) for name, size in sizes.items()}
+    rates = {name: default_learning_rate(model) for name, model in models.items()}
+    assert rates["b32"] == pytest.approx(1e-5, rel=0.02) and rates["l14"] == 5e-6
+    assert rates["small"] == pytest.approx(1.25e-4) and rates["tiny"] == 5e-4
+    assert default_learning_rate(models["b32"], lora=True) == pytest.approx(2e-4, rel=0.02)
+    assert default_learning_rate(models["tiny"], lora=True) == 2e-3
+
+
 # ---- loss ----
 
 
@@ -400,11 +412,11 @@ sys.path.insert(0, {tests!r})
 from test_training import losses, trainer_of
 from tiny_clip import captioned
 torch.set_num_threads(1)
-folder, batch = Path(sys.argv[1]), int(sys.argv[2])
+folder, batch, chunk = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 trainer = trainer_of(folder, captioned(32, captions=2), captioned(18, captions=2), per_device_train_batch_size=batch,
     per_device_eval_batch_size=batch, random_resized_crop=0.5, save_strategy="epoch", gradient_accumulation_steps=2,
     label_smoothing_factor=0.1, optim="sgd", learning_rate=0.3, warmup_steps=0, lr_scheduler_type="constant",
-    weight_decay=0.0, max_grad_norm=0.0)
+    weight_decay=0.0, max_grad_norm=0.0, grad_cache_chunk_size=chunk or None)
 trainer.train()
 metrics = trainer.evaluate()
 if trainer.is_world_process_zero():
@@ -414,13 +426,13 @@ torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
 """
 
 
-def run_processes(folder: Path, count: int, batch: int) -> Any:
+def run_processes(folder: Path, count: int, batch: int, chunk: int = 0) -> Any:
     folder.mkdir()
     script = folder / "worker.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    command = [sys.executable, *launch, str(script), str(folder), str(batch)]
+    command = [sys.executable, *launch, str(script), str(folder), str(batch), str(chunk)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "result.json").read_text())
@@ -431,7 +443,11 @@ def test_two_processes_train_as_one_with_the_joined_batch(tmp_path: Path) -> Non
     since Adam would hide a wrong factor.)
     """
     one, two = run_processes(tmp_path / "one", 1, 8), run_processes(tmp_path / "two", 2, 4)
+    chunked = run_processes(tmp_path / "chunked", 2, 4, 3)
     assert len(one[0]) == 4
+    assert chunked[0] == pytest.approx(one[0], rel=1e-5)
+    for name, value in one[1].items():
+        assert chunked[1][name] == pytest.approx(value, rel=1e-3, abs=1e-2), name
     assert two[0] == pytest.approx(one[0], rel=1e-5)
     for name, value in one[1].items():
         assert two[1][name] == pytest.approx(value, rel=1e-3, abs=1e-2), name

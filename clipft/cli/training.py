@@ -21,8 +21,6 @@ __all__ = ["METRICS"]
 HELD_OUT = 0.2  # share of the data tested on where no test data is given
 VALIDATION = 0.1  # share of the training data that early stopping looks at
 
-FULL_LR, LORA_LR = 1e-5, 2e-4  # peak learning rates: of all weights, and of an adapter
-
 METRICS = ("loss", *(f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)))
 
 
@@ -68,6 +66,13 @@ def train(
     ] = "none",
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 5.0,
     batch_size: BatchSize = 32,
+    grad_cache_chunk_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pairs that the towers see at once: a large --batch-size at this one's memory."),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Keep less of the forward pass and compute it again.")
+    ] = False,
     lora_r: Annotated[
         int | None, typer.Option(min=1, help="Train a LoRA adapter of this rank, and nothing else; 16 is usual.")
     ] = None,
@@ -82,7 +87,8 @@ def train(
         ),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(min=0.0, help=f"Peak learning rate; default {FULL_LR:g}, or {LORA_LR:g} with LoRA.")
+        float | None,
+        typer.Option(min=0.0, help="Peak learning rate; default by the model's size: ViT-B 1e-5, with LoRA 2e-4."),
     ] = None,
     warmup_ratio: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of the steps with a rising rate.")
@@ -126,6 +132,7 @@ def train(
     from clipft.lora import add_lora
     from clipft.models import freeze as freeze_model
     from clipft.models import load, unfuse
+    from clipft.training import default_learning_rate
 
     sets = _load_sets(data, eval_data, validate=early_stopping_patience is not None, seed=seed, console=console)
     base, processor = load(model)
@@ -146,11 +153,13 @@ def train(
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
-        learning_rate=lr if lr is not None else FULL_LR if lora_r is None else LORA_LR,
+        learning_rate=default_learning_rate(base, lora=lora_r is not None) if lr is None else lr,
         warmup_steps=warmup_ratio,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
         label_smoothing_factor=label_smoothing,
+        grad_cache_chunk_size=grad_cache_chunk_size,
+        gradient_checkpointing=gradient_checkpointing,
         bf16=precision is Precision.bf16,
         fp16=precision is Precision.fp16,
         dataloader_num_workers=workers,
