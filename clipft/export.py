@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
 from clipft.evaluation import embed_images, embed_texts, index_texts, retrieval_metrics
+from clipft.fused import fuse_last_layer
 from clipft.quantization import pictures_and_captions, plain_model, quantize
 
 __all__ = ["export_onnx"]
@@ -86,6 +87,7 @@ def export_onnx(
     try:
         processor.save_pretrained(staging)
         info = _info(plain, processor)
+        fuse_last_layer(plain)
         _write_encoders(plain, staging, "", info)
         if int8:
             quantized = quantize(plain, skip=skip, processor=processor)
@@ -118,7 +120,7 @@ class _ImageEncoder(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        features: Any = self.model.get_image_features(pixel_values=pixel_values)
+        features: Any = self.model.get_image_features(pixel_values=pixel_values, class_token_only=True)
         return nn.functional.normalize(features.pooler_output, dim=-1)
 
 

@@ -23,7 +23,7 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.utils.generic import can_return_tuple
 
-__all__ = ["FusedCLIPModel", "FusedLastLayer", "FusedQuickGELU"]
+__all__ = ["FusedCLIPModel", "FusedLastLayer", "FusedQuickGELU", "fuse_last_layer", "records"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 8  # of the ops' inputs
@@ -74,7 +74,7 @@ class FusedCLIPModel(CLIPModel):
         """
         if return_logits is None:
             return_logits = not return_loss
-        everything = return_logits or self._records(kwargs)
+        everything = return_logits or records(self.config.vision_config, kwargs)
         vision: Any = None
         text: Any = None
         if image_pooler_output is not None:
@@ -114,12 +114,6 @@ class FusedCLIPModel(CLIPModel):
             logit_scale=scale,
         )
 
-    def _records(self, kwargs: dict[str, Any]) -> bool:
-        """Whether hidden states or attentions of all tokens are asked for."""
-        config = self.config.vision_config
-        names = ("output_hidden_states", "output_attentions")
-        return any(kwargs.get(name) or getattr(config, name, False) for name in names)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return _new_fused_model, (), self.__getstate__()
 
@@ -132,6 +126,12 @@ FusedCLIPModel.__module__ = CLIPModel.__module__
 
 def _new_fused_model() -> FusedCLIPModel:
     return FusedCLIPModel.__new__(FusedCLIPModel)
+
+
+def records(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether hidden states or attentions of all tokens are asked for, by a tower's configuration or by a call."""
+    names = ("output_hidden_states", "output_attentions")
+    return any(kwargs.get(name) or getattr(config, name, False) for name in names)
 
 
 def _normalised(embeds: Tensor) -> Tensor:
@@ -164,6 +164,13 @@ class FusedLastLayer(CLIPEncoderLayer):
 
 
 FusedLastLayer.__name__ = CLIPEncoderLayer.__name__  # FSDP's wrapping policies go by it
+
+
+def fuse_last_layer(model: CLIPModel) -> None:
+    """Take over a model's last image layer, where it is Hugging Face's own."""
+    last = model.vision_model.encoder.layers[-1]
+    if type(last) is CLIPEncoderLayer:
+        last.__class__ = FusedLastLayer
 
 
 def _attend_from_first(attention: CLIPAttention, states: Tensor, **kwargs: Any) -> Tensor:

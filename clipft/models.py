@@ -15,10 +15,10 @@ from typing import Any, cast
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.activations import QuickGELUActivation
-from transformers.models.clip.modeling_clip import CLIPMLP, CLIPEncoderLayer
+from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.utils.hub import cached_file
 
-from clipft.fused import FusedCLIPModel, FusedLastLayer, FusedQuickGELU
+from clipft.fused import FusedCLIPModel, FusedQuickGELU, fuse_last_layer
 from clipft.lora import is_adapter_folder, load_merged
 
 __all__ = ["freeze", "fuse", "load", "unfuse"]
@@ -207,9 +207,7 @@ def fuse(model: Any) -> Any:
         if isinstance(module, CLIPMLP) and type(module.activation_fn) is QuickGELUActivation:
             module.activation_fn.__class__ = FusedQuickGELU
     if isinstance(clip, FusedCLIPModel):
-        last = clip.vision_model.encoder.layers[-1]
-        if type(last) is CLIPEncoderLayer:
-            last.__class__ = FusedLastLayer
+        fuse_last_layer(clip)
     if with_lora:
         from clipft.lora_layers import fuse_lora
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import (
     CLIPMLP,
@@ -29,7 +30,9 @@ from transformers.models.clip.modeling_clip import (
     CLIPVisionEmbeddings,
     eager_attention_forward,
 )
+from transformers.utils.generic import can_return_tuple
 
+from clipft.fused import records
 from clipft.models import QUANT_METHOD
 from clipft.nn import QuantizedLinear
 
@@ -54,16 +57,20 @@ class QuantizedAttention(CLIPAttention):
         attention_mask: Tensor | None = None,
         norm: nn.LayerNorm | None = None,
         residual: Tensor | None = None,
+        first_only: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``CLIPAttention.forward``: [B, L, D] -> [B, L, D] and the attention weights, if its function gives any.
-        ``norm`` and ``residual``: as those of ``QuantizedLinear.forward``."""
-        shape = hidden_states.shape[:-1]
-        heads = self.qkv_proj(hidden_states, norm).view(*shape, 3, self.num_heads, self.head_dim)
+        ``norm`` and ``residual``: as those of ``QuantizedLinear.forward``. ``first_only``: for the first token
+        alone, [B, 1, D]."""
+        batch, length = hidden_states.shape[:-1]
+        heads = self.qkv_proj(hidden_states, norm).view(batch, length, 3, self.num_heads, self.head_dim)
         queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind()
+        if first_only:
+            queries = queries[:, :, :1]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, queries, keys, values, attention_mask, scaling=self.scale, dropout=0.0, **kwargs)
-        output = output.reshape(*shape, -1)
+        output = output.reshape(batch, queries.shape[2], -1)
         return (self.out_proj(output) if residual is None else self.out_proj(output, None, residual)), weights
 
 
@@ -80,10 +87,27 @@ class QuantizedEncoderLayer(CLIPEncoderLayer):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """As ``CLIPEncoderLayer.forward``: [B, L, D] -> [B, L, D]."""
-        hidden_states, _ = self.self_attn(
-            hidden_states, attention_mask, norm=self.layer_norm1, residual=hidden_states, **kwargs
-        )
-        return cast(Tensor, self.mlp.fc1(hidden_states, self.layer_norm2, hidden_states, self.mlp.fc2))
+        return self._block(hidden_states, hidden_states, attention_mask, **kwargs)
+
+    def _block(self, states: Tensor, residual: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        states, _ = self.self_attn(states, attention_mask, norm=self.layer_norm1, residual=residual, **kwargs)
+        return cast(Tensor, self.mlp.fc1(states, self.layer_norm2, states, self.mlp.fc2))
+
+
+class QuantizedLastLayer(QuantizedEncoderLayer):
+    """The image tower's last layer, which computes the class token alone where no more is wanted."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        class_token_only: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As ``CLIPEncoderLayer.forward``: [B, L, D] -> [B, L, D], or [B, 1, D]."""
+        if not class_token_only or attention_mask is not None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        return self._block(hidden_states, hidden_states[:, :1], None, first_only=True, **kwargs)
 
 
 class QuantizedPatchEmbedding(QuantizedLinear):
@@ -132,6 +156,23 @@ class QuantizedCLIPModel(CLIPModel):
     """
 
     quantization_report: dict[str, Any]
+
+    @can_return_tuple
+    def get_image_features(  # type: ignore[override]
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        class_token_only: bool = True,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """As ``CLIPModel.get_image_features``, for ``pooler_output`` [N, D]. With ``class_token_only`` the last layer
+        computes that token alone, and ``last_hidden_state`` is None, unless hidden states or attentions are asked for.
+        """
+        only = class_token_only and not records(self.config.vision_config, kwargs)
+        options = {"class_token_only": True} if only else {}
+        features = super().get_image_features(pixel_values, interpolate_pos_encoding, **options, **kwargs)
+        features.last_hidden_state = None if only else features.last_hidden_state
+        return features
 
     def save_pretrained(self, save_directory: str | Path) -> None:  # type: ignore[override]
         """Write ``config.json``, the weights and the report, in that order; :func:`clipft.load` reads them back.
@@ -189,6 +230,9 @@ def install(model: CLIPModel, layers: Mapping[str, QuantizedLinear]) -> Quantize
     for module in model.modules():
         if type(module) is CLIPEncoderLayer and _whole(module):
             module.__class__ = QuantizedEncoderLayer
+    last = model.vision_model.encoder.layers[-1]
+    if type(last) is QuantizedEncoderLayer:
+        last.__class__ = QuantizedLastLayer
     model.__class__ = QuantizedCLIPModel
     return cast(QuantizedCLIPModel, model.requires_grad_(False).eval())
 

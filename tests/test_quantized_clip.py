@@ -73,7 +73,8 @@ def test_a_block_in_one_pass_equals_its_steps(batch: dict[str, Tensor]) -> None:
     """Where a layer is skipped the block's norms and sums are torch's own: the same model but for rounding."""
     plain = tiny_model()
     quantized = clipft.quantize(plain)
-    assert {type(layer).__name__ for layer in quantized.vision_model.encoder.layers} == {"QuantizedEncoderLayer"}
+    kinds = [type(layer).__name__ for layer in quantized.vision_model.encoder.layers]
+    assert kinds == ["QuantizedEncoderLayer", "QuantizedEncoderLayer", "QuantizedLastLayer"]
     by_steps = copy.deepcopy(quantized)
     for tower in (by_steps.vision_model, by_steps.text_model):
         for layer in tower.encoder.layers:
@@ -177,6 +178,20 @@ def test_one_picture() -> None:
     with torch.no_grad():
         got, want = (model.get_image_features(pixels).pooler_output for model in (quantized, plain))
     assert got.shape == (1, 16) and cosine(got, want) > 0.99
+
+
+def test_the_last_layer_computes_the_class_token_alone(batch: dict[str, Tensor]) -> None:
+    quantized, rows = clipft.quantize(tiny_model()), []
+    last = quantized.vision_model.encoder.layers[-1]
+    last.mlp.fc1.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    pixels = batch["pixel_values"]
+    whole, only = (quantized.get_image_features(pixels, class_token_only=flag) for flag in (False, True))
+    assert rows == [5, 1] and whole.last_hidden_state.shape == (len(pixels), 5, 32) and only.last_hidden_state is None
+    assert torch.nn.functional.cosine_similarity(whole.pooler_output, only.pooler_output).min() > 0.9999
+    hidden = quantized.get_image_features(pixels, output_hidden_states=True)
+    assert len(hidden.hidden_states) == 4 and torch.equal(hidden.last_hidden_state, whole.last_hidden_state)
+    layer = quantized.vision_model.encoder.layers[0]  # kwargs reach every layer
+    assert layer(torch.randn(2, 5, 32), class_token_only=True).shape == (2, 5, 32)
 
 
 def test_compiles(batch: dict[str, Tensor]) -> None:
