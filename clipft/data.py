@@ -20,13 +20,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
-from transformers import CLIPProcessor
 from transformers.image_utils import pil_torch_interpolation_mapping
+
+from clipft import naflex
+from clipft.families import MOST_TOKENS, family_of_processor
 
 __all__ = ["DEFAULT_TEMPLATES", "Augmentation", "CLIPDataCollator", "PairRows", "class_text"]
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
-_CLIP_LENGTH = 77  # tokens of a caption, where the tokenizer does not say
 
 
 def class_text(name: str) -> str:
@@ -65,7 +66,7 @@ class Augmentation:
 
 
 def build_transform(image_processor: Any, augmentation: Augmentation | None = None) -> Callable[[Any], Tensor]:
-    """Picture (PIL, array or tensor) to ``pixel_values`` [3, H, W] float32.
+    """Picture (PIL, array or tensor) to [3, H, W] float32; :func:`stack_pictures` makes a batch of them.
 
     The steps are the image processor's own methods, hence its result bit for bit; a random crop stands in for its
     resize and centre crop, with its size and interpolation, and random changes come before its normalisation.
@@ -85,7 +86,19 @@ def build_transform(image_processor: Any, augmentation: Augmentation | None = No
     return v2.Compose(steps)
 
 
+def stack_pictures(image_processor: Any, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What the image tower takes of N pictures that :func:`build_transform` made: ``pixel_values`` [N, 3, H, W], or
+    patches (see ``clipft.naflex``)."""
+    if naflex.is_naflex(image_processor):
+        return naflex.patchify(pictures, image_processor)
+    return {"pixel_values": torch.stack(list(pictures))}
+
+
 def _geometry(processor: Any, augmentation: Augmentation | None) -> list[Any]:
+    if naflex.is_naflex(processor):
+        smallest = None if augmentation is None else augmentation.random_resized_crop
+        cut = [] if smallest is None else [naflex.RandomCrop((smallest, 1.0))]
+        return [*cut, partial(naflex.resize, image_processor=processor)]
     size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
     if augmentation is not None and augmentation.random_resized_crop is not None:
         target = crop or size
@@ -270,13 +283,14 @@ class FrozenFeatures:
 class CLIPDataCollator:
     """Rows to a batch: ``pixel_values``, ``input_ids``, ``attention_mask``, ``labels``.
 
-    Captions are padded to the batch's longest and cut at the model's maximum (77 for CLIP). ``labels`` [N] int64 tell
-    which pairs are positives of each other: the row's ``label`` if it has one, else equal captions. A row with ``draw =
-    (epoch, index)`` is a training row: one of its captions and its augmentation are drawn from (seed, epoch, index).
-    Any other row is taken as it is: first caption, no augmentation. Rows without captions give no text inputs.
+    Captions are cut at the model's maximum (77 for CLIP, 64 for SigLIP) and padded to the batch's longest, for SigLIP
+    to the maximum. ``labels`` [N] int64 tell which pairs are positives of each other: the row's ``label`` if it has
+    one, else equal captions. A row with ``draw = (epoch, index)`` is a training row: one of its captions and its
+    augmentation are drawn from (seed, epoch, index). Any other row is taken as it is: first caption, no augmentation.
+    Rows without captions give no text inputs.
 
     Args:
-        processor: a ``CLIPProcessor`` with the torchvision image processor, as ``clipft.load`` gives it.
+        processor: with the torchvision image processor, as ``clipft.load`` gives it.
         augmentation: random changes to training rows.
         seed: of the draws.
         max_length: most tokens of a caption; default: the tokenizer's own maximum.
@@ -284,7 +298,7 @@ class CLIPDataCollator:
 
     def __init__(
         self,
-        processor: CLIPProcessor,
+        processor: Any,
         *,
         augmentation: Augmentation | None = None,
         seed: int = 0,
@@ -307,14 +321,15 @@ class CLIPDataCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of N rows with U distinct captions: ``pixel_values`` [N, 3, H, W], ``input_ids`` and
         ``attention_mask`` [U, L], ``text_index`` [N] where U < N, ``labels`` [N]; ``image_pooler_output`` [N, D] and
-        ``text_pooler_output`` [U, D] instead where features are known."""
+        ``text_pooler_output`` [U, D] instead where features are known. NaFlex models get patches (see
+        ``clipft.naflex``), SigLIP's an ``attention_mask`` only where their tokenizer gives one."""
         pictures, captions = zip(*map(self._draw, rows), strict=True)
         known = self.features or FrozenFeatures()
         batch: dict[str, Tensor] = {}
         if known.images is not None:
             batch["image_pooler_output"] = known.images[[row["index"] for row in rows]]
         else:
-            batch["pixel_values"] = torch.stack(pictures)
+            batch |= stack_pictures(self.processor.image_processor, pictures)
         if all(caption is not None for caption in captions):
             batch |= self._texts(list(captions), known)
         labels = [row.get("label", caption) for row, caption in zip(rows, captions, strict=True)]
@@ -349,10 +364,11 @@ class CLIPDataCollator:
             return picture, captions[choice] if captions else None
 
 
-def tokenize(processor: CLIPProcessor, captions: list[str], max_length: int | None = None) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` [N, longest], cut at ``max_length`` or the tokenizer's maximum."""
-    tokenizer = cast(Any, processor).tokenizer
-    if max_length is None:  # a tokenizer saved without a maximum reports 1e30
-        max_length = tokenizer.model_max_length if tokenizer.model_max_length < 1_000_000 else _CLIP_LENGTH
-    tokens = tokenizer(captions, padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
-    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+def tokenize(processor: Any, captions: list[str], max_length: int | None = None) -> dict[str, Tensor]:
+    """``input_ids`` and, where the tokenizer gives it, ``attention_mask`` [N, L]: cut at ``max_length`` and the
+    tokenizer's maximum, and padded to the longest, for SigLIP to that length."""
+    family, tokenizer = family_of_processor(processor), processor.tokenizer
+    limits = [length for length in (max_length, tokenizer.model_max_length) if length is not None]
+    length = min(limits) if min(limits) <= MOST_TOKENS else family.text_length
+    tokens = tokenizer(captions, padding=family.padding, truncation=True, max_length=length, return_tensors="pt")
+    return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}

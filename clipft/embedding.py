@@ -31,7 +31,7 @@ class Encoder:
     """A model for embedding, whatever runs it."""
 
     transform: Callable[[Any], Any]  # a PIL picture -> [3, H, W] float32
-    images: Callable[[Any], Array]  # [N, 3, H, W] -> [N, D]
+    images: Callable[[Sequence[Any]], Array]  # N of them -> [N, D]
     texts: Callable[[Sequence[str]], Array]  # N -> [N, D]
     identity: Callable[[], str]  # of weights and preprocessing
 
@@ -49,7 +49,8 @@ def embed(
     """Vectors of pictures or of texts.
 
     Args:
-        model: a ``CLIPModel``, in float or int8, a peft model of one, or a :class:`clipft.OnnxCLIP`.
+        model: a ``CLIPModel``, in float or int8, a ``SiglipModel`` or ``Siglip2Model``, a peft model of one, or a
+            :class:`clipft.OnnxCLIP`.
         processor: the model's; None with ``OnnxCLIP``.
         images: PIL pictures, paths, or a data set with the column ``image``.
         texts: strings. One of the two is given.
@@ -77,8 +78,11 @@ def embed(
 
 
 def _dim(model: Any) -> int:
-    info = getattr(model, "info", None)
-    return int(info["dim"] if info else model.config.projection_dim)
+    if info := getattr(model, "info", None):
+        return int(info["dim"])
+    from clipft.families import family_of
+
+    return family_of(model).dim(model.config)
 
 
 # ---- encoders ----
@@ -105,19 +109,20 @@ def encoder_of(model: Any, processor: Any, batch_size: int) -> Encoder:
     if hasattr(model, "encode_images"):
         return Encoder(
             model.preprocess,
-            model.run_images,
+            lambda pictures: cast(Array, model.run_images(np.stack(pictures))),
             lambda texts: cast(Array, model.encode_texts(texts, batch_size)),
             lambda: _digest([json.dumps(model.info, sort_keys=True).encode(), model.identity().encode()]),
         )
-    from clipft.data import build_transform
+    from clipft.data import build_transform, stack_pictures
     from clipft.evaluation import embed_texts, evaluating
 
     if processor is None:
         raise ValueError("processor: expected the model's processor, got None")
 
-    def images(pixels: Any) -> Array:
+    def images(pictures: Sequence[Any]) -> Array:
+        inputs = stack_pictures(processor.image_processor, [torch.as_tensor(picture) for picture in pictures])
         with evaluating(model) as device:
-            features = model.get_image_features(pixel_values=torch.as_tensor(pixels).to(device)).pooler_output
+            features = model.get_image_features(**{name: x.to(device) for name, x in inputs.items()}).pooler_output
         return cast(Array, torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
 
     def identity() -> str:
@@ -182,6 +187,6 @@ def encode_pictures(
     for batch in progress(loader) if progress else loader:
         good = [pixels is not None for pixels in batch]
         if any(good):
-            yield encoder.images(np.stack([pixels for pixels in batch if pixels is not None])), good
+            yield encoder.images([pixels for pixels in batch if pixels is not None]), good
         else:
             yield np.empty((0, 0), np.float32), good

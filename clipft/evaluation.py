@@ -21,9 +21,8 @@ from sklearn.metrics import (
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPProcessor
 
-from clipft.data import DEFAULT_TEMPLATES, PairRows, build_transform, read_row, render, tokenize
+from clipft.data import DEFAULT_TEMPLATES, PairRows, build_transform, read_row, render, stack_pictures, tokenize
 
 __all__ = ["evaluate_retrieval", "evaluate_zero_shot"]
 
@@ -34,7 +33,7 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 def evaluate_retrieval(
     model: nn.Module,
-    processor: CLIPProcessor,
+    processor: Any,
     dataset: Any,
     *,
     templates: Sequence[str] = DEFAULT_TEMPLATES,
@@ -45,8 +44,8 @@ def evaluate_retrieval(
     """Recall of text by image and of image by text.
 
     Args:
-        model: a ``CLIPModel``, fused or not, or a peft model of one; used on its device, in evaluation mode, and left
-            as it was.
+        model: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, fused or not, or a peft model of one; used on its
+            device, in evaluation mode, and left as it was.
         processor: its processor.
         dataset: columns ``image`` and ``caption`` (a string or a list), or ``image`` and ``label`` with class names.
         templates: make captions from class names, where there is no column ``caption``.
@@ -68,7 +67,7 @@ def evaluate_retrieval(
 
 def evaluate_zero_shot(
     model: nn.Module,
-    processor: CLIPProcessor,
+    processor: Any,
     dataset: Any,
     class_names: Sequence[str],
     templates: Sequence[str] = DEFAULT_TEMPLATES,
@@ -115,15 +114,16 @@ class _Pictures(Dataset[Any]):
 
 class _StackPictures:
     def __init__(self, processor: Any) -> None:
+        self.image_processor = processor.image_processor
         self.transform = build_transform(processor.image_processor)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> Tensor:
-        return torch.stack([self.transform(row["image"]) for row in rows])
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return stack_pictures(self.image_processor, [self.transform(row["image"]) for row in rows])
 
 
 def embed_images(
     model: nn.Module,
-    processor: CLIPProcessor,
+    processor: Any,
     rows: Dataset[Any],
     *,
     batch_size: int,
@@ -134,14 +134,14 @@ def embed_images(
     loader = DataLoader(rows, batch_size, num_workers=num_workers, collate_fn=_StackPictures(processor))
     with evaluating(model) as device:
         parts = [
-            _unit(model.get_image_features(pixel_values=pixels.to(device)))  # type: ignore[operator]
-            for pixels in (progress(loader) if progress else loader)
+            _unit(model.get_image_features(**{name: tensor.to(device) for name, tensor in pictures.items()}))  # type: ignore[operator]
+            for pictures in (progress(loader) if progress else loader)
         ]
     return torch.cat(parts)
 
 
 def embed_texts(
-    model: nn.Module, processor: CLIPProcessor, texts: Sequence[str], batch_size: int, max_length: int | None = None
+    model: nn.Module, processor: Any, texts: Sequence[str], batch_size: int, max_length: int | None = None
 ) -> Tensor:
     """[N, D] float32 on the CPU, L2-normalised. Texts of like length share a batch, so that few padding tokens are
     computed.
@@ -161,9 +161,7 @@ def _unit(features: Any) -> Tensor:
     return nn.functional.normalize(features.pooler_output.float(), dim=-1).cpu()
 
 
-def _class_embedding(
-    model: nn.Module, processor: CLIPProcessor, templates: Sequence[str], name: str, batch_size: int
-) -> Tensor:
+def _class_embedding(model: nn.Module, processor: Any, templates: Sequence[str], name: str, batch_size: int) -> Tensor:
     return nn.functional.normalize(embed_texts(model, processor, render(templates, name), batch_size).mean(0), dim=-1)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from clipft.data import PairRows, build_transform, tokenize
+from clipft.data import PairRows, build_transform, stack_pictures, tokenize
 from clipft.evaluation import evaluating
+from clipft.families import base_model
 
 __all__ = ["FrozenTowers", "frozen_towers"]
 
@@ -35,9 +37,11 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 def frozen_towers(model: Any) -> frozenset[str]:
-    """Which of "vision" and "text" give the same output for the same input throughout a training run."""
-    clip = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return frozenset(name for name, part in _TOWERS.items() if _is_frozen(getattr(clip, part)))
+    """Which of "vision" and "text" give the same output for the same input throughout a training run.
+
+    A SigLIP tower whose head trains does not: what goes into the head is all tokens, too much to keep.
+    """
+    return frozenset(name for name, part in _TOWERS.items() if _is_frozen(getattr(base_model(model), part)))
 
 
 def _is_frozen(tower: nn.Module) -> bool:
@@ -48,7 +52,7 @@ class FrozenTowers:
     """Computes and keeps the features of a model's frozen towers.
 
     Args:
-        model: a ``CLIPModel`` or a peft model of one.
+        model: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, or a peft model of one.
         processor: its processor.
         folder: for the files; made when needed.
         batch_size: pictures or captions a forward pass.
@@ -70,7 +74,7 @@ class FrozenTowers:
         max_length: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.clip = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.clip = base_model(model)
         self.processor, self.folder = processor, Path(folder)
         self.batch_size, self.num_workers, self.max_length = batch_size, num_workers, max_length
         self.precision, self.progress = precision, progress or (lambda loop: loop)
@@ -82,8 +86,9 @@ class FrozenTowers:
 
         def compute(missing: list[int]) -> Iterable[Tensor]:
             subset = torch.utils.data.Subset(pictures, missing)
-            loader: Any = DataLoader(subset, self.batch_size, num_workers=self.num_workers)
-            return (self._forward("vision", pixel_values=pixels) for pixels in loader)
+            stack = partial(stack_pictures, self.processor.image_processor)
+            loader: Any = DataLoader(subset, self.batch_size, num_workers=self.num_workers, collate_fn=stack)
+            return (self._forward("vision", **inputs) for inputs in loader)
 
         return self._features("vision", repr(self.processor.image_processor), digests, compute)
 
@@ -137,7 +142,7 @@ class FrozenTowers:
 
 
 class _Pictures(Dataset[Tensor]):
-    """``pixel_values`` of the rows."""
+    """The rows' pictures, transformed."""
 
     def __init__(self, rows: PairRows, transform: Callable[[Any], Tensor]) -> None:
         self.rows, self.transform = rows, transform

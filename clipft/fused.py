@@ -23,7 +23,15 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.utils.generic import can_return_tuple
 
-__all__ = ["FusedCLIPModel", "FusedLastLayer", "FusedQuickGELU", "fuse_last_layer", "records"]
+__all__ = [
+    "FusedCLIPModel",
+    "FusedLastLayer",
+    "FusedQuickGELU",
+    "fuse_last_layer",
+    "loss_scalars",
+    "normalised",
+    "records",
+]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 8  # of the ops' inputs
@@ -91,7 +99,7 @@ class FusedCLIPModel(CLIPModel):
             raise ValueError(
                 "forward: expected pixel_values and input_ids; one of them alone gives embeddings (return_logits=False)"
             )
-        embeds: list[Any] = [None if side is None else _normalised(side.pooler_output) for side in (vision, text)]
+        embeds: list[Any] = [None if side is None else normalised(side.pooler_output) for side in (vision, text)]
         image_embeds, text_embeds = embeds
         if text_index is not None and text_embeds is not None:
             text_embeds = text_embeds[text_index]
@@ -124,6 +132,12 @@ FusedCLIPModel.__name__ = CLIPModel.__name__
 FusedCLIPModel.__module__ = CLIPModel.__module__
 
 
+def loss_scalars(output: Any) -> tuple[Tensor, ...]:
+    """What the loss takes besides embeddings, of a fused model's output: the scale, and the bias if there is one."""
+    bias = getattr(output, "logit_bias", None)
+    return (output.logit_scale,) if bias is None else (output.logit_scale, bias)
+
+
 def _new_fused_model() -> FusedCLIPModel:
     return FusedCLIPModel.__new__(FusedCLIPModel)
 
@@ -134,7 +148,8 @@ def records(config: Any, kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) or getattr(config, name, False) for name in names)
 
 
-def _normalised(embeds: Tensor) -> Tensor:
+def normalised(embeds: Tensor) -> Tensor:
+    """[N, D], each row at length 1; float32 or wider."""
     return embeds / torch.linalg.vector_norm(embeds, dim=-1, keepdim=True, dtype=torch.float32)
 
 

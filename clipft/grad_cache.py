@@ -15,11 +15,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from clipft.fused import loss_scalars
+
 __all__ = ["cached_backward"]
 
-_IMAGE = ("pixel_values", "image_pooler_output")
+_IMAGE = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_pooler_output")
 _TEXT = ("input_ids", "attention_mask", "text_pooler_output")
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 
 
 def cached_backward(
@@ -35,11 +37,12 @@ def cached_backward(
     """Add the gradient of ``loss_fn`` over the whole batch to the model's parameters.
 
     Args:
-        model: a fused ``CLIPModel``, also inside peft or ``DistributedDataParallel``.
+        model: a fused model, also inside peft or ``DistributedDataParallel``.
         inputs: its inputs: pictures (pixels or features), texts (tokens or features), and ``text_index`` where equal
             texts come once.
         chunk_size: pictures or texts that a tower sees at once.
-        loss_fn: from image_embeds [N, D], text_embeds [N, D] and the logit scale to the loss.
+        loss_fn: from image_embeds [N, D], text_embeds [N, D], the logit scale and the bias, if there is one, to the
+            loss.
         backward: of a scalar, as ``Tensor.backward`` or ``Accelerator.backward``.
         autocast: context of the forward passes.
         no_sync: context of the backward passes of all chunks but the last, where gradients are shared by processes.
@@ -54,7 +57,8 @@ def cached_backward(
         with torch.no_grad(), autocast():
             outputs = model(**chunk, return_logits=False)
         parts.append((outputs.image_embeds, outputs.text_embeds))
-    loss, gradients, scale_gradient = _loss_and_gradients(parts, outputs.logit_scale, inputs.get("text_index"), loss_fn)
+    index = inputs.get("text_index")
+    loss, gradients, of_scalars = _loss_and_gradients(parts, loss_scalars(outputs), index, loss_fn)
     for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
         last = number == len(chunks) - 1
         with nullcontext() if last else no_sync():
@@ -64,7 +68,7 @@ def cached_backward(
             embeds = (outputs.image_embeds, outputs.text_embeds)
             carried = [(e.float() * g).sum() for e, g in zip(embeds, gradient, strict=True) if g is not None]
             if last:
-                carried.append(outputs.logit_scale * scale_gradient)
+                carried += [scalar * g for scalar, g in zip(loss_scalars(outputs), of_scalars, strict=True)]
             total = torch.stack(carried).sum()
             if total.requires_grad:
                 backward(total)
@@ -75,20 +79,20 @@ Pair = tuple[Tensor | None, Tensor | None]  # of pictures and of texts, where th
 
 
 def _loss_and_gradients(
-    parts: list[Pair], scale: Tensor, text_index: Tensor | None, loss_fn: Loss
-) -> tuple[Tensor, list[Pair], Tensor]:
-    """The loss of all embeddings, and its gradient for each chunk's embeddings and for the scale."""
+    parts: list[Pair], scalars: tuple[Tensor, ...], text_index: Tensor | None, loss_fn: Loss
+) -> tuple[Tensor, list[Pair], list[Tensor]]:
+    """The loss of all embeddings, and its gradient for each chunk's embeddings and for the scale and bias."""
     sides = [[part for part in side if part is not None] for side in zip(*parts, strict=True)]
-    leaves = [leaf.detach().requires_grad_() for leaf in (*map(torch.cat, sides), scale)]
-    images, texts, scale = leaves
-    loss = loss_fn(images, texts if text_index is None else texts[text_index], scale)
+    leaves = [leaf.detach().requires_grad_() for leaf in (*map(torch.cat, sides), *scalars)]
+    images, texts, *scalar_leaves = leaves
+    loss = loss_fn(images, texts if text_index is None else texts[text_index], *scalar_leaves)
     loss.backward()
     gradients = [cast(Tensor, leaf.grad) for leaf in leaves]
     pieces = [iter(g.split([len(part) for part in side])) for g, side in zip(gradients, sides, strict=False)]
     pairs = [
         tuple(None if part is None else next(own) for part, own in zip(pair, pieces, strict=True)) for pair in parts
     ]
-    return loss.detach(), cast(list[Pair], pairs), gradients[2]
+    return loss.detach(), cast(list[Pair], pairs), gradients[2:]
 
 
 def _chunks(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""LoRA for a ``CLIPModel``: adapters by target, and adapter folders as plain models.
+"""LoRA for the models of ``clipft.families``: adapters by target, and adapter folders as plain models.
 
 peft is an optional dependency, imported where it is used. Its layers on clipft's op: ``clipft.lora_layers``.
 """
@@ -9,11 +9,13 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from safetensors import safe_open
 from torch import nn
-from transformers import CLIPModel, CLIPProcessor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from clipft.families import check_model
 
 __all__ = ["add_lora", "is_adapter_folder", "load_merged"]
 
@@ -26,7 +28,7 @@ _TOWER = re.compile(r"(vision|text)(?:\.(?:last(?P<last>\d+)|(?P<first>\d+)(?:-(
 
 
 def add_lora(
-    model: CLIPModel,
+    model: nn.Module,
     r: int = 16,
     alpha: float = 32,
     dropout: float = 0.1,
@@ -36,7 +38,8 @@ def add_lora(
     adapter holds its matrices and nothing else, so the logit scale, both projections and all else stay as they are.
 
     Args:
-        model: a ``CLIPModel`` without adapters; changed in place, and what the adapter holds on to.
+        model: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model`` without adapters; changed in place, and what the
+            adapter holds on to.
         r: the rank.
         alpha: the adapter's output is multiplied by ``alpha / r``.
         dropout: probability in [0, 1) for an element of the adapter's input, in training.
@@ -44,7 +47,8 @@ def add_lora(
             ``"text"`` are a tower's ``q_proj``, ``k_proj``, ``v_proj``, ``out_proj``, ``fc1`` and ``fc2``;
             ``"vision.8-11"``, ``"vision.11"`` and ``"vision.last2"`` are those of some layers (from 0, ends included);
             ``"vision.last2:q_proj,v_proj"`` names them. A name alone (``"q_proj"``) is looked for in the whole model;
-            so the projections are targets too: ``"visual_projection"``.
+            so the projections are targets too: ``"visual_projection"``, for SigLIP ``"head"``, its text head. (The
+            attention inside its image head is torch's own, which no adapter reaches.)
 
     Returns:
         A ``peft.PeftModel`` in the model's mode (training or evaluation), with one adapter, ``"default"``.
@@ -71,13 +75,12 @@ def _import_peft() -> Any:
 
 
 def _check_arguments(model: Any, r: Any, alpha: Any, dropout: Any) -> None:
-    if not isinstance(model, CLIPModel):
-        raise TypeError(f"model: expected a CLIPModel, got {type(model).__name__}")
+    check_model(model)
     from clipft.models import check_float
 
     check_float(model)
     if hasattr(model, "peft_config"):
-        raise ValueError("model: expected a CLIPModel without adapters; its peft model takes more by add_adapter(...)")
+        raise ValueError("model: expected a model without adapters; its peft model takes more by add_adapter(...)")
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r: expected an integer of at least 1, got {r!r}")
     for name, value in (("alpha", alpha), ("dropout", dropout)):
@@ -92,12 +95,16 @@ def _check_arguments(model: Any, r: Any, alpha: Any, dropout: Any) -> None:
 # ---- targets ----
 
 
-def _target_modules(model: CLIPModel, targets: str | Iterable[str]) -> list[str]:
+def _target_modules(model: Any, targets: str | Iterable[str]) -> list[str]:
     """Full names of the linear layers that the targets match, in the model's order."""
     entries = [targets] if isinstance(targets, str) else list(targets)
     if not entries:
         raise ValueError("targets: expected at least one, got none")
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    ]
     chosen = {name for entry in entries for part in _parts(entry) for name in _matches(model, linears, *part)}
     return [name for name in linears if name in chosen]
 
@@ -114,7 +121,7 @@ def _parts(entry: str) -> list[tuple[str, str, str]]:
     return parts
 
 
-def _matches(model: CLIPModel, linears: list[str], entry: str, where: str, name: str) -> list[str]:
+def _matches(model: Any, linears: list[str], entry: str, where: str, name: str) -> list[str]:
     prefixes = _layer_prefixes(model, entry, where) if where else ("",)
     found = [linear for linear in linears if linear.startswith(prefixes) and linear.rpartition(".")[2] == name]
     if not found:
@@ -122,7 +129,7 @@ def _matches(model: CLIPModel, linears: list[str], entry: str, where: str, name:
     return found
 
 
-def _layer_prefixes(model: CLIPModel, entry: str, where: str) -> tuple[str, ...]:
+def _layer_prefixes(model: Any, entry: str, where: str) -> tuple[str, ...]:
     match = _TOWER.fullmatch(where)
     if match is None:
         raise ValueError(
@@ -141,11 +148,11 @@ def _layer_prefixes(model: CLIPModel, entry: str, where: str) -> tuple[str, ...]
     return tuple(f"{tower}_model.encoder.layers.{layer}." for layer in range(first, end + 1))
 
 
-def _layer_count(model: CLIPModel, tower: str) -> int:
+def _layer_count(model: Any, tower: str) -> int:
     return len(getattr(model, f"{tower}_model").encoder.layers)
 
 
-def _what_exists(model: CLIPModel, linears: list[str]) -> str:
+def _what_exists(model: Any, linears: list[str]) -> str:
     towers = " and ".join(f"{tower} (layers 0-{_layer_count(model, tower) - 1})" for tower in ("vision", "text"))
     inside = dict.fromkeys(name.rpartition(".")[2] for name in linears if ".layers." in name)
     outside = [name for name in linears if ".layers." not in name]
@@ -160,7 +167,7 @@ def is_adapter_folder(path: str | Path) -> bool:
     return (Path(path).expanduser() / _CONFIG).is_file()
 
 
-def load_merged(folder: Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProcessor]:
+def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
     """The base model that an adapter folder names, with the adapter merged into its weights, and the base's processor.
 
     Args:
@@ -186,7 +193,7 @@ def load_merged(folder: Path, **kwargs: Any) -> tuple[CLIPModel, CLIPProcessor]:
         first = " ".join(str(error).split("\n")[:2])  # of a line per tensor
         raise ValueError(f"{folder}: the adapter does not fit its base model {base!r}: {first}") from error
     _check_keys(folder, base, set(peft.get_peft_model_state_dict(adapted)))
-    merged = cast(CLIPModel, adapted.merge_and_unload().requires_grad_(True).eval())
+    merged = adapted.merge_and_unload().requires_grad_(True).eval()
     merged.name_or_path = str(folder)  # not the base's: these are other weights
     return merged, processor
 

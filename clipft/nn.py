@@ -49,10 +49,15 @@ class SigmoidLoss(nn.Module):
         self.group = group
 
     def forward(
-        self, image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+        self,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """[N, D] twice, scale and bias -> 0-d float32 loss."""
-        return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, group=self.group)
+        """[N, D] twice, scale, bias and optional labels [N] -> 0-d float32 loss."""
+        return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, labels=labels, group=self.group)
 
 
 class QuantizedLinear(nn.Module):

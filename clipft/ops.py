@@ -95,6 +95,7 @@ def sigmoid_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
     *,
+    labels: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Pairwise sigmoid loss of SigLIP (arXiv:2303.15343), without the N x N matrix of logits: the sum over all pairs
@@ -102,17 +103,50 @@ def sigmoid_loss(
 
     Arguments, dtypes, errors and ``group`` are those of :func:`contrastive_loss`; ``logit_bias`` is a one-element
     tensor, which gets a gradient, or a float. Returns a 0-d float32 tensor.
+
+    A pair that ``labels`` make positive has softplus(-z) in place of softplus(z), which is z less. So the positives
+    beyond the diagonal are a sum over classes. (Beside large logits z of theirs what remains is rounded to float32 of
+    z, not of itself.)
     """
     name = "sigmoid_loss"
     image_embeds, text_embeds = _check_embeds(name, image_embeds, text_embeds, group is not None)
     scale = _scalar(name, "logit_scale", logit_scale, image_embeds)
     bias = _scalar(name, "logit_bias", logit_bias, image_embeds)
+    _check_targets(name, labels, 0.0, image_embeds)
     if not _has_kernel(name, image_embeds, group):
-        return reference.sigmoid_loss(image_embeds.float(), text_embeds.float(), scale, bias)
+        return reference.sigmoid_loss(image_embeds.float(), text_embeds.float(), scale, bias, labels=labels)
     if group is not None:
-        return _GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, group)
-    keep = _needs_grad(image_embeds, text_embeds, scale, bias)
-    return torch.ops.clipft.sigmoid_loss(image_embeds, text_embeds, scale, bias, keep)[0]
+        loss = _GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, group)
+    else:
+        keep = _needs_grad(image_embeds, text_embeds, scale, bias)
+        loss = torch.ops.clipft.sigmoid_loss(image_embeds, text_embeds, scale, bias, keep)[0]
+    if labels is None:
+        return loss
+    return (loss.double() - _further_positives(image_embeds, text_embeds, scale, bias, labels, group)).float()
+
+
+def _further_positives(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, labels: Tensor, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Sum over the pairs i != j of equal label of the logit s <I_i, T_j> + b, divided by N; 0-d float64."""
+    counts = [len(labels)] if group is None else _row_counts(len(labels), image, group)
+    every = labels if group is None else _gather_rows(labels, counts, group)
+    n = len(every)
+    classes = torch.searchsorted(every.sort().values, labels)  # in 0 ... n - 1
+    image, text, own = image.float(), text.float(), (image.float() * text.float()).sum(dtype=torch.float64)
+    images, texts = (x.new_zeros(n, x.shape[1]).index_add(0, classes, x) for x in (image, text))
+    sizes = torch.zeros(n, dtype=torch.float64, device=image.device).index_add(
+        0, classes, torch.ones_like(classes, dtype=torch.float64)
+    )
+    products = (images * texts).sum(dtype=torch.float64) - own
+    if group is not None:
+        all_images, all_texts, all_own = images.detach().clone(), texts.detach().clone(), own.detach().clone()
+        for total in (all_images, all_texts, all_own, sizes):
+            dist.all_reduce(total, group=group)
+        # the value is that of all ranks, the gradient that of this rank's rows
+        local = (images * all_texts).sum(dtype=torch.float64) + (all_images * texts).sum(dtype=torch.float64) - own
+        products = (all_images * all_texts).sum(dtype=torch.float64) - all_own + local - local.detach()
+    return (scale.double() * products + bias.double() * (sizes.square().sum() - n)) / n
 
 
 def _has_kernel(op: str, embeds: Tensor, group: dist.ProcessGroup | None) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import CLIPModel, Siglip2Model, SiglipModel
 
 from clipft.nn import QuantizedLinear
 from clipft.quantized import quantize_weight, quantized_linear
@@ -106,6 +106,8 @@ def plain_model(model: Any, inplace: bool) -> CLIPModel:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(inner, QuantizedCLIPModel):
         raise ValueError("model: expected a float model, got one that has int8 layers already")
+    if isinstance(inner, (SiglipModel, Siglip2Model)):
+        raise ValueError(f"model: int8 and ONNX take a CLIPModel so far, got a {type(inner).__name__}")
     if not isinstance(inner, CLIPModel):
         raise TypeError(f"model: expected a CLIPModel or a peft model of one, got {type(inner).__qualname__}")
     if inner.device.type != "cpu":

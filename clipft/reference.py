@@ -41,12 +41,19 @@ def contrastive_loss(
 
 
 def sigmoid_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Pairwise sigmoid loss (SigLIP, arXiv:2303.15343, algorithm 1): the sum over all pairs divided by N."""
     logits = logit_scale * image_embeds @ text_embeds.t() + logit_bias
-    signs = 2.0 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1.0
-    return -F.logsigmoid(signs * logits).sum() / len(logits)
+    n = len(logits)
+    positive = torch.eye(n, device=logits.device) if labels is None else labels[:, None] == labels[None, :]
+    signs = 2.0 * positive.to(logits) - 1.0
+    return -F.logsigmoid(signs * logits).sum() / n
 
 
 def lora_linear(

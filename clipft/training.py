@@ -1,9 +1,9 @@
-"""``transformers.Trainer`` for CLIP: the fused contrastive loss, retrieval metrics, negatives across processes, exact
+"""``transformers.Trainer`` for CLIP and SigLIP: the fused loss, retrieval metrics, negatives across processes, exact
 resume.
 
-What it changes: the model's forward gives embeddings and no logits; the loss is ``clipft.contrastive_loss`` on them;
-evaluation gathers embeddings [N, D] and ranks them; rows are drawn by (seed, epoch, index); a checkpoint appears under
-its name when whole.
+What it changes: the model's forward gives embeddings and no logits; the loss is ``clipft.contrastive_loss`` or
+``clipft.sigmoid_loss`` on them; evaluation gathers embeddings [N, D] and ranks them; rows are drawn by (seed, epoch,
+index); a checkpoint appears under its name when whole.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import CLIPProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from clipft.data import DEFAULT_TEMPLATES, Augmentation, CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows
 from clipft.evaluation import embed_texts, index_texts, retrieval_metrics
+from clipft.families import base_model, family_of, family_of_processor
 from clipft.features import FrozenTowers, frozen_towers
+from clipft.fused import loss_scalars
 from clipft.grad_cache import cached_backward
 from clipft.models import fuse
-from clipft.ops import contrastive_loss
+from clipft.ops import contrastive_loss, sigmoid_loss
 
 __all__ = ["CLIPTrainer", "CLIPTrainingArguments", "default_learning_rate"]
 
 _logger = logging.getLogger(__name__)
-_MAX_LOG_SCALE = math.log(100.0)  # CLIP's own ceiling: beyond it training is unstable (arXiv:2103.00020, 2.5)
+_LOSSES = ("auto", "contrastive", "sigmoid")
 _BASE_SIZE = 150e6  # parameters of ViT-B/32
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -71,6 +73,10 @@ class CLIPTrainingArguments(TrainingArguments):
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Resume early stopping with the patience it had left."}
     )
+    loss: str = field(
+        default="auto",
+        metadata={"help": "auto: the model's own, contrastive for CLIP and sigmoid for SigLIP, which takes either."},
+    )
     random_resized_crop: float | None = field(
         default=None, metadata={"help": "Smallest share of the area a crop may keep."}
     )
@@ -98,6 +104,8 @@ class CLIPTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.loss not in _LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(_LOSSES)}, got {self.loss!r}")
         if self.grad_cache_chunk_size is not None and self.grad_cache_chunk_size < 1:
             raise ValueError(f"grad_cache_chunk_size: expected at least 1, or None, got {self.grad_cache_chunk_size}")
         if self.cudnn_benchmark and self.full_determinism:
@@ -124,6 +132,7 @@ class CLIPTrainer(Trainer):
         _check_arguments(args, kwargs)
         if model is not None:
             fuse(model)
+            _check_loss(args, model)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = _own_collator(model, args, kwargs.get("processing_class"))
         super().__init__(model=model, args=args, **kwargs)
@@ -133,7 +142,9 @@ class CLIPTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As in Trainer, and fused."""
-        return cast(nn.Module, fuse(super().call_model_init(trial)))
+        model = fuse(super().call_model_init(trial))
+        _check_loss(self.args, model)
+        return cast(nn.Module, model)
 
     # ---- data ----
 
@@ -209,19 +220,29 @@ class CLIPTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The contrastive loss of the batch; in several processes, of the batches of all ranks together."""
+        """The loss of the batch; in several processes, of the batches of all ranks together."""
         features = {name: value for name, value in inputs.items() if name != "labels"}
         outputs = model(**features, return_logits=False)
-        loss = self._loss(outputs.image_embeds, outputs.text_embeds, outputs.logit_scale, inputs.get("labels"))
+        loss = self._loss(inputs.get("labels"), outputs.image_embeds, outputs.text_embeds, *loss_scalars(outputs))
         return (loss, outputs) if return_outputs else loss
 
-    def _loss(self, image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, labels: Tensor | None) -> Tensor:
+    def _loss(
+        self,
+        labels: Tensor | None,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+    ) -> Tensor:
         group = dist.group.WORLD if self.args.world_size > 1 else None
         if group is not None:
             image_embeds, text_embeds = (
                 _times_world_size(e, self.args.world_size) for e in (image_embeds, text_embeds)
             )
-        return contrastive_loss(
+        if loss_of(self.args, self.accelerator.unwrap_model(self.model)) == "sigmoid":
+            assert logit_bias is not None
+            return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, labels=labels, group=group)
+        loss = contrastive_loss(
             image_embeds,
             text_embeds,
             logit_scale,
@@ -229,6 +250,7 @@ class CLIPTrainer(Trainer):
             label_smoothing=self.args.label_smoothing_factor,
             group=group,
         )
+        return loss if logit_bias is None else loss + 0.0 * logit_bias  # DDP waits for every parameter's gradient
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; with ``grad_cache_chunk_size`` the towers see the batch in chunks."""
@@ -243,7 +265,7 @@ class CLIPTrainer(Trainer):
             model,
             inputs,
             size,
-            lambda images, texts, scale: self._loss(images, texts, scale, labels) / steps,
+            lambda *embeds_and_scalars: self._loss(labels, *embeds_and_scalars) / steps,
             backward=self.accelerator.backward,
             autocast=self.compute_loss_context_manager,
             no_sync=partial(self.accelerator.no_sync, model),
@@ -295,9 +317,8 @@ class CLIPTrainer(Trainer):
         known = {own[0]: row for row, own in enumerate(captions)}
         rest = [text for text in texts if text not in known]
         if rest:
-            processor = cast(CLIPProcessor, self.processing_class)
             model = cast(nn.Module, self.model)
-            rest_embeds = embed_texts(model, processor, rest, self.args.per_device_eval_batch_size)
+            rest_embeds = embed_texts(model, self.processing_class, rest, self.args.per_device_eval_batch_size)
             first_embeds = torch.cat([first_embeds, rest_embeds])
             known |= {text: len(captions) + place for place, text in enumerate(rest)}
         return retrieval_metrics(image_embeds, first_embeds[[known[text] for text in texts]], texts_of)
@@ -385,15 +406,32 @@ def _check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
         raise ValueError("fp16: needs a GPU; on a CPU train in bfloat16 (bf16=True) or float32")
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError(
-            "compute_loss_func: CLIPTrainer computes the contrastive loss; override compute_loss for another"
+            "compute_loss_func: CLIPTrainer computes the loss named by args.loss; override compute_loss for another"
+        )
+
+
+def loss_of(args: CLIPTrainingArguments, model: Any) -> str:
+    """``"contrastive"`` or ``"sigmoid"``."""
+    return family_of(model).loss if args.loss == "auto" else args.loss
+
+
+def _check_loss(args: CLIPTrainingArguments, model: Any) -> None:
+    if loss_of(args, model) != "sigmoid":
+        return
+    if family_of(model).loss != "sigmoid":
+        raise ValueError(
+            f"loss: 'sigmoid' needs the logit bias that a SigLIP has; a {type(base_model(model)).__name__} has none: "
+            "choose 'contrastive'"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor: the sigmoid loss has no distribution to smooth, expected 0.0, got "
+            f"{args.label_smoothing_factor}"
         )
 
 
 def _own_collator(model: Any, args: CLIPTrainingArguments, processor: Any) -> CLIPDataCollator:
-    if not isinstance(processor, CLIPProcessor):
-        raise TypeError(
-            f"processing_class: expected a CLIPProcessor (clipft.load gives one), got {type(processor).__name__}"
-        )
+    family_of_processor(processor)  # or an error
     augmentation = Augmentation(args.random_resized_crop, args.horizontal_flip, args.color_jitter)
     length = None if model is None else model.config.text_config.max_position_embeddings
     return CLIPDataCollator(processor, augmentation=augmentation, seed=args.seed, max_length=length)
@@ -411,10 +449,10 @@ def _times_world_size(embeds: Tensor, world_size: int) -> Tensor:
 
 class _ClampLogitScale(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        scale = (model.get_base_model() if hasattr(model, "get_base_model") else model).logit_scale
-        if scale.requires_grad:
+        ceiling, scale = family_of(model).max_log_scale, base_model(model).logit_scale
+        if ceiling is not None and scale.requires_grad:
             with torch.no_grad():
-                scale.clamp_(max=_MAX_LOG_SCALE)
+                scale.clamp_(max=ceiling)
 
 
 @contextmanager

@@ -14,18 +14,23 @@ from loss_cases import LossCase, assert_close, gradient_tolerance, value_toleran
 import clipft
 
 SPLITS = [(5, 11), (16, 0), (1, 20, 9), (7, 7, 7)]
-VARIANTS = [("contrastive", None, 0.0), ("contrastive", 3, 0.1), ("sigmoid", None, 0.0)]  # kind, classes, smoothing
+VARIANTS = [  # kind, classes, smoothing
+    ("contrastive", None, 0.0),
+    ("contrastive", 3, 0.1),
+    ("sigmoid", None, 0.0),
+    ("sigmoid", 3, 0.0),
+]
 
 
 def step(case: LossCase, kind: str, rows: slice, group: dist.ProcessGroup | None) -> list[torch.Tensor | None]:
     """Loss and gradients over these rows of the case."""
     image, text = (x[rows].clone().requires_grad_() for x in case.embeds())
     scale, bias = torch.tensor(case.scale, requires_grad=True), torch.tensor(-4.0, requires_grad=True)
+    labels = None if case.classes is None else case.labels()[rows]
     if kind == "contrastive":
-        labels = None if case.classes is None else case.labels()[rows]
         loss = clipft.contrastive_loss(image, text, scale, labels=labels, label_smoothing=case.smoothing, group=group)
     else:
-        loss = clipft.sigmoid_loss(image, text, scale, bias, group=group)
+        loss = clipft.sigmoid_loss(image, text, scale, bias, labels=labels, group=group)
     loss.backward()
     return [loss.detach(), image.grad, text.grad, scale.grad, bias.grad]
 

@@ -145,7 +145,7 @@ def test_real_pictures(clip, data_folder: Path) -> None:
 
     def progress(batches):
         for batch in batches:
-            seen.append(len(batch))
+            seen.append(len(batch["pixel_values"]))
             yield batch
 
     result = clipft.evaluate_zero_shot(

@@ -261,7 +261,7 @@ def test_a_peft_model_of_another_model_has_its_layers_fused(calls: list[Tensor])
     class Own(CLIPModel):
         pass
 
-    with pytest.raises(TypeError, match=r"expected a CLIPModel .* got .*Own"):
+    with pytest.raises(TypeError, match=r"expected a CLIPModel, .* got .*Own"):
         clipft.fuse(adapted(Own(tiny_model().config)))
 
 
@@ -548,9 +548,9 @@ def test_add_lora_checks_its_arguments() -> None:
     ):
         with pytest.raises(error, match=message):
             clipft.add_lora(model, **options)
-    with pytest.raises(TypeError, match="model: expected a CLIPModel, got PeftModel"):
+    with pytest.raises(TypeError, match=r"model: expected a CLIPModel, .* got PeftModel"):
         clipft.add_lora(clipft.add_lora(model))
-    with pytest.raises(ValueError, match="model: expected a CLIPModel without adapters"):
+    with pytest.raises(ValueError, match="model: expected a model without adapters"):
         clipft.add_lora(model)
 
 

@@ -72,6 +72,20 @@ def test_sigmoid_against_float64(case: LossCase, isa: str) -> None:
         assert_close(g, w, gradient_tolerance(case, w) * rows * case.n / max(abs(case.scale), 1e-3), f"{name} gradient")
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.classes is not None and not c.smoothing], ids=str)
+def test_sigmoid_with_labels_against_float64(case: LossCase, isa: str) -> None:
+    """The tolerance is that of the loss without labels, from which the further positives are subtracted."""
+    labels = case.labels()
+    got = run(clipft.sigmoid_loss, case, bias=True, labels=labels)
+    want = run(reference.sigmoid_loss, case, torch.float64, bias=True, labels=labels)
+    plain = run(reference.sigmoid_loss, case, torch.float64, bias=True)
+    assert_close(got[0], want[0], value_tolerance(case, plain[0].item()) * max(1.0, plain[0].item()), "loss")
+    for name, g, w, p in zip(("image", "text"), got[1:3], want[1:3], plain[1:3], strict=True):
+        assert_close(g, w, gradient_tolerance(case, p) * case.n, f"{name} gradient")
+    for name, g, w, p in zip(("scale", "bias"), got[3:], want[3:], plain[3:], strict=True):
+        assert_close(g, w, gradient_tolerance(case, p) * case.n**2 / abs(case.scale), f"{name} gradient")
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.n >= 300 and c.dtype == torch.float32], ids=str)
 def test_no_worse_than_eager_float32(case: LossCase, isa: str) -> None:
     """The root mean square error against float64 is at most eager's, within the spread of two roundings of the same
@@ -162,6 +176,9 @@ def test_modules_wrap_the_functions() -> None:
         image, text, 20.0, labels=labels, label_smoothing=0.1
     )
     assert clipft.nn.SigmoidLoss()(image, text, 20.0, -5.0) == clipft.sigmoid_loss(image, text, 20.0, -5.0)
+    assert clipft.nn.SigmoidLoss()(image, text, 20.0, -5.0, labels) == clipft.sigmoid_loss(
+        image, text, 20.0, -5.0, labels=labels
+    )
 
 
 # ---- special values ----
@@ -269,6 +286,8 @@ def test_sigmoid_compiles_to_one_graph() -> None:
     compiled = torch.compile(clipft.sigmoid_loss, fullgraph=True)
     args = [x.requires_grad_() for x in (unit(), unit(seed=1), torch.tensor(10.0), torch.tensor(-5.0))]
     torch.testing.assert_close(compiled(*args), clipft.sigmoid_loss(*args))
+    labels = torch.arange(len(args[0])) % 5
+    torch.testing.assert_close(compiled(*args, labels=labels), clipft.sigmoid_loss(*args, labels=labels))
 
 
 def test_autocast_computes_in_float32() -> None:

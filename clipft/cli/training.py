@@ -32,6 +32,14 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class Loss(StrEnum):
+    """What a model is trained with."""
+
+    auto = "auto"
+    contrastive = "contrastive"
+    sigmoid = "sigmoid"
+
+
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help="Caption of a class, with one {}; repeat for several.")
 ]
@@ -97,6 +105,10 @@ def train(
         float, typer.Option(min=0.0, help="Of matrices; biases, norms and the scale have none.")
     ] = 0.1,
     max_grad_norm: Annotated[float, typer.Option(min=0.0, help="Gradient clipping; 0 turns it off.")] = 1.0,
+    loss: Annotated[
+        Loss,
+        typer.Option(help="auto is the model's own: contrastive for CLIP, sigmoid for SigLIP, which takes either."),
+    ] = Loss.auto,
     label_smoothing: Annotated[float, typer.Option(min=0.0, max=0.99, help="Smoothing of the loss's targets.")] = 0.0,
     precision: Annotated[Precision, typer.Option(help="Mixed precision; fp16 needs a GPU.")] = Precision.fp32,
     workers: Workers = 0,
@@ -157,6 +169,7 @@ def train(
         warmup_steps=warmup_ratio,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
+        loss=loss.value,
         label_smoothing_factor=label_smoothing,
         grad_cache_chunk_size=grad_cache_chunk_size,
         gradient_checkpointing=gradient_checkpointing,
