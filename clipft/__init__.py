@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from clipft import reference as reference
     from clipft.data import CLIPDataCollator as CLIPDataCollator
     from clipft.embedding import embed as embed
+    from clipft.evaluation import evaluate_knn as evaluate_knn
+    from clipft.evaluation import evaluate_linear_probe as evaluate_linear_probe
     from clipft.evaluation import evaluate_retrieval as evaluate_retrieval
     from clipft.evaluation import evaluate_zero_shot as evaluate_zero_shot
     from clipft.export import export_onnx as export_onnx
@@ -60,6 +62,8 @@ _MODULE_OF = {
     "CLIPDataCollator": "clipft.data",
     "CLIPTrainer": "clipft.training",
     "CLIPTrainingArguments": "clipft.training",
+    "evaluate_knn": "clipft.evaluation",
+    "evaluate_linear_probe": "clipft.evaluation",
     "evaluate_retrieval": "clipft.evaluation",
     "evaluate_zero_shot": "clipft.evaluation",
 }

@@ -1,33 +1,34 @@
-"""Retrieval and zero-shot classification of a CLIP model, without an N x N matrix.
+"""Evaluation of a CLIP model: retrieval, zero-shot classification, a linear probe and nearest neighbours.
 
 Equal captions are one text: an image is right with any of its captions, and a caption with any image that carries it.
+The numbers and their intervals: ``clipft.metrics``.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import (
-    accuracy_score,
-    balanced_accuracy_score,
-    f1_score,
-    precision_recall_fscore_support,
-    top_k_accuracy_score,
-)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from clipft.data import DEFAULT_TEMPLATES, PairRows, build_transform, read_row, render, stack_pictures, tokenize
+from clipft.data import (
+    DEFAULT_TEMPLATES,
+    PairRows,
+    build_transform,
+    class_names_of,
+    read_row,
+    render,
+    stack_pictures,
+    tokenize,
+)
+from clipft.metrics import RESAMPLES, Classification, Retrieval
 
-__all__ = ["evaluate_retrieval", "evaluate_zero_shot"]
+__all__ = ["evaluate_knn", "evaluate_linear_probe", "evaluate_retrieval", "evaluate_zero_shot"]
 
-_KS = (1, 5, 10)
-_QUERIES, _CANDIDATES = 1024, 8192  # a tile of similarities: 32 MB
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -40,8 +41,10 @@ def evaluate_retrieval(
     batch_size: int = 64,
     num_workers: int = 0,
     progress: Progress | None = None,
-) -> dict[str, float]:
-    """Recall of text by image and of image by text.
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Texts found by image and images found by text.
 
     Args:
         model: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, fused or not, or a peft model of one; used on its
@@ -52,17 +55,23 @@ def evaluate_retrieval(
         batch_size: pictures or captions a forward pass.
         num_workers: processes that load pictures.
         progress: wraps the loop over picture batches, for instance ``tqdm.tqdm``.
+        resamples: of the bootstrap for the intervals; 0 leaves them out.
+        seed: of the resamples.
 
     Returns:
-        ``image_to_text_R@1``, ``R@5``, ``R@10`` (over images: any of its captions among the k best texts) and
-        ``text_to_image_...`` (over distinct captions: any image that has it among the k best), in [0, 1].
+        ``image_to_text_R@1``, ``R@5``, ``R@10`` (over images: any of its captions among the k best texts),
+        ``image_to_text_mAP`` (mean over images of the average precision over its captions; with one caption the mean
+        of 1 / rank) in [0, 1], ``image_to_text_median_rank`` of the best right text, from 1; the same of
+        ``text_to_image_...`` over distinct captions, right with any image that has them. A tie counts as a miss.
+        ``intervals``: for each of these [low, high], the 95 % bootstrap interval over pictures.
     """
     rows = PairRows(dataset, templates)
     texts_of, texts = index_texts(rows.captions())
     image_embeds = embed_images(
         model, processor, rows, batch_size=batch_size, num_workers=num_workers, progress=progress
     )
-    return retrieval_metrics(image_embeds, embed_texts(model, processor, texts, batch_size), texts_of)
+    found = Retrieval(image_embeds, embed_texts(model, processor, texts, batch_size), texts_of)
+    return _with_intervals(found, resamples, seed)
 
 
 def evaluate_zero_shot(
@@ -75,33 +84,126 @@ def evaluate_zero_shot(
     batch_size: int = 64,
     num_workers: int = 0,
     progress: Progress | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Classify pictures by the nearest class text; a class's text embedding is the mean over ``templates``.
 
     Args:
-        model, processor, batch_size, num_workers, progress: as in :func:`evaluate_retrieval`.
+        model, processor, batch_size, num_workers, progress, resamples, seed: as in :func:`evaluate_retrieval`.
         dataset: columns ``image`` and ``label``, an index into ``class_names``.
         class_names: in the order of the labels; underscores read as spaces.
         templates: captions with one ``{}`` for the class name.
 
     Returns:
-        ``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``top5`` in [0, 1], and ``per_class``: a list of rows with
-        ``class``, ``precision``, ``recall``, ``f1`` and ``support``. A class that was never predicted has precision 0.
+        ``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``top5`` in [0, 1], with two classes also ``auc`` (area under
+        the ROC curve of the second class), ``per_class``: a list of rows with ``class``, ``precision``, ``recall``,
+        ``f1`` and ``support``, and ``confusion_matrix``: [true class][predicted class] pictures. A class that was never
+        predicted has precision 0. ``intervals``: [low, high] for each of these numbers, the 95 % bootstrap interval
+        over the pictures of each class.
     """
-    if isinstance(class_names, str) or len(class_names) < 2:
-        raise ValueError(f"class_names: expected at least two names, got {class_names!r}")
-    labels = _labels(dataset, len(class_names))
+    check_class_names(class_names)
+    labels = labels_of(dataset, len(class_names))
     image_embeds = embed_images(
-        model, processor, _Pictures(dataset), batch_size=batch_size, num_workers=num_workers, progress=progress
+        model, processor, Pictures(dataset), batch_size=batch_size, num_workers=num_workers, progress=progress
     )
-    classes = torch.stack([_class_embedding(model, processor, templates, name, batch_size) for name in class_names])
-    return classification_metrics(labels, (image_embeds @ classes.t()).numpy(), class_names)
+    classes = class_embeddings(model, processor, class_names, templates, batch_size)
+    return _with_intervals(Classification(labels, (image_embeds @ classes.t()).numpy(), class_names), resamples, seed)
+
+
+def evaluate_linear_probe(
+    model: nn.Module,
+    processor: Any,
+    train_dataset: Any,
+    test_dataset: Any,
+    *,
+    C: float | None = None,  # noqa: N803  (scikit-learn's name)
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: Progress | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Logistic regression on the image embeddings: what the image tower knows, whatever the text tower makes of it.
+
+    Args:
+        model, processor, batch_size, num_workers, progress, resamples, seed: as in :func:`evaluate_retrieval`.
+        train_dataset: columns ``image`` and ``label``; fits the regression.
+        test_dataset: the same, with the same classes; scored.
+        C: inverse strength of the L2 penalty. None chooses among powers of ten from 0.1 to 10000 by five-fold
+            cross-validated balanced accuracy on ``train_dataset`` (fewer folds where a class has fewer pictures).
+
+    Returns:
+        As :func:`evaluate_zero_shot`, and ``C``.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+    run = _Features(model, processor, batch_size, num_workers, progress)
+    names, (features, labels), (test_features, test_labels) = run.of_both(train_dataset, test_dataset)
+    probe = LogisticRegression(C=1.0 if C is None else C, max_iter=2000)
+    folds = min(5, int(np.unique(labels, return_counts=True)[1].min()))
+    if C is None and folds > 1:
+        splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        search = GridSearchCV(probe, {"C": np.logspace(-1, 4, 6)}, cv=splits, scoring="balanced_accuracy")
+        probe = search.fit(features, labels).best_estimator_
+    else:
+        probe.fit(features, labels)
+    scores = _columns(probe.predict_proba(test_features), probe.classes_, len(names))
+    return {**_with_intervals(Classification(test_labels, scores, names), resamples, seed), "C": float(probe.C)}
+
+
+def evaluate_knn(
+    model: nn.Module,
+    processor: Any,
+    train_dataset: Any,
+    test_dataset: Any,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: Progress | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Classes by vote of the ``k`` nearest training pictures, each with weight exp(cosine / temperature), as in Wu et
+    al. 2018 (arXiv:1805.01978) and DINO.
+
+    Args:
+        model, processor, batch_size, num_workers, progress, resamples, seed: as in :func:`evaluate_retrieval`.
+        train_dataset: columns ``image`` and ``label``; the neighbours.
+        test_dataset: the same, with the same classes; scored.
+        k: neighbours, at most as many as there are training pictures.
+        temperature: of the votes.
+
+    Returns:
+        As :func:`evaluate_zero_shot`.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    if not 1 <= k <= len(train_dataset):
+        raise ValueError(f"k: expected 1 to {len(train_dataset)}, the number of training pictures, got {k}")
+    run = _Features(model, processor, batch_size, num_workers, progress)
+    names, (features, labels), (test_features, test_labels) = run.of_both(train_dataset, test_dataset)
+    # of unit vectors: distance² = 2 - 2 cosine
+    votes = KNeighborsClassifier(k, algorithm="brute", weights=lambda far: np.exp(-(far**2) / (2 * temperature)))
+    votes.fit(features, labels)
+    scores = _columns(votes.predict_proba(test_features), votes.classes_, len(names))
+    return _with_intervals(Classification(test_labels, scores, names), resamples, seed)
+
+
+def _with_intervals(found: Retrieval | Classification, resamples: int, seed: int) -> dict[str, Any]:
+    metrics: dict[str, Any] = found.metrics()
+    return {**metrics, "intervals": found.intervals(resamples, seed)} if resamples else metrics
 
 
 # ---- embeddings ----
 
 
-class _Pictures(Dataset[Any]):
+class Pictures(Dataset[Any]):
+    """The column ``image`` alone."""
+
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
@@ -161,8 +263,13 @@ def _unit(features: Any) -> Tensor:
     return nn.functional.normalize(features.pooler_output.float(), dim=-1).cpu()
 
 
-def _class_embedding(model: nn.Module, processor: Any, templates: Sequence[str], name: str, batch_size: int) -> Tensor:
-    return nn.functional.normalize(embed_texts(model, processor, render(templates, name), batch_size).mean(0), dim=-1)
+def class_embeddings(
+    model: nn.Module, processor: Any, names: Sequence[str], templates: Sequence[str], batch_size: int
+) -> Tensor:
+    """[classes, D]: each class's mean over the templates, L2-normalised."""
+    texts = [text for name in names for text in render(templates, name)]
+    embeds = embed_texts(model, processor, texts, batch_size).view(len(names), len(templates), -1)
+    return nn.functional.normalize(embeds.mean(1), dim=-1)
 
 
 @contextmanager
@@ -178,7 +285,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
             module.training = training
 
 
-# ---- retrieval ----
+# ---- texts and labels ----
 
 
 def index_texts(captions: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[str]]:
@@ -188,47 +295,14 @@ def index_texts(captions: Sequence[Sequence[str]]) -> tuple[list[list[int]], lis
     return texts_of, list(number)
 
 
-def retrieval_metrics(image_embeds: Tensor, text_embeds: Tensor, texts_of: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Recall at 1, 5 and 10 from embeddings [images, D] and [distinct texts, D], L2-normalised."""
-    images_of: list[list[int]] = [[] for _ in range(len(text_embeds))]
-    for image, own in enumerate(texts_of):
-        for text in own:
-            images_of[text].append(image)
-    recalls = {}
-    for name, queries, candidates, right in (
-        ("image_to_text", image_embeds, text_embeds, texts_of),
-        ("text_to_image", text_embeds, image_embeds, images_of),
-    ):
-        best = top_k(queries, candidates, max(_KS)).tolist()
-        for k in _KS:
-            hits = [not own.isdisjoint(found[:k]) for own, found in zip(map(set, right), best, strict=True)]
-            recalls[f"{name}_R@{k}"] = sum(hits) / len(hits)
-    return recalls
+def check_class_names(class_names: Sequence[str]) -> None:
+    """Two or more."""
+    if isinstance(class_names, str) or len(class_names) < 2:
+        raise ValueError(f"class_names: expected at least two names, got {class_names!r}")
 
 
-def top_k(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """Indices [Q, min(k, C)] of the candidates with the largest products, best first; a tile of products at a time."""
-    if not (torch.isfinite(queries).all() and torch.isfinite(candidates).all()):
-        raise ValueError("embeddings: expected finite numbers, got NaN or Inf; has the training diverged?")
-    return torch.cat([_top_k_of(block, candidates, k) for block in queries.split(_QUERIES)])
-
-
-def _top_k_of(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
-    values = queries.new_empty(len(queries), 0)
-    indices = torch.empty(len(queries), 0, dtype=torch.int64)
-    for start in range(0, len(candidates), _CANDIDATES):
-        products = queries @ candidates[start : start + _CANDIDATES].t()
-        block_values, block_indices = products.topk(min(k, products.shape[1]), dim=1)
-        values, indices = torch.cat([values, block_values], 1), torch.cat([indices, block_indices + start], 1)
-        values, chosen = values.topk(min(k, values.shape[1]), dim=1)
-        indices = indices.gather(1, chosen)
-    return indices
-
-
-# ---- classification ----
-
-
-def _labels(dataset: Any, classes: int) -> np.ndarray[Any, Any]:
+def labels_of(dataset: Any, classes: int) -> np.ndarray[Any, Any]:
+    """[N] integers from 0 to ``classes`` - 1."""
     by_column = hasattr(dataset, "column_names") and "label" in dataset.column_names
     values = dataset["label"] if by_column else [dataset[index]["label"] for index in range(len(dataset))]
     labels = np.asarray(values)
@@ -240,27 +314,35 @@ def _labels(dataset: Any, classes: int) -> np.ndarray[Any, Any]:
     return labels
 
 
-def classification_metrics(
-    labels: np.ndarray[Any, Any], scores: np.ndarray[Any, Any], class_names: Sequence[str]
-) -> dict[str, Any]:
-    """Metrics of :func:`evaluate_zero_shot` from labels [N] and scores [N, classes]."""
-    if not np.isfinite(scores).all():
-        raise ValueError("embeddings: expected finite numbers, got NaN or Inf; has the training diverged?")
-    every, predicted = list(range(len(class_names))), scores.argmax(1)
-    columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0.0)
-    rows = [
-        {"class": name, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
-        for name, p, r, f, n in zip(class_names, *columns, strict=True)
-    ]
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "y_pred contains classes not in y_true"
-        )  # the mean is over the classes present
-        balanced = balanced_accuracy_score(labels, predicted)
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "balanced_accuracy": float(balanced),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
-        "top5": float(top_k_accuracy_score(labels, scores, k=5, labels=every)) if len(every) > 5 else 1.0,
-        "per_class": rows,
-    }
+class _Features:
+    """Image embeddings and labels of data sets with the same classes."""
+
+    def __init__(
+        self, model: nn.Module, processor: Any, batch_size: int, num_workers: int, progress: Progress | None
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
+
+    def of_both(self, train: Any, test: Any) -> tuple[list[str], Any, Any]:
+        """The class names, and of each data set (features [N, D], labels [N])."""
+        names, test_names = class_names_of(train), class_names_of(test)
+        if names is None or names != test_names:
+            raise ValueError(
+                "train_dataset, test_dataset: expected a column 'label' of type datasets.ClassLabel with the same "
+                f"names in both, got {names} and {test_names}"
+            )
+        check_class_names(names)
+        labels = labels_of(train, len(names))
+        if len(np.unique(labels)) < 2:
+            raise ValueError("train_dataset: expected pictures of two classes or more, found those of one")
+        return names, (self._of(train), labels), (self._of(test), labels_of(test, len(names)))
+
+    def _of(self, dataset: Any) -> np.ndarray[Any, Any]:
+        return embed_images(self.model, self.processor, Pictures(dataset), **self.options).numpy()
+
+
+def _columns(scores: np.ndarray[Any, Any], present: np.ndarray[Any, Any], classes: int) -> np.ndarray[Any, Any]:
+    """[N, classes] from the columns of the classes that were fitted; the rest score 0."""
+    full = np.zeros((len(scores), classes))
+    full[:, present] = scores
+    return full

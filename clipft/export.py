@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
-from clipft.evaluation import embed_images, embed_texts, index_texts, retrieval_metrics
+from clipft.evaluation import embed_images, embed_texts, index_texts
 from clipft.fused import fuse_last_layer
+from clipft.metrics import retrieval_metrics
 from clipft.quantization import pictures_and_captions, plain_model, quantize
 
 __all__ = ["export_onnx"]

@@ -37,10 +37,14 @@ def _metrics_table(results: dict[str, dict[str, Any]]) -> Table:
     table = Table("metric")
     for heading in [*stages, *(["gain"] if len(stages) == 2 else [])]:
         table.add_column(heading, justify="right")
+    intervals = {stage: _intervals(results[stage]) for stage in stages}
     for name in _flat(results[stages[0]]):
         values = [_flat(results[stage])[name] for stage in stages]
-        gain = [_gain(values[1] - values[0])] if len(values) == 2 else []
-        table.add_row(name, *(f"{value:.3f}" for value in values), *gain)
+        shown = [number(name, value, intervals[stage].get(name)) for stage, value in zip(stages, values, strict=True)]
+        gain = [_gain(name, values[1] - values[0])] if len(values) == 2 else []
+        table.add_row(name, *shown, *gain)
+    table.caption = "[low - high]: 95 % bootstrap interval over the pictures"
+    table.caption_justify = "left"
     return table
 
 
@@ -51,12 +55,32 @@ def _flat(result: dict[str, Any]) -> dict[str, float]:
             _ZERO_SHOT if len(result["zero_shot"]["per_class"]) > 5 else _ZERO_SHOT[:-1]
         )  # of five classes all are in the top 5
         rows = {f"zero-shot {name.replace('_', ' ')}": result["zero_shot"][name] for name in shown}
-    return rows | {f"retrieval {name.replace('_', ' ')}": value for name, value in result.get("retrieval", {}).items()}
+        if "auc" in result["zero_shot"]:
+            rows["zero-shot auc"] = result["zero_shot"]["auc"]
+    retrieval = {name: value for name, value in result.get("retrieval", {}).items() if name != "intervals"}
+    return rows | {f"retrieval {name.replace('_', ' ')}": value for name, value in retrieval.items()}
 
 
-def _gain(value: float) -> str:
-    colour = "green" if value > 0 else "red" if value < 0 else "default"
-    return f"[{colour}]{value:+.3f}[/]"
+def _intervals(result: dict[str, Any]) -> dict[str, list[float]]:
+    """By the names of :func:`_flat`."""
+    return {
+        f"{title} {name.replace('_', ' ')}": edges
+        for kind, title in (("zero_shot", "zero-shot"), ("retrieval", "retrieval"))
+        for name, edges in result.get(kind, {}).get("intervals", {}).items()
+    }
+
+
+def number(name: str, value: float, edges: list[float] | None = None) -> str:
+    """A metric as people read it, with its interval."""
+    digits = 1 if name.endswith("rank") else 3
+    between = f" [{edges[0]:.{digits}f} - {edges[1]:.{digits}f}]" if edges else ""
+    return f"{value:.{digits}f}{between}"
+
+
+def _gain(name: str, value: float) -> str:
+    better = value < 0 if name.endswith("rank") else value > 0
+    colour = "green" if better else "red" if value else "default"
+    return f"[{colour}]{value:+.{1 if name.endswith('rank') else 3}f}[/]"
 
 
 def _per_class_table(rows: list[dict[str, Any]]) -> Table:

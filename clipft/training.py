@@ -28,11 +28,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from clipft.data import DEFAULT_TEMPLATES, Augmentation, CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows
-from clipft.evaluation import embed_texts, index_texts, retrieval_metrics
+from clipft.evaluation import embed_texts, index_texts
 from clipft.families import base_model, family_of, family_of_processor
 from clipft.features import FrozenTowers, frozen_towers
 from clipft.fused import loss_scalars
 from clipft.grad_cache import cached_backward
+from clipft.metrics import retrieval_metrics
 from clipft.models import fuse
 from clipft.ops import contrastive_loss, sigmoid_loss
 

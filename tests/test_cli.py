@@ -61,7 +61,8 @@ def test_train_on_class_folders(base: Path, colours: Path, tmp_path: Path) -> No
     assert report.keys() == {"before", "after"}
     assert report["after"].keys() == {"zero_shot"}  # class names are not captions
     zero_shot = report["after"]["zero_shot"]
-    assert zero_shot.keys() == {"accuracy", "balanced_accuracy", "macro_f1", "top5", "per_class"}
+    numbers = {"accuracy", "balanced_accuracy", "macro_f1", "top5"}
+    assert zero_shot.keys() == numbers | {"per_class", "confusion_matrix", "intervals"}
     assert [row["class"] for row in zero_shot["per_class"]] == ["blue", "green", "red", "yellow"]
     assert [row["support"] for row in zero_shot["per_class"]] == [2, 2, 2, 2]  # each class's share
     assert zero_shot["accuracy"] >= report["before"]["zero_shot"]["accuracy"] + 0.25
@@ -82,10 +83,10 @@ def test_train_on_captions_with_a_test_set(base: Path, table: Path, tmp_path: Pa
     assert "testing on 12 pictures" in result.output
     report = json.loads((out / "report.json").read_text())
     assert report["before"].keys() == report["after"].keys() == {"retrieval"}
-    assert report["after"]["retrieval"].keys() == set(METRICS[1:])
+    assert report["after"]["retrieval"].keys() > set(METRICS[1:])
     model, processor = clipft.load(out)
     expected = clipft.evaluate_retrieval(model, processor, clipft.load_pairs(tmp_path / "test.parquet"))
-    assert report["after"]["retrieval"] == pytest.approx(expected)
+    assert report["after"]["retrieval"] == expected
     start = clipft.load(base)[0]
     assert torch.equal(model.vision_model.embeddings.class_embedding, start.vision_model.embeddings.class_embedding)
 
@@ -140,7 +141,7 @@ def test_train_lora(base: Path, table: Path, tmp_path: Path) -> None:
     data, processor = clipft.load_pairs(table), clipft.load(base)[1]
     plain = peft.PeftModel.from_pretrained(CLIPModel.from_pretrained(base), out).eval()
     for model in (plain, CLIPModel.from_pretrained(out / "merged"), clipft.load(out)[0]):
-        assert clipft.evaluate_retrieval(model, processor, data) == pytest.approx(report["after"]["retrieval"])
+        assert clipft.evaluate_retrieval(model, processor, data) == report["after"]["retrieval"]
     assert run("evaluate", "--model", out, "--data", table, "--output", tmp_path / "again.json").exit_code == 0
     assert json.loads((tmp_path / "again.json").read_text())["retrieval"] == report["after"]["retrieval"]
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.linear_model
 import sklearn.metrics
 import torch
 from tiny_clip import captioned, labelled, tiny_clip
 
 import clipft
-from clipft import evaluation
 
 
 @pytest.fixture(scope="module")
@@ -45,36 +45,7 @@ def test_retrieval_equals_the_full_matrix(clip, captions: int) -> None:
     for k in (1, 5, 10):
         assert result[f"image_to_text_R@{k}"] == pytest.approx(recalls(image @ text.t(), texts_of, k))
         assert result[f"text_to_image_R@{k}"] == pytest.approx(recalls(text @ image.t(), images_of, k))
-    assert len(result) == 6
-
-
-def test_equal_captions_are_one_text() -> None:
-    texts_of, texts = evaluation.index_texts([["a cat"], ["a dog", "a cat"], ["a cat"]])
-    assert (texts_of, texts) == ([[0], [0, 1], [0]], ["a cat", "a dog"])
-    image = torch.eye(3)
-    text = torch.tensor([[0.6, 0.0, 0.8], [0.9, 0.1, 0.0]])
-    result = evaluation.retrieval_metrics(image, text, texts_of)
-    assert result["image_to_text_R@1"] == pytest.approx(2 / 3)  # image 0 finds the dog, 1 the dog, 2 the cat
-    assert result["text_to_image_R@1"] == pytest.approx(1 / 2)  # any image with the cat would do; the dog finds image 0
-
-
-def test_top_k_over_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "_QUERIES", 7)
-    monkeypatch.setattr(evaluation, "_CANDIDATES", 13)
-    queries, candidates = torch.randn(50, 8), torch.randn(101, 8)
-    got = evaluation.top_k(queries, candidates, 10)
-    assert torch.equal(got, (queries @ candidates.t()).topk(10).indices)
-    assert evaluation.top_k(queries, candidates[:4], 10).shape == (50, 4)
-
-
-def test_a_collapsed_model_gains_nothing_by_ties() -> None:
-    result = evaluation.retrieval_metrics(torch.ones(100, 4), torch.ones(100, 4), [[i] for i in range(100)])
-    assert result["text_to_image_R@1"] <= 0.01
-
-
-def test_diverged_embeddings_are_an_error() -> None:
-    with pytest.raises(ValueError, match="finite"):
-        evaluation.retrieval_metrics(torch.full((2, 4), float("nan")), torch.ones(2, 4), [[0], [1]])
+    assert len(result) == 11  # with median rank and mAP of both ways, and the intervals
 
 
 def test_labels_make_captions_for_retrieval(clip) -> None:
@@ -103,14 +74,47 @@ def test_zero_shot_equals_scikit_learn(clip) -> None:
         assert row["f1"] == pytest.approx(expected["f1-score"])
         assert (row["precision"], row["recall"]) == pytest.approx((expected["precision"], expected["recall"]))
         assert row["support"] == expected["support"]
+    assert result["confusion_matrix"] == sklearn.metrics.confusion_matrix(labels, predicted).tolist()
+    assert "auc" not in result
+    assert result["intervals"].keys() == result.keys() - {"confusion_matrix", "intervals"}
 
 
-def test_top5_over_more_than_five_classes() -> None:
-    scores = np.random.default_rng(0).normal(size=(200, 9))
-    labels = np.arange(200) % 9
-    result = evaluation.classification_metrics(labels, scores, [str(i) for i in range(9)])
-    expected = np.mean([label in row.argsort()[-5:] for label, row in zip(labels, scores, strict=True)])
-    assert result["top5"] == pytest.approx(expected)
+@pytest.mark.parametrize("evaluate", [clipft.evaluate_linear_probe, clipft.evaluate_knn])
+def test_probes_tell_colours_apart(clip, evaluate) -> None:
+    """A random image tower tells colours of pictures; chance is 0.25."""
+    options = {"k": 5} if evaluate is clipft.evaluate_knn else {}
+    train, test = labelled(80).select(range(64)), labelled(80).select(range(64, 80))
+    result = evaluate(*clip, train, test, batch_size=16, **options)
+    assert result["balanced_accuracy"] >= 0.6
+    assert result["intervals"]["balanced_accuracy"][0] <= result["balanced_accuracy"]
+    assert np.sum(result["confusion_matrix"]) == 16
+    assert evaluate(*clip, train, test, batch_size=16, **options) == result  # seeded
+
+
+def test_probes_equal_scikit_learn(clip) -> None:
+    train, test = labelled(40), labelled(60).select(range(40, 60))
+    image, _ = features(clip, train["image"][:] + test["image"][:], ["a"])
+    x, y, z = image[:40].numpy(), np.array(train["label"]), np.array(test["label"])
+    probe = sklearn.linear_model.LogisticRegression(C=10.0, max_iter=2000).fit(x, y)
+    result = clipft.evaluate_linear_probe(*clip, train, test, C=10.0, resamples=0)
+    assert result["accuracy"] == pytest.approx(probe.score(image[40:].numpy(), z))
+    assert result["C"] == 10.0
+    assert "intervals" not in result
+    similarity = image[40:] @ image[:40].t()
+    votes = torch.zeros(20, 4)
+    for row, (values, places) in enumerate(zip(*similarity.topk(7, dim=1), strict=True)):
+        votes[row].index_add_(0, torch.from_numpy(y)[places], (values / 0.07).exp())
+    expected = np.mean(votes.argmax(1).numpy() == z)
+    assert clipft.evaluate_knn(*clip, train, test, k=7)["accuracy"] == pytest.approx(expected)
+
+
+def test_probes_check_their_arguments(clip) -> None:
+    with pytest.raises(ValueError, match="k: expected 1 to 8"):
+        clipft.evaluate_knn(*clip, labelled(8), labelled(8))
+    with pytest.raises(ValueError, match="same names in both"):
+        clipft.evaluate_linear_probe(*clip, labelled(8), captioned(8))
+    with pytest.raises(ValueError, match="two classes or more"):
+        clipft.evaluate_knn(*clip, labelled(1), labelled(8), k=1)
 
 
 def test_zero_shot_checks_its_arguments(clip) -> None:

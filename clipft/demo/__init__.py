@@ -122,8 +122,8 @@ def _table(title: str, stages: dict[str, dict[str, float]]) -> Table:
     table = Table(title=f"\n{title}", title_justify="left")
     for heading in ("", "before", "after", "gain", *(["from scratch"] if "from_scratch" in stages else [])):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, before in stages["before"].items():
-        after = stages["after"][name]
+    for name in (name for name in stages["before"] if "_R@" in name):
+        before, after = stages["before"][name], stages["after"][name]
         gain = f"[{'green' if after > before else 'red'}]{after - before:+.3f}[/]"
         scratch = [f"{stages['from_scratch'][name]:.3f}"] if "from_scratch" in stages else []
         table.add_row(name.replace("_", " "), f"{before:.3f}", f"{after:.3f}", gain, *scratch)
