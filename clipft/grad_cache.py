@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clipft.fused import loss_scalars
 
-__all__ = ["cached_backward"]
+__all__ = ["cached_backward", "chunks"]
 
 _IMAGE = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_pooler_output")
 _TEXT = ("input_ids", "attention_mask", "text_pooler_output")
@@ -50,17 +50,17 @@ def cached_backward(
     Returns:
         The loss, detached.
     """
-    chunks = _chunks(inputs, chunk_size)
+    pieces = chunks(inputs, chunk_size)
     states, parts = [], []
-    for chunk in chunks:
+    for chunk in pieces:
         states.append(_random_state())
         with torch.no_grad(), autocast():
             outputs = model(**chunk, return_logits=False)
         parts.append((outputs.image_embeds, outputs.text_embeds))
     index = inputs.get("text_index")
     loss, gradients, of_scalars = _loss_and_gradients(parts, loss_scalars(outputs), index, loss_fn)
-    for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
-        last = number == len(chunks) - 1
+    for number, (chunk, state, gradient) in enumerate(zip(pieces, states, gradients, strict=True)):
+        last = number == len(pieces) - 1
         with nullcontext() if last else no_sync():
             with _replayed(state), autocast():
                 outputs = model(**chunk, return_logits=False)
@@ -95,7 +95,7 @@ def _loss_and_gradients(
     return loss.detach(), cast(list[Pair], pairs), gradients[2:]
 
 
-def _chunks(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+def chunks(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     """Pictures and texts in pieces of `size`. Where one has fewer pieces they come last, together with the other's: the
     last chunk then uses every parameter, which is when processes share gradients."""
     sides = [

@@ -27,15 +27,17 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from clipft.auto_batch import fitting_chunk
 from clipft.data import DEFAULT_TEMPLATES, Augmentation, CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows
 from clipft.evaluation import embed_texts, index_texts
 from clipft.families import base_model, family_of, family_of_processor
 from clipft.features import FrozenTowers, frozen_towers
 from clipft.fused import loss_scalars
-from clipft.grad_cache import cached_backward
+from clipft.grad_cache import cached_backward, chunks
 from clipft.metrics import retrieval_metrics
 from clipft.models import fuse
 from clipft.ops import contrastive_loss, sigmoid_loss
+from clipft.precision import bf16_speedup
 
 __all__ = ["CLIPTrainer", "CLIPTrainingArguments", "default_learning_rate"]
 
@@ -93,6 +95,9 @@ class CLIPTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Pictures that a tower sees at once; the loss still takes the whole batch."},
     )
+    auto_batch: bool = field(
+        default=False, metadata={"help": "Choose grad_cache_chunk_size: as many as fit into memory."}
+    )
     cache_frozen: bool = field(
         default=True, metadata={"help": "Compute the outputs of a frozen tower once, not in every epoch."}
     )
@@ -109,6 +114,8 @@ class CLIPTrainingArguments(TrainingArguments):
             raise ValueError(f"loss: expected one of {', '.join(_LOSSES)}, got {self.loss!r}")
         if self.grad_cache_chunk_size is not None and self.grad_cache_chunk_size < 1:
             raise ValueError(f"grad_cache_chunk_size: expected at least 1, or None, got {self.grad_cache_chunk_size}")
+        if self.auto_batch and self.grad_cache_chunk_size is not None:
+            raise ValueError("auto_batch: chooses grad_cache_chunk_size, expected one of the two")
         if self.cudnn_benchmark and self.full_determinism:
             raise ValueError(
                 "cudnn_benchmark: its choice of kernels varies between runs; not with full_determinism=True"
@@ -324,6 +331,35 @@ class CLIPTrainer(Trainer):
             known |= {text: len(captions) + place for place, text in enumerate(rest)}
         return retrieval_metrics(image_embeds, first_embeds[[known[text] for text in texts]], texts_of)
 
+    # ---- the run ----
+
+    def _warn_of_slow_bf16(self) -> None:
+        if self.args.bf16 and self.args.device.type == "cpu" and (gain := bf16_speedup("cpu")) < 1.0:
+            _logger.warning(
+                "bf16: this CPU takes %.1f times as long in bfloat16 as in float32 (a linear layer, measured now); "
+                "float32 is faster here",
+                1.0 / gain,
+            )
+
+    def _fitting_chunk(self) -> int | None:
+        """Pairs that fit into memory at once, the same number on every rank; None for all of the batch."""
+        model = cast(nn.Module, self.model).train()
+        inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+        inputs.pop("labels", None)
+        size = self.args.per_device_train_batch_size
+
+        def forward(pairs: int) -> Any:
+            with self.compute_loss_context_manager():
+                return model(**chunks(inputs, pairs)[-1], return_logits=False)
+
+        fits = fitting_chunk(model, forward, size, checkpointing=bool(self.args.gradient_checkpointing))
+        if self.args.world_size > 1:
+            least = torch.tensor(fits, device=self.args.device)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            fits = int(least)
+        _logger.info("auto_batch: %d of %d pairs at once", fits, size)
+        return None if fits >= size else fits
+
     # ---- checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -332,6 +368,9 @@ class CLIPTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint(str(self.args.output_dir)))
+        self._warn_of_slow_bf16()
+        if self.args.auto_batch:
+            self.args.grad_cache_chunk_size = self._fitting_chunk()
         with _cudnn_benchmark(self.args.cudnn_benchmark):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 

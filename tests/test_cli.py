@@ -91,6 +91,27 @@ def test_train_on_captions_with_a_test_set(base: Path, table: Path, tmp_path: Pa
     assert torch.equal(model.vision_model.embeddings.class_embedding, start.vision_model.embeddings.class_embedding)
 
 
+def test_large_batches_and_precision(base: Path, table: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, options in {"whole": [], "chunks": ["--grad-cache-chunk-size", 3], "auto": ["--auto-batch"]}.items():
+        result = run(
+            *("train", "--model", base, "--data", table, "--output", tmp_path / name, "--epochs", 2),
+            *("--batch-size", 8, "--gradient-checkpointing", *options),
+        )
+        assert result.exit_code == 0, result.output
+        losses.append(json.loads((tmp_path / name / "report.json").read_text())["after"]["retrieval"])
+    for name in METRICS[1:]:
+        assert losses[1][name] == pytest.approx(losses[0][name]) == losses[2][name]
+    both = run(
+        "train", "--model", base, "--data", table, "--output", tmp_path / "x", *options, "--grad-cache-chunk-size", 3
+    )
+    assert both.exit_code == 2 and "auto_batch: chooses grad_cache_chunk_size" in both.output
+    result = run(
+        "train", "--model", base, "--data", table, "--output", tmp_path / "p", "--epochs", 1, "--precision", "auto"
+    )
+    assert result.exit_code == 0 and "--precision auto: " in result.output
+
+
 def test_the_held_out_split_is_the_same_each_time(base: Path, colours: Path, tmp_path: Path) -> None:
     reports = []
     for name in ("one", "two"):
