@@ -32,6 +32,7 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from clipft.attention import attention
 from clipft.fused import records
 from clipft.models import QUANT_METHOD
 from clipft.nn import QuantizedLinear
@@ -63,15 +64,32 @@ class QuantizedAttention(CLIPAttention):
         """As ``CLIPAttention.forward``: [B, L, D] -> [B, L, D] and the attention weights, if its function gives any.
         ``norm`` and ``residual``: as those of ``QuantizedLinear.forward``. ``first_only``: for the first token
         alone, [B, 1, D]."""
-        batch, length = hidden_states.shape[:-1]
-        heads = self.qkv_proj(hidden_states, norm).view(batch, length, 3, self.num_heads, self.head_dim)
-        queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind()
-        if first_only:
-            queries = queries[:, :, :1]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(self, queries, keys, values, attention_mask, scaling=self.scale, dropout=0.0, **kwargs)
-        output = output.reshape(batch, queries.shape[2], -1)
+        length = hidden_states.shape[1]
+        states, queries = self.qkv_proj(hidden_states, norm), 1 if first_only else length
+        output, weights = self._attend(states, queries, attention_mask, **kwargs)
         return (self.out_proj(output) if residual is None else self.out_proj(output, None, residual)), weights
+
+    def _attend(
+        self, states: Tensor, queries: int, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, L, 3 * D] queries, keys and values -> [B, queries, D], and the weights if the model's function gives any.
+
+        ``clipft.attention`` where it takes over from torch's (the "sdpa" that transformers chooses): not with a mask,
+        which a batch of texts of several lengths has, and not for an exporter, which could not translate it.
+        """
+        sdpa = self.config._attn_implementation == "sdpa"
+        if sdpa and attention_mask is None and states.device.type == "cpu" and not torch.compiler.is_exporting():
+            causal = bool(kwargs.get("is_causal"))
+            return attention(states, self.num_heads, scale=self.scale, causal=causal, queries=queries), None
+        batch, length = states.shape[:2]
+        heads = states.view(batch, length, 3, self.num_heads, self.head_dim)
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        mask = attention_mask
+        output, weights = attend(
+            self, query[:, :, :queries], key, value, mask, scaling=self.scale, dropout=0.0, **kwargs
+        )
+        return output.reshape(batch, queries, -1), weights
 
 
 class QuantizedMLP(CLIPMLP):

@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include "kernels/attention_kernels.h"
 #include "kernels/gemm_kernels.h"
 #include "kernels/int8_kernels.h"
 #include "kernels/lora_kernels.h"

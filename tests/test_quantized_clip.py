@@ -18,6 +18,7 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 import clipft
+from clipft.attention import attention
 from clipft.nn import QuantizedLinear
 
 WEIGHTS = "clipft_int8.safetensors"
@@ -192,6 +193,31 @@ def test_the_last_layer_computes_the_class_token_alone(batch: dict[str, Tensor])
     assert len(hidden.hidden_states) == 4 and torch.equal(hidden.last_hidden_state, whole.last_hidden_state)
     layer = quantized.vision_model.encoder.layers[0]  # kwargs reach every layer
     assert layer(torch.randn(2, 5, 32), class_token_only=True).shape == (2, 5, 32)
+
+
+def test_attention_is_ours_but_under_a_mask(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both give what eager attention gives, for pictures, texts of one length, and texts that padding makes equal."""
+    import clipft.quantized_clip as module
+
+    calls: list[bool] = []
+
+    def counted(*args: Any, causal: bool, **kwargs: Any) -> Tensor:
+        calls.append(causal)
+        return attention(*args, causal=causal, **kwargs)
+
+    monkeypatch.setattr(module, "attention", counted)
+    padded = batch | {"attention_mask": batch["attention_mask"].clone()}
+    padded["attention_mask"][2, 7:] = 0
+    quantized = clipft.quantize(tiny_model())
+    eager = copy.deepcopy(quantized)
+    eager.set_attn_implementation("eager")
+    for inputs, expected in ((batch, [False] * 3 + [True] * 3), (padded, [False] * 3)):
+        calls.clear()
+        got = embeddings(quantized, inputs)
+        assert sorted(calls) == expected
+        for ours, plain in zip(got, embeddings(eager, inputs), strict=True):
+            assert cosine(ours, plain) > 0.9999
+        assert sorted(calls) == expected
 
 
 def test_compiles(batch: dict[str, Tensor]) -> None:

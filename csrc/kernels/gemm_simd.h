@@ -6,12 +6,6 @@
 
 #include <stdbool.h>
 
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 enum { PANEL_VECS = CLIPFT_GEMM_PANEL / CLIPFT_LANES };
 
 /* c[rows, cols] = or += a^T b over `depth`: a [depth, GEMM_ROWS], b `panels` panels of [depth, CLIPFT_GEMM_PANEL]. */

@@ -5,12 +5,6 @@
 
 #include <stddef.h>
 
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 enum { PANEL_VECS = CLIPFT_INT8_PANEL / CLIPFT_LANES, BLOCK = 4 * CLIPFT_INT8_PANEL };
 
 /* Four bytes of a row to every lane. */

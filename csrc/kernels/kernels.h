@@ -75,7 +75,8 @@ typedef struct clipft_softmax_cols {
     SLOT(row_range)                                                                                                                        \
     SLOT(row_quantize)                                                                                                                     \
     SLOT(int8_dot)                                                                                                                         \
-    SLOT(int8_finish)
+    SLOT(int8_finish)                                                                                                                      \
+    SLOT(attend)
 
 /* Operands of gemm_rows: see gemm.h. The block of b is packed; a and c are whole. */
 enum { CLIPFT_GEMM_PANEL = 16, CLIPFT_GEMM_DEPTH = 256 };
@@ -152,6 +153,21 @@ typedef struct clipft_int8_finish {
     clipft_activation activation;
 } clipft_int8_finish;
 
+/* Operands of attend. Keys and values are packed in groups of CLIPFT_ATTEND_COLS columns; scores have room for CLIPFT_ATTEND_ROWS rows. */
+enum { CLIPFT_ATTEND_COLS = 64, CLIPFT_ATTEND_ROWS = 6 };
+
+typedef struct clipft_attend {
+    const float *q;      /* [rows, dim], rows q_stride apart */
+    const float *keys;   /* [length / 64 rounded up, dim, 64], zeros beyond the last key */
+    const float *values; /* [dim / 64 rounded up, length, 64], zeros beyond the last column */
+    float *scores;       /* work space, [CLIPFT_ATTEND_ROWS, length rounded up to 64] */
+    float *out;          /* [rows, dim], rows out_stride apart */
+    int64_t q_stride, out_stride;
+    int64_t rows, dim, length;
+    float scale;
+    bool causal; /* row i sees keys 0 .. i */
+} clipft_attend;
+
 typedef struct clipft_kernels {
     /* max_j scale * x[j]; NaNs are passed over. */
     float (*row_max)(const float *x, int64_t cols, float scale);
@@ -226,6 +242,10 @@ typedef struct clipft_kernels {
     /* out[i][j] = activation((sums[i][j] - row_zero[i] * col_sum[j]) * col_scale[j] * row_scale[i] + bias[j]) + residual[i][j], the bracket
      * exact; where the activation tends to 0 it is 0, even of -Inf. */
     void (*int8_finish)(const clipft_int8_finish *finish, const int32_t *sums);
+
+    /* out[i] = sum_j p[j] values[j] / sum_j p[j], p[j] = exp(scale * <q[i], key j> - their maximum), over the keys that row i sees; no NaN
+     * among other keys and values reaches it. */
+    void (*attend)(const clipft_attend *head);
 } clipft_kernels;
 
 extern clipft_kernels clipft_kernel_table; /* filled by dispatch.c */

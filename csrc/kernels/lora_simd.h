@@ -6,12 +6,6 @@
 #include "lora_kernels.h"
 #include "simd.h"
 
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 /* Vectors in CLIPFT_RANK_PAD floats. */
 enum { DOWN_VECS = 16 / CLIPFT_LANES };
 #if CLIPFT_LANES == 16

@@ -10,6 +10,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define KERNEL(name) JOIN(clipft_##name, CLIPFT_ISA)
@@ -80,20 +86,32 @@ SIMD void store_part(float *p, int64_t n, f32v v)
     memcpy(p, lane, (size_t)n * sizeof *p);
 }
 
+/* What a vector is reduced by: a chain through all lanes would take as long as a short row's work. */
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+
 SIMD float f32v_sum(f32v v)
 {
-    float lane[CLIPFT_LANES], sum = 0.0F;
-    memcpy(lane, &v, sizeof v);
-    for (int k = 0; k < CLIPFT_LANES; ++k) sum += lane[k];
-    return sum;
+    f32x4 part[CLIPFT_LANES / 4], sum;
+    memcpy(part, &v, sizeof v);
+    sum = part[0];
+    UNROLL for (int k = 1; k < CLIPFT_LANES / 4; ++k) sum += part[k];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+/* The greatest lane; none is NaN. */
 SIMD float f32v_max_lane(f32v v)
 {
-    float lane[CLIPFT_LANES], max = -INFINITY;
-    memcpy(lane, &v, sizeof v);
-    for (int k = 0; k < CLIPFT_LANES; ++k) max = fmaxf(max, lane[k]);
-    return max;
+    f32x4 part[CLIPFT_LANES / 4], max;
+    memcpy(part, &v, sizeof v);
+    max = part[0];
+    UNROLL for (int k = 1; k < CLIPFT_LANES / 4; ++k)
+    {
+        const i32x4 more = part[k] > max;
+        max = (f32x4)((more & (i32x4)part[k]) | (~more & (i32x4)max));
+    }
+    const float a = max[0] > max[2] ? max[0] : max[2], b = max[1] > max[3] ? max[1] : max[3];
+    return a > b ? a : b;
 }
 
 /* exp(x) for x <= 88 to 1.1 ulp; 0 where the result would be denormal; NaN stays NaN.

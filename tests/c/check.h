@@ -57,5 +57,6 @@ void test_gemm(void);
 void test_lora_rows(void);
 void test_lora(void);
 void test_int8(void);
+void test_attention(void);
 
 #endif

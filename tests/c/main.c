@@ -43,6 +43,7 @@ int main(void)
         test_lora_rows();
         test_lora();
         test_int8();
+        test_attention();
         printf("isa %s: %d checks passed\n", clipft_isa_name((clipft_isa)isa), check_passed - before);
     }
     printf("%d passed, %d failed\n", check_passed, check_failed);

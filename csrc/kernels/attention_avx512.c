@@ -1,0 +1,10 @@
+#if defined(__x86_64__)
+#define CLIPFT_ISA avx512
+#define CLIPFT_LANES 16
+#define CLIPFT_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define ATTEND_ROWS 5
+#define ATTEND_PANELS 4
+#include "attention_simd.h"
+#else
+typedef int clipft_not_x86_64; /* ISO C forbids an empty file */
+#endif

@@ -1,0 +1,10 @@
+#if defined(__aarch64__)
+#define CLIPFT_ISA neon
+#define CLIPFT_LANES 4
+#define CLIPFT_TARGET /* part of the baseline */
+#define ATTEND_ROWS 6
+#define ATTEND_PANELS 1
+#include "attention_simd.h"
+#else
+typedef int clipft_not_aarch64; /* ISO C forbids an empty file */
+#endif
