@@ -138,9 +138,10 @@ class PairRows(Dataset[dict[str, Any]]):
     """A view of a data set for the collator: rows of ``image``, ``captions`` (a list), and ``label`` where captions
     come from it.
 
-    An index may be a pair (epoch, i): the row then carries ``draw = (epoch, i)``, which makes it a training row. A data
-    set without captions gets them from its class names through ``templates``. With ``images=False`` rows come without
-    their pictures, for a collator that has features of them, and carry ``index`` instead.
+    An index may be a pair (epoch, i), or (epoch, i, repeat): the row then carries it as ``draw``, which makes it a
+    training row. A data set without captions gets them from its class names through ``templates``. With
+    ``images=False`` rows come without their pictures, for a collator that has features of them, and carry ``index``
+    instead.
     """
 
     def __init__(self, dataset: Any, templates: Sequence[str] = DEFAULT_TEMPLATES, *, images: bool = True) -> None:
@@ -160,7 +161,7 @@ class PairRows(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, ...]) -> dict[str, Any]:
         index = key[1] if isinstance(key, tuple) else key
         row = read_row(self.dataset if self._without_images is None else self._without_images, index)
         pair: dict[str, Any] = {"captions": self._captions_of(row, index)}

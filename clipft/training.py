@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ from clipft.metrics import retrieval_metrics
 from clipft.models import fuse
 from clipft.ops import contrastive_loss, sigmoid_loss
 from clipft.precision import bf16_speedup
+from clipft.sampling import ClassBalancedSampler, labels_of
+from clipft.schedules import WeightAverage, split_by_depth
 
 __all__ = ["CLIPTrainer", "CLIPTrainingArguments", "default_learning_rate"]
 
@@ -104,6 +106,15 @@ class CLIPTrainingArguments(TrainingArguments):
     feature_cache: str | None = field(
         default=None, metadata={"help": "Folder for them, shared by runs; default: features in output_dir."}
     )
+    class_balanced: bool = field(
+        default=False, metadata={"help": "Batches with equally many pairs of each class; needs labels."}
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Learning rate of a layer over that of the layer above it."}
+    )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Evaluate and keep an average of the weights over steps; 0.999 is usual."}
+    )
     cudnn_benchmark: bool = field(
         default=False, metadata={"help": "Let cuDNN time its kernels; batches have one size."}
     )
@@ -116,6 +127,10 @@ class CLIPTrainingArguments(TrainingArguments):
             raise ValueError(f"grad_cache_chunk_size: expected at least 1, or None, got {self.grad_cache_chunk_size}")
         if self.auto_batch and self.grad_cache_chunk_size is not None:
             raise ValueError("auto_batch: chooses grad_cache_chunk_size, expected one of the two")
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"layer_decay: expected a factor in (0, 1], got {self.layer_decay}")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay: expected a decay in [0, 1), got {self.ema_decay}")
         if self.cudnn_benchmark and self.full_determinism:
             raise ValueError(
                 "cudnn_benchmark: its choice of kernels varies between runs; not with full_determinism=True"
@@ -147,6 +162,13 @@ class CLIPTrainer(Trainer):
         # Hugging Face's smoother is for class logits; compute_loss passes the factor to the contrastive loss.
         self.label_smoother = None
         self.add_callback(_ClampLogitScale)
+        if args.ema_decay:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("ema_decay: not with FSDP or DeepSpeed, where no process has the whole weights")
+            self._average = WeightAverage(lambda: self.model, args.ema_decay)
+            self.add_callback(self._average)
+
+    _average: WeightAverage | None = None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As in Trainer, and fused."""
@@ -214,10 +236,16 @@ class CLIPTrainer(Trainer):
             return args.num_train_epochs
         return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / rows
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(rows), seed, lambda: int(self.state.epoch or 0))
+
+        def epoch() -> int:
+            return int(self.state.epoch or 0)
+
+        if self.args.class_balanced:
+            return ClassBalancedSampler(labels_of(getattr(rows, "dataset", rows)), seed, epoch)
+        return EpochSampler(len(rows), seed, epoch)
 
     # ---- loss and optimiser ----
 
@@ -285,6 +313,14 @@ class CLIPTrainer(Trainer):
         """
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As in Trainer, with the rates of ``layer_decay``."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self.args.layer_decay < 1.0:
+            split_by_depth(optimizer, cast(nn.Module, self.model if model is None else model), self.args.layer_decay)
+        return optimizer
+
     # ---- evaluation ----
 
     def prediction_step(
@@ -312,10 +348,11 @@ class CLIPTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Trainer's loop, then retrieval metrics from its embeddings: the towers run once."""
         loss_only = self.args.prediction_loss_only
-        output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
-        if not loss_only and output.metrics is not None:
-            for name, value in self._retrieval(dataloader.dataset, output.predictions).items():
-                output.metrics[f"{metric_key_prefix}_{name}"] = value
+        with self._averaged():
+            output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
+            metrics = {} if loss_only else self._retrieval(dataloader.dataset, output.predictions)
+        if output.metrics is not None:
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def _retrieval(self, rows: PairRows, predictions: Any) -> dict[str, float]:
@@ -372,7 +409,18 @@ class CLIPTrainer(Trainer):
         if self.args.auto_batch:
             self.args.grad_cache_chunk_size = self._fitting_chunk()
         with _cudnn_benchmark(self.args.cudnn_benchmark):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._average:  # the best model's file holds an average already
+            self._average.finish(keep=not self.args.load_best_model_at_end)
+        return result
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return self._average.in_use() if self._average else nullcontext()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._average:
+            self._average.load_trained(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write under a temporary name, then rename: whatever is called ``checkpoint-N`` is whole."""
@@ -384,7 +432,10 @@ class CLIPTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._staging = staging
         try:
-            super()._save_checkpoint(model, trial)
+            with self._averaged():
+                super()._save_checkpoint(model, trial)
+                if self._average and self.args.should_save:
+                    self._average.save_trained(staging / name)
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()  # every rank has written its random state

@@ -117,6 +117,15 @@ def train(
     precision: Annotated[
         Precision, typer.Option(help="Mixed precision: auto takes bf16 where it measures faster; fp16 needs a GPU.")
     ] = Precision.fp32,
+    class_balanced: Annotated[
+        bool, typer.Option("--class-balanced", help="Equally many pictures of each class in a batch.")
+    ] = False,
+    layer_decay: Annotated[
+        float, typer.Option(help="Learning rate of a layer over that of the layer above; 0.75 is usual.")
+    ] = 1.0,
+    ema_decay: Annotated[
+        float, typer.Option(help="Keep an average of the weights over the steps; 0.999 is usual, 0 turns it off.")
+    ] = 0.0,
     workers: Workers = 0,
     random_resized_crop: Annotated[
         float | None, typer.Option(help="Random crops that keep at least this share of the area, for instance 0.8.")
@@ -177,6 +186,9 @@ def train(
         max_grad_norm=max_grad_norm,
         loss=loss.value,
         label_smoothing_factor=label_smoothing,
+        class_balanced=class_balanced,
+        layer_decay=layer_decay,
+        ema_decay=ema_decay,
         grad_cache_chunk_size=grad_cache_chunk_size,
         auto_batch=auto_batch,
         gradient_checkpointing=gradient_checkpointing,

@@ -1,0 +1,144 @@
+"""How fast and when each part of a model learns: layer-wise learning-rate decay, gradual unfreezing, averaged weights.
+
+All three follow from the step number and the parameters' names, so that a resumed run needs no more state than the
+averaged weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+__all__ = ["WeightAverage", "depth_from_top", "split_by_depth"]
+
+TRAINED_WEIGHTS = "trained_weights.safetensors"
+_LAYER = re.compile(r"\b(text|vision)_model\.encoder\.layers\.(\d+)\.")
+_INPUT = re.compile(r"\b(text|vision)_model\.(embeddings|pre_layrnorm)\b")
+
+
+# ---- layer-wise learning-rate decay ----
+
+
+def depth_from_top(name: str, layers: dict[str, int]) -> int:
+    """How far a parameter is below its tower's output: 0 for projections, last norms, the logit scale and what else is
+    in no tower, 1 for the last layer, and one more than the number of layers for the embeddings.
+
+    Args:
+        name: the parameter's, with or without peft's prefix.
+        layers: number of layers of "text" and "vision".
+    """
+    if match := _LAYER.search(name):
+        return layers[match[1]] - int(match[2])
+    if match := _INPUT.search(name):
+        return layers[match[1]] + 1
+    return 0
+
+
+def tower_layers(model: nn.Module) -> dict[str, int]:
+    """Number of layers of each tower, from the parameters' names."""
+    found = {"text": 0, "vision": 0}
+    for name, _ in model.named_parameters():
+        if match := _LAYER.search(name):
+            found[match[1]] = max(found[match[1]], int(match[2]) + 1)
+    return found
+
+
+def split_by_depth(optimizer: torch.optim.Optimizer, model: nn.Module, layer_decay: float) -> None:
+    """Give each group of the optimiser's parameters that lie k below the output the rate ``lr * layer_decay ** k``
+    (arXiv:1801.06146, 3.1; as ``layer_decay`` in timm, BEiT and MAE). Before the first step.
+    """
+    layers = tower_layers(model)
+    depth = {parameter: depth_from_top(name, layers) for name, parameter in model.named_parameters()}
+    groups, optimizer.param_groups[:] = list(optimizer.param_groups), []
+    for group in groups:
+        for below in sorted({depth[parameter] for parameter in group["params"]}):
+            params = [parameter for parameter in group["params"] if depth[parameter] == below]
+            optimizer.add_param_group({**group, "params": params, "lr": group["lr"] * layer_decay**below})
+
+
+# ---- averaged weights ----
+
+
+class WeightAverage(TrainerCallback):
+    """An exponential moving average of the weights that train (EMA): evaluated, saved, and left in the model at the
+    end.
+
+    After each optimiser step ``average = d * average + (1 - d) * weights`` with ``d = min(decay, (1 + step) / (10 +
+    step))``, so that short runs do not stick to the start. A checkpoint's model file holds the average; the weights
+    that train lie beside it, for a resume.
+    """
+
+    def __init__(self, model: Callable[[], Any], decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.average: dict[str, Tensor] = {}
+        self._resting = False
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: parameter.data for name, parameter in self.model().named_parameters() if parameter.requires_grad}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start from the weights as they are, unless a checkpoint was loaded."""
+        if not self.average or state.global_step == 0:
+            self.average = {name: weights.clone() for name, weights in self._trained().items()}
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step of the average."""
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        for name, weights in self._trained().items():
+            self.average.setdefault(name, weights.clone()).lerp_(weights, 1.0 - decay)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The model has the averaged weights; entered again within, it is left alone."""
+        if self._resting or not self.average:
+            yield
+            return
+        self._resting = True
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+            self._resting = False
+
+    def _swap(self) -> None:
+        for name, weights in self._trained().items():
+            if name in self.average:
+                held = weights.clone()
+                weights.copy_(self.average[name])
+                self.average[name].copy_(held)
+
+    def finish(self, *, keep: bool) -> None:
+        """The run is over: with ``keep`` the averaged weights stay in the model."""
+        if keep:
+            self._swap()
+        self.average = {}
+
+    def save_trained(self, folder: Path) -> None:
+        """What a resume needs beside the checkpoint's model, which is the average. Call it within :meth:`in_use`."""
+        save_file({name: weights.contiguous() for name, weights in self.average.items()}, folder / TRAINED_WEIGHTS)
+
+    def load_trained(self, folder: Path) -> None:
+        """After the checkpoint's model was loaded: that is the average; go on from the weights that trained."""
+        path = folder / TRAINED_WEIGHTS
+        if not path.is_file():
+            raise ValueError(
+                f"ema_decay: expected {TRAINED_WEIGHTS} in {folder}, which a run with ema_decay leaves there"
+            )
+        stored = load_file(path)
+        expected = self._trained()
+        if stored.keys() != expected.keys():
+            odd = sorted(stored.keys() ^ expected.keys())[:3]
+            raise ValueError(f"{path}: expected the parameters that train here; differs in {odd}")
+        self.average = {name: weights.clone() for name, weights in expected.items()}
+        for name, weights in expected.items():
+            weights.copy_(stored[name])

@@ -1,0 +1,202 @@
+"""Class-balanced batches, layer-wise learning-rate decay, averaged weights; and that a resume is exact with all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import StopAfter, losses, same, trainer_of
+from tiny_clip import captioned, labelled, tiny_clip
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+import clipft
+from clipft.sampling import ClassBalancedSampler
+from clipft.schedules import depth_from_top
+
+# ---- class-balanced batches ----
+
+
+def imbalanced() -> Any:
+    """16 red pictures, 4 green, 2 blue, 1 yellow."""
+    data = labelled(64)
+    kept = Counter[int]()
+    most = {0: 16, 1: 4, 2: 2, 3: 1}
+    rows = []
+    for index, label in enumerate(data["label"]):
+        kept[label] += 1
+        if kept[label] <= most[label]:
+            rows.append(index)
+    return data.select(rows)
+
+
+def test_every_round_has_each_class_once() -> None:
+    labels = [0] * 16 + [1] * 4 + [2] * 2 + [3]
+    rows = list(ClassBalancedSampler(labels, 7, lambda: 0))
+    assert len(rows) == len(labels) == 23
+    picked = [labels[index] for _, index, _ in rows]
+    assert all(sorted(picked[start : start + 4]) == [0, 1, 2, 3] for start in range(0, 20, 4))
+    assert len(set(rows)) == 23  # a row that comes again has another draw
+    of_two = [index for _, index, _ in rows if labels[index] == 2]
+    assert max(Counter(of_two).values()) - min(Counter(of_two).values()) <= 1
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    orders = [list(ClassBalancedSampler([0, 1, 0, 1, 0], seed, lambda e=e: e)) for seed, e in ((1, 0), (1, 1), (2, 0))]
+    assert orders[0] == list(ClassBalancedSampler([0, 1, 0, 1, 0], 1, lambda: 0))
+    assert len({tuple(order) for order in orders}) == 3
+    assert [epoch for epoch, _, _ in orders[1]] == [1] * 5
+
+
+def test_batches_are_balanced_and_repeats_are_augmented_anew(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, imbalanced(), class_balanced=True, random_resized_crop=0.3)
+    batches = list(trainer.get_train_dataloader())
+    assert [sorted(Counter(batch["labels"].tolist()).values()) for batch in batches[:2]] == [[2, 2, 2, 2]] * 2
+    yellow = torch.cat([batch["pixel_values"][batch["labels"] == 3] for batch in batches])
+    assert len(yellow) >= 5
+    assert len({picture.sum().item() for picture in yellow}) == len(yellow)
+
+
+def test_balance_needs_labels(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="class_balanced: expected a data set with a column 'label'"):
+        trainer_of(tmp_path, captioned(8), class_balanced=True).train()
+
+
+# ---- layer-wise decay ----
+
+
+def test_depth_from_top() -> None:
+    layers = {"text": 3, "vision": 12}
+    for name, depth in (
+        ("logit_scale", 0),
+        ("visual_projection.weight", 0),
+        ("vision_model.post_layernorm.bias", 0),
+        ("vision_model.encoder.layers.11.mlp.fc1.weight", 1),
+        ("base_model.model.vision_model.encoder.layers.0.mlp.fc1.lora_A.default.weight", 12),
+        ("text_model.encoder.layers.2.self_attn.q_proj.bias", 1),
+        ("text_model.embeddings.token_embedding.weight", 4),
+        ("vision_model.pre_layrnorm.weight", 13),
+    ):
+        assert depth_from_top(name, layers) == depth, name
+
+
+def test_rates_fall_with_depth_and_follow_the_schedule(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, captioned(16), layer_decay=0.5, learning_rate=1e-3, num_train_epochs=1)
+    optimizer = trainer.create_optimizer()
+    name_of = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    rates = {name_of[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == dict(trainer.model.named_parameters()).keys()
+    assert rates["text_projection.weight"] == rates["logit_scale"] == 1e-3
+    assert rates["vision_model.encoder.layers.0.mlp.fc1.weight"] == pytest.approx(1e-3 / 8)
+    assert rates["vision_model.embeddings.patch_embedding.weight"] == pytest.approx(1e-3 / 16)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
+    trainer.create_scheduler(10, optimizer)
+    optimizer.step()
+    trainer.lr_scheduler.step()
+    ratios = {group["lr"] / group["initial_lr"] for group in optimizer.param_groups}
+    assert max(ratios) == pytest.approx(min(ratios))
+
+
+def test_the_lower_layers_move_less(tmp_path: Path) -> None:
+    start = tiny_clip()[0].vision_model.embeddings.patch_embedding.weight
+    moved = {}
+    for decay in (1.0, 0.3):
+        trainer = trainer_of(tmp_path, captioned(16), layer_decay=decay)
+        trainer.train()
+        moved[decay] = (trainer.model.vision_model.embeddings.patch_embedding.weight - start).abs().max().item()
+    assert 0.0 < moved[0.3] < 0.1 * moved[1.0]
+
+
+# ---- averaged weights ----
+
+
+class Weights(TrainerCallback):
+    """Collects the trained scale's value after each step."""
+
+    def __init__(self) -> None:
+        self.values: list[torch.Tensor] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.values.append(model.visual_projection.weight.detach().clone())
+
+
+def test_the_average_is_evaluated_saved_and_kept(tmp_path: Path) -> None:
+    weights = Weights()
+    trainer = trainer_of(
+        tmp_path,
+        captioned(16),
+        captioned(16),
+        callbacks=[weights],
+        ema_decay=0.9,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+    )
+    average = trainer.model.visual_projection.weight.detach().clone()
+    trainer.train()
+    averages = []
+    for step, value in enumerate(weights.values, 1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * value
+        averages.append(average)
+    torch.testing.assert_close(trainer.model.visual_projection.weight.detach(), averages[-1])
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    torch.testing.assert_close(saved["visual_projection.weight"], averages[-1])
+    last = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(last, rel=1e-6)
+    assert clipft.evaluate_retrieval(trainer.model, trainer.processing_class, captioned(16)).keys()
+
+
+def test_the_best_average_comes_back(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path,
+        captioned(16),
+        captioned(16),
+        callbacks=[EarlyStoppingCallback(1)],
+        ema_decay=0.9,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+# ---- all together ----
+
+RECIPE: dict[str, Any] = {
+    "class_balanced": True,
+    "layer_decay": 0.7,
+    "ema_decay": 0.99,
+    "num_train_epochs": 3,
+    "random_resized_crop": 0.5,
+    "save_strategy": "steps",
+}
+
+
+@pytest.mark.parametrize("stop", [2, 3])  # within the first epoch, and at its end
+def test_resume_is_exact(tmp_path: Path, stop: int) -> None:
+    options = RECIPE | {"save_steps": stop}
+    whole = trainer_of(tmp_path / "whole", imbalanced(), **options)
+    whole.train()
+    trainer_of(tmp_path / "broken", imbalanced(), callbacks=[StopAfter(stop)], **options).train()
+    resumed = trainer_of(tmp_path / "broken", imbalanced(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert same(resumed.model, whole.model)
+
+
+def test_a_checkpoint_without_the_trained_weights_is_an_error(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "epoch", "num_train_epochs": 2}
+    trainer_of(tmp_path, captioned(8), callbacks=[StopAfter(1)], **options).train()
+    with pytest.raises(ValueError, match="ema_decay: expected trained_weights"):
+        trainer_of(tmp_path, captioned(8), ema_decay=0.9, **options).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("layer_decay", 0.0), ("layer_decay", 1.5), ("ema_decay", 1.0)])
+def test_arguments_are_checked(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        clipft.CLIPTrainingArguments(output_dir=str(tmp_path), **{name: value})
