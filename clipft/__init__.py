@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from clipft.evaluation import evaluate_retrieval as evaluate_retrieval
     from clipft.evaluation import evaluate_zero_shot as evaluate_zero_shot
     from clipft.export import export_onnx as export_onnx
+    from clipft.forgetting import wise_ft as wise_ft
     from clipft.lora import add_lora as add_lora
     from clipft.models import freeze as freeze
     from clipft.models import fuse as fuse
@@ -66,6 +67,7 @@ _MODULE_OF = {
     "evaluate_linear_probe": "clipft.evaluation",
     "evaluate_retrieval": "clipft.evaluation",
     "evaluate_zero_shot": "clipft.evaluation",
+    "wise_ft": "clipft.forgetting",
 }
 _SUBMODULES = ("nn", "reference")
 

@@ -54,15 +54,19 @@ class _Resampled:
 
     pictures: int
     strata: Array | None = None  # [pictures]: drawn within
+    _drawn: tuple[tuple[int, int], dict[str, Array]] | None = None
 
     def weighted(self, counts: Array) -> dict[str, Any]:
         """The metrics where picture i was drawn ``counts[i]`` times."""
         raise NotImplementedError
 
     def resampled(self, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Array]:
-        """Each metric's value in each resample, [resamples, ...]."""
-        drawn = [self.weighted(counts) for counts in _draws(self.pictures, self.strata, resamples, seed)]
-        return {name: np.array([values[name] for values in drawn]) for name in drawn[0]}
+        """Each metric's value in each resample, [resamples, ...]; computed once."""
+        if self._drawn is None or self._drawn[0] != (resamples, seed):
+            drawn = [self.weighted(counts) for counts in _draws(self.pictures, self.strata, resamples, seed)]
+            values = {name: np.array([values[name] for values in drawn]) for name in drawn[0]}
+            self._drawn = ((resamples, seed), values)
+        return dict(self._drawn[1])
 
     def intervals(self, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
         """Each metric's 95 % interval."""

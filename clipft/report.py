@@ -16,34 +16,36 @@ from transformers import TrainerCallback
 
 __all__ = ["ProgressReport", "bar", "save_model", "show", "write_json"]
 
+_TITLES = {"zero_shot": "zero-shot", "retrieval": "retrieval", "linear_probe": "linear probe", "knn": "knn"}
 _ZERO_SHOT = ("accuracy", "balanced_accuracy", "macro_f1", "top5")
 
 
 # ---- tables ----
 
 
-def show(results: dict[str, dict[str, Any]], title: str, console: Console) -> None:
+def show(results: dict[str, dict[str, Any]], title: str, console: Console, *, classes: bool = True) -> None:
     """Print the metrics, one column a stage (such as ``before`` and ``after``), and the classes of the last stage."""
     console.print(f"\n{title}", highlight=False)
-    console.print(_metrics_table(results))
+    room = console.width >= 44 + 24 * len(results)  # a line for a metric, with intervals
+    console.print(_metrics_table(results, room or len(results) == 1))
     stage, last = list(results.items())[-1]
-    if "zero_shot" in last:
+    if classes and "zero_shot" in last:
         console.print(f"\nby class, {stage}" if len(results) > 1 else "\nby class", highlight=False)
         console.print(_per_class_table(last["zero_shot"]["per_class"]))
 
 
-def _metrics_table(results: dict[str, dict[str, Any]]) -> Table:
+def _metrics_table(results: dict[str, dict[str, Any]], with_intervals: bool) -> Table:
     stages = list(results)
     table = Table("metric")
-    for heading in [*stages, *(["gain"] if len(stages) == 2 else [])]:
-        table.add_column(heading, justify="right")
-    intervals = {stage: _intervals(results[stage]) for stage in stages}
+    for heading in [*stages, *(["gain"] if len(stages) > 1 else [])]:
+        table.add_column(heading.replace("_", "-"), justify="right")
+    intervals = {stage: _intervals(results[stage]) if with_intervals else {} for stage in stages}
     for name in _flat(results[stages[0]]):
         values = [_flat(results[stage])[name] for stage in stages]
         shown = [number(name, value, intervals[stage].get(name)) for stage, value in zip(stages, values, strict=True)]
-        gain = [_gain(name, values[1] - values[0])] if len(values) == 2 else []
+        gain = [_gain(name, values[-1] - values[0])] if len(values) > 1 else []
         table.add_row(name, *shown, *gain)
-    table.caption = "[low - high]: 95 % bootstrap interval over the pictures"
+    table.caption = "in brackets: 95 % bootstrap interval over the pictures" if with_intervals else None
     table.caption_justify = "left"
     return table
 
@@ -57,6 +59,9 @@ def _flat(result: dict[str, Any]) -> dict[str, float]:
         rows = {f"zero-shot {name.replace('_', ' ')}": result["zero_shot"][name] for name in shown}
         if "auc" in result["zero_shot"]:
             rows["zero-shot auc"] = result["zero_shot"]["auc"]
+    for probe in ("linear_probe", "knn"):
+        if probe in result:
+            rows |= {f"{_TITLES[probe]} {name.replace('_', ' ')}": result[probe][name] for name in _ZERO_SHOT[:-1]}
     retrieval = {name: value for name, value in result.get("retrieval", {}).items() if name != "intervals"}
     return rows | {f"retrieval {name.replace('_', ' ')}": value for name, value in retrieval.items()}
 
@@ -65,7 +70,7 @@ def _intervals(result: dict[str, Any]) -> dict[str, list[float]]:
     """By the names of :func:`_flat`."""
     return {
         f"{title} {name.replace('_', ' ')}": edges
-        for kind, title in (("zero_shot", "zero-shot"), ("retrieval", "retrieval"))
+        for kind, title in _TITLES.items()
         for name, edges in result.get(kind, {}).get("intervals", {}).items()
     }
 
@@ -155,9 +160,14 @@ def bar(console: Console) -> Progress:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """As :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

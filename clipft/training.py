@@ -32,6 +32,7 @@ from clipft.data import DEFAULT_TEMPLATES, Augmentation, CLIPDataCollator, Epoch
 from clipft.evaluation import embed_texts, index_texts
 from clipft.families import base_model, family_of, family_of_processor
 from clipft.features import FrozenTowers, frozen_towers
+from clipft.forgetting import StartingPoint
 from clipft.fused import loss_scalars
 from clipft.grad_cache import cached_backward, chunks
 from clipft.metrics import retrieval_metrics
@@ -93,6 +94,12 @@ class CLIPTrainingArguments(TrainingArguments):
         default_factory=lambda: list(DEFAULT_TEMPLATES),
         metadata={"help": "Captions from class names, where the data set has labels and no captions."},
     )
+    l2_sp: float = field(
+        default=0.0, metadata={"help": "Pull to the starting weights: lambda / 2 * |w - w_start|^2 (L2-SP)."}
+    )
+    distillation: float = field(
+        default=0.0, metadata={"help": "Weight of the embeddings' mean squared distance to the starting model's."}
+    )
     grad_cache_chunk_size: int | None = field(
         default=None,
         metadata={"help": "Pictures that a tower sees at once; the loss still takes the whole batch."},
@@ -123,6 +130,9 @@ class CLIPTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.loss not in _LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(_LOSSES)}, got {self.loss!r}")
+        for name in ("l2_sp", "distillation"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         if self.grad_cache_chunk_size is not None and self.grad_cache_chunk_size < 1:
             raise ValueError(f"grad_cache_chunk_size: expected at least 1, or None, got {self.grad_cache_chunk_size}")
         if self.auto_batch and self.grad_cache_chunk_size is not None:
@@ -270,6 +280,19 @@ class CLIPTrainer(Trainer):
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
     ) -> Tensor:
+        loss = self._loss_of_pairs(labels, image_embeds, text_embeds, logit_scale, logit_bias)
+        # a mean over this rank's pairs, where the loss's gradient has been multiplied (_times_world_size)
+        distance = self._start.distance(image_embeds, text_embeds) if self._start else 0.0
+        return loss + distance / self.args.world_size
+
+    def _loss_of_pairs(
+        self,
+        labels: Tensor | None,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+    ) -> Tensor:
         group = dist.group.WORLD if self.args.world_size > 1 else None
         if group is not None:
             image_embeds, text_embeds = (
@@ -289,7 +312,25 @@ class CLIPTrainer(Trainer):
         return loss if logit_bias is None else loss + 0.0 * logit_bias  # DDP waits for every parameter's gradient
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As in Trainer; with ``grad_cache_chunk_size`` the towers see the batch in chunks."""
+        """As in Trainer; with ``grad_cache_chunk_size`` the towers see the batch in chunks, and ``l2_sp`` and
+        ``distillation`` pull towards the start.
+        """
+        if self._start is None:
+            return self._backward(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        self._start.see(inputs, self.compute_loss_context_manager)
+        try:
+            loss = self._backward(model, inputs, num_items_in_batch)
+        finally:
+            self._start.forget_batch()
+        scaler = self.accelerator.scaler
+        unscaled = 1.0 if scaler is None else float(scaler.get_scale())
+        self._start.pull(self.accelerator.unwrap_model(model), unscaled / self.current_gradient_accumulation_steps)
+        return loss
+
+    _start: StartingPoint | None = None
+
+    def _backward(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         size = self.args.grad_cache_chunk_size
         if size is None:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -408,6 +449,11 @@ class CLIPTrainer(Trainer):
         self._warn_of_slow_bf16()
         if self.args.auto_batch:
             self.args.grad_cache_chunk_size = self._fitting_chunk()
+        if self.args.l2_sp or self.args.distillation:  # before a checkpoint's weights take the start's place
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("l2_sp, distillation: expected a model that is whole on each process, not sharded")
+            start = cast(nn.Module, self.model)
+            self._start = StartingPoint(start, l2_sp=self.args.l2_sp, distillation=self.args.distillation)
         with _cudnn_benchmark(self.args.cudnn_benchmark):
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._average:  # the best model's file holds an average already

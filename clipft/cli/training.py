@@ -12,6 +12,17 @@ import typer
 from rich.console import Console
 
 from clipft.cli.common import BatchSize, Data, Model, Workers, app, output_folder, prepare, user_errors
+from clipft.cli.config import Config
+from clipft.cli.outcome import (
+    L2SP,
+    ControlData,
+    Distillation,
+    Outcome,
+    ReportTo,
+    WiseFT,
+    check_report_to,
+    control_set,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -63,6 +74,7 @@ def demo(
 @app.command()
 @user_errors
 def train(
+    context: typer.Context,
     *,
     model: Model,
     data: Data,
@@ -138,6 +150,12 @@ def train(
     ] = 0.0,
     template: Templates = None,
     seed: Annotated[int, typer.Option(help="Of the order, the augmentation and the held-out split.")] = 42,
+    control_data: ControlData = "drawings",
+    l2_sp: L2SP = 0.0,
+    distillation: Distillation = 0.0,
+    wise_ft: WiseFT = False,
+    report_to: ReportTo = None,
+    config: Config = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --output.")] = False,
     early_stopping_patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many epochs without a better --metric; keep the best.")
@@ -152,16 +170,21 @@ def train(
         raise ValueError(f"--metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     if lora_r is not None and freeze != "none":
         raise ValueError(f"--freeze: expected none with --lora-r, which freezes all but the adapter, got {freeze!r}")
+    check_report_to(report_to or [])
     console = prepare()
     from transformers import set_seed
 
     from clipft import report
+    from clipft.forgetting import WeightLine
     from clipft.lora import add_lora
     from clipft.models import freeze as freeze_model
     from clipft.models import load, unfuse
+    from clipft.scoring import Scorer
     from clipft.training import default_learning_rate
 
-    sets = _load_sets(data, eval_data, validate=early_stopping_patience is not None, seed=seed, console=console)
+    validate = early_stopping_patience is not None or wise_ft
+    sets = _load_sets(data, eval_data, validate=validate, seed=seed, console=console)
+    control = control_set(control_data)
     base, processor = load(model)
     clip: Any = base
     if lora_r is None:
@@ -199,24 +222,39 @@ def train(
         horizontal_flip=horizontal_flip,
         color_jitter=color_jitter,
         seed=seed,
+        l2_sp=l2_sp,
+        distillation=distillation,
+        report_to=report_to or "none",
         **({"caption_templates": template} if template else {}),
         **(_early_stopping(metric) if early_stopping_patience else {}),
     )
     trainer = _trainer(clip, processor, arguments, sets=sets, patience=early_stopping_patience, console=console)
-    score = Scorer(clip, processor, sets.test, arguments.caption_templates, batch_size, workers, console)
-    results = {"before": score("before")}
+    scorer = functools.partial(
+        Scorer,
+        clip,
+        processor,
+        templates=arguments.caption_templates,
+        batch_size=batch_size,
+        workers=workers,
+        console=console,
+    )
+    outcome = Outcome(scorer(sets.test), sets.test_name, *((control and (scorer(control[0]), control[1])) or ()))
+    outcome.measure("before")
+    line = WeightLine(clip) if wise_ft else None
     trainer.train(resume_from_checkpoint=_resume_point(output, console) if resume else None)
     if early_stopping_patience:
         console.print(f"kept the model of step {trainer.state.best_global_step} of {trainer.state.global_step}")
-    results["after"] = score("after")
+    if line is not None:
+        outcome.sweep(line, scorer(sets.validation))
+    outcome.measure("after")
     if trainer.is_world_process_zero():
         report.save_model(unfuse(clip), processor, output)
         if lora_r is not None:
             report.save_model(clip.merge_and_unload(), processor, output / "merged")
-        report.write_json(output / "report.json", results)
-        report.show(results, sets.test_name, console)
+        outcome.write(output, trainer.state.log_history, context, merged=lora_r is not None)
+        outcome.show(console)
         what = "model" if lora_r is None else "adapter, the model with it merged in (merged)"
-        console.print(f"{what} and report.json in {output}")
+        console.print(f"{what}, report.html, report.json and config.yaml in {output}")
 
 
 @app.command()
@@ -228,22 +266,53 @@ def evaluate(
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     template: Templates = None,
-    output: Annotated[Path | None, typer.Option(help="File for the numbers, as JSON.")] = None,
+    probe_data: Annotated[
+        str | None,
+        typer.Option(help="Labelled pictures of the same classes that fit a linear probe and kNN."),
+    ] = None,
+    knn_k: Annotated[int, typer.Option("--knn-k", min=1, help="Neighbours of kNN.")] = 20,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the numbers, as JSON; a page of the same name, .html, goes beside it.")
+    ] = None,
 ) -> None:
     """Zero-shot classification where the data has classes, retrieval where it has captions."""
     console = prepare()
     from clipft import load_pairs, report
     from clipft.data import DEFAULT_TEMPLATES
+    from clipft.evaluation import evaluate_knn, evaluate_linear_probe
     from clipft.models import load
+    from clipft.scoring import Scorer
 
+    if probe_data == data:
+        raise ValueError("--probe-data: expected other pictures than --data, which would be scored on themselves")
+    if output is not None and output.suffix == ".html":
+        raise ValueError(f"--output: expected the name of the JSON file, the page goes beside it, got {output}")
     dataset = load_pairs(data)
     clip, processor = load(model)
     score = Scorer(clip, processor, dataset, template or list(DEFAULT_TEMPLATES), batch_size, workers, console)
-    result = score("evaluating")
-    report.show({"score": result}, f"{model} on {len(dataset)} pictures of {data}", console)
+    found = score("evaluating")
+    result = found.to_json()
+    if probe_data is not None:
+        probes: dict[str, Any] = {
+            "linear_probe": evaluate_linear_probe,
+            "knn": functools.partial(evaluate_knn, k=knn_k),
+        }
+        neighbours = load_pairs(probe_data)
+        for name, probe in probes.items():
+            result[name] = probe(clip, processor, neighbours, dataset, batch_size=batch_size, num_workers=workers)
+    title = f"{model} on {len(dataset)} pictures of {data}"
+    report.show({"score": result}, title, console)
     if output is not None:
+        from clipft.environment import environment
+        from clipft.examples import examples
+        from clipft.html_report import write_html
+
         output.parent.mkdir(parents=True, exist_ok=True)
+        page = output.with_suffix(".html")
         report.write_json(output, result)
+        versions = {"score": result, "environment": environment()}
+        write_html(page, versions, title=title, examples=examples(found, dataset))
+        console.print(f"{output}, and {page} to look at")
 
 
 # ---- parts of train ----
@@ -273,7 +342,7 @@ def _load_sets(data: str, eval_data: str | None, *, validate: bool, seed: int, c
         train, validation = _hold_out(train, VALIDATION, seed)
     console.print(f"training on {len(train)} pictures of {data}; testing on {test_name}")
     if validation is not None:
-        console.print(f"early stopping looks at {len(validation)} more pictures, held out of training")
+        console.print(f"{len(validation)} more pictures, held out of training, choose the epoch or the weights")
     return Sets(train, validation, test, test_name)
 
 
@@ -365,41 +434,3 @@ def _resume_point(output: Path, console: Console) -> str | None:
     checkpoint = last_checkpoint(output / "checkpoints")
     console.print(f"resuming from {checkpoint}")
     return str(checkpoint)
-
-
-# ---- parts of both ----
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """Scores a model on a data set: ``zero_shot`` where classes have names, ``retrieval`` where there are captions."""
-
-    clip: Any
-    processor: Any
-    dataset: datasets.Dataset
-    templates: list[str]
-    batch_size: int
-    workers: int
-    console: Console
-
-    def __call__(self, stage: str) -> dict[str, Any]:
-        """The numbers for report.json; ``stage`` is shown beside the progress bar."""
-        from clipft.data import class_names_of
-        from clipft.evaluation import evaluate_retrieval, evaluate_zero_shot
-        from clipft.report import bar
-
-        run = (self.clip, self.processor, self.dataset)
-        names, result = class_names_of(self.dataset), {}
-        with bar(self.console) as progress:
-            options: dict[str, Any] = {
-                "batch_size": self.batch_size,
-                "num_workers": self.workers,
-                "progress": functools.partial(progress.track, description=stage),
-            }
-            if names:
-                result["zero_shot"] = evaluate_zero_shot(*run, names, self.templates, **options)
-            if "caption" in self.dataset.column_names:
-                result["retrieval"] = evaluate_retrieval(*run, **options)
-        if not result:
-            raise ValueError("--data: expected captions, or labels with names, found labels that are numbers only")
-        return result

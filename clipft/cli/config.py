@@ -1,0 +1,73 @@
+"""``--config FILE``: options of a command from YAML, and the file that a run leaves for it.
+
+A key is an option's name, with dashes or underscores. The command line overrides the file.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+__all__ = ["Config", "options_of", "to_yaml"]
+
+_LEFT_OUT = ("config", "resume", "help")  # of the invocation, not of the run
+
+
+def _read(context: typer.Context, path: Path | None) -> Path | None:
+    """Makes the file's values the command's defaults."""
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise typer.BadParameter(f"{path}: expected a YAML file with options ({reason})") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{path}: expected 'option: value' lines, got {type(values).__name__}")
+    options = {parameter.name: parameter for parameter in context.command.params if parameter.name not in _LEFT_OUT}
+    given = {str(key).replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(given.keys() - options.keys())
+    if unknown:
+        raise typer.BadParameter(
+            f"{path}: no such option: {', '.join(unknown)}; there are {', '.join(sorted(map(str, options)))}"
+        )
+    for name, value in given.items():
+        several = getattr(options[name], "multiple", False)
+        if value is not None and (isinstance(value, dict) or several != isinstance(value, list)):
+            raise typer.BadParameter(f"{path}: {name}: expected {'a list' if several else 'one value'}, got {value!r}")
+    context.default_map = {name: value for name, value in given.items() if value is not None}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(callback=_read, is_eager=True, help="YAML file with these options; the command line overrides."),
+]
+
+
+def options_of(context: typer.Context) -> dict[str, Any]:
+    """Every option as the command has it, in plain types."""
+    return {name: _plain(value) for name, value in context.params.items() if name not in _LEFT_OUT}
+
+
+def to_yaml(options: dict[str, Any], versions: dict[str, Any]) -> str:
+    """A file for ``--config``, under a comment with the versions."""
+    packages = {name: version for name, version in versions["packages"].items() if version}
+    head = {"clipft": versions["clipft"], "python": versions["python"], **packages}
+    return (
+        "# repeats the run: clipft train --config THIS_FILE\n"
+        + f"# with {', '.join(f'{name} {version}' for name, version in head.items())}\n"
+        + yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value

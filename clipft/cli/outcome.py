@@ -1,0 +1,153 @@
+"""What ``clipft train`` measures before, during and after a run: the test rows, what may be forgotten, and the weights
+between start and end.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+__all__ = ["L2SP", "ControlData", "Distillation", "Outcome", "ReportTo", "WiseFT", "check_report_to", "control_set"]
+
+ControlData = Annotated[
+    str,
+    typer.Option(help="What must not be forgotten, scored before and after: drawings (in the package), none, or data."),
+]
+L2SP = Annotated[float, typer.Option("--l2-sp", min=0.0, help="Pull to the starting weights, for instance 0.01.")]
+Distillation = Annotated[
+    float, typer.Option(min=0.0, help="Pull to the starting model's embeddings of the batch, for instance 1.")
+]
+WiseFT = Annotated[
+    bool,
+    typer.Option("--wise-ft", help="Choose among weights between start and end by rows held out of training."),
+]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(help="tensorboard, wandb or whatever else transformers reports to; repeat for several."),
+]
+_KEPT = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+
+
+def check_report_to(names: list[str]) -> None:
+    """That tensorboard is there before an hour of training."""
+    if "tensorboard" not in names:
+        return
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ImportError("--report-to tensorboard needs tensorboard: pip install 'clipft[tensorboard]'") from error
+
+
+def control_set(control_data: str) -> tuple[Any, str] | None:
+    """The rows and their name."""
+    if control_data == "none":
+        return None
+    if control_data == "drawings":
+        from clipft.scoring import control_drawings
+
+        return control_drawings(), "drawings of emoji in the package"
+    from clipft import load_pairs
+
+    return load_pairs(control_data), control_data
+
+
+@dataclass
+class Outcome:
+    """Scores by stage (``before``, ``fine_tuned`` with ``--wise-ft``, ``after``) on the test rows and the control set.
+
+    ``test``, ``control``: a ``clipft.scoring.Scorer`` each.
+    """
+
+    test: Any
+    test_name: str
+    control: Any = None
+    control_name: str = ""
+    found: dict[str, Any] = field(default_factory=dict)
+    controls: dict[str, Any] = field(default_factory=dict)
+    swept: Any = None
+
+    def measure(self, stage: str) -> None:
+        """Score the model as it is now."""
+        self.found[stage] = self.test(stage)
+        if self.control is not None:
+            self.controls[stage] = self.control(f"{stage}, control set")
+
+    def sweep(self, line: Any, held_out: Any) -> None:
+        """Score the fine-tuned model, then set its weights to the best point of the line. ``held_out``: a Scorer."""
+        from clipft.forgetting import sweep
+
+        self.measure("fine_tuned")
+        control = None if self.control is None else lambda: self.control("WiSE-FT, control set").main
+        self.swept = sweep(line, lambda: held_out("WiSE-FT").main, control)
+
+    def to_json(self, log_history: list[dict[str, Any]], versions: dict[str, Any]) -> dict[str, Any]:
+        """report.json."""
+        from clipft.scoring import gains
+
+        stages = functools.partial(_stages, gains=gains)
+        report: dict[str, Any] = stages(self.found)
+        if self.controls:
+            about = {"data": self.control_name, "pictures": len(self.control.dataset)}
+            report["control"] = about | stages(self.controls)
+        if self.swept is not None:
+            report["wise_ft"] = self.swept.to_json()
+        report["test"] = {"data": self.test_name, "pictures": len(self.test.dataset)}
+        kept = [{k: v for k, v in entry.items() if k in _KEPT or _is_metric(k)} for entry in log_history]
+        report["history"] = [entry for entry in kept if entry.keys() - {"step", "epoch"}]
+        report["environment"] = versions
+        return report
+
+    def write(self, output: Path, log_history: list[dict[str, Any]], context: typer.Context, *, merged: bool) -> None:
+        """report.json, report.html, config.yaml and model cards beside the weights in ``output``."""
+        from clipft.cli.config import options_of, to_yaml
+        from clipft.environment import environment
+        from clipft.examples import examples
+        from clipft.html_report import write_html
+        from clipft.model_card import write_model_card
+        from clipft.report import write_json, write_text
+
+        versions, settings = environment(), options_of(context)
+        report = self.to_json(log_history, versions)
+        write_json(output / "report.json", report)
+        write_text(output / "config.yaml", to_yaml(settings, versions))
+        title = f"{settings['model']} fine-tuned on {settings['data']}"
+        write_html(
+            output / "report.html",
+            report,
+            title=title,
+            examples=examples(self.found["after"], self.test.dataset),
+            settings=settings,
+        )
+        write_model_card(output, report, settings, adapter=merged)
+        if merged:
+            write_model_card(output / "merged", report, settings, adapter=False)
+
+    def show(self, console: Console) -> None:
+        """The tables."""
+        from clipft import report
+
+        tuned: tuple[str, ...] = ("before", "after")
+        if self.swept is not None:
+            from clipft.forgetting import RULE
+
+            console.print(f"\nWiSE-FT: alpha {self.swept.alpha:g}, {RULE}", highlight=False)
+            tuned = ("before", "fine_tuned", "after")
+        if self.controls:
+            name = f"control set: {len(self.control.dataset)} pictures of {self.control_name}"
+            report.show({stage: self.controls[stage].to_json() for stage in tuned}, name, console, classes=False)
+        report.show({stage: self.found[stage].to_json() for stage in tuned}, self.test_name, console)
+
+
+def _is_metric(name: str) -> bool:
+    return name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
+
+
+def _stages(found: dict[str, Any], gains: Any) -> dict[str, Any]:
+    """Each stage's numbers, and ``gain``: after - before."""
+    report = {stage: scores.to_json() for stage, scores in found.items()}
+    return {**report, "gain": gains(found["before"], found["after"])}

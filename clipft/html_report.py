@@ -1,0 +1,151 @@
+"""report.json as a page for people: one file, no script, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from clipft.charts import interval_bar, line_chart
+from clipft.report import number, write_text
+
+__all__ = ["write_html"]
+
+_STAGES = {"before": "before", "fine_tuned": "fine-tuned (alpha 1)", "after": "after", "score": "score"}
+_TITLES = {
+    "zero_shot": "Zero-shot classification",
+    "retrieval": "Retrieval",
+    "linear_probe": "Linear probe",
+    "knn": "Nearest neighbours",
+}
+_LARGEST_MATRIX = 25  # classes
+
+
+def write_html(
+    path: Path,
+    report: dict[str, Any],
+    *,
+    title: str,
+    examples: list[dict[str, Any]] = (),  # type: ignore[assignment]
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Write the page.
+
+    Args:
+        path: the file.
+        report: as in report.json; ``{"score": {...}}`` of ``clipft evaluate``.
+        title: a heading.
+        examples: of ``clipft.examples``.
+        settings: options by name.
+    """
+    stages = [stage for stage in _STAGES if stage in report]
+    control = report.get("control")
+    page = {
+        "title": title,
+        "report": report,
+        "results": [_table(report, kind, stages) for kind in _TITLES if kind in report[stages[-1]]],
+        "control": [_table(control, kind, stages) for kind in _TITLES if kind in control["after"]] if control else [],
+        "classes": _classes(report[stages[-1]].get("zero_shot"), stages[-1]),
+        "curves": _curves(report.get("history", [])),
+        "wise_ft": _wise_ft(report["wise_ft"]) if "wise_ft" in report else None,
+        "examples": examples,
+        "settings": {name: value for name, value in (settings or {}).items() if value is not None},
+    }
+    loader = PackageLoader("clipft", "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    write_text(path, environment.get_template("report.html").render(page))
+
+
+def _table(report: dict[str, Any], kind: str, stages: list[str]) -> dict[str, Any]:
+    """Metrics by stage with intervals, and the gain."""
+    last = report[stages[-1]][kind]
+    names = [name for name in last["intervals"] if name != "per_class"]
+    if len(last.get("per_class", range(6))) <= 5 and "top5" in names:
+        names.remove("top5")  # of five classes all are
+    return {
+        "title": _TITLES[kind],
+        "stages": [_STAGES[stage] for stage in stages],
+        "rows": [_row(report, kind, stages, name) for name in names],
+    }
+
+
+def _row(report: dict[str, Any], kind: str, stages: list[str], name: str) -> dict[str, Any]:
+    values = [report[stage][kind][name] for stage in stages]
+    intervals = [report[stage][kind]["intervals"][name] for stage in stages]
+    row: dict[str, Any] = {
+        "name": name.replace("_", " "),
+        "cells": [_cell(name, value, edges) for value, edges in zip(values, intervals, strict=True)],
+        "chart": "" if name.endswith("rank") else interval_bar(list(zip(values, intervals, strict=True))),
+    }
+    if "gain" in report:
+        gain = report["gain"][kind][name]
+        low, high = gain["interval"]
+        better = -1 if name.endswith("rank") else 1
+        digits = 1 if name.endswith("rank") else 3
+        row["gain"] = f"{gain['value']:+.{digits}f}"
+        row["gain_interval"] = f"{low:+.{digits}f} to {high:+.{digits}f}"
+        row["sign"] = "" if low <= 0 <= high else "good" if better * gain["value"] > 0 else "bad"
+    return row
+
+
+def _cell(name: str, value: float, edges: list[float]) -> dict[str, str]:
+    return {"value": number(name, value), "interval": " to ".join(number(name, edge) for edge in edges)}
+
+
+def _classes(zero_shot: dict[str, Any] | None, stage: str) -> dict[str, Any] | None:
+    """Per class rows and, up to a size, the confusion matrix with each row's shares."""
+    if zero_shot is None:
+        return None
+    names = [row["class"] for row in zero_shot["per_class"]]
+    edges = zero_shot["intervals"]["per_class"]
+    rows = [
+        {
+            "class": row["class"],
+            "support": row["support"],
+            "cells": [_cell(name, row[name], own[name]) for name in ("precision", "recall", "f1")],
+        }
+        for row, own in zip(zero_shot["per_class"], edges, strict=True)
+    ]
+    matrix = [
+        {
+            "class": name,
+            "cells": [
+                {"count": count, "share": count / max(sum(line), 1), "right": column == row, "as": names[column]}
+                for column, count in enumerate(line)
+            ],
+        }
+        for row, (name, line) in enumerate(zip(names, zero_shot["confusion_matrix"], strict=True))
+    ]
+    shown = matrix if len(names) <= _LARGEST_MATRIX else []
+    return {"stage": _STAGES[stage], "names": names, "rows": rows, "matrix": shown}
+
+
+def _curves(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Charts of what was logged, the losses together."""
+    charts = []
+    metrics = sorted({name for entry in history for name in entry if name.startswith("eval_") and "R@1" in name[-3:]})
+    for title, names in (
+        ("Loss", {"loss": "training", "eval_loss": "held-out rows"}),
+        ("Learning rate", {"learning_rate": "learning rate"}),
+        ("Held-out rows", {name: name.removeprefix("eval_").replace("_", " ") for name in metrics}),
+    ):
+        series = {
+            label: [(entry["step"], entry[name]) for entry in history if name in entry] for name, label in names.items()
+        }
+        series = {label: points for label, points in series.items() if points}
+        if series:
+            charts.append({"title": title, "svg": line_chart(series, "step"), "series": list(series)})
+    return charts
+
+
+def _wise_ft(swept: dict[str, Any]) -> dict[str, Any]:
+    series = {
+        label: [(point["alpha"], point[name]) for point in swept["points"] if name in point]
+        for name, label in (("held_out", "held-out rows"), ("control", "control set"))
+    }
+    series = {label: points for label, points in series.items() if points}
+    svg = line_chart(series, "alpha (0: start, 1: fine-tuned)", {f"chosen {swept['alpha']:g}": swept["alpha"]})
+    return {**swept, "svg": svg, "series": list(series)}

@@ -1,0 +1,104 @@
+"""README.md beside a model's weights: what it was tuned from and on, what that gained and cost, how to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from clipft.report import number, write_text
+
+__all__ = ["write_model_card"]
+
+_HEADLINE = {
+    "zero_shot": ("accuracy", "balanced_accuracy", "macro_f1"),
+    "retrieval": ("image_to_text_R@1", "text_to_image_R@1"),
+}
+_TASKS = {"zero_shot": "zero-shot-image-classification", "retrieval": "image-text-retrieval"}
+
+
+def write_model_card(folder: Path, report: dict[str, Any], settings: dict[str, Any], *, adapter: bool) -> None:
+    """Write ``folder``/README.md with YAML front matter, as the Hugging Face hub reads it.
+
+    Args:
+        folder: with the weights.
+        report: as in report.json.
+        settings: the run's options by name. Of a path only the last part is told.
+        adapter: whether the folder holds a LoRA adapter of the base model.
+    """
+    base, data = _name(settings["model"]), _name(settings["data"])
+    name = folder.resolve().name
+    card = ModelCardData(
+        base_model=settings["model"] if _on_hub(settings["model"]) else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["clip", "clipft", *(["lora"] if adapter else [])],
+        model_name=name,
+        eval_results=_results(report, data),
+    )
+    use = (
+        f'base, processor = clipft.load("{base}")\nmodel = peft.PeftModel.from_pretrained(base, "{name}")'
+        if adapter
+        else f'model, processor = clipft.load("{name}")  # or AutoModel.from_pretrained'
+    )
+    parts = [
+        f"---\n{card.to_yaml()}\n---",
+        f"# {name}",
+        f"{base}, fine-tuned on {data} with [clipft](https://pypi.org/project/clipft/).",
+        "## Results",
+        f"On {report['test']['pictures']} test pictures; in brackets 95 % bootstrap intervals over the pictures.",
+        _table(report),
+    ]
+    if "control" in report:
+        control = report["control"]
+        about = f"On {_name(control['data'])} ({control['pictures']} pictures), which it was not tuned on:"
+        parts += ["## What it forgot", about, _table(control)]
+    if "wise_ft" in report:
+        parts.append(
+            f"The weights are at alpha = {report['wise_ft']['alpha']:g} between the start (0) and the fine-tuned model "
+            f"(1): {report['wise_ft']['rule']}."
+        )
+    told = {key: value for key, value in settings.items() if value is not None and key not in ("output", "config")}
+    options = "\n".join(f"{key}: {_name(value) if isinstance(value, str) else value}" for key, value in told.items())
+    versions = {"clipft": report["environment"]["clipft"], **report["environment"]["packages"]}
+    known = ", ".join(f"{key} {value}" for key, value in versions.items() if value)
+    parts += ["## Use", f"```python\n{use}\n```", "## Training", f"```yaml\n{options}\n```", f"Versions: {known}."]
+    write_text(folder / "README.md", str(ModelCard("\n\n".join(parts) + "\n")))
+
+
+def _on_hub(model: str) -> bool:
+    return model != "demo" and model.count("/") <= 1 and not Path(model).expanduser().exists()
+
+
+def _name(source: Any) -> str:
+    """A hub name as it is, and of a path the last part: folders are nobody else's business."""
+    text = str(source)
+    return Path(text).name if Path(text).is_absolute() or Path(text).expanduser().exists() else text
+
+
+def _results(report: dict[str, Any], data: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=_TASKS[kind],
+            dataset_type=data,
+            dataset_name=data,
+            metric_type=name,
+            metric_name=name.replace("_", " "),
+            metric_value=round(report["after"][kind][name], 4),
+        )
+        for kind, names in _HEADLINE.items()
+        for name in names
+        if kind in report["after"]
+    ]
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = ["| metric | before | after |", "| --- | ---: | ---: |"]
+    for kind, names in _HEADLINE.items():
+        for name in names:
+            if kind in report["after"]:
+                stages = [report[stage][kind] for stage in ("before", "after")]
+                cells = [number(name, stage[name], stage["intervals"][name]) for stage in stages]
+                lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)

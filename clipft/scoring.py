@@ -1,0 +1,121 @@
+"""A model's scores on one data set, for reports: pictures and texts are embedded once for all of them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from clipft.data import PairRows, class_names_of, class_text, column_names
+from clipft.evaluation import (
+    Pictures,
+    class_embeddings,
+    embed_images,
+    embed_texts,
+    index_texts,
+    labels_of,
+)
+from clipft.metrics import Classification, Retrieval, interval
+
+__all__ = ["Found", "Scorer", "control_drawings", "gains"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model found in a data set.
+
+    Attributes:
+        parts: ``zero_shot`` where classes have names, ``retrieval`` where there are captions.
+        image_embeds: [N, D]; ``text_embeds`` [texts, D]: of the captions, or where there are none, of the classes.
+        texts: the captions or class names; ``texts_of``: which of them are right for each picture.
+    """
+
+    parts: dict[str, Classification | Retrieval]
+    image_embeds: Tensor = field(repr=False)
+    text_embeds: Tensor = field(repr=False)
+    texts: list[str]
+    texts_of: list[list[int]]
+
+    @property
+    def main(self) -> Classification | Retrieval:
+        """Classes where there are classes, else captions."""
+        return next(iter(self.parts.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers for report.json, each with its interval under ``intervals``."""
+        return {name: {**part.metrics(), "intervals": part.intervals()} for name, part in self.parts.items()}
+
+
+def gains(before: Found, after: Found) -> dict[str, dict[str, Any]]:
+    """after - before of every number: ``value``, and ``interval``, 95 %, over the same resamples of the pictures."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, part in after.parts.items():
+        first, last = before.parts[name].metrics(), part.metrics()
+        one, other = before.parts[name].resampled(), part.resampled()
+        found[name] = {
+            metric: {"value": last[metric] - first[metric], "interval": interval(other[metric] - one[metric])}
+            for metric in other
+            if metric in last
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores a model on a data set: ``zero_shot`` where classes have names, ``retrieval`` where there are captions."""
+
+    clip: Any
+    processor: Any
+    dataset: Any
+    templates: list[str]
+    batch_size: int
+    workers: int
+    console: Console
+
+    def __call__(self, stage: str) -> Found:
+        """Score the model as it is now; ``stage`` is shown beside the progress bar."""
+        from clipft.report import bar
+
+        names, captioned = class_names_of(self.dataset), "caption" in column_names(self.dataset)
+        if not (names or captioned):
+            raise ValueError("--data: expected captions, or labels with names, found labels that are numbers only")
+        with bar(self.console) as progress:
+            image_embeds = embed_images(
+                self.clip,
+                self.processor,
+                Pictures(self.dataset),
+                batch_size=self.batch_size,
+                num_workers=self.workers,
+                progress=functools.partial(progress.track, description=stage),
+            )
+        parts: dict[str, Any] = {}
+        texts, texts_of, text_embeds = [], [], torch.empty(0)
+        if names:
+            labels = labels_of(self.dataset, len(names))
+            text_embeds = class_embeddings(self.clip, self.processor, names, self.templates, self.batch_size)
+            parts["zero_shot"] = Classification(labels, (image_embeds @ text_embeds.t()).numpy(), names)
+            texts, texts_of = [class_text(name) for name in names], [[label] for label in labels.tolist()]
+        if captioned:
+            texts_of, texts = index_texts(PairRows(self.dataset, self.templates).captions())
+            text_embeds = embed_texts(self.clip, self.processor, texts, self.batch_size)
+            parts["retrieval"] = Retrieval(image_embeds, text_embeds, texts_of)
+        return Found(parts, image_embeds, text_embeds, texts, texts_of)
+
+
+def control_drawings() -> Any:
+    """Every sixth of the package's drawings with its caption: 310 pictures that few models are tuned on."""
+    import datasets
+
+    from clipft.demo.pictures import decode, on_white, read_pictures
+
+    rows = read_pictures()[::6]
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    columns = {
+        "image": [on_white(decode(row)) for row in rows],
+        "caption": [", ".join([row["name"], *row["keywords"]]) for row in rows],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
