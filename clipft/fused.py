@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPModel
 from transformers.activations import QuickGELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -103,7 +103,7 @@ class FusedCLIPModel(CLIPModel):
         image_embeds, text_embeds = embeds
         if text_index is not None and text_embeds is not None:
             text_embeds = text_embeds[text_index]
-        scale = self.logit_scale.exp()
+        scale = self.logit_scale.exp().reshape(())  # sharded, it is [1]
         loss = logits = None
         if return_loss:
             from clipft.ops import contrastive_loss
@@ -121,6 +121,10 @@ class FusedCLIPModel(CLIPModel):
             vision_model_output=vision,
             logit_scale=scale,
         )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Of the text tower, as a SigLIP says: accelerate's FSDP asks for them."""
+        return self.text_model.get_input_embeddings()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new_fused_model, (), self.__getstate__()

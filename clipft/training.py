@@ -41,6 +41,7 @@ from clipft.ops import contrastive_loss, sigmoid_loss
 from clipft.precision import bf16_speedup
 from clipft.sampling import ClassBalancedSampler, labels_of
 from clipft.schedules import WeightAverage, split_by_depth
+from clipft.sharding import as_saved, check_enabled, check_version, gather_for_features, make_shardable
 
 __all__ = ["CLIPTrainer", "CLIPTrainingArguments", "default_learning_rate"]
 
@@ -169,6 +170,9 @@ class CLIPTrainer(Trainer):
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = _own_collator(model, args, kwargs.get("processing_class"))
         super().__init__(model=model, args=args, **kwargs)
+        check_enabled(args, self.is_fsdp_enabled)
+        if self.is_fsdp_enabled and model is not None:
+            make_shardable(model)
         # Hugging Face's smoother is for class logits; compute_loss passes the factor to the contrastive loss.
         self.label_smoother = None
         self.add_callback(_ClampLogitScale)
@@ -184,6 +188,8 @@ class CLIPTrainer(Trainer):
         """As in Trainer, and fused."""
         model = fuse(super().call_model_init(trial))
         _check_loss(self.args, model)
+        if self.args.fsdp:
+            make_shardable(model)
         return cast(nn.Module, model)
 
     # ---- data ----
@@ -404,7 +410,10 @@ class CLIPTrainer(Trainer):
         rest = [text for text in texts if text not in known]
         if rest:
             model = cast(nn.Module, self.model)
-            rest_embeds = embed_texts(model, self.processing_class, rest, self.args.per_device_eval_batch_size)
+            if self.is_fsdp_enabled:
+                gather_for_features(model)
+            length = getattr(self.data_collator, "max_length", None)
+            rest_embeds = embed_texts(model, self.processing_class, rest, self.args.per_device_eval_batch_size, length)
             first_embeds = torch.cat([first_embeds, rest_embeds])
             known |= {text: len(captions) + place for place, text in enumerate(rest)}
         return retrieval_metrics(image_embeds, first_embeds[[known[text] for text in texts]], texts_of)
@@ -467,6 +476,10 @@ class CLIPTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._average:
             self._average.load_trained(Path(resume_from_checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As in Trainer; what was sharded is saved as it was before."""
+        super()._save(output_dir, None if state_dict is None else as_saved(state_dict, self.model))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write under a temporary name, then rename: whatever is called ``checkpoint-N`` is whole."""
@@ -535,6 +548,7 @@ def _check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
             f"args: {args.n_gpu} GPUs in one process would split the negatives; start one process each (torchrun "
             f"--nproc-per-node {args.n_gpu}), or choose one with CUDA_VISIBLE_DEVICES"
         )
+    check_version(args)
     if args.train_sampling_strategy != "random":
         raise ValueError(
             f"train_sampling_strategy: expected 'random', which resumes exactly, got {args.train_sampling_strategy!r}"
@@ -626,7 +640,7 @@ def _missing_from(checkpoint: Path) -> str:
     weights = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
     if not any((checkpoint / name).is_file() for name in weights):
         return "no weights"
-    for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):
+    for pattern in ("optimizer.*", "scheduler.pt", "rng_state*.pth"):  # FSDP's optimizer.bin
         if not any(checkpoint.glob(pattern)):
             return f"no {pattern}"
     try:
