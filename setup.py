@@ -9,7 +9,7 @@ import shutil
 import sys
 from glob import glob
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 WARNINGS = ["-Wall", "-Wextra", "-Wvla", "-Wshadow", "-Wno-psabi"]
@@ -44,11 +44,13 @@ if os.environ.get("CLIPFT_SANITIZE") == "1":
     link_args += SANITIZERS
 
 setup(
+    packages=[*find_packages(include=["clipft*"]), "clipft.cuda"],
+    package_dir={"clipft.cuda": "cuda"},  # device code, compiled on the user's machine
     ext_modules=[
         Extension(
             "clipft._C",
             sources=sorted(glob("csrc/**/*.c", recursive=True)),
-            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/*.inc")),
+            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/*.inc") + glob("cuda/*.h")),
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,
             extra_compile_args=compile_args,

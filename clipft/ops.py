@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import clipft._C  # noqa: F401  (importing it registers torch.ops.clipft)
+import clipft._C  # importing it registers torch.ops.clipft
 from clipft import reference
 from clipft.linear import dropout_mask, lora_linear, quick_gelu, quick_gelu_lora_linear
 from clipft.quantized import quantize_weight, quantized_linear
@@ -66,13 +66,17 @@ def contrastive_loss(
     Returns:
         0-d float32 tensor: the mean of the image-to-text and the text-to-image cross-entropy. Logits, sums and
         gradients are accumulated in float32 or better whatever the inputs' dtype. NaN or Inf in gives NaN.
-        The result does not depend on the number of threads beyond what the BLAS's own products do.
+        The result does not depend on the number of threads beyond what the BLAS's own products do. On a GPU the two
+        products of the backward pass take their coefficients in the embeddings' dtype; float32 products use TF32 where
+        ``torch.backends.cuda.matmul`` allows it, and nothing waits for the device.
 
     Raises:
         TypeError: a dtype that is not supported (float64 among them) or that differs between the embeddings.
         ValueError: a shape, device, label count or smoothing that does not fit.
-        NotImplementedError: not on the CPU, and with ``group`` or in an environment with ``CLIPFT_STRICT=1``. Otherwise
-            plain torch computes it there, with a warning.
+        NotImplementedError: on a device that the kernels do not run on (a GPU without a CUDA driver or NVRTC, or
+            another kind), with ``group`` or in an environment with ``CLIPFT_STRICT=1``. Otherwise plain torch computes
+            it there, with a warning that tells the cause.
+        torch.OutOfMemoryError: as torch raises it.
     """
     name = "contrastive_loss"
     image_embeds, text_embeds = _check_embeds(name, image_embeds, text_embeds, group is not None)
@@ -86,7 +90,8 @@ def contrastive_loss(
     if labels is None:
         labels = _no_labels(image_embeds)
     keep = _needs_grad(image_embeds, text_embeds, scale)
-    return torch.ops.clipft.contrastive_loss(image_embeds, text_embeds, scale, labels, float(label_smoothing), keep)[0]
+    smoothing = float(label_smoothing)
+    return _call(torch.ops.clipft.contrastive_loss, image_embeds, text_embeds, scale, labels, smoothing, keep)[0]
 
 
 def sigmoid_loss(
@@ -119,7 +124,7 @@ def sigmoid_loss(
         loss = _GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, group)
     else:
         keep = _needs_grad(image_embeds, text_embeds, scale, bias)
-        loss = torch.ops.clipft.sigmoid_loss(image_embeds, text_embeds, scale, bias, keep)[0]
+        loss = _call(torch.ops.clipft.sigmoid_loss, image_embeds, text_embeds, scale, bias, keep)[0]
     if labels is None:
         return loss
     return (loss.double() - _further_positives(image_embeds, text_embeds, scale, bias, labels, group)).float()
@@ -150,20 +155,40 @@ def _further_positives(
 
 
 def _has_kernel(op: str, embeds: Tensor, group: dist.ProcessGroup | None) -> bool:
-    """Whether the embeddings' device has a kernel. Where it has none: plain torch, said once, or an error."""
+    """Whether the kernels run on the embeddings' device. Where they do not: plain torch, said once with the cause, or
+    an error."""
     device = embeds.device.type
     if device in ("cpu", "meta"):
         return True
-    message = f"clipft.{op}: there is no kernel for {device} tensors yet"
+    problem = _cuda_problem(embeds.device.index or 0) if device == "cuda" else f"there are none for {device} tensors"
+    if problem is None:
+        return True
+    message = f"clipft.{op}: the kernels do not run here: {problem}"
     if group is not None or os.environ.get("CLIPFT_STRICT") == "1":
-        raise NotImplementedError(message + (", which a process group needs" if group is not None else ""))
+        raise NotImplementedError(message + ("; a process group needs them" if group is not None else ""))
     if (op, device) not in _WARNED:
         _WARNED.add((op, device))
-        warnings.warn(f"{message}: plain torch computes it, with the N x N matrix of logits", stacklevel=3)
+        warnings.warn(f"{message}. Plain torch computes it, with the N x N matrix of logits", stacklevel=3)
     return False
 
 
 _WARNED: set[tuple[str, str]] = set()
+
+
+@torch.compiler.assume_constant_result
+def _cuda_problem(index: int) -> str | None:
+    """None where GPU ``index`` runs the kernels, which are compiled and loaded by then; else why it does not."""
+    return clipft._C.cuda_problem(index)
+
+
+def _call(op: Any, *args: Any) -> Any:
+    """Torch's C ABI tells of every error in the same way; what was an OutOfMemoryError becomes one again."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        if "CUDA out of memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from None
 
 
 def _no_labels(like: Tensor) -> Tensor:
@@ -226,7 +251,7 @@ def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
         return value.reshape(()).float()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"clipft.{op}: {name} must be a float or a float tensor, got {type(value).__name__}")
-    return torch.tensor(float(value), dtype=torch.float32, device=like.device)
+    return torch.full((), float(value), dtype=torch.float32, device=like.device)  # no copy, which a GPU would wait for
 
 
 def _check_targets(op: str, labels: Tensor | None, label_smoothing: float, image: Tensor) -> None:
@@ -255,6 +280,7 @@ def _check_targets(op: str, labels: Tensor | None, label_smoothing: float, image
 
 def _fake_tiles(image: Tensor, text: Tensor, keep: bool) -> Tensor:
     rows, cols = image.shape[0], text.shape[0]
+    keep = keep and image.device.type != "cuda"
     room = _KEEP // cols
     kept = (rows if rows <= room else room // _TILE * _TILE) if keep else 0
     return image.new_empty((kept, cols), dtype=torch.float32)
@@ -349,8 +375,20 @@ def _contrastive_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     needs_image, needs_text, needs_scale = ctx.needs_input_grad[:3]
     if not (needs_image or needs_text or needs_scale):
         return (None,) * 6
-    d_image, d_text, d_scale = torch.ops.clipft.contrastive_loss_backward(
-        grad, image, text, scale, labels, ctx.smoothing, 0, row_lse, col_lse, tiles, needs_image, needs_text
+    d_image, d_text, d_scale = _call(
+        torch.ops.clipft.contrastive_loss_backward,
+        grad,
+        image,
+        text,
+        scale,
+        labels,
+        ctx.smoothing,
+        0,
+        row_lse,
+        col_lse,
+        tiles,
+        needs_image,
+        needs_text,
     )
     return (
         d_image if needs_image else None,
@@ -371,8 +409,8 @@ def _sigmoid_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _sigmoid_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     image, text, scale, bias, tiles = ctx.saved_tensors
     needs_image, needs_text, needs_scale, needs_bias = ctx.needs_input_grad[:4]
-    d_image, d_text, d_scale, d_bias = torch.ops.clipft.sigmoid_loss_backward(
-        grad, image, text, scale, bias, 0, tiles, needs_image, needs_text
+    d_image, d_text, d_scale, d_bias = _call(
+        torch.ops.clipft.sigmoid_loss_backward, grad, image, text, scale, bias, 0, tiles, needs_image, needs_text
     )
     return (
         d_image if needs_image else None,
@@ -450,8 +488,8 @@ class _GroupContrastive(torch.autograd.Function):
         n = sum(counts)
         labels = _no_labels(image) if labels is None else _gather_rows(labels, counts, group)
         keep = any(ctx.needs_input_grad[:3])
-        _, row_lse, col_lse, target, tiles = torch.ops.clipft.contrastive_loss_shard(
-            image, texts, scale, labels, smoothing, keep, offset
+        _, row_lse, col_lse, target, tiles = _call(
+            torch.ops.clipft.contrastive_loss_shard, image, texts, scale, labels, smoothing, keep, offset
         )
         columns = [torch.empty_like(col_lse) for _ in counts]
         dist.all_gather(columns, col_lse, group=group)
@@ -466,7 +504,8 @@ class _GroupContrastive(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         image, texts, scale, labels, row_lse, col_lse, tiles = ctx.saved_tensors
         needs_image, needs_text = ctx.needs_input_grad[:2]
-        d_image, d_texts, d_scale = torch.ops.clipft.contrastive_loss_backward(
+        d_image, d_texts, d_scale = _call(
+            torch.ops.clipft.contrastive_loss_backward,
             grad,
             image,
             texts,
@@ -495,7 +534,7 @@ class _GroupSigmoid(torch.autograd.Function):
     ) -> Tensor:
         counts, offset, texts = _joined("sigmoid_loss", image, text, group)
         keep = any(ctx.needs_input_grad[:4])
-        loss, tiles = torch.ops.clipft.sigmoid_loss_shard(image, texts, scale, bias, keep, offset)
+        loss, tiles = _call(torch.ops.clipft.sigmoid_loss_shard, image, texts, scale, bias, keep, offset)
         dist.all_reduce(loss, group=group)
         ctx.save_for_backward(image, texts, scale, bias, tiles)
         ctx.counts, ctx.offset, ctx.group = counts, offset, group
@@ -505,8 +544,17 @@ class _GroupSigmoid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         image, texts, scale, bias, tiles = ctx.saved_tensors
         needs_image, needs_text = ctx.needs_input_grad[:2]
-        d_image, d_texts, d_scale, d_bias = torch.ops.clipft.sigmoid_loss_backward(
-            grad, image, texts, scale, bias, ctx.offset, tiles, needs_image, needs_text
+        d_image, d_texts, d_scale, d_bias = _call(
+            torch.ops.clipft.sigmoid_loss_backward,
+            grad,
+            image,
+            texts,
+            scale,
+            bias,
+            ctx.offset,
+            tiles,
+            needs_image,
+            needs_text,
         )
         scalars = torch.stack([d_scale, d_bias])
         dist.all_reduce(scalars, group=ctx.group)

@@ -6,6 +6,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "cuda_driver.h"
 #include "dispatch.h"
 #include "ops/ops.h"
 
@@ -75,7 +76,7 @@ static bool resolve_torch(void)
 static bool register_ops(void)
 {
     /* torch keeps these for the life of the process. */
-    TorchLibraryHandle definitions = NULL, cpu = NULL;
+    TorchLibraryHandle definitions = NULL, cpu = NULL, cuda = NULL;
     AOTITorchError bad = clipft_torch.aoti_torch_library_init_def("clipft", __FILE__, __LINE__, &definitions);
 #define OP(name, schema, entry) bad = bad ? bad : clipft_torch.aoti_torch_library_def(definitions, #name schema);
 #include "ops.inc"
@@ -84,6 +85,12 @@ static bool register_ops(void)
 #define OP(name, schema, entry) bad = bad ? bad : clipft_torch.torch_library_impl(cpu, #name, entry, CLIPFT_TORCH_BUILD_VERSION);
 #include "ops.inc"
 #undef OP
+    if (clipft_torch_has_cuda()) {
+        bad = bad ? bad : clipft_torch.aoti_torch_library_init_impl("clipft", "CUDA", __FILE__, __LINE__, &cuda);
+#define OP_CUDA(name, entry) bad = bad ? bad : clipft_torch.torch_library_impl(cuda, #name, entry, CLIPFT_TORCH_BUILD_VERSION);
+#include "ops_cuda.inc"
+#undef OP_CUDA
+    }
     if (bad) PyErr_SetString(PyExc_ImportError, "clipft could not register its ops with torch (is another library named clipft loaded?)");
     return !bad;
 }
@@ -148,6 +155,18 @@ static PyObject *py_kernels(PyObject *self, PyObject *unused)
     return dict;
 }
 
+static PyObject *py_cuda_problem(PyObject *self, PyObject *args)
+{
+    int device;
+    const char *problem;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "i:cuda_problem", &device)) return NULL;
+    Py_BEGIN_ALLOW_THREADS /* it may compile */
+        problem = clipft_cuda_problem(device);
+    Py_END_ALLOW_THREADS if (problem) return PyUnicode_DecodeUTF8(problem, (Py_ssize_t)strlen(problem), "replace");
+    Py_RETURN_NONE;
+}
+
 static int module_exec(PyObject *module)
 {
     static bool registered;
@@ -167,6 +186,8 @@ static PyMethodDef methods[] = {
     {"isas", py_isas, METH_NOARGS, "isas() -> list[str]: the instruction sets that this machine supports, weakest first."},
     {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): use another instruction set. For tests; not while an op runs."},
     {"kernels", py_kernels, METH_NOARGS, "kernels() -> dict[str, str]: for each kernel the instruction set it runs on."},
+    {"cuda_problem", py_cuda_problem, METH_VARARGS,
+     "cuda_problem(index) -> str | None: None if that GPU can run the kernels, which are then compiled and loaded, else why it cannot."},
     {NULL, NULL, 0, NULL},
 };
 

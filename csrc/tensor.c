@@ -32,6 +32,8 @@ static bool describe(clipft_tensor *t, clipft_error *error)
     bad |= clipft_torch.aoti_torch_get_data_ptr(t->handle, &t->data);
     bad |= clipft_torch.aoti_torch_get_dtype(t->handle, &t->dtype);
     bad |= clipft_torch.aoti_torch_get_device_type(t->handle, &t->device);
+    bad |= clipft_torch.aoti_torch_get_device_index(t->handle, &t->index);
+    if (t->index < 0) t->index = 0; /* as torch gives it for the CPU */
     for (int64_t d = 0; !bad && t->ndim <= CLIPFT_MAX_DIM && d < t->ndim; ++d) {
         bad |= clipft_torch.aoti_torch_get_size(t->handle, d, &t->size[d]);
         bad |= clipft_torch.aoti_torch_get_stride(t->handle, d, &t->stride[d]);
@@ -45,7 +47,8 @@ bool clipft_unbox(StableIValue slot, const char *name, clipft_tensor *tensor, cl
     return describe(tensor, error);
 }
 
-bool clipft_empty(int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor, clipft_error *error)
+static bool empty_on(int32_t device, int32_t index, int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor,
+                     clipft_error *error)
 {
     int64_t strides[CLIPFT_MAX_DIM] = {0}, stride = 1;
     *tensor = (clipft_tensor){.name = "result"};
@@ -54,9 +57,24 @@ bool clipft_empty(int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tens
         if (__builtin_mul_overflow(stride, sizes[d] > 0 ? sizes[d] : 1, &stride))
             return clipft_fail(error, "a %s result of 2^63 elements or more was asked for", clipft_dtype_name(dtype));
     }
-    if (clipft_torch.aoti_torch_empty_strided(ndim, sizes, strides, dtype, clipft_torch.aoti_torch_device_type_cpu(), 0, &tensor->handle))
-        return clipft_fail(error, "torch could not allocate a %s tensor of %lld elements", clipft_dtype_name(dtype), (long long)stride);
+    if (clipft_torch.aoti_torch_empty_strided(ndim, sizes, strides, dtype, device, index, &tensor->handle)) {
+        const bool cuda = device == clipft_torch.aoti_torch_device_type_cuda();
+        const char *what = cuda ? clipft_torch_cuda.torch_exception_get_what_without_backtrace() : "";
+        return clipft_fail(error, "torch could not allocate a %s tensor of %lld elements%s%s", clipft_dtype_name(dtype), (long long)stride,
+                           what[0] ? ": " : "", what);
+    }
     return describe(tensor, error);
+}
+
+bool clipft_empty(int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor, clipft_error *error)
+{
+    return empty_on(clipft_torch.aoti_torch_device_type_cpu(), 0, dtype, ndim, sizes, tensor, error);
+}
+
+bool clipft_empty_beside(const clipft_tensor *beside, int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor,
+                         clipft_error *error)
+{
+    return empty_on(beside->device, beside->index, dtype, ndim, sizes, tensor, error);
 }
 
 StableIValue clipft_box(clipft_tensor *tensor)
@@ -99,6 +117,12 @@ bool clipft_check_cpu(const clipft_tensor *tensor, clipft_error *error)
 {
     return tensor->device == clipft_torch.aoti_torch_device_type_cpu() ||
            clipft_fail(error, "%s must be on the device of the other tensors, cpu", tensor->name);
+}
+
+bool clipft_check_beside(const clipft_tensor *tensor, const clipft_tensor *beside, clipft_error *error)
+{
+    return (tensor->device == beside->device && tensor->index == beside->index) ||
+           clipft_fail(error, "%s must be on the device of %s", tensor->name, beside->name);
 }
 
 bool clipft_check_dim(const clipft_tensor *tensor, int64_t ndim, const char *layout, clipft_error *error)
@@ -212,18 +236,18 @@ bool clipft_tensor_view(const clipft_tensor *t, clipft_view *view)
 
 /* ---- the kernels' host ---- */
 
-static AtenTensorHandle wrap(const clipft_view *m)
+AtenTensorHandle clipft_tensor_wrap(const clipft_view *m, int32_t device, int32_t index)
 {
     const int64_t sizes[] = {m->rows, m->cols}, strides[] = {m->row_stride, m->col_stride};
     const int32_t dtype = m->kind == CLIPFT_FLOAT32    ? clipft_torch.aoti_torch_dtype_float32()
                           : m->kind == CLIPFT_BFLOAT16 ? clipft_torch.aoti_torch_dtype_bfloat16()
                                                        : clipft_torch.aoti_torch_dtype_float16();
     AtenTensorHandle handle = NULL;
-    if (clipft_torch.aoti_torch_create_tensor_from_blob(m->data, 2, sizes, strides, 0, dtype, clipft_torch.aoti_torch_device_type_cpu(), 0,
-                                                        &handle))
-        return NULL;
+    if (clipft_torch.aoti_torch_create_tensor_from_blob(m->data, 2, sizes, strides, 0, dtype, device, index, &handle)) return NULL;
     return handle;
 }
+
+static AtenTensorHandle wrap(const clipft_view *m) { return clipft_tensor_wrap(m, clipft_torch.aoti_torch_device_type_cpu(), 0); }
 
 bool clipft_torch_gemm(const clipft_view *c, const clipft_view *start, const clipft_view *a, const clipft_view *b)
 {

@@ -26,7 +26,7 @@ typedef struct clipft_tensor {
     void *data;
     int64_t ndim;
     int64_t size[CLIPFT_MAX_DIM], stride[CLIPFT_MAX_DIM]; /* filled where ndim <= CLIPFT_MAX_DIM */
-    int32_t dtype, device;
+    int32_t dtype, device, index;                         /* index: of the device; 0 on the CPU */
 } clipft_tensor;
 
 /* Takes the handle out of a stack slot. */
@@ -34,6 +34,9 @@ bool clipft_unbox(StableIValue slot, const char *name, clipft_tensor *tensor, cl
 
 /* A new contiguous CPU tensor. Give it back with clipft_box, or it is freed with clipft_release. */
 bool clipft_empty(int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor, clipft_error *error);
+/* The same on the device of another tensor. */
+bool clipft_empty_beside(const clipft_tensor *beside, int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor,
+                         clipft_error *error);
 
 StableIValue clipft_box(clipft_tensor *tensor);
 void clipft_release(clipft_tensor *tensor);
@@ -48,6 +51,7 @@ static inline double clipft_unbox_double(StableIValue slot)
 }
 
 bool clipft_check_cpu(const clipft_tensor *tensor, clipft_error *error);
+bool clipft_check_beside(const clipft_tensor *tensor, const clipft_tensor *beside, clipft_error *error); /* on the same device */
 bool clipft_check_dim(const clipft_tensor *tensor, int64_t ndim, const char *layout, clipft_error *error);
 bool clipft_check_dtype(const clipft_tensor *tensor, int32_t dtype, const char *expected, clipft_error *error);
 bool clipft_is_float(const clipft_tensor *tensor); /* float32, bfloat16 or float16 */
@@ -68,6 +72,9 @@ void clipft_float_result(const clipft_tensor *tensor, const float *copy);
 /* The tensor's memory, all dimensions but the last taken as one: they must lie in order, else false. A float dtype and at least one
  * dimension are the caller's checks. */
 bool clipft_tensor_view(const clipft_tensor *tensor, clipft_view *view);
+
+/* A torch tensor over the view's memory, on that device; delete it. NULL when torch fails. */
+AtenTensorHandle clipft_tensor_wrap(const clipft_view *view, int32_t device, int32_t index);
 
 /* c = start + a b, or a b without a start (NULL), all of one dtype. The start is c itself or one row, [1, cols], for every row of c. */
 bool clipft_torch_gemm(const clipft_view *c, const clipft_view *start, const clipft_view *a, const clipft_view *b);

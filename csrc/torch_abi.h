@@ -57,6 +57,7 @@ typedef void (*clipft_range_fn)(int64_t begin, int64_t end, void *ctx);
     X(AOTITorchError, aoti_torch_get_stride, (AtenTensorHandle tensor, int64_t d, int64_t * ret))                                          \
     X(AOTITorchError, aoti_torch_get_dtype, (AtenTensorHandle tensor, int32_t * ret))                                                      \
     X(AOTITorchError, aoti_torch_get_device_type, (AtenTensorHandle tensor, int32_t * ret))                                                \
+    X(AOTITorchError, aoti_torch_get_device_index, (AtenTensorHandle tensor, int32_t * ret))                                               \
     X(AOTITorchError, aoti_torch_empty_strided,                                                                                            \
       (int64_t ndim, const int64_t *sizes, const int64_t *strides, int32_t dtype, int32_t device_type, int32_t device_index,               \
        AtenTensorHandle *ret))                                                                                                             \
@@ -66,19 +67,46 @@ typedef void (*clipft_range_fn)(int64_t begin, int64_t end, void *ctx);
     X(AOTITorchError, aoti_torch_cpu_addmm_out,                                                                                            \
       (AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1, AtenTensorHandle mat2, double beta, double alpha))              \
     X(int32_t, aoti_torch_device_type_cpu, (void))                                                                                         \
+    X(int32_t, aoti_torch_device_type_cuda, (void))                                                                                        \
     CLIPFT_TORCH_DTYPES(X, CLIPFT_TORCH_DTYPE_GETTER)
+
+/* The same for CUDA tensors. Most come from libtorch_cuda, which a CPU build lacks, so nothing looks for them before such a tensor comes.
+ */
+#define CLIPFT_TORCH_CUDA_FUNCTIONS(X)                                                                                                     \
+    X(AOTITorchError, aoti_torch_get_current_cuda_stream, (int32_t device_index, void **ret_stream))                                       \
+    X(AOTITorchError, aoti_torch_cuda_addmm_out,                                                                                           \
+      (AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1, AtenTensorHandle mat2, double beta, double alpha))              \
+    X(AOTITorchError, aoti_torch_cuda_mm_dtype_out,                                                                                        \
+      (AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat2, int32_t out_dtype))                                             \
+    X(const char *, torch_exception_get_what_without_backtrace, (void))
 
 #define CLIPFT_TORCH_MEMBER(result, name, parameters) result(*name) parameters;
 typedef struct clipft_torch_abi {
     CLIPFT_TORCH_FUNCTIONS(CLIPFT_TORCH_MEMBER)
 } clipft_torch_abi;
+
+typedef struct clipft_torch_cuda_abi {
+    CLIPFT_TORCH_CUDA_FUNCTIONS(CLIPFT_TORCH_MEMBER)
+} clipft_torch_cuda_abi;
 #undef CLIPFT_TORCH_MEMBER
 
 /* Filled by clipft_torch_resolve; read-only afterwards. */
 extern clipft_torch_abi clipft_torch;
 
+/* Filled by clipft_torch_cuda_resolve. */
+extern clipft_torch_cuda_abi clipft_torch_cuda;
+
 /* Resolves every function from the already loaded library at `path`. Returns NULL, or what is missing: the name of the first function that
  * the library lacks, or `path` itself when it is not loaded. */
 const char *clipft_torch_resolve(const char *path);
+
+/* Whether torch was built for CUDA: its libtorch_cuda is loaded. */
+bool clipft_torch_has_cuda(void);
+
+/* Resolves the functions for CUDA tensors once. NULL, or the name of the first that is missing. */
+const char *clipft_torch_cuda_resolve(void);
+
+/* Writes "<folder of torch's libraries>/<name>"; false when it does not fit. */
+bool clipft_torch_library(const char *name, char *path, size_t size);
 
 #endif

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from clipft import _C
+
+if TYPE_CHECKING:
+    from emulated_cuda import EmulatedCuda
 
 ALL_ISAS = ("ref", "neon", "neon_dot", "neon_i8mm", "avx2", "avx_vnni", "avx512", "avx512_vnni")
 INT8_ONLY = {"neon_dot": "neon", "neon_i8mm": "neon", "avx_vnni": "avx2", "avx512_vnni": "avx512"}
@@ -40,6 +45,37 @@ def use(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa(before)
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulated GPU, built."""
+    from emulated_cuda import build
+
+    if any(shutil.which(tool) is None for tool in ("make", "cc", "g++")):
+        pytest.skip("needs make, a C and a C++ compiler to build the emulated GPU")
+    folder = tmp_path_factory.mktemp("emulated-cuda")
+    build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def emulated_gpu(emulated_cuda_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedCuda]:
+    """One for the whole process."""
+    from emulated_cuda import EmulatedCuda
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cubins")))
+        gpu = EmulatedCuda(emulated_cuda_folder)
+        assert gpu.problem() is None
+        yield gpu
+
+
+@pytest.fixture
+def cuda(emulated_gpu: EmulatedCuda) -> Iterator[EmulatedCuda]:
+    """Runs the test with the emulated GPU's losses in place of the CPU's."""
+    with emulated_gpu.installed():
+        yield emulated_gpu
 
 
 @pytest.fixture(scope="session")

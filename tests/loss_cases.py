@@ -8,11 +8,15 @@ the bounds below. What a 16-bit result adds is half an ulp of that result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import clipft
+from clipft import reference
 
 U = 2.0**-24
 
@@ -113,3 +117,82 @@ CASES += [
     for t in (torch.float32, torch.bfloat16)
 ]
 CASES += [LossCase(64, 512, 100.0, "paired"), LossCase(128, 768, 100.0, "paired")]
+
+
+SIGMOID_CASES = [c for c in CASES if c.classes is None and not c.smoothing]
+
+BIAS = -3.0
+
+
+def run(
+    function: Callable[..., Tensor],
+    case: LossCase,
+    dtype: torch.dtype | None = None,
+    bias: bool = False,
+    device: str = "cpu",
+    **kwargs,
+) -> list[Tensor]:
+    """Loss and gradients of both embeddings, the scale, and the bias; inputs rounded to the case's dtype first."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    image, text = (x.to(dtype or x.dtype) if dtype else x for x in case.embeds())
+    args = [
+        *(on_device(x, device).detach().requires_grad_() for x in (image, text)),
+        torch.tensor(case.scale, dtype=wide, requires_grad=True, device=device),
+    ]
+    if bias:
+        args.append(torch.tensor(BIAS, dtype=wide, requires_grad=True, device=device))
+    loss = function(*args, **kwargs)
+    loss.backward()
+    return [loss.detach().cpu(), *(a.grad.cpu() for a in args)]
+
+
+def on_device(x: Tensor, device: str) -> Tensor:
+    """With its strides."""
+    return x if device == "cpu" else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
+def coefficient_rounding(case: LossCase, device: str) -> float:
+    """On a GPU the coefficients of a gradient's sum have the embeddings' dtype (the pair's own excepted). They add up
+    to 4 at most (probabilities of rows and columns, and targets), each times |s| / 2N and a component below 1."""
+    if device == "cpu" or case.dtype == torch.float32:
+        return 0.0
+    return torch.finfo(case.dtype).eps / 2 * 2 * abs(case.scale) / case.n
+
+
+def check_contrastive(case: LossCase, device: str = "cpu") -> None:
+    """Loss and gradients against float64. ``device`` "emulated" is the CPU with a GPU's kernels."""
+    where = "cpu" if device == "emulated" else device
+    options = {"labels": case.labels(), "label_smoothing": case.smoothing}
+    ours = {k: v.to(where) if isinstance(v, Tensor) else v for k, v in options.items()}
+    loss, d_image, d_text, d_scale = run(clipft.contrastive_loss, case, device=where, **ours)
+    want, want_image, want_text, want_scale = run(reference.contrastive_loss, case, torch.float64, **options)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert d_image.dtype == case.dtype and d_text.dtype == case.dtype
+    extra = coefficient_rounding(case, device)
+    assert_close(loss, want, value_tolerance(case, want.item()), "loss")
+    assert_close(d_image, want_image, gradient_tolerance(case, want_image) + extra, "image gradient")
+    assert_close(d_text, want_text, gradient_tolerance(case, want_text) + extra, "text gradient")
+    assert_close(
+        d_scale,
+        want_scale,
+        gradient_tolerance(case, want_scale) * case.n / max(abs(case.scale), 1e-3),
+        "scale gradient",
+    )
+
+
+def check_sigmoid(case: LossCase, device: str = "cpu") -> None:
+    """As :func:`check_contrastive`."""
+    got = run(clipft.sigmoid_loss, case, bias=True, device="cpu" if device == "emulated" else device)
+    want = run(reference.sigmoid_loss, case, torch.float64, bias=True)
+    # A sum over all pairs / N: its terms are as large as the logits, and there are N of them to a row.
+    rows = case.n if case.scale > 0 else 1
+    extra = coefficient_rounding(case, device) * rows
+    assert_close(got[0], want[0], value_tolerance(case, want[0].item()) * max(1.0, want[0].item()), "loss")
+    for name, g, w in zip(("image", "text"), got[1:3], want[1:3], strict=True):
+        assert_close(g, w, gradient_tolerance(case, w) * rows + extra, f"{name} gradient")
+    for name, g, w in zip(("scale", "bias"), got[3:], want[3:], strict=True):
+        assert_close(g, w, gradient_tolerance(case, w) * rows * case.n / max(abs(case.scale), 1e-3), f"{name} gradient")
+
+
+def unit(n: int = 24, dim: int = 8, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)

@@ -123,6 +123,21 @@ def test_our_declarations_equal_torchs() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler to read CUDA's headers")
+def test_our_declarations_equal_cudas() -> None:
+    wheels = Path(torch.__file__).parents[1] / "nvidia"
+    include = [
+        h.parent for h in (*wheels.glob("*/include/nvrtc.h"), Path("/usr/local/cuda/include/nvrtc.h")) if h.is_file()
+    ]
+    include = [folder for folder in include if (folder / "cuda.h").is_file()]
+    if not include:
+        pytest.skip("needs CUDA's headers, which a CUDA build of torch brings")
+    source = ROOT / "tests" / "abi" / "cuda_conformance.cpp"
+    command = ["g++", "-std=c++20", "-fsyntax-only", f"-I{include[0]}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(shutil.which("make") is None or shutil.which("cc") is None, reason="needs make and a C compiler")
 def test_c_kernels(tmp_path: Path) -> None:
     """The kernels' own tests, without torch, on every instruction set of this machine."""

@@ -48,18 +48,10 @@ static bool take_targets(target_inputs *t, const StableIValue *stack, const loss
 {
     const int64_t n = in->logits.text.rows;
     const double smoothing = clipft_unbox_double(stack[4]);
-    char shape[64];
     ok &= clipft_unbox(stack[3], "labels", &t->labels, error);
-    if (!ok) return false;
-    if (!(smoothing >= 0.0 && smoothing < 1.0)) return clipft_fail(error, "label_smoothing must be in [0, 1), got %g", smoothing);
+    if (!ok || !loss_check_targets(&t->labels, smoothing, in, error)) return false;
     t->targets.smoothing = (float)smoothing;
     if (t->labels.ndim == 1 && t->labels.size[0] == 0) return true;
-    if (!clipft_check_dtype(&t->labels, clipft_torch.aoti_torch_dtype_int64(), "int64", error) || !clipft_check_cpu(&t->labels, error))
-        return false;
-    if (t->labels.ndim != 1 || t->labels.size[0] != n)
-        return clipft_fail(error, "labels must have one entry per pair, [%lld], got shape %s", (long long)n,
-                           clipft_shape_text(&t->labels, shape, sizeof shape));
-    if (n > INT32_MAX) return clipft_fail(error, "labels must number at most %d pairs, got %lld", INT32_MAX, (long long)n);
     if (!number_classes(t, n, error)) return false;
     t->targets.class_ids = t->ids;
     t->targets.class_weight = t->weight;
@@ -128,15 +120,6 @@ void clipft_op_contrastive_loss_shard(StableIValue *stack, uint64_t num_inputs, 
     clipft_throw(&error, __FILE__, __LINE__);
 }
 
-static bool check_lse(const clipft_tensor *t, int64_t n, clipft_error *error)
-{
-    char shape[64];
-    if (!clipft_check_dtype(t, clipft_torch.aoti_torch_dtype_float64(), "float64", error)) return false;
-    return (t->ndim == 1 && t->size[0] == n && (n < 2 || t->stride[0] == 1)) ||
-           clipft_fail(error, "%s must be [%lld] and contiguous, got shape %s", t->name, (long long)n,
-                       clipft_shape_text(t, shape, sizeof shape));
-}
-
 void clipft_op_contrastive_loss_backward(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
 {
     (void)num_inputs, (void)num_outputs;
@@ -154,8 +137,8 @@ void clipft_op_contrastive_loss_backward(StableIValue *stack, uint64_t num_input
     ok &= clipft_unbox(stack[7], "row_lse", &row_lse, &error);
     ok &= clipft_unbox(stack[8], "col_lse", &col_lse, &error);
     ok &= clipft_unbox(stack[9], "tiles", &tiles, &error);
-    ok = ok && loss_scalar(&upstream, &grad_value, &error) && check_lse(&row_lse, in.logits.image.rows, &error) &&
-         check_lse(&col_lse, in.logits.text.rows, &error) && loss_reuse_tiles(&in, &tiles, &error) &&
+    ok = ok && loss_scalar(&upstream, &in.image, &grad_value, &error) && loss_check_lse(&row_lse, in.logits.image.rows, &error) &&
+         loss_check_lse(&col_lse, in.logits.text.rows, &error) && loss_reuse_tiles(&in, &tiles, &error) &&
          loss_gradients_make(&grad, &in, stack[10] & 1U, stack[11] & 1U, &error);
     if (!ok) goto done;
 

@@ -6,7 +6,7 @@ static bool check_embeds(const clipft_tensor *t, clipft_error *error)
 {
     if (!clipft_is_float(t))
         return clipft_fail(error, "%s must be float32, bfloat16 or float16, got %s", t->name, clipft_dtype_name(t->dtype));
-    return clipft_check_cpu(t, error) && clipft_check_dim(t, 2, "[N, D]", error);
+    return clipft_check_dim(t, 2, "[N, D]", error);
 }
 
 static bool check_pairing(const loss_inputs *in, bool shard, int64_t row_offset, clipft_error *error)
@@ -28,24 +28,34 @@ static bool check_pairing(const loss_inputs *in, bool shard, int64_t row_offset,
     return true;
 }
 
-bool loss_scalar(const clipft_tensor *tensor, float *value, clipft_error *error)
+bool loss_check_scalar(const clipft_tensor *tensor, const clipft_tensor *beside, clipft_error *error)
 {
-    if (!clipft_check_dtype(tensor, clipft_torch.aoti_torch_dtype_float32(), "a float32 tensor", error) ||
-        !clipft_check_cpu(tensor, error) || !clipft_check_dim(tensor, 0, "0-d", error))
-        return false;
+    return clipft_check_dtype(tensor, clipft_torch.aoti_torch_dtype_float32(), "a float32 tensor", error) &&
+           clipft_check_beside(tensor, beside, error) && clipft_check_dim(tensor, 0, "0-d", error);
+}
+
+bool loss_scalar(const clipft_tensor *tensor, const clipft_tensor *beside, float *value, clipft_error *error)
+{
+    if (!loss_check_scalar(tensor, beside, error)) return false;
     *value = *(const float *)tensor->data;
     return true;
 }
 
-bool loss_inputs_take(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error)
+bool loss_inputs_unbox(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error)
 {
     bool ok = clipft_unbox(stack[0], "image_embeds", &in->image, error);
     ok &= clipft_unbox(stack[1], "text_embeds", &in->text, error);
     ok &= clipft_unbox(stack[2], "logit_scale", &in->scale, error);
-    ok = ok && check_embeds(&in->image, error) && check_embeds(&in->text, error) && check_pairing(in, shard, row_offset, error) &&
-         loss_scalar(&in->scale, &in->logits.scale, error);
     in->logits.row_offset = row_offset;
-    return ok && clipft_float_matrix(&in->image, &in->logits.image, &in->image_copy, error) &&
+    return ok && check_embeds(&in->image, error) && check_embeds(&in->text, error) && clipft_check_beside(&in->text, &in->image, error) &&
+           check_pairing(in, shard, row_offset, error) && loss_check_scalar(&in->scale, &in->image, error);
+}
+
+bool loss_inputs_take(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error)
+{
+    return loss_inputs_unbox(in, stack, shard, row_offset, error) && clipft_check_cpu(&in->image, error) &&
+           loss_scalar(&in->scale, &in->image, &in->logits.scale, error) &&
+           clipft_float_matrix(&in->image, &in->logits.image, &in->image_copy, error) &&
            clipft_float_matrix(&in->text, &in->logits.text, &in->text_copy, error);
 }
 
@@ -66,6 +76,30 @@ bool loss_result(int32_t dtype, double value, clipft_tensor *out, clipft_error *
     else
         *(double *)out->data = value;
     return true;
+}
+
+bool loss_check_targets(const clipft_tensor *labels, double smoothing, const loss_inputs *in, clipft_error *error)
+{
+    const int64_t n = in->text.size[0];
+    char shape[64];
+    if (!(smoothing >= 0.0 && smoothing < 1.0)) return clipft_fail(error, "label_smoothing must be in [0, 1), got %g", smoothing);
+    if (labels->ndim == 1 && labels->size[0] == 0) return true;
+    if (!clipft_check_dtype(labels, clipft_torch.aoti_torch_dtype_int64(), "int64", error) ||
+        !clipft_check_beside(labels, &in->image, error))
+        return false;
+    if (labels->ndim != 1 || labels->size[0] != n)
+        return clipft_fail(error, "labels must have one entry per pair, [%lld], got shape %s", (long long)n,
+                           clipft_shape_text(labels, shape, sizeof shape));
+    return n <= INT32_MAX || clipft_fail(error, "labels must number at most %d pairs, got %lld", INT32_MAX, (long long)n);
+}
+
+bool loss_check_lse(const clipft_tensor *t, int64_t n, clipft_error *error)
+{
+    char shape[64];
+    if (!clipft_check_dtype(t, clipft_torch.aoti_torch_dtype_float64(), "float64", error)) return false;
+    return (t->ndim == 1 && t->size[0] == n && (n < 2 || t->stride[0] == 1)) ||
+           clipft_fail(error, "%s must be [%lld] and contiguous, got shape %s", t->name, (long long)n,
+                       clipft_shape_text(t, shape, sizeof shape));
 }
 
 /* clipft/ops.py computes the same number for the fake tensor. */

@@ -13,16 +13,24 @@ typedef struct loss_inputs {
     clipft_logits logits;
 } loss_inputs;
 
-/* Unboxes slots 0 .. 2 and checks them. `shard`: the images are some rows of a batch that has as many texts as pairs; otherwise the shapes
- * agree. */
+/* Unboxes slots 0 .. 2 and checks them; all lie on one device. `shard`: the images are some rows of a batch that has as many texts as
+ * pairs; otherwise the shapes agree. */
+bool loss_inputs_unbox(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error);
+/* The same on the CPU, with values read. */
 bool loss_inputs_take(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error);
 void loss_inputs_free(loss_inputs *in);
 
-/* A one-element float32 argument's value. */
-bool loss_scalar(const clipft_tensor *tensor, float *value, clipft_error *error);
+/* A one-element float32 argument beside another tensor, and its value on the CPU. */
+bool loss_check_scalar(const clipft_tensor *tensor, const clipft_tensor *beside, clipft_error *error);
+bool loss_scalar(const clipft_tensor *tensor, const clipft_tensor *beside, float *value, clipft_error *error);
 
 /* A new 0-d float32 or float64 result. */
 bool loss_result(int32_t dtype, double value, clipft_tensor *out, clipft_error *error);
+
+/* Checks slots 3 and 4 of the contrastive loss: labels (none when empty) and label_smoothing. */
+bool loss_check_targets(const clipft_tensor *labels, double smoothing, const loss_inputs *in, clipft_error *error);
+/* What the contrastive loss's forward pass returned: float64, [n]. */
+bool loss_check_lse(const clipft_tensor *lse, int64_t n, clipft_error *error);
 
 /* How many rows of tiles are kept, and their tensor, [rows, N]; none unless `keep`. */
 bool loss_keep_tiles(loss_inputs *in, bool keep, clipft_tensor *tiles, clipft_error *error);

@@ -2,10 +2,10 @@
 #include "loss_inputs.h"
 #include "ops.h"
 
-static bool take_bias(const StableIValue slot, clipft_tensor *bias, float *value, bool ok, clipft_error *error)
+static bool take_bias(const StableIValue slot, const loss_inputs *in, clipft_tensor *bias, float *value, bool ok, clipft_error *error)
 {
     ok &= clipft_unbox(slot, "logit_bias", bias, error);
-    return ok && loss_scalar(bias, value, error);
+    return ok && loss_scalar(bias, &in->image, value, error);
 }
 
 static void forward(StableIValue *stack, bool shard, clipft_error *error)
@@ -17,7 +17,7 @@ static void forward(StableIValue *stack, bool shard, clipft_error *error)
     const bool keep = stack[4] & 1U;
 
     bool ok = loss_inputs_take(&in, stack, shard, shard ? (int64_t)stack[5] : 0, error);
-    ok = take_bias(stack[3], &bias, &bias_value, ok, error) && loss_keep_tiles(&in, keep, &tiles, error);
+    ok = take_bias(stack[3], &in, &bias, &bias_value, ok, error) && loss_keep_tiles(&in, keep, &tiles, error);
     if (!ok) goto done;
 
     if (!clipft_sigmoid_forward(&in.logits, bias_value, &clipft_torch_host, &value))
@@ -60,10 +60,10 @@ void clipft_op_sigmoid_loss_backward(StableIValue *stack, uint64_t num_inputs, u
     double scale_value = 0.0, d_bias_value = 0.0;
 
     bool ok = loss_inputs_take(&in, stack + 1, true, (int64_t)stack[5], &error);
-    ok = take_bias(stack[4], &bias, &bias_value, ok, &error);
+    ok = take_bias(stack[4], &in, &bias, &bias_value, ok, &error);
     ok &= clipft_unbox(stack[0], "grad", &upstream, &error);
     ok &= clipft_unbox(stack[6], "tiles", &tiles, &error);
-    ok = ok && loss_scalar(&upstream, &grad_value, &error) && loss_reuse_tiles(&in, &tiles, &error) &&
+    ok = ok && loss_scalar(&upstream, &in.image, &grad_value, &error) && loss_reuse_tiles(&in, &tiles, &error) &&
          loss_gradients_make(&grad, &in, stack[7] & 1U, stack[8] & 1U, &error);
     if (!ok) goto done;
 

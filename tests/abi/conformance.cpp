@@ -4,8 +4,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#define USE_CUDA // declares what libtorch_cuda has besides
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/c/shim.h>
 
 namespace ours
@@ -37,3 +39,9 @@ template <class R, class... A> struct canon<R (*)(A...) noexcept> : canon<R (*)(
     static_assert(std::is_same_v<canon<decltype(&::name)>::type, canon<decltype(ours::clipft_torch_abi::name)>::type>,                     \
                   #name ": csrc/torch_abi.h differs from torch");
 CLIPFT_TORCH_FUNCTIONS(CONFORMS)
+
+#undef CONFORMS
+#define CONFORMS(result, name, parameters)                                                                                                 \
+    static_assert(std::is_same_v<canon<decltype(&::name)>::type, canon<decltype(ours::clipft_torch_cuda_abi::name)>::type>,                \
+                  #name ": csrc/torch_abi.h differs from torch");
+CLIPFT_TORCH_CUDA_FUNCTIONS(CONFORMS)

@@ -1,0 +1,158 @@
+/* Arguments of the kernels in this folder, one struct a kernel: what the C that launches them and the device agree on.
+ *
+ * A kernel is found by its name, so csrc/cuda_kernels.inc lists names and structs. Shapes stand in brackets; what is not said to be strided
+ * is contiguous. */
+#ifndef CLIPFT_CUDA_ARGS_H
+#define CLIPFT_CUDA_ARGS_H
+
+/* Device memory. The emulation in tests/cuda puts a pointer that watches its bounds in its place. */
+#ifndef CLIPFT_GLOBAL
+#define CLIPFT_GLOBAL(type) type *
+#endif
+
+/* A block works on BLOCK_ROWS x BLOCK_COLS elements of a tile with THREADS threads: a warp on WARP_ROWS rows, a lane on LANE_COLS columns.
+ */
+enum {
+    CLIPFT_CUDA_THREADS = 256,
+    CLIPFT_CUDA_WARPS = CLIPFT_CUDA_THREADS / 32,
+    CLIPFT_CUDA_WARP_ROWS = 8,
+    CLIPFT_CUDA_LANE_COLS = 4,
+    CLIPFT_CUDA_BLOCK_ROWS = CLIPFT_CUDA_WARPS * CLIPFT_CUDA_WARP_ROWS,
+    CLIPFT_CUDA_BLOCK_COLS = 32 * CLIPFT_CUDA_LANE_COLS,
+    CLIPFT_CUDA_SUM_THREADS = 1024
+};
+
+/* Floats of three kinds; the 16-bit ones lie in the member that ends in 16. */
+enum { CLIPFT_CUDA_FLOAT32, CLIPFT_CUDA_BFLOAT16, CLIPFT_CUDA_FLOAT16 };
+
+typedef struct clipft_cuda_matrix {
+    CLIPFT_GLOBAL(const float) data32;
+    CLIPFT_GLOBAL(const unsigned short) data16;
+    long long row_stride, col_stride;
+    int kind;
+} clipft_cuda_matrix;
+
+typedef struct clipft_cuda_target {
+    CLIPFT_GLOBAL(float) data32;
+    CLIPFT_GLOBAL(unsigned short) data16;
+    int kind;
+} clipft_cuda_target;
+
+/* A tile of raw products <image_i, text_j>, and where it lies in the matrix of logits. */
+typedef struct clipft_cuda_tile {
+    CLIPFT_GLOBAL(const float) x; /* [rows, cols], rows `stride` apart */
+    int rows, cols, stride;
+    long long row0, col0, row_offset; /* image i pairs with text row_offset + i */
+} clipft_cuda_tile;
+
+/* Target probabilities: the pair, or uniform over the columns of its label, mixed with the uniform distribution. */
+typedef struct clipft_cuda_targets {
+    CLIPFT_GLOBAL(const long long) labels; /* [cols], elements label_stride apart, or null: each pair only of itself */
+    CLIPFT_GLOBAL(const float) weight;     /* [cols] 1 / number of columns with the label */
+    long long label_stride, cols;
+    float smoothing; /* e in (1 - e) * target + e / cols */
+} clipft_cuda_targets;
+
+/* ---- contrastive.cu ---- */
+
+typedef struct clipft_cuda_class_weights_args {
+    CLIPFT_GLOBAL(const long long) labels;
+    CLIPFT_GLOBAL(float) weight; /* [cols] */
+    long long label_stride, cols;
+} clipft_cuda_class_weights_args;
+
+/* Maxima and sums of exponentials of rows or columns: of each block of a tile, [blocks, lines], and so far, [lines]. */
+typedef struct clipft_cuda_lines {
+    CLIPFT_GLOBAL(float) part_max;
+    CLIPFT_GLOBAL(float) part_sum;
+    CLIPFT_GLOBAL(float) max;
+    CLIPFT_GLOBAL(double) sum; /* relative to max */
+    int blocks, lines;
+    int first; /* nothing so far */
+} clipft_cuda_lines;
+
+typedef struct clipft_cuda_contrastive_tile_args {
+    clipft_cuda_tile tile;
+    clipft_cuda_targets targets;
+    CLIPFT_GLOBAL(const float) scale; /* [1] */
+    clipft_cuda_lines row, col;       /* their parts are written */
+    CLIPFT_GLOBAL(float) pair;        /* [all rows] the pair's product */
+    CLIPFT_GLOBAL(double) target;     /* [blocks of a whole tile] sum of target probability * product */
+    int first;                        /* target holds nothing so far */
+} clipft_cuda_contrastive_tile_args;
+
+typedef struct clipft_cuda_contrastive_merge_args {
+    clipft_cuda_lines row, col; /* parts go into what there is so far */
+} clipft_cuda_contrastive_merge_args;
+
+typedef struct clipft_cuda_contrastive_lse_args {
+    CLIPFT_GLOBAL(const float) row_max; /* [rows] */
+    CLIPFT_GLOBAL(const float) col_max; /* [cols] */
+    CLIPFT_GLOBAL(double) row;          /* [rows] sums in, logsumexp out */
+    CLIPFT_GLOBAL(double) col;          /* [cols] */
+    CLIPFT_GLOBAL(const float) pair;    /* [rows] */
+    CLIPFT_GLOBAL(const float) scale;
+    long long rows, cols, row_offset;
+} clipft_cuda_contrastive_lse_args;
+
+typedef struct clipft_cuda_contrastive_grad_args {
+    clipft_cuda_tile tile;
+    clipft_cuda_targets targets;
+    CLIPFT_GLOBAL(const float) scale;
+    CLIPFT_GLOBAL(const double) row_lse; /* [all rows] */
+    CLIPFT_GLOBAL(const double) col_lse; /* [all cols] */
+    clipft_cuda_target out;              /* [rows, cols], rows as far apart as the tile's; may be the tile */
+    CLIPFT_GLOBAL(float) pair;           /* [all rows] the pair's coefficient, which `out` has as zero */
+    float unit;                          /* factor of `out` */
+} clipft_cuda_contrastive_grad_args;
+
+/* ---- sigmoid.cu ---- */
+
+typedef struct clipft_cuda_sigmoid_args {
+    clipft_cuda_tile tile;
+    CLIPFT_GLOBAL(const float) scale;
+    CLIPFT_GLOBAL(const float) bias;
+    CLIPFT_GLOBAL(double) sum; /* [blocks of a whole tile] of losses, or of coefficients */
+    clipft_cuda_target out;    /* the coefficients and the pairs' (backward only), as in contrastive_grad */
+    CLIPFT_GLOBAL(float) pair;
+    float unit;
+    int first;
+} clipft_cuda_sigmoid_args;
+
+/* ---- losses.cu ---- */
+
+typedef struct clipft_cuda_gradient_add_args {
+    CLIPFT_GLOBAL(float) sum; /* [count] */
+    CLIPFT_GLOBAL(const float) part;
+    long long count;
+} clipft_cuda_gradient_add_args;
+
+typedef struct clipft_cuda_gradient_finish_args {
+    CLIPFT_GLOBAL(const float) sum; /* [rows, dim] sum of coefficient * unit * other, or null: of nothing; may be out */
+    clipft_cuda_matrix value;       /* [rows, dim] what the gradient is of */
+    clipft_cuda_matrix other;       /* the other side's embeddings */
+    CLIPFT_GLOBAL(const float)
+    pair; /* [pairs] the pairs' coefficients: row i has pair p = i - pair_first, which is other's row p + other_first */
+    long long rows, dim, pairs, pair_first, other_first;
+    CLIPFT_GLOBAL(const float) scale;
+    CLIPFT_GLOBAL(const float) grad; /* [1] upstream */
+    double factor;                   /* of the loss: 1 / 2N or 1 / N */
+    float unit;
+    clipft_cuda_target out;    /* [rows, dim] */
+    CLIPFT_GLOBAL(double) dot; /* [rows] <d loss / d (scale * value), value> before factor and grad, or null */
+} clipft_cuda_gradient_finish_args;
+
+/* out = factor * scale * grad * (sum of a + sum of b + c_factor * c), with 1 for a scale or grad that is null. */
+typedef struct clipft_cuda_sum_args {
+    CLIPFT_GLOBAL(const double) a; /* [a_count] */
+    CLIPFT_GLOBAL(const double) b; /* [b_count] */
+    CLIPFT_GLOBAL(const double) c; /* [1] or null */
+    long long a_count, b_count;
+    double c_factor, factor;
+    CLIPFT_GLOBAL(const float) scale;
+    CLIPFT_GLOBAL(const float) grad;
+    CLIPFT_GLOBAL(float) out32; /* [1], one of the two */
+    CLIPFT_GLOBAL(double) out64;
+} clipft_cuda_sum_args;
+
+#endif

@@ -1,0 +1,48 @@
+// Each prototype of csrc/cuda_driver.h and cuda_compile.h, and each attribute number, equals the one in CUDA's own headers. Compiles or
+// does not: c++ -std=c++20 -fsyntax-only -I<CUDA>/include.
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include <cuda.h>
+#include <nvrtc.h>
+
+namespace ours {
+#include "../../csrc/cuda_compile.h"
+#include "../../csrc/cuda_driver.h"
+} // namespace ours
+
+// Both sides have opaque handles of their own, and result codes: enumerations there, int here.
+template <class T> struct canon {
+    using type = T;
+};
+template <class T>
+requires std::is_enum_v<T>
+struct canon<T> {
+    using type = int;
+};
+template <class T>
+requires std::is_class_v<T>
+struct canon<T *> {
+    using type = void *;
+};
+template <class T>
+requires std::is_class_v<T>
+struct canon<T **> {
+    using type = void **;
+};
+template <class R, class... A> struct canon<R (*)(A...)> {
+    using type = typename canon<R>::type (*)(typename canon<A>::type...);
+};
+
+#define CONFORMS_TO(api, name)                                                                                                             \
+    static_assert(std::is_same_v<canon<decltype(&::name)>::type, canon<decltype(ours::api::name)>::type>, #name ": csrc differs from "     \
+                                                                                                                "CUDA");
+#define DRIVER(name, parameters) CONFORMS_TO(clipft_cuda_api, name)
+#define NVRTC(name, parameters) CONFORMS_TO(clipft_nvrtc_api, name)
+CLIPFT_CUDA_FUNCTIONS(DRIVER)
+CLIPFT_NVRTC_FUNCTIONS(NVRTC)
+
+// csrc/cuda_driver.c
+static_assert(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE == 38 && CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR == 75 &&
+              CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR == 76);

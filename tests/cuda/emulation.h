@@ -1,0 +1,124 @@
+// CUDA's words for plain C++, so that cuda/*.cu run on the CPU: g++ -include emulation.h -x c++ cuda/<name>.cu.
+//
+// A block's threads are fibers, run one after another from one point of waiting to the next: __syncthreads for the block, a shuffle for the
+// warp. Every access to global or shared memory is checked: it must lie within the allocation that its pointer points into (see
+// emulation.cpp), and must not race. Two accesses to an element, one of them a write, by two threads race unless the threads met in
+// between: at a barrier of their block, or, within a warp, at a shuffle. Blocks never meet. The first fault ends the launch with a sentence
+// that tells kernel, block and thread.
+#ifndef CLIPFT_EMULATION_H
+#define CLIPFT_EMULATION_H
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define CLIPFT_GLOBAL(type) emulation::Global<type>
+#define KERNEL(threads) extern "C" void
+#define DEVICE static inline
+#define SHARED(type, name, count) static emulation::Shared<type, count> name
+#define NO_VALUE (-INFINITY)
+
+struct Index {
+    unsigned x, y, z;
+};
+extern Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+// An allocation, with what was last done to each of its elements.
+struct Region;
+
+// Checks `index` (in elements of `size` bytes) relative to `pointer` and notes the access.
+void access_global(const void *pointer, long long index, size_t size, bool write);
+// The same for element `index` of `count` of a block's own memory, which `owner` names.
+void access_shared(const void *owner, long long index, long long count, bool write);
+
+void meet_block();
+// Gives the lane's value, returns that of lane ^ mask once all 32 lanes have given theirs.
+uint64_t meet_warp(uint64_t value, int mask);
+
+// An element as it is read or written.
+template <class T, class Note> class Element {
+    T *element;
+    Note note;
+
+  public:
+    Element(T *at, Note n) : element(at), note(n) {}
+    operator T() const { return note(false), *element; }
+    const Element &operator=(T value) const { return note(true), *element = value, *this; }
+    const Element &operator=(const Element &other) const { return *this = (T)other; }
+    const Element &operator+=(T value) const { return *this = (T) * this + value; }
+};
+
+// What a raw pointer is on a GPU: as large, and no more than it.
+template <class T> class Global {
+    T *pointer;
+
+  public:
+    auto operator[](long long index) const
+    {
+        T *base = pointer;
+        if constexpr (std::is_const_v<T>)
+            return access_global(base, index, sizeof(T), false), base[index];
+        else
+            return Element(base + index, [=](bool write) { access_global(base, index, sizeof(T), write); });
+    }
+    explicit operator bool() const { return pointer; }
+};
+
+template <class T, long long Count> class Shared {
+    T data[Count];
+
+  public:
+    auto operator[](long long index)
+    {
+        return Element(data + (index >= 0 && index < Count ? index : 0),
+                       [=, this](bool write) { access_shared(this, index, Count, write); });
+    }
+};
+} // namespace emulation
+
+static inline void __syncthreads() { emulation::meet_block(); }
+
+template <class T> static inline T __shfl_xor_sync(unsigned, T value, int mask)
+{
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof value);
+    bits = emulation::meet_warp(bits, mask);
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline unsigned __float_as_uint(float value)
+{
+    unsigned bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float __uint_as_float(unsigned bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+extern "C" void clipft_float16_to_float(const uint16_t *src, float *dst, int64_t n); // csrc/kernels/convert.c
+extern "C" void clipft_float_to_float16(const float *src, uint16_t *dst, int64_t n);
+
+static inline float float16_to_float(unsigned short bits)
+{
+    float value;
+    clipft_float16_to_float(&bits, &value, 1);
+    return value;
+}
+
+static inline unsigned short float_to_float16(float value)
+{
+    unsigned short bits;
+    clipft_float_to_float16(&value, &bits, 1);
+    return bits;
+}
+
+#endif

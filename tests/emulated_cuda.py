@@ -1,0 +1,73 @@
+"""The CUDA ops on an emulated GPU: built from csrc/, cuda/ and tests/cuda/, and put in the CPU ops' place."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import clipft.ops  # noqa: F401  (the ops whose place is taken)
+
+ROOT = Path(__file__).parents[1]
+OPS = re.findall(r"^OP_CUDA\((\w+)", (ROOT / "csrc" / "ops_cuda.inc").read_text(), re.M)
+
+
+def build(folder: Path, device_code: Path = ROOT / "cuda") -> None:
+    done = subprocess.run(
+        ["make", "-s", "-j2", "-C", str(ROOT / "tests" / "cuda"), f"BUILD={folder}", f"CUDA={device_code}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class EmulatedCuda:
+    """One GPU, as long as the process lives. Kernels' faults (races, bounds) come as the ops' RuntimeErrors."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._registered = folder, False
+        self._library = ctypes.CDLL(str(folder / "lib" / "clipft_emulated.so"))
+        for name in ("emulated_pretend", "emulated_register", "emulated_problem"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+        libtorch = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+        problem = self._library.emulated_pretend(str(libtorch).encode())
+        assert problem is None, problem.decode()
+
+    def problem(self, device: int = 0) -> str | None:
+        """Why the kernels cannot run."""
+        text = self._library.emulated_problem(device)
+        return text.decode() if text is not None else None
+
+    def launches(self) -> int:
+        return int(ctypes.CDLL(str(self._folder / "libcuda.so")).emulated_launches())
+
+    def compilations(self) -> int:
+        return int(ctypes.CDLL(str(self._folder / "libnvrtc.so")).emulated_compilations())
+
+    def _register(self) -> None:
+        if not self._registered:
+            problem = self._library.emulated_register(str(self._folder / "libcuda.so").encode())
+            assert problem is None, problem.decode()
+        self._registered = True
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Within, clipft's losses on CPU tensors are those of the emulated GPU."""
+        self._register()
+        library = torch.library.Library("clipft", "IMPL")
+        for name in OPS:
+            op = getattr(torch.ops.clipft_emulated, name).default
+            library.impl(name, op, "CPU", allow_override=True)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # between its products torch's other threads would only spin
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            library._destroy()

@@ -1,0 +1,148 @@
+"""How the kernels are found, compiled, kept on disk and loaded; what is said where they cannot be; and that the
+emulated GPU's checks find what they are for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emulated_cuda import ROOT, build
+
+from clipft import _C
+
+PROBLEM = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from emulated_cuda import EmulatedCuda
+gpu = EmulatedCuda(Path({folder!r}))
+print(gpu.problem({device}), gpu.compilations())
+"""
+
+
+def start(folder: Path, cache: Path, code: str = PROBLEM, device: int = 0, **environment: str) -> subprocess.Popen:
+    text = code.format(tests=str(ROOT / "tests"), folder=str(folder), device=device)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", text],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def said(process: subprocess.Popen) -> str:
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return out.strip()
+
+
+def test_cuda_kernels_are_compiled_once_and_kept(emulated_cuda_folder: Path, tmp_path: Path) -> None:
+    """One process after another and two at once; a damaged file, another driver and another GPU are compiled anew."""
+    both = [start(emulated_cuda_folder, tmp_path) for _ in range(2)]
+    assert [said(p).split()[0] for p in both] == ["None", "None"]
+    files = sorted((tmp_path / "clipft" / "cuda").iterdir())
+    assert [f.name.split("-")[:2] for f in files] == [[k, "sm_90"] for k in ("contrastive", "losses", "sigmoid")]
+    assert [f.suffix for f in files] == [".cubin"] * 3
+    assert said(start(emulated_cuda_folder, tmp_path)) == "None 0"
+    whole = files[0].read_bytes()
+    files[0].write_bytes(whole[:-1])
+    files[1].write_bytes(b"\0" + files[1].read_bytes()[1:])
+    assert said(start(emulated_cuda_folder, tmp_path)) == "None 2"
+    assert files[0].read_bytes() == whole
+    assert said(start(emulated_cuda_folder, tmp_path, EMULATED_DRIVER="12080")) == "None 3"
+    assert said(start(emulated_cuda_folder, tmp_path, EMULATED_CAPABILITY="80")) == "None 3"
+
+
+def test_cuda_works_without_a_place_to_keep_kernels(emulated_cuda_folder: Path) -> None:
+    assert said(start(emulated_cuda_folder, Path("/proc/nowhere"))) == "None 3"
+
+
+@pytest.mark.parametrize(
+    "device, environment, problem",
+    [
+        (
+            0,
+            {"EMULATED_CAPABILITY": "70"},
+            "NVRTC 13.0 does not compile for this GPU, sm_70, only for sm_75 to sm_100; a torch for an older CUDA may "
+            "bring an NVRTC that does",
+        ),
+        (
+            0,
+            {"EMULATED_NVRTC_FAILS": "1"},
+            "NVRTC 13.0 could not compile losses.cu for sm_90: contrastive.cu(1): error: as the test wants it",
+        ),
+        (3, {}, "the CUDA driver does not know the GPU: invalid device ordinal"),
+        (64, {}, "clipft knows GPUs 0 to 63 only"),
+    ],
+)
+def test_cuda_problems_have_a_cause(
+    device: int, environment: dict, problem: str, emulated_cuda_folder: Path, tmp_path: Path
+) -> None:
+    assert said(start(emulated_cuda_folder, tmp_path, device=device, **environment)).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    "library, problem",
+    [("libnvrtc.so", "there is no NVRTC, which compiles"), ("libcuda.so", "there is no CUDA driver")],
+)
+def test_cuda_without_driver_or_nvrtc_says_so(
+    library: str, problem: str, emulated_cuda_folder: Path, tmp_path: Path
+) -> None:
+    hidden = (emulated_cuda_folder / library).rename(emulated_cuda_folder / "hidden")
+    try:
+        code = PROBLEM.replace(", gpu.compilations()", "")
+        assert said(start(emulated_cuda_folder, tmp_path, code)).startswith(problem)
+    finally:
+        hidden.rename(emulated_cuda_folder / library)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_cuda_without_a_gpu_has_a_cause() -> None:
+    assert _C.cuda_problem(0).startswith(("there is no CUDA driver: ", "this torch cannot be used with CUDA"))
+    assert _C.cuda_problem(-1) == "clipft knows GPUs 0 to 63 only"
+
+
+# ---- the emulation finds what it is for ----
+
+LOSS = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch, clipft
+from emulated_cuda import EmulatedCuda
+from loss_cases import unit
+with EmulatedCuda(Path({folder!r})).installed():
+    try:
+        print(clipft.contrastive_loss(unit(200), unit(200, seed=1), 20.0))
+    except RuntimeError as error:
+        print(error)
+"""
+
+BARRIER = (
+    "    __syncthreads();\n#pragma unroll\n    for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {\n        float sum"
+)
+BREAKS = {
+    "barrier": (BARRIER, BARRIER.removeprefix("    __syncthreads();\n"), "race: "),
+    "bound": ("(line < a.rows + a.cols) {", "(line <= a.rows + a.cols) {", "out of bounds: element 200 of 200"),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_cuda_emulation_finds_a_broken_kernel(broken: str, emulated_cuda_folder: Path, tmp_path: Path) -> None:
+    sound, wrong, fault = BREAKS[broken]
+    folder, device_code = tmp_path / "built", tmp_path / "device"
+    shutil.copytree(emulated_cuda_folder, folder)
+    shutil.copytree(ROOT / "cuda", device_code)
+    source = (device_code / "contrastive.cu").read_text()
+    assert source.count(sound) == 1
+    (device_code / "contrastive.cu").write_text(source.replace(sound, wrong))
+    shutil.rmtree(folder / "lib")
+    build(folder, device_code)
+    text = said(start(folder, tmp_path, LOSS))
+    assert fault in text and "(kernel contrastive_" in text
