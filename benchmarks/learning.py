@@ -5,10 +5,10 @@
 
 Radiographs (400, two classes), product photographs (600, ten classes), and solar cells from elpv-dataset (2223: defect
 probability 0 against 1). ``clipft train --model demo`` at default settings plus ``--epochs``; the test set is the fifth
-that it holds out by ``--seed``, with each class's share, and nothing was chosen by it: epochs were chosen on splits of
-the seeds 100 and 101 of the same pictures. "From scratch" is the same command, hence the same steps and rates, for a model of the same
-shape with random weights. HOG + logistic regression sees the same split, and chooses its penalty by cross-validation
-inside the training part. All numbers are balanced accuracy, with the 95 % bootstrap interval over the test pictures.
+that it holds out by ``--seed``, with each class's share. Epochs were chosen on splits of the same pictures by the seeds
+100 and 101. "From scratch" is the same command, hence the same steps and rates, for a model of the same shape with
+random weights. HOG + logistic regression sees the same split, and chooses its penalty by cross-validation inside the
+training part. All numbers are balanced accuracy, with the 95 % bootstrap interval over the test pictures.
 """
 
 from __future__ import annotations
