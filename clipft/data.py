@@ -1,4 +1,4 @@
-"""From rows to batches: the checkpoint's own preprocessing, seeded augmentation, the collator.
+"""From rows to batches: rows of a data set, the order of an epoch, the collator.
 
 A data set has the columns ``image``, ``caption`` (a string or a list of them) and / or ``label``. Every random choice
 of a training row (which caption, which crop) is drawn from (seed, epoch, index) alone, so a resumed run sees what the
@@ -11,21 +11,20 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from torchvision.transforms import v2
-from transformers.image_utils import pil_torch_interpolation_mapping
 
-from clipft import naflex
 from clipft.families import MOST_TOKENS, family_of_processor
+from clipft.pixels import UNREADABLE
+from clipft.shards import read_slice, shard_of
+from clipft.transforms import Augmentation, EncodedPicture, build_transform, stack_pictures
 
-__all__ = ["DEFAULT_TEMPLATES", "Augmentation", "CLIPDataCollator", "PairRows", "class_text"]
+__all__ = ["DEFAULT_TEMPLATES", "CLIPDataCollator", "PairRows", "class_text"]
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -33,102 +32,6 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 def class_text(name: str) -> str:
     """A class name as it stands in a caption: ``long_sleeve`` is "long sleeve"."""
     return name.replace("_", " ")
-
-
-# ---- preprocessing ----
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random changes to a training picture; all off by default.
-
-    Attributes:
-        random_resized_crop: smallest share of the picture's area that a crop may keep, in (0, 1], or None for the
-            checkpoint's own resize and centre crop. Small shares harm where the caption tells of something that a crop
-            may miss.
-        horizontal_flip: probability. Harms where left and right mean something: text in pictures, radiographs, signs.
-        color_jitter: strength of random brightness, contrast and saturation (hue: a quarter of it), at most 0.5. Harms
-            where colour is in the captions, or carries a measurement.
-    """
-
-    random_resized_crop: float | None = None
-    horizontal_flip: float = 0.0
-    color_jitter: float = 0.0
-
-    def __post_init__(self) -> None:
-        scale = self.random_resized_crop
-        if scale is not None and not 0.0 < scale <= 1.0:
-            raise ValueError(f"random_resized_crop: expected a share of the area in (0, 1] or None, got {scale}")
-        if not 0.0 <= self.horizontal_flip <= 1.0:
-            raise ValueError(f"horizontal_flip: expected a probability in [0, 1], got {self.horizontal_flip}")
-        if not 0.0 <= self.color_jitter <= 0.5:
-            raise ValueError(f"color_jitter: expected a strength in [0, 0.5], got {self.color_jitter}")
-
-
-def build_transform(image_processor: Any, augmentation: Augmentation | None = None) -> Callable[[Any], Tensor]:
-    """Picture (PIL, array or tensor) to [3, H, W] float32; :func:`stack_pictures` makes a batch of them.
-
-    The steps are the image processor's own methods, hence its result bit for bit; a random crop stands in for its
-    resize and centre crop, with its size and interpolation, and random changes come before its normalisation.
-    """
-    backend = getattr(image_processor, "backend", None)
-    if backend != "torchvision":
-        raise ValueError(
-            f"processor: expected the torchvision image processor, got {type(image_processor).__name__} with backend "
-            f"{backend!r}: load it with clipft.load, or with backend='torchvision'"
-        )
-    steps: list[Any] = [
-        partial(image_processor.process_image, do_convert_rgb=image_processor.do_convert_rgb),
-        *_geometry(image_processor, augmentation),
-        *_changes(augmentation),
-        _normalisation(image_processor),
-    ]
-    return v2.Compose(steps)
-
-
-def stack_pictures(image_processor: Any, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What the image tower takes of N pictures that :func:`build_transform` made: ``pixel_values`` [N, 3, H, W], or
-    patches (see ``clipft.naflex``)."""
-    if naflex.is_naflex(image_processor):
-        return naflex.patchify(pictures, image_processor)
-    return {"pixel_values": torch.stack(list(pictures))}
-
-
-def _geometry(processor: Any, augmentation: Augmentation | None) -> list[Any]:
-    if naflex.is_naflex(processor):
-        smallest = None if augmentation is None else augmentation.random_resized_crop
-        cut = [] if smallest is None else [naflex.RandomCrop((smallest, 1.0))]
-        return [*cut, partial(naflex.resize, image_processor=processor)]
-    size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
-    if augmentation is not None and augmentation.random_resized_crop is not None:
-        target = crop or size
-        side = (target.height or target.shortest_edge, target.width or target.shortest_edge)
-        scale = (augmentation.random_resized_crop, 1.0)
-        resample = pil_torch_interpolation_mapping[processor.resample]
-        return [v2.RandomResizedCrop(side, scale=scale, interpolation=resample, antialias=True)]
-    steps = [partial(processor.resize, size=size, resample=processor.resample)] if processor.do_resize else []
-    return [*steps, partial(processor.center_crop, size=crop)] if crop else steps
-
-
-def _changes(augmentation: Augmentation | None) -> list[Any]:
-    steps: list[Any] = []
-    if augmentation is not None and augmentation.horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip(augmentation.horizontal_flip))
-    if augmentation is not None and augmentation.color_jitter:
-        strength = augmentation.color_jitter
-        steps.append(v2.ColorJitter(strength, strength, strength, strength / 4))
-    return steps
-
-
-def _normalisation(processor: Any) -> Callable[[Tensor], Tensor]:
-    return partial(
-        processor.rescale_and_normalize,
-        do_rescale=processor.do_rescale,
-        rescale_factor=processor.rescale_factor,
-        do_normalize=processor.do_normalize,
-        image_mean=tuple(processor.image_mean),
-        image_std=tuple(processor.image_std),
-    )
 
 
 # ---- rows ----
@@ -141,10 +44,18 @@ class PairRows(Dataset[dict[str, Any]]):
     An index may be a pair (epoch, i), or (epoch, i, repeat): the row then carries it as ``draw``, which makes it a
     training row. A data set without captions gets them from its class names through ``templates``. With
     ``images=False`` rows come without their pictures, for a collator that has features of them, and carry ``index``
-    instead.
+    instead. With ``encoded=True`` the pictures are not decoded yet (:class:`clipft.transforms.EncodedPicture`), where
+    the data set has their files.
     """
 
-    def __init__(self, dataset: Any, templates: Sequence[str] = DEFAULT_TEMPLATES, *, images: bool = True) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        *,
+        images: bool = True,
+        encoded: bool = False,
+    ) -> None:
         if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(f"dataset: expected one with a length and rows by index, got {type(dataset).__name__}")
         if len(dataset) == 0:
@@ -156,16 +67,19 @@ class PairRows(Dataset[dict[str, Any]]):
         self._class_captions: list[list[str]] | None = None
         if "caption" not in columns:
             self._class_captions = _class_captions(dataset, columns, templates)
-        self._without_images = None if images else _drop_images(dataset, columns)
+        self._images = images
+        self._source = dataset if images else _drop_images(dataset, columns)
+        if images and encoded:
+            self._source = stored_pictures(dataset) or dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: int | tuple[int, ...]) -> dict[str, Any]:
         index = key[1] if isinstance(key, tuple) else key
-        row = read_row(self.dataset if self._without_images is None else self._without_images, index)
+        row = read_row(self._source, index)
         pair: dict[str, Any] = {"captions": self._captions_of(row, index)}
-        if self._without_images is None:
+        if self._images:
             pair["image"] = row["image"]
         else:
             pair["index"] = index
@@ -200,11 +114,36 @@ def _drop_images(dataset: Any, columns: list[str]) -> Any:
 
 
 def read_row(dataset: Any, index: int) -> dict[str, Any]:
-    """``dataset[index]``; a picture that cannot be decoded is an error that names its row."""
+    """``dataset[index]``, with an :class:`EncodedPicture` where a picture comes as a file. One that cannot be read is
+    an error that names its row.
+    """
     try:
-        return cast(dict[str, Any], dataset[index])
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises for broken files
-        raise ValueError(f"row {index}: the image cannot be read ({error})") from error
+        row = cast(dict[str, Any], dataset[index])
+        if isinstance(row.get("image"), dict):
+            row["image"] = EncodedPicture(read_stored(row["image"]), _name(row["image"], index))
+        return row
+    except UNREADABLE as error:
+        stored = stored_pictures(dataset)
+        name = _name(stored[index]["image"] if stored else {}, index)
+        raise ValueError(f"{name}: the image cannot be read ({error})") from error
+
+
+def _name(stored: dict[str, Any], index: int) -> str:
+    return f"row {index} ({stored['path']})" if stored.get("path") else f"row {index}"
+
+
+def stored_pictures(dataset: Any) -> datasets.Dataset | None:
+    """The data set with its pictures as they are stored, ``{"bytes": ..., "path": ...}``, if it stores files."""
+    if not isinstance(dataset, datasets.Dataset) or not isinstance(dataset.features.get("image"), datasets.Image):
+        return None
+    return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def read_stored(image: dict[str, Any]) -> bytes:
+    """The file of a picture of :func:`stored_pictures`."""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    return read_slice(image["path"]) if shard_of(image["path"]) else Path(image["path"]).read_bytes()
 
 
 def column_names(dataset: Any) -> list[str]:
@@ -368,8 +307,12 @@ class CLIPDataCollator:
 def tokenize(processor: Any, captions: list[str], max_length: int | None = None) -> dict[str, Tensor]:
     """``input_ids`` and, where the tokenizer gives it, ``attention_mask`` [N, L]: cut at ``max_length`` and the
     tokenizer's maximum, and padded to the longest, for SigLIP to that length."""
-    family, tokenizer = family_of_processor(processor), processor.tokenizer
-    limits = [length for length in (max_length, tokenizer.model_max_length) if length is not None]
-    length = min(limits) if min(limits) <= MOST_TOKENS else family.text_length
-    tokens = tokenizer(captions, padding=family.padding, truncation=True, max_length=length, return_tensors="pt")
+    padding, length = family_of_processor(processor).padding, most_tokens(processor, max_length)
+    tokens = processor.tokenizer(captions, padding=padding, truncation=True, max_length=length, return_tensors="pt")
     return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
+
+
+def most_tokens(processor: Any, max_length: int | None = None) -> int:
+    """Where captions are cut: at ``max_length`` and the tokenizer's maximum or, if it has none, the family's."""
+    limits = [length for length in (max_length, processor.tokenizer.model_max_length) if length is not None]
+    return min(limits) if min(limits) <= MOST_TOKENS else family_of_processor(processor).text_length

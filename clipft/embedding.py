@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipft.pixels import UNREADABLE, open_picture
+
 __all__ = ["Encoder", "embed", "encode_pictures", "encoder_of", "load_encoder"]
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Array = NDArray[np.float32]
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def encoder_of(model: Any, processor: Any, batch_size: int) -> Encoder:
             lambda texts: cast(Array, model.encode_texts(texts, batch_size)),
             lambda: _digest([json.dumps(model.info, sort_keys=True).encode(), model.identity().encode()]),
         )
-    from clipft.data import build_transform, stack_pictures
     from clipft.evaluation import embed_texts, evaluating
+    from clipft.transforms import build_transform, stack_pictures
 
     if processor is None:
         raise ValueError("processor: expected the model's processor, got None")
@@ -158,8 +159,6 @@ class _Pixels(Dataset[Any]):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> Any:
-        from clipft.pixels import open_picture
-
         try:
             picture = self.pictures[index]
             picture = picture["image"] if isinstance(picture, dict) else picture

@@ -15,17 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from clipft.data import (
-    DEFAULT_TEMPLATES,
-    PairRows,
-    build_transform,
-    class_names_of,
-    read_row,
-    render,
-    stack_pictures,
-    tokenize,
-)
+from clipft.data import DEFAULT_TEMPLATES, PairRows, class_names_of, read_row, render, tokenize
 from clipft.metrics import RESAMPLES, Classification, Retrieval
+from clipft.transforms import build_transform, stack_pictures
 
 __all__ = ["evaluate_knn", "evaluate_linear_probe", "evaluate_retrieval", "evaluate_zero_shot"]
 

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -25,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from clipft.data import PairRows, build_transform, stack_pictures, tokenize
+from clipft.data import PairRows, read_stored, stored_pictures, tokenize
 from clipft.evaluation import evaluating
 from clipft.families import base_model
+from clipft.transforms import build_transform, stack_pictures
 
 __all__ = ["FrozenTowers", "frozen_towers"]
 
@@ -146,10 +146,7 @@ class _Pictures(Dataset[Tensor]):
 
     def __init__(self, rows: PairRows, transform: Callable[[Any], Tensor]) -> None:
         self.rows, self.transform = rows, transform
-        self._stored: Any = None
-        data = rows.dataset
-        if isinstance(data, datasets.Dataset) and isinstance(data.features["image"], datasets.Image):
-            self._stored = data.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        self._stored = stored_pictures(rows.dataset)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -160,9 +157,7 @@ class _Pictures(Dataset[Tensor]):
     def digest(self, index: int) -> bytes:
         """Of the file's bytes, or of the decoded picture where there is no file."""
         if self._stored is not None:
-            stored = self._stored[index]["image"]
-            content = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
-            return _digest(content)
+            return _digest(read_stored(self._stored[index]["image"]))
         pixels = np.asarray(self.rows[index]["image"])
         return _digest(f"{pixels.dtype}/{pixels.shape}".encode(), np.ascontiguousarray(pixels).tobytes())
 

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
-__all__ = ["check_preprocessing", "open_picture", "to_pixels"]
+__all__ = ["UNREADABLE", "check_preprocessing", "open_picture", "to_pixels", "to_rgb", "upright"]
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
+
+_ORIENTATION = 0x0112  # of EXIF
 _BICUBIC = 3  # PIL's number
 _CUBIC_A = -0.5  # the cubic's parameter where it antialiases
 _MAX_BITS = 22  # of a fixed-point weight
@@ -38,19 +41,45 @@ def _known_size(size: Mapping[str, int]) -> bool:
 
 
 def open_picture(image: Any) -> Image.Image:
-    """A PIL picture, or one read from a path."""
+    """A PIL picture, or one read from a path and turned upright."""
     if isinstance(image, Image.Image):
         return image
     if not isinstance(image, (str, Path)):
         raise TypeError(f"images: expected PIL pictures or paths, got {type(image).__name__}")
     with Image.open(image) as picture:
         picture.load()
-    return picture
+    return upright(picture)
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """Turned as the camera's EXIF tag says, as ``datasets`` does."""
+    turned = picture.getexif().get(_ORIENTATION, 1) != 1
+    return ImageOps.exif_transpose(picture) if turned else picture
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Three channels of 8 bits, as transformers makes them: CMYK, palettes and grey by PIL, transparency on white. 16
+    bits keep their upper 8, where PIL would clip all but the darkest 256 levels to white.
+
+    Raises:
+        ValueError: 32 bits or floating point, which have no known range.
+    """
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"image: expected 8 or 16 bits a channel, got PIL's mode {picture.mode!r}, whose range is not known: scale "
+            "it to 8 bits"
+        )
+    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
+    return picture.convert("RGB")
 
 
 def to_pixels(image: Image.Image, config: Mapping[str, Any]) -> NDArray[np.float32]:
     """[3, H, W] float32, by the steps of an image processor's configuration."""
-    pixels = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(to_rgb(image))
     if config.get("do_resize", True):
         pixels = _resize(pixels, *_target(pixels.shape[0], pixels.shape[1], config["size"]))
     if config.get("do_center_crop", True):

@@ -171,7 +171,8 @@ def _measure_on(model: CLIPModel, data: Any, processor: Any) -> tuple[dict[str, 
             "pictures": source,
             "texts": f"{_PICTURES} of random tokens",
         }
-    from clipft.data import build_transform, tokenize
+    from clipft.data import tokenize
+    from clipft.transforms import build_transform
 
     transform = build_transform(processor.image_processor)
     pixels = torch.stack([transform(picture) for picture in pictures])

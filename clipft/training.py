@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from clipft.auto_batch import fitting_chunk
-from clipft.data import DEFAULT_TEMPLATES, Augmentation, CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows
+from clipft.data import DEFAULT_TEMPLATES, CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows
 from clipft.evaluation import embed_texts, index_texts
 from clipft.families import base_model, family_of, family_of_processor
 from clipft.features import FrozenTowers, frozen_towers
@@ -42,6 +42,7 @@ from clipft.precision import bf16_speedup
 from clipft.sampling import ClassBalancedSampler, labels_of
 from clipft.schedules import WeightAverage, split_by_depth
 from clipft.sharding import as_saved, check_enabled, check_version, gather_for_features, make_shardable
+from clipft.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_set
 
 __all__ = ["CLIPTrainer", "CLIPTrainingArguments", "default_learning_rate"]
 
@@ -56,7 +57,7 @@ class CLIPTrainingArguments(TrainingArguments):
     """``TrainingArguments`` with the defaults of CLIP fine-tuning, and what only CLIP needs.
 
     ``label_smoothing_factor`` smooths the targets of the contrastive loss. Augmentations are off by default; see
-    ``clipft.data.Augmentation`` for when each of them harms.
+    ``clipft.transforms.Augmentation`` for when each of them harms.
     """
 
     learning_rate: float = field(
@@ -84,13 +85,21 @@ class CLIPTrainingArguments(TrainingArguments):
         default="auto",
         metadata={"help": "auto: the model's own, contrastive for CLIP and sigmoid for SigLIP, which takes either."},
     )
+    augmentation: str = field(
+        default="none", metadata={"help": "none, light, strong, industrial or medical; the options below override."}
+    )
     random_resized_crop: float | None = field(
-        default=None, metadata={"help": "Smallest share of the area a crop may keep."}
+        default=None, metadata={"help": "Smallest share of the area a crop may keep; 0 for no random crop."}
     )
-    horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of a mirror image."})
-    color_jitter: float = field(
-        default=0.0, metadata={"help": "Strength of random brightness, contrast, saturation, hue."}
+    horizontal_flip: float | None = field(default=None, metadata={"help": "Probability of a mirror image."})
+    color_jitter: float | None = field(
+        default=None, metadata={"help": "Strength of random brightness, contrast, saturation, hue."}
     )
+    rotation: float | None = field(default=None, metadata={"help": "Largest random rotation, in degrees."})
+    noise: float | None = field(
+        default=None, metadata={"help": "Largest random noise, as a share of the brightness range."}
+    )
+    blur: float | None = field(default=None, metadata={"help": "Largest random blur, in pixels of the model's input."})
     caption_templates: list[str] = field(
         default_factory=lambda: list(DEFAULT_TEMPLATES),
         metadata={"help": "Captions from class names, where the data set has labels and no captions."},
@@ -199,6 +208,8 @@ class CLIPTrainer(Trainer):
         self._features = self._frozen_features(rows, kwargs.get("is_training", False))
         if self._features and self._features.images is not None:
             rows = PairRows(dataset, self.args.caption_templates, images=False)
+        elif kwargs.get("is_training") and isinstance(self.data_collator, CLIPDataCollator):
+            rows = PairRows(dataset, self.args.caption_templates, encoded=True)
         return super()._get_dataloader(rows, *args, **kwargs)
 
     _features: FrozenFeatures | None = None
@@ -583,7 +594,7 @@ def _check_loss(args: CLIPTrainingArguments, model: Any) -> None:
 
 def _own_collator(model: Any, args: CLIPTrainingArguments, processor: Any) -> CLIPDataCollator:
     family_of_processor(processor)  # or an error
-    augmentation = Augmentation(args.random_resized_crop, args.horizontal_flip, args.color_jitter)
+    augmentation = augmentation_set(args.augmentation, **{name: getattr(args, name) for name in AUGMENTATION_OPTIONS})
     length = None if model is None else model.config.text_config.max_position_embeddings
     return CLIPDataCollator(processor, augmentation=augmentation, seed=args.seed, max_length=length)
 

@@ -250,3 +250,13 @@ def test_train_on_real_pictures(base: Path, data_folder: Path, tmp_path: Path) -
     report = json.loads((tmp_path / "report.json").read_text())
     gain = report["after"]["zero_shot"]["balanced_accuracy"] - report["before"]["zero_shot"]["balanced_accuracy"]
     assert gain > 0.1
+
+
+def test_bad_rows_are_left_out_and_counted(base: Path, tmp_path: Path) -> None:
+    class_folders(tmp_path / "data", 12)
+    (tmp_path / "data" / "red" / "broken.png").write_bytes(b"")
+    options = ["--model", base, "--data", tmp_path / "data", "--output", tmp_path / "out.json"]
+    assert run("evaluate", *options).exit_code == 2
+    result = run("evaluate", *options, "--on-bad-row", "skip")
+    assert result.exit_code == 0, result.output
+    assert "on 12 pictures" in result.output

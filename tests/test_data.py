@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -15,7 +18,9 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 import clipft
-from clipft.data import Augmentation, EpochSampler, PairRows, build_transform
+from clipft.cli.training import AugmentationSet
+from clipft.data import EpochSampler, PairRows
+from clipft.transforms import AUGMENTATIONS, Augmentation, EncodedPicture, augmentation_set, build_transform
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,8 @@ MODES = {
     "grey": Image.fromarray(np.random.default_rng(3).integers(0, 256, (60, 60), dtype=np.uint8)),
     "alpha": Image.fromarray(np.random.default_rng(4).integers(0, 256, (60, 70, 4), dtype=np.uint8)),
     "palette": picture(0)[0].quantize(8),
+    "CMYK": Image.fromarray(np.random.default_rng(5).integers(0, 256, (60, 70, 4), dtype=np.uint8), mode="CMYK"),
+    "grey and alpha": picture(0)[0].convert("LA"),
 }
 PROCESSORS = {
     "clip": {},
@@ -75,6 +82,9 @@ def test_the_pil_backend_is_refused(processor) -> None:
         ({"random_resized_crop": 1.5}, "random_resized_crop"),
         ({"horizontal_flip": 2}, "horizontal_flip"),
         ({"color_jitter": 0.9}, "color_jitter"),
+        ({"rotation": 181}, "rotation"),
+        ({"noise": -0.1}, "noise"),
+        ({"blur": 11}, "blur"),
     ],
 )
 def test_augmentation_checks_its_options(options, name) -> None:
@@ -94,6 +104,112 @@ def test_flip_and_crop_do_what_they_say(processor) -> None:
     assert not torch.equal(cropped[0], cropped[1])
     jitter = clipft.CLIPDataCollator(processor, augmentation=Augmentation(color_jitter=0.4))
     assert not torch.equal(jitter([row])["pixel_values"][0], plain)
+
+
+def test_augmentation_sets(processor) -> None:
+    assert list(AUGMENTATIONS) == [name.value for name in AugmentationSet]
+    assert augmentation_set("none") == Augmentation()
+    medical, industrial = AUGMENTATIONS["medical"], AUGMENTATIONS["industrial"]
+    assert (medical.horizontal_flip, medical.color_jitter) == (0, 0)
+    assert industrial.rotation > 0
+    assert industrial.noise > 0
+    assert industrial.blur > 0
+    mixed = augmentation_set("strong", horizontal_flip=0.0, random_resized_crop=0, rotation=None)
+    assert (mixed.horizontal_flip, mixed.random_resized_crop, mixed.rotation) == (0, None, 10)
+    with pytest.raises(ValueError, match="augmentation: expected one of none, light, strong, industrial, medical"):
+        augmentation_set("heavy")
+    row = {"image": picture(5)[0], "caption": "x", "draw": (0, 0)}
+    for name, augmentation in AUGMENTATIONS.items():
+        first, again = (clipft.CLIPDataCollator(processor, augmentation=augmentation)([row]) for _ in range(2))
+        assert torch.equal(first["pixel_values"], again["pixel_values"]), name
+        other = clipft.CLIPDataCollator(processor, augmentation=augmentation)([row | {"draw": (1, 0)}])
+        assert torch.equal(first["pixel_values"], other["pixel_values"]) == (name == "none"), name
+
+
+@pytest.mark.parametrize("option", ["rotation", "noise", "blur"])
+def test_each_change_leaves_the_rest(processor, option: str) -> None:
+    """A change of its kind, and no larger than asked for: what is grey stays grey, the mean stays where it was."""
+    image = Image.fromarray(np.random.default_rng(0).integers(90, 160, (SIZE, SIZE), dtype=np.uint8))
+    plain = build_transform(processor.image_processor)(image)
+    torch.manual_seed(0)
+    strength = {"rotation": 20.0, "noise": 0.1, "blur": 3.0}[option]
+    changed = build_transform(processor.image_processor, Augmentation(**{option: strength}))(image)
+    assert not torch.equal(changed, plain)
+    std, mean = (torch.tensor(getattr(processor.image_processor, f"image_{name}")) for name in ("std", "mean"))
+    grey = changed * std[:, None, None] + mean[:, None, None]
+    inner = grey[:, 8:-8, 8:-8]  # away from the corners that rotation fills
+    assert torch.allclose(inner[0], inner[1], atol=1e-3)
+    assert inner.mean().item() == pytest.approx((plain[0, 8:-8, 8:-8] * std[0] + mean[0]).mean().item(), abs=0.03)
+    spread = inner.std() / (plain[0, 8:-8, 8:-8] * std[0]).std()
+    assert spread > 1.02 if option == "noise" else spread < 0.98
+
+
+# ---- pictures of every kind ----
+
+
+def encoded(image: Image.Image, **options) -> EncodedPicture:
+    file = io.BytesIO()
+    image.save(file, **({"format": "JPEG", "quality": 95} | options))
+    return EncodedPicture(file.getvalue(), "row 0")
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_sixteen_bits_keep_their_range(processor) -> None:
+    """PIL alone clips at 255, which turns all but the darkest levels white."""
+    levels = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    transform = build_transform(processor.image_processor)
+    assert torch.equal(transform(Image.fromarray(levels)), transform(Image.fromarray((levels >> 8).astype(np.uint8))))
+    for kind in (np.int32, np.float32):
+        with pytest.raises(ValueError, match="expected 8 or 16 bits a channel, got PIL's mode"):
+            transform(Image.fromarray(levels.astype(kind)))
+
+
+def test_exif_turns_pictures_upright(processor) -> None:
+    image, exif = smooth(160, 96), Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    assert turned.size() == image.size
+    for augmentation in (None, Augmentation(random_resized_crop=0.9)):
+        pixels = []
+        for picture_ in (turned, encoded(image)):
+            torch.manual_seed(0)
+            pixels.append(build_transform(processor.image_processor, augmentation)(picture_))
+        torch.testing.assert_close(*pixels, atol=0.1, rtol=0)  # JPEG's own error
+
+
+def test_a_crop_decodes_at_the_scale_it_needs(processor) -> None:
+    """The pixels are those of the full picture within JPEG's error; decoding is four times smaller."""
+    picture_, reductions = encoded(smooth(640, 400)), []
+
+    class Watched(EncodedPicture):
+        def decode(self, reduction: int = 1) -> Image.Image:
+            reductions.append(reduction)
+            return super().decode(reduction)
+
+    transform = build_transform(processor.image_processor, Augmentation(random_resized_crop=0.8))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        reduced = transform(Watched(picture_.data, ""))
+        torch.manual_seed(seed)
+        full = transform(picture_.decode())
+        assert (reduced - full).abs().mean() < 0.05
+    assert reductions == [4] * 5
+    plain = build_transform(processor.image_processor)
+    assert torch.equal(plain(Watched(picture_.data, "")), plain(picture_.decode()))
+    assert reductions[-1] == 1  # never without a random crop
+
+
+def test_a_broken_file_is_named_wherever_it_is_decoded(processor) -> None:
+    whole = encoded(smooth(200, 200)).data
+    for data in (b"", b"no picture", whole[: len(whole) // 2]):
+        for augmentation in (None, Augmentation(random_resized_crop=0.9)):
+            transform = build_transform(processor.image_processor, augmentation)
+            with pytest.raises(ValueError, match=r"row 7 \(a\.jpg\): the image cannot be read"):
+                transform(EncodedPicture(data, "row 7 (a.jpg)"))
 
 
 # ---- collator ----
@@ -211,7 +327,7 @@ def test_an_unreadable_picture_names_its_row(tmp_path: Path) -> None:
     class_folders(tmp_path, 8)
     (tmp_path / "blue" / "broken.png").write_bytes(b"no picture")
     rows = PairRows(clipft.load_pairs(tmp_path))
-    with pytest.raises(ValueError, match=r"row 2: the image cannot be read .*broken\.png"):
+    with pytest.raises(ValueError, match=r"row 2 \(.*broken\.png\): the image cannot be read"):
         rows[2]
 
 
@@ -350,3 +466,129 @@ def test_real_pictures(data_folder: Path, processor) -> None:
     batch = clipft.CLIPDataCollator(processor)([rows[0, i] for i in (0, 599)])
     assert batch["pixel_values"].shape == (2, 3, SIZE, SIZE)
     assert batch["labels"].tolist() == [0, 9]
+
+
+# ---- rows that cannot be used ----
+
+
+@pytest.fixture
+def faulty(folder: Path) -> Path:
+    """A table of four good rows and four bad ones: no caption, no file, a cut-off picture, a picture that is none."""
+    whole = encoded(smooth(300, 300)).data
+    (folder / "img" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "img" / "text.png").write_bytes(b"no picture")
+    rows = [{"image": f"img/{i}.png", "caption": f"caption {i}"} for i in range(4)]
+    rows[1:1] = [{"image": "img/0.png", "caption": " "}, {"image": "img/9.png", "caption": "x"}]
+    rows += [{"image": "img/cut.jpg", "caption": "cut"}, {"image": "img/text.png", "caption": "text"}]
+    return write(folder / "pairs.jsonl", rows)
+
+
+def test_bad_rows_are_errors_or_left_out_and_counted(faulty: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="row 1: expected a caption"):
+        clipft.load_pairs(faulty)
+    dataset = clipft.load_pairs(faulty, on_bad_row="skip")
+    assert dataset["caption"][:] == [f"caption {i}" for i in range(4)]
+    assert "left out 4 of 8 rows" in caplog.text
+    for row, fault in ((1, "expected a caption"), (2, "there is no image"), (6, "truncated"), (7, "cannot identify")):
+        assert any(f"row {row}" in part and fault in part for part in caplog.text.split("; "))
+    with pytest.raises(ValueError, match="on_bad_row: expected 'error' or 'skip', got 'warn'"):
+        clipft.load_pairs(faulty, on_bad_row="warn")
+
+
+def test_bad_rows_of_other_sources(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class_folders(tmp_path / "classes", 8)
+    (tmp_path / "classes" / "red" / "broken.png").write_bytes(b"")
+    assert len(clipft.load_pairs(tmp_path / "classes", on_bad_row="skip")) == 8
+    good = encoded(smooth(64, 64)).data
+    rows = [{"image": good, "text": "a"}, {"image": good[:900], "text": "b"}, {"image": good, "text": ""}]
+    write(tmp_path / "pairs.parquet", [*rows, {"image": good, "text": "d"}])
+    caplog.clear()
+    assert clipft.load_pairs(tmp_path / "pairs.parquet", on_bad_row="skip")["caption"][:] == ["a", "d"]
+    assert "row 1: the image cannot be read" in caplog.text
+    assert "row 2: expected a caption" in caplog.text
+    (tmp_path / "pairs.csv").write_text("image,caption\nx.png,red, and blue\n")
+    with pytest.raises(ValueError, match="at least one row"):
+        clipft.load_pairs(tmp_path / "pairs.csv", on_bad_row="skip")
+
+
+def test_paths_may_leave_the_folder_where_allowed(folder: Path) -> None:
+    picture(0)[0].save(folder.parent / "outside.png")
+    for path in ("../outside.png", str(folder.parent / "outside.png")):
+        table = write(folder / "pairs.csv", [{"image": path, "caption": "a"}])
+        with pytest.raises(ValueError, match="--allow-outside-paths"):
+            clipft.load_pairs(table)
+        assert clipft.load_pairs(table, allow_outside=True)[0]["image"].size == (50, 40)
+
+
+# ---- shards ----
+
+
+def shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_shards(folder: Path) -> Path:
+    """Twelve samples in three shards, captions in .txt, .json (several) or both."""
+    folder.mkdir(parents=True)
+    for number in range(3):
+        members: dict[str, bytes] = {}
+        for index in range(4 * number, 4 * number + 4):
+            members[f"set/{index:04d}.png"] = encoded(picture(index)[0], format="PNG").data
+            captions = [f"caption {index}"] + [f"again {index}"] * (number == 1)
+            members[f"set/{index:04d}.json"] = json.dumps({"captions": captions, "width": 50}).encode()
+            if number == 2:
+                members[f"set/{index:04d}.txt"] = f"text {index}\n".encode()
+        shard(folder / f"pairs 1%-{number:03d}.tar", members)
+    return folder
+
+
+def test_shards_are_read_in_place(tmp_path: Path, processor) -> None:
+    folder = write_shards(tmp_path / "shards")
+    names = [folder, folder / "pairs 1%-{000..002}.tar", folder / "pairs*.tar"]
+    sets = [clipft.load_pairs(name) for name in names]
+    assert all(part["caption"][:] == sets[0]["caption"][:] for part in sets)
+    dataset = sets[0]
+    assert [dataset[i]["caption"] for i in (0, 5, 11)] == [["caption 0"], ["caption 5", "again 5"], ["text 11"]]
+    for index in (0, 6, 11):
+        assert np.array_equal(np.asarray(dataset[index]["image"]), np.asarray(picture(index)[0]))
+    assert len(clipft.load_pairs(folder / "pairs 1%-000.tar")) == 4
+    parts = dataset.train_test_split(0.25, seed=0)
+    rows = PairRows(parts["train"], encoded=True)
+    loader = DataLoader(
+        rows, 3, sampler=EpochSampler(9, 0, lambda: 0), num_workers=2, collate_fn=clipft.CLIPDataCollator(processor)
+    )
+    plain = clipft.CLIPDataCollator(processor)([PairRows(parts["train"])[i] for _, i in EpochSampler(9, 0, lambda: 0)])
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in loader]), plain["pixel_values"])
+    dataset.save_to_disk(tmp_path / "saved")
+    assert clipft.load_pairs(tmp_path / "saved", allow_outside=True)[3]["image"].size == (50, 40)
+
+
+def test_labels_and_named_fields_in_shards(tmp_path: Path) -> None:
+    png = encoded(picture(0)[0], format="PNG").data
+    path = shard(tmp_path / "a.tar", {"1.png": png, "1.cls": b"3\n", "2.png": png, "2.cls": b"0"})
+    assert clipft.load_pairs(path)["label"][:] == [3, 0]
+    path = shard(tmp_path / "b.tar", {"1.mask.png": png, "1.png": png[:9], "1.json": b'{"alt": "words"}'})
+    dataset = clipft.load_pairs(path, image_column="mask.png", caption_column="alt")
+    assert (dataset[0]["caption"], dataset[0]["image"].size) == ("words", (50, 40))
+
+
+def test_bad_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    png = encoded(picture(0)[0], format="PNG").data
+    path = shard(tmp_path / "a.tar", {"1.png": png, "1.txt": b"one", "2.txt": b"two", "3.png": png[:99], "3.txt": b"3"})
+    with pytest.raises(ValueError, match=r"a\.tar, 2: expected a picture \(bmp, "):
+        clipft.load_pairs(path)
+    assert clipft.load_pairs(path, on_bad_row="skip")["caption"][:] == ["one"]
+    assert "left out 2 of 3 rows" in caplog.text
+    for data in (b"no tar" * 99, path.read_bytes()[:600], gzip.compress(path.read_bytes())):
+        (tmp_path / "bad.tar").write_bytes(data)
+        with pytest.raises(ValueError, match=r"bad\.tar: expected an uncompressed tar file"):
+            clipft.load_pairs(tmp_path / "bad.tar")
+    with pytest.raises(FileNotFoundError, match="there is no shard"):
+        clipft.load_pairs(tmp_path / "a-{00..01}.tar")
+    with pytest.raises(ValueError, match="found none in 1 samples"):
+        clipft.load_pairs(shard(tmp_path / "c.tar", {"1.png": png}))

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 import clipft
 from clipft.cli import app
-from clipft.data import Augmentation, CLIPDataCollator, PairRows, tokenize
+from clipft.data import CLIPDataCollator, PairRows, tokenize
 from clipft.features import frozen_towers
+from clipft.transforms import Augmentation
 
 pytest.importorskip("sentencepiece")
 

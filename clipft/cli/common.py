@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,19 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["BatchSize", "Data", "Model", "Workers", "app", "output_folder", "prepare", "user_errors"]
+__all__ = [
+    "AllowOutside",
+    "BadRows",
+    "BatchSize",
+    "Data",
+    "Model",
+    "OnBadRow",
+    "Workers",
+    "app",
+    "output_folder",
+    "prepare",
+    "user_errors",
+]
 
 app = typer.Typer(
     add_completion=False,
@@ -30,7 +43,25 @@ Model = Annotated[
     str, typer.Option(help="A folder as save_pretrained writes it, an adapter folder, a hub name, or demo.")
 ]
 Data = Annotated[
-    str, typer.Option(help="Folder with a sub-folder a class, .csv/.tsv/.jsonl/.parquet file, or a data set's name.")
+    str,
+    typer.Option(
+        help="Folder with a sub-folder a class, .csv/.tsv/.jsonl/.parquet file, .tar shards, or a data set's name."
+    ),
+]
+
+
+class OnBadRow(StrEnum):
+    """What to do about a row without caption or file, or a picture that cannot be read."""
+
+    error = "error"
+    skip = "skip"
+
+
+BadRows = Annotated[
+    OnBadRow, typer.Option("--on-bad-row", help="A row without caption or readable picture: an error, or left out.")
+]
+AllowOutside = Annotated[
+    bool, typer.Option("--allow-outside-paths", help="Let the paths in a data file leave its folder.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pairs a step; all are negatives of each other.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load and augment pictures.")]

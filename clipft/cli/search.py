@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,20 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from clipft.cli.common import Workers, app, prepare, user_errors
+from clipft.cli.common import OnBadRow, Workers, app, prepare, user_errors
 
 AnyModel = Annotated[
     str, typer.Option("--model", help="As for evaluate, or a folder that clipft export wrote, which ONNX Runtime runs.")
 ]
 Int8 = Annotated[bool, typer.Option("--int8", help="Of an ONNX folder, take the int8 encoders.")]
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-
-
-class OnBadRow(StrEnum):
-    """What to do about a picture that cannot be read."""
-
-    error = "error"
-    skip = "skip"
 
 
 @app.command()
@@ -170,8 +162,7 @@ def _write_sheet(path: Path, queries: list[Any], found: list[list[tuple[str, flo
 
 def _pictures_of(source: str) -> Callable[[str], Any]:
     """From an id to its picture, or None where that is not to be had any more."""
-    from clipft.embedding import UNREADABLE
-    from clipft.pixels import open_picture
+    from clipft.pixels import UNREADABLE, open_picture
 
     def from_folder(name: str) -> Any:
         try:

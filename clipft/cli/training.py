@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from clipft.cli.common import BatchSize, Data, Model, Workers, app, output_folder, prepare, user_errors
+from clipft.cli.common import (
+    AllowOutside,
+    BadRows,
+    BatchSize,
+    Data,
+    Model,
+    OnBadRow,
+    Workers,
+    app,
+    output_folder,
+    prepare,
+    user_errors,
+)
 from clipft.cli.config import Config
 from clipft.cli.outcome import (
     L2SP,
@@ -50,6 +62,16 @@ class Loss(StrEnum):
     auto = "auto"
     contrastive = "contrastive"
     sigmoid = "sigmoid"
+
+
+class AugmentationSet(StrEnum):
+    """Sets of random changes, ``clipft.transforms.AUGMENTATIONS``, which says when each harms."""
+
+    none = "none"
+    light = "light"
+    strong = "strong"
+    industrial = "industrial"
+    medical = "medical"
 
 
 Templates = Annotated[
@@ -139,15 +161,23 @@ def train(
         float, typer.Option(help="Keep an average of the weights over the steps; 0.999 is usual, 0 turns it off.")
     ] = 0.0,
     workers: Workers = 0,
+    on_bad_row: BadRows = OnBadRow.error,
+    allow_outside: AllowOutside = False,
+    augmentation: Annotated[
+        AugmentationSet, typer.Option(help="Random changes to training pictures; the six options below override.")
+    ] = AugmentationSet.none,
     random_resized_crop: Annotated[
-        float | None, typer.Option(help="Random crops that keep at least this share of the area, for instance 0.8.")
+        float | None, typer.Option(help="Random crops that keep at least this share of the area, as 0.8; 0: none.")
     ] = None,
     horizontal_flip: Annotated[
-        float, typer.Option(help="Probability of a mirror image. Not for text in pictures, nor radiographs.")
-    ] = 0.0,
+        float | None, typer.Option(help="Probability of a mirror image. Not for text in pictures, nor radiographs.")
+    ] = None,
     color_jitter: Annotated[
-        float, typer.Option(help="Strength of random colour, to 0.5. Not where colour matters.")
-    ] = 0.0,
+        float | None, typer.Option(help="Strength of random colour, to 0.5. Not where colour matters.")
+    ] = None,
+    rotation: Annotated[float | None, typer.Option(help="Largest random rotation, in degrees.")] = None,
+    noise: Annotated[float | None, typer.Option(help="Largest random noise, as a share of the brightness.")] = None,
+    blur: Annotated[float | None, typer.Option(help="Largest random blur, in pixels of the model's input.")] = None,
     template: Templates = None,
     seed: Annotated[int, typer.Option(help="Of the order, the augmentation and the held-out split.")] = 42,
     control_data: ControlData = "drawings",
@@ -183,7 +213,15 @@ def train(
     from clipft.training import default_learning_rate
 
     validate = early_stopping_patience is not None or wise_ft
-    sets = _load_sets(data, eval_data, validate=validate, seed=seed, console=console)
+    sets = _load_sets(
+        data,
+        eval_data,
+        validate=validate,
+        seed=seed,
+        console=console,
+        on_bad_row=on_bad_row.value,
+        allow_outside=allow_outside,
+    )
     control = control_set(control_data)
     base, processor = load(model)
     clip: Any = base
@@ -218,9 +256,13 @@ def train(
         bf16=_chosen(precision, console) is Precision.bf16,
         fp16=precision is Precision.fp16,
         dataloader_num_workers=workers,
+        augmentation=augmentation.value,
         random_resized_crop=random_resized_crop,
         horizontal_flip=horizontal_flip,
         color_jitter=color_jitter,
+        rotation=rotation,
+        noise=noise,
+        blur=blur,
         seed=seed,
         l2_sp=l2_sp,
         distillation=distillation,
@@ -263,6 +305,8 @@ def evaluate(
     *,
     model: Model,
     data: Data,
+    on_bad_row: BadRows = OnBadRow.error,
+    allow_outside: AllowOutside = False,
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     template: Templates = None,
@@ -287,7 +331,7 @@ def evaluate(
         raise ValueError("--probe-data: expected other pictures than --data, which would be scored on themselves")
     if output is not None and output.suffix == ".html":
         raise ValueError(f"--output: expected the name of the JSON file, the page goes beside it, got {output}")
-    dataset = load_pairs(data)
+    dataset = load_pairs(data, on_bad_row=on_bad_row.value, allow_outside=allow_outside)
     clip, processor = load(model)
     score = Scorer(clip, processor, dataset, template or list(DEFAULT_TEMPLATES), batch_size, workers, console)
     found = score("evaluating")
@@ -328,15 +372,17 @@ class Sets:
     test_name: str
 
 
-def _load_sets(data: str, eval_data: str | None, *, validate: bool, seed: int, console: Console) -> Sets:
+def _load_sets(
+    data: str, eval_data: str | None, *, validate: bool, seed: int, console: Console, **reading: Any
+) -> Sets:
     from clipft import load_pairs
 
-    train, validation = load_pairs(data), None
+    train, validation = load_pairs(data, **reading), None
     if eval_data is None:
         train, test = _hold_out(train, HELD_OUT, seed)
         test_name = f"{len(test)} pictures of {data}, held out of training (seed {seed})"
     else:
-        test = load_pairs(eval_data)
+        test = load_pairs(eval_data, **reading)
         test_name = f"{len(test)} pictures of {eval_data}"
     if validate:
         train, validation = _hold_out(train, VALIDATION, seed)

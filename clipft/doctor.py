@@ -1,0 +1,412 @@
+"""What is wrong with a data set, or with how a model prepares it, before a training run finds out: ``clipft doctor``.
+
+Every picture is read once. Pictures are duplicates where their files are equal, and near duplicates where 256 signs of
+low frequencies of a discrete cosine transform (a perceptual hash) differ in at most 40 places: on 1000 photographs and
+radiographs, recompressed, halved or brightened copies differed in at most 26, distinct pictures in 64 or more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from clipft.data import PairRows, class_names_of, most_tokens, read_stored, stored_pictures
+from clipft.families import FAMILIES, family_of
+from clipft.pairs import Reading, read_pairs
+from clipft.pixels import UNREADABLE, to_rgb, upright
+
+__all__ = ["Finding", "examine"]
+
+_SIDE, _FREQUENCIES = 64, 16
+_NEAR = 40  # of _FREQUENCIES ** 2 signs
+_EXAMPLES = 10
+_CHUNK = 256
+_IMBALANCE = 10.0  # largest over smallest class
+_DARK = 0.125  # share of the 16-bit range below which a picture's levels are lost
+_CLOSE = 1e-3  # to the ceiling of the logit scale
+
+
+@dataclass
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        check: its name, the same in every run.
+        status: ``"ok"``, ``"note"`` (worth knowing) or ``"problem"`` (mend it first).
+        summary: one line: what was found, and what to do.
+        count: rows, pairs or captions concerned.
+        examples: some of them.
+        data: the data set concerned, where it is one.
+    """
+
+    check: str
+    status: str
+    summary: str
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+    data: str = ""
+
+
+def examine(data: str, *, eval_data: str | None = None, model: str | None = None, **options: Any) -> dict[str, Any]:
+    """Look at a data set, a test set beside it, and a model for them.
+
+    Args:
+        data, eval_data: as :func:`clipft.load_pairs` takes them.
+        model: as :func:`clipft.load` takes it; its tokenizer, preprocessing and logit scale are looked at.
+        options: of :func:`clipft.load_pairs`, but for ``on_bad_row``.
+
+    Returns:
+        ``findings``, a list of :class:`Finding` as dictionaries, and ``statistics`` by data set: rows, captions, sizes,
+        kinds of pictures, rows by class. For JSON.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such data set or model.
+    """
+    sets = {"data": _Contents(data, options)}
+    if eval_data is not None:
+        sets["eval_data"] = _Contents(eval_data, options)
+    findings: list[Finding] = []
+    clip, processor = _load(model)
+    for contents in sets.values():
+        own = [*_check_rows(contents), *_check_captions(contents, clip, processor), *_check_pictures(contents)]
+        findings += [replace(finding, data=contents.source) for finding in own]
+    if eval_data is not None:
+        findings += _check_leakage(sets["data"], sets["eval_data"])
+    if clip is not None:
+        findings += [*_check_preprocessing(clip, processor), *_check_sizes(sets, clip), *_check_scale(clip)]
+    return {
+        "findings": [asdict(finding) for finding in findings],
+        "statistics": {name: contents.statistics() for name, contents in sets.items()},
+    }
+
+
+def _load(model: str | None) -> tuple[Any, Any]:
+    from clipft.models import load
+
+    clip, processor = load("demo" if model is None else model)
+    return (None, processor) if model is None else (clip, processor)
+
+
+# ---- what a data set holds ----
+
+
+@dataclass(frozen=True)
+class _Picture:
+    digest: bytes
+    signs: NDArray[np.uint8]  # [32], packed
+    size: tuple[int, int]
+    kind: str
+    note: str = ""
+
+
+class _Contents:
+    """A data set's captions and labels, and what a look at each picture gave."""
+
+    def __init__(self, source: str, options: dict[str, Any]) -> None:
+        columns = tuple(options.get(f"{name}_column") for name in ("image", "caption", "label"))
+        reading = Reading(columns, skip=True, allow_outside=options.get("allow_outside", False))
+        self.source = source
+        dataset = read_pairs(source, options.get("split", "train"), reading)
+        places = reading.places or [f"row {number}" for number in range(len(dataset))]
+        self.unusable = list(reading.skipped)
+        seen = list(_look(dataset, places))
+        self.unusable += [found for found in seen if isinstance(found, str)]
+        good = [number for number, found in enumerate(seen) if not isinstance(found, str)]
+        self.pictures = [found for found in seen if not isinstance(found, str)]
+        self.places = [places[number].removeprefix(f"{source}, ") for number in good]
+        self.rows = len(dataset) + len(reading.skipped)
+        names = class_names_of(dataset)
+        has_captions = "caption" in dataset.column_names
+        self.captions = PairRows(dataset.select(good)).captions() if good and (has_captions or names) else []
+        self.own_captions = has_captions
+        labels = [dataset["label"][number] for number in good] if "label" in dataset.column_names else []
+        self.labels = [names[label] if names else str(label) for label in labels]
+        self.class_names = names or sorted(set(self.labels))
+
+    def statistics(self) -> dict[str, Any]:
+        sides = np.array([picture.size for picture in self.pictures] or [(0, 0)])
+        captions = [caption for own in self.captions for caption in own] if self.own_captions else []
+        return {
+            "source": self.source,
+            "rows": self.rows,
+            "usable": len(self.pictures),
+            "captions": len(captions),
+            "distinct_captions": len(set(captions)),
+            "width": _spread(sides[:, 0]),
+            "height": _spread(sides[:, 1]),
+            "kinds": dict(Counter(picture.kind for picture in self.pictures).most_common()),
+            "classes": {name: Counter(self.labels)[name] for name in self.class_names},
+        }
+
+
+def _spread(values: NDArray[Any]) -> dict[str, int]:
+    return {"min": int(values.min()), "median": int(np.median(values)), "max": int(values.max())}
+
+
+def _look(dataset: Any, places: Sequence[str]) -> Iterator[_Picture | str]:
+    """Each picture, or why it cannot be read."""
+    stored = stored_pictures(dataset)
+    assert stored is not None  # read_pairs makes it so
+
+    def look(place: str, image: dict[str, Any]) -> _Picture | str:
+        try:
+            return _picture(read_stored(image))
+        except UNREADABLE as error:
+            return f"{place}: the image cannot be read ({error})"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(stored), _CHUNK):
+            images = stored[start : start + _CHUNK]["image"]
+            yield from pool.map(look, places[start : start + len(images)], images)
+
+
+def _picture(data: bytes) -> _Picture:
+    with Image.open(BytesIO(data)) as picture:
+        kind, note = f"{picture.format} {picture.mode}", ""
+        width, height = picture.size
+        picture.draft(None, (_SIDE, _SIDE))  # type: ignore[no-untyped-call]
+        picture.load()
+    if picture.mode.startswith("I;16"):
+        top = float(np.asarray(picture).max()) / 65535
+        note = f"uses {top:.1%} of the 16-bit range" if top < _DARK else ""
+    grey = np.asarray(upright(to_rgb(picture)).convert("L").resize((_SIDE, _SIDE)), np.float32)
+    return _Picture(hashlib.blake2b(data, digest_size=16).digest(), _signs(grey), (width, height), kind, note)
+
+
+def _signs(grey: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """[32] bytes: the signs of the lowest frequencies but the constant, both ways, of [64, 64]."""
+    places = np.pi / _SIDE * (np.arange(_SIDE) + 0.5)
+    waves = np.cos(np.outer(np.arange(1, _FREQUENCIES + 1), places))
+    return np.packbits(waves @ grey @ waves.T > 0)
+
+
+# ---- checks of one data set ----
+
+
+def _finding(check: str, bad: str, found: Sequence[str], problem: str, good: str, count: int | None = None) -> Finding:
+    """``good`` where nothing was found."""
+    number = len(found) if count is None else count
+    if not number:
+        return Finding(check, "ok", good)
+    return Finding(check, bad, f"{number} {problem}", number, list(found[:_EXAMPLES]))
+
+
+def _check_rows(contents: _Contents) -> list[Finding]:
+    counts = Counter(contents.labels)
+    findings = [
+        _finding(
+            "unreadable rows",
+            "problem",
+            contents.unusable,
+            f"of {contents.rows} rows cannot be used; mend them, or leave them out with --on-bad-row skip",
+            f"all {contents.rows} rows can be used",
+        )
+    ]
+    if contents.labels:
+        sizes = [counts[name] for name in contents.class_names]
+        shown = [f"{name}: {counts[name]}" for name in sorted(contents.class_names, key=lambda name: counts[name])]
+        shares = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
+        ratio = max(sizes) / max(min(sizes), 1)
+        text = f"{len(sizes)} classes, {shares} rows each"
+        advice = "; look at balanced accuracy and draw batches by class"
+        status = "problem" if min(sizes) < 2 or ratio >= _IMBALANCE else "ok" if ratio < 1.5 else "note"
+        summary = text if status == "ok" else text + advice
+        findings.append(Finding("class balance", status, summary, len(sizes), shown[:_EXAMPLES]))
+    return findings
+
+
+def _check_captions(contents: _Contents, clip: Any, processor: Any) -> list[Finding]:
+    if not contents.captions:
+        return []
+    findings = []
+    if contents.own_captions:
+        counts = Counter(caption for own in contents.captions for caption in set(own))
+        repeated = [f"{count} x {caption!r}" for caption, count in counts.most_common() if count > 1]
+        findings.append(
+            _finding(
+                "duplicate captions",
+                "note",
+                repeated,
+                "captions belong to several pictures; training takes them as positives of each other, and retrieval "
+                "counts any of the pictures as right",
+                "each caption belongs to one picture",
+            )
+        )
+    if clip is None:
+        limit = FAMILIES[0].text_length
+    else:
+        limit = most_tokens(processor, clip.config.text_config.max_position_embeddings)
+    distinct = list(dict.fromkeys(caption for own in contents.captions for caption in own))
+    lengths = [len(ids) for ids in processor.tokenizer(distinct)["input_ids"]] if distinct else []
+    long = sorted(((n, text) for n, text in zip(lengths, distinct, strict=True) if n > limit), reverse=True)
+    guess = "" if clip is not None else " (by the demo model's tokenizer; give --model for its own)"
+    findings.append(
+        _finding(
+            "caption length",
+            "problem",
+            [f"{n} tokens: {text!r}" for n, text in long],
+            f"captions are longer than {limit} tokens{guess}; the end of each is cut off",
+            f"the longest caption has {max(lengths, default=0)} of {limit} tokens{guess}",
+        )
+    )
+    return findings
+
+
+def _check_pictures(contents: _Contents) -> list[Finding]:
+    places, pictures = contents.places, contents.pictures
+    groups: dict[bytes, list[int]] = {}
+    for number, picture in enumerate(pictures):
+        groups.setdefault(picture.digest, []).append(number)
+    same = [", ".join(places[number] for number in rows) for rows in groups.values() if len(rows) > 1]
+    near = [
+        f"{places[a]}, {places[b]} ({distance} of {_FREQUENCIES**2} signs differ)"
+        for a, b, distance in _near_pairs(pictures, pictures)
+        if a < b and pictures[a].digest != pictures[b].digest
+    ]
+    harm = "they are each other's negatives, and leak into a held-out part"
+    dark = [f"{place} {picture.note}" for place, picture in zip(places, pictures, strict=True) if picture.note]
+    kinds = Counter(picture.kind for picture in pictures).most_common()
+    return [
+        _finding("duplicate pictures", "problem", same, f"files occur more than once; {harm}", "no file occurs twice"),
+        _finding("near-duplicate pictures", "problem", near, f"pairs look the same; {harm}", "no two look the same"),
+        _finding(
+            "brightness",
+            "problem",
+            dark,
+            "16-bit pictures use a small part of their range and turn black in 8 bits; scale them first",
+            "no 16-bit picture is too dark",
+        ),
+        Finding("kinds", "ok", ", ".join(f"{count} {kind}" for kind, count in kinds) or "no pictures", len(kinds)),
+    ]
+
+
+def _near_pairs(one: Sequence[_Picture], other: Sequence[_Picture]) -> list[tuple[int, int, int]]:
+    """Rows of both and the number of signs that differ, nearest first. All pairs are compared, a block at a time."""
+    if not one or not other:
+        return []
+    left, right = (np.stack([picture.signs for picture in pictures]).view(np.uint64) for pictures in (one, other))
+    found = []
+    block = max(1, 4_000_000 // len(right))
+    for start in range(0, len(left), block):
+        differ = np.zeros((len(left[start : start + block]), len(right)), np.uint16)
+        for word in range(left.shape[1]):
+            differ += np.bitwise_count(left[start : start + block, None, word] ^ right[None, :, word])
+        rows, columns = np.nonzero(differ <= _NEAR)
+        found += list(zip((rows + start).tolist(), columns.tolist(), differ[rows, columns].tolist(), strict=True))
+    return sorted(found, key=lambda pair: pair[2])
+
+
+# ---- checks of two data sets ----
+
+
+def _check_leakage(train: _Contents, test: _Contents) -> list[Finding]:
+    found, leaked = [], set()
+    for a, b, distance in _near_pairs(train.pictures, test.pictures):
+        same = train.pictures[a].digest == test.pictures[b].digest
+        how = "the same file" if same else f"{distance} of {_FREQUENCIES**2} signs differ"
+        found.append(f"{test.places[b]} of the test set, {train.places[a]} of the training set ({how})")
+        leaked.add(b)
+    findings = [
+        _finding(
+            "leakage of pictures",
+            "problem",
+            found,
+            f"of {len(test.pictures)} test pictures are in the training set too, as the same file or nearly so; the "
+            "test says too much",
+            "no test picture is in the training set",
+            count=len(leaked),
+        )
+    ]
+    if train.own_captions and test.own_captions:
+        known = {caption for own in train.captions for caption in own}
+        shared = sorted({caption for own in test.captions for caption in own if caption in known})
+        findings.append(
+            _finding(
+                "leakage of captions",
+                "note",
+                [repr(caption) for caption in shared],
+                "test captions are in the training set too",
+                "no test caption is in the training set",
+            )
+        )
+    if train.labels and test.labels:
+        odd = sorted(set(test.labels) ^ set(train.labels))
+        findings.append(
+            _finding(
+                "classes of both sets",
+                "problem",
+                odd,
+                "classes have rows in one of the two sets only",
+                "both sets have rows of the same classes",
+            )
+        )
+    return findings
+
+
+# ---- checks of a model ----
+
+
+def _check_preprocessing(clip: Any, processor: Any) -> list[Finding]:
+    """Against what a checkpoint of this kind is pre-trained with: a processor of the same class, untouched."""
+    images, vision = processor.image_processor, clip.config.vision_config
+    usual = type(images)()
+    found = []
+    for name in ("image_mean", "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_normalize"):
+        have, want = getattr(images, name), getattr(usual, name)
+        numbers = isinstance(want, (list, tuple, float))
+        if not (np.allclose(have, want, atol=1e-3) if numbers and have is not None else have == want):
+            found.append(f"{name}: {have}, usual {want}")
+    out = images.crop_size if getattr(images, "do_center_crop", False) else images.size
+    side = (out.height or out.shortest_edge, out.width or out.shortest_edge) if out else None
+    size = getattr(vision, "image_size", None)
+    if side is not None and size is not None and side != (size, size):
+        found.append(f"size: {side[1]} x {side[0]} pixels, the model's {size} x {size}")
+    tokenizer, text = processor.tokenizer, clip.config.text_config
+    if len(tokenizer) > text.vocab_size:
+        found.append(f"tokenizer: {len(tokenizer)} tokens, the model's {text.vocab_size}")
+    return [
+        _finding(
+            "preprocessing",
+            "problem",
+            found,
+            f"settings differ from those that {type(images).__name__} has for checkpoints of this kind; right only if "
+            "the model was pre-trained with them",
+            "as checkpoints of this kind are pre-trained",
+        )
+    ]
+
+
+def _check_sizes(sets: dict[str, _Contents], clip: Any) -> list[Finding]:
+    size = getattr(clip.config.vision_config, "image_size", None)
+    if size is None:
+        return []
+    small = [
+        f"{place} of {contents.source}: {picture.size[0]} x {picture.size[1]}"
+        for contents in sets.values()
+        for place, picture in zip(contents.places, contents.pictures, strict=True)
+        if min(picture.size) < size
+    ]
+    text = f"pictures are smaller than the model's {size} pixels and are enlarged"
+    return [_finding("size", "note", small, text, f"all pictures have at least the model's {size} pixels")]
+
+
+def _check_scale(clip: Any) -> list[Finding]:
+    scale, ceiling = clip.logit_scale.item(), family_of(clip).max_log_scale
+    shown = f"{math.exp(scale):.1f}" + (f", ceiling {math.exp(ceiling):g}" if ceiling is not None else "")
+    if ceiling is not None and scale > ceiling + _CLOSE:
+        return [Finding("logit scale", "problem", f"{shown}: above it training is unstable; clipft clamps it", 1)]
+    if ceiling is not None and scale > ceiling - _CLOSE:
+        text = f"{shown}: it cannot rise further; usual for OpenAI's checkpoints, a sign of overfitting after a run"
+        return [Finding("logit scale", "note", text, 1)]
+    return [Finding("logit scale", "ok", shown)]

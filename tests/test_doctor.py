@@ -1,0 +1,178 @@
+"""clipft doctor: each check finds its fault, and says nothing about data without one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import run
+from tiny_clip import class_folders, tiny_clip
+
+from clipft.doctor import examine
+
+
+def photograph(seed: int) -> Image.Image:
+    """Coloured clouds: smooth, and unlike those of another seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC)
+
+
+def table(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder / "pairs.jsonl"
+
+
+@pytest.fixture
+def clean(tmp_path: Path) -> Path:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for number in range(12):
+        photograph(number).save(folder / f"{number}.jpg", quality=95)
+    return table(folder, [{"image": f"{n}.jpg", "caption": f"a cloud, number {n}"} for n in range(12)])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("base"))
+
+
+def save(folder: Path, scale: float | None = None, **preprocessing: Any) -> Path:
+    model, processor = tiny_clip()
+    if scale is not None:
+        with torch.no_grad():
+            model.logit_scale.fill_(math.log(scale))
+    for name, value in preprocessing.items():
+        setattr(processor.image_processor, name, value)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def faults(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {finding["check"]: finding for finding in result["findings"] if finding["status"] != "ok"}
+
+
+def test_clean_data_and_model_have_no_findings(clean: Path, base: Path, tmp_path: Path) -> None:
+    result = run("doctor", clean, "--json", tmp_path / "out" / "findings.json")
+    assert result.exit_code == 0, result.output
+    assert "no problems" in result.output
+    found = json.loads((tmp_path / "out" / "findings.json").read_text())
+    assert not faults(found)
+    statistics = found["statistics"]["data"]
+    assert (statistics["rows"], statistics["usable"], statistics["distinct_captions"]) == (12, 12, 12)
+    assert statistics["width"] == {"min": 160, "median": 160, "max": 160}
+    assert statistics["kinds"] == {"JPEG RGB": 12}
+    assert not faults(examine(str(clean), model=str(base)))
+
+
+def test_rows_captions_and_pictures(clean: Path, base: Path, tmp_path: Path) -> None:
+    folder = clean.parent
+    (folder / "same.jpg").write_bytes((folder / "3.jpg").read_bytes())
+    photograph(4).resize((96, 72)).save(folder / "smaller.jpg", quality=60)
+    (folder / "cut.jpg").write_bytes((folder / "5.jpg").read_bytes()[:1500])
+    Image.fromarray((np.asarray(photograph(20).convert("L")) * 16.0).astype(np.uint16)).save(folder / "dark.png")
+    photograph(21).resize((30, 20)).save(folder / "tiny.png")
+    rows = [json.loads(line) for line in clean.read_text().splitlines()]
+    rows[0]["caption"] = rows[1]["caption"]
+    rows[2]["caption"] = "a very long caption that goes on and on"
+    names = ("same.jpg", "smaller.jpg", "cut.jpg", "dark.png", "tiny.png", "none.jpg")
+    data = table(folder, rows + [{"image": name, "caption": f"of {name}"} for name in names])
+    result = run("doctor", data, "--model", base, "--json", tmp_path / "findings.json")
+    assert result.exit_code == 1
+    assert "5 problems" in result.output
+    found = faults(json.loads((tmp_path / "findings.json").read_text()))
+    assert {name: (finding["status"], finding["count"]) for name, finding in found.items()} == {
+        "unreadable rows": ("problem", 2),
+        "duplicate captions": ("note", 1),
+        "caption length": ("problem", 1),
+        "duplicate pictures": ("problem", 1),
+        "near-duplicate pictures": ("problem", 1),
+        "brightness": ("problem", 1),
+        "size": ("note", 1),
+    }
+    assert "row 17: there is no image 'none.jpg'" in found["unreadable rows"]["examples"][0]
+    assert "row 14: the image cannot be read" in found["unreadable rows"]["examples"][1]
+    assert found["duplicate pictures"]["examples"] == ["row 3, row 12"]
+    assert found["near-duplicate pictures"]["examples"][0].startswith("row 4, row 13 (")
+    assert found["brightness"]["examples"][0].startswith("row 15 uses 6.")
+
+
+def test_leakage(clean: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "test"
+    folder.mkdir()
+    photograph(30).save(folder / "new.png")
+    photograph(7).save(folder / "again.jpg", quality=50)
+    (folder / "same.jpg").write_bytes((clean.parent / "8.jpg").read_bytes())
+    captions = {"new.png": "new", "again.jpg": "a cloud, number 7", "same.jpg": "same"}
+    test = table(folder, [{"image": name, "caption": caption} for name, caption in captions.items()])
+    found = faults(examine(str(clean), eval_data=str(test)))
+    assert {name: (finding["status"], finding["count"]) for name, finding in found.items()} == {
+        "leakage of pictures": ("problem", 2),
+        "leakage of captions": ("note", 1),
+    }
+    examples = found["leakage of pictures"]["examples"]
+    assert examples[0] == "row 2 of the test set, row 8 of the training set (the same file)"
+    assert examples[1].startswith("row 1 of the test set, row 7 of the training set (")
+
+
+def test_class_balance(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "even", 16)
+    for path in (folder / "red").iterdir():
+        path.unlink()
+    for number in range(40):
+        photograph(number).save(folder / "red" / f"{number}.png")
+    (folder / "white").mkdir()
+    photograph(50).save(folder / "white" / "one.png")
+    balance = faults(examine(str(folder)))["class balance"]
+    assert balance["status"] == "problem"
+    assert balance["examples"][0] == "white: 1"
+    (folder / "white" / "one.png").unlink()
+    (folder / "white").rmdir()
+    assert "red: 40" in faults(examine(str(folder)))["class balance"]["examples"]
+    other = class_folders(tmp_path / "other", 16)
+    (other / "red").rename(other / "violet")
+    assert faults(examine(str(folder), eval_data=str(other)))["classes of both sets"]["examples"] == ["red", "violet"]
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "status", "text"),
+    [
+        ({"image_mean": [0.5, 0.5, 0.5]}, "preprocessing", "problem", "image_mean: "),
+        ({"resample": 2}, "preprocessing", "problem", "resample: "),
+        ({"do_normalize": False}, "preprocessing", "problem", "do_normalize: False"),
+        (
+            {"crop_size": {"height": 48, "width": 48}},
+            "preprocessing",
+            "problem",
+            "size: 48 x 48 pixels, the model's 32",
+        ),
+        ({"scale": 100.0}, "logit scale", "note", "100.0, ceiling 100"),
+        ({"scale": 120.0}, "logit scale", "problem", "120.0, ceiling 100"),
+    ],
+)
+def test_a_model_that_has_drifted(
+    clean: Path, tmp_path: Path, change: dict[str, Any], check: str, status: str, text: str
+) -> None:
+    model = save(tmp_path / "model", **change)
+    found = faults(examine(str(clean), model=str(model)))
+    assert list(found) == [check]
+    assert found[check]["status"] == status
+    assert text in found[check]["summary"] + "".join(found[check]["examples"])
+
+
+def test_user_errors() -> None:
+    result = run("doctor", "/no/data.csv")
+    assert result.exit_code == 2
+    assert "there is no '/no/data.csv'" in result.stderr
+
+
+def test_real_pictures_have_no_duplicates(data_folder: Path) -> None:
+    """Radiographs look alike, and are still told apart."""
+    found = faults(examine(str(data_folder / "chest_xray"), eval_data=str(data_folder / "clothing")))
+    assert set(found) == {"classes of both sets"}
