@@ -78,7 +78,10 @@ def test_demo_gains_and_leaves_model_report_and_picture(tmp_path: Path, monkeypa
     model, processor = clipft.load(tmp_path / "out")
     assert type(model) is CLIPModel
     _, test = split_by_name(openmoji())
-    assert clipft.evaluate_retrieval(model, processor, test) == pytest.approx(after)
+    again = clipft.evaluate_retrieval(model, processor, test)
+    assert {k: again[k] for k in again if k != "intervals"} == pytest.approx(
+        {k: after[k] for k in after if k != "intervals"}
+    )
     assert Image.open(tmp_path / "out" / "queries.png").width > 800
     assert not [file for file in (tmp_path / "out").iterdir() if file.name.startswith(".")]
 
