@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from clipft.data import mix_seed
+from clipft.data import column_names, mix_seed
 
 __all__ = ["ClassBalancedSampler", "labels_of"]
 
@@ -59,7 +59,7 @@ def labels_of(dataset: Any) -> list[int]:
     Raises:
         ValueError: there is none.
     """
-    names = getattr(dataset, "column_names", None) or list(dataset[0])
+    names = column_names(dataset)
     if "label" not in names:
         raise ValueError(f"class_balanced: expected a data set with a column 'label', found {sorted(names)}")
     by_column = hasattr(dataset, "column_names")
