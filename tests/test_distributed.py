@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from loss_cases import LossCase, assert_close, gradient_tolerance, value_tolerance
+from ranks import leave
 
 import clipft
 
@@ -46,7 +47,7 @@ def worker(rank: int, counts: tuple[int, ...], folder: str) -> None:
     rows = slice(begin, begin + counts[rank])
     results = [step(case, kind, rows, dist.group.WORLD) for kind, case in cases(sum(counts))]
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("counts", SPLITS, ids=str)
@@ -71,7 +72,7 @@ def all_empty(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     with pytest.raises(ValueError, match="got none on any rank"):
         clipft.contrastive_loss(torch.empty(0, 4), torch.empty(0, 4), 1.0, group=dist.group.WORLD)
-    dist.destroy_process_group()
+    leave()
 
 
 def test_no_rows_on_any_rank_is_an_error_on_all(tmp_path: Path) -> None:

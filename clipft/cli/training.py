@@ -297,6 +297,7 @@ def train(
         outcome.show(console)
         what = "model" if lora_r is None else "adapter, the model with it merged in (merged)"
         console.print(f"{what}, report.html, report.json and config.yaml in {output}")
+    trainer.accelerator.end_training()  # leaves the process group while the interpreter still runs
 
 
 @app.command()
