@@ -8,14 +8,10 @@ index); a checkpoint appears under its name when whole.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from clipft.auto_batch import fitting_chunk
-from clipft.data import DEFAULT_TEMPLATES, CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows
+from clipft.checkpoints import StagedCheckpoints, last_checkpoint
+from clipft.data import CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows
 from clipft.evaluation import embed_texts, index_texts
 from clipft.families import base_model, family_of, family_of_processor
 from clipft.features import FrozenTowers, frozen_towers
@@ -41,123 +38,16 @@ from clipft.ops import contrastive_loss, sigmoid_loss
 from clipft.precision import bf16_speedup
 from clipft.sampling import ClassBalancedSampler, labels_of
 from clipft.schedules import WeightAverage, split_by_depth
-from clipft.sharding import as_saved, check_enabled, check_version, gather_for_features, make_shardable
+from clipft.sharding import as_saved, check_enabled, gather_for_features, make_shardable
+from clipft.training_args import CLIPTrainingArguments, check_arguments, check_loss, default_learning_rate, loss_of
 from clipft.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_set
 
 __all__ = ["CLIPTrainer", "CLIPTrainingArguments", "default_learning_rate"]
 
 _logger = logging.getLogger(__name__)
-_LOSSES = ("auto", "contrastive", "sigmoid")
-_BASE_SIZE = 150e6  # parameters of ViT-B/32
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-@dataclass
-class CLIPTrainingArguments(TrainingArguments):
-    """``TrainingArguments`` with the defaults of CLIP fine-tuning, and what only CLIP needs.
-
-    ``label_smoothing_factor`` smooths the targets of the contrastive loss. Augmentations are off by default; see
-    ``clipft.transforms.Augmentation`` for when each of them harms.
-    """
-
-    learning_rate: float = field(
-        default=1e-5, metadata={"help": "Peak learning rate; 5e-6 to 1e-5 keeps what the model knows."}
-    )
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Linear warm-up: steps, or below 1 a share of all steps."}
-    )
-    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Schedule after the warm-up."})
-    weight_decay: float = field(default=0.1, metadata={"help": "For weights of two or more dimensions only."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the data."})
-    per_device_train_batch_size: int = field(
-        default=32, metadata={"help": "Pairs a process; all are negatives of each other."}
-    )
-    per_device_eval_batch_size: int = field(
-        default=32, metadata={"help": "As in training, so that the losses compare."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "The trainer picks the columns that it needs itself."}
-    )
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Resume early stopping with the patience it had left."}
-    )
-    loss: str = field(
-        default="auto",
-        metadata={"help": "auto: the model's own, contrastive for CLIP and sigmoid for SigLIP, which takes either."},
-    )
-    augmentation: str = field(
-        default="none", metadata={"help": "none, light, strong, industrial or medical; the options below override."}
-    )
-    random_resized_crop: float | None = field(
-        default=None, metadata={"help": "Smallest share of the area a crop may keep; 0 for no random crop."}
-    )
-    horizontal_flip: float | None = field(default=None, metadata={"help": "Probability of a mirror image."})
-    color_jitter: float | None = field(
-        default=None, metadata={"help": "Strength of random brightness, contrast, saturation, hue."}
-    )
-    rotation: float | None = field(default=None, metadata={"help": "Largest random rotation, in degrees."})
-    noise: float | None = field(
-        default=None, metadata={"help": "Largest random noise, as a share of the brightness range."}
-    )
-    blur: float | None = field(default=None, metadata={"help": "Largest random blur, in pixels of the model's input."})
-    caption_templates: list[str] = field(
-        default_factory=lambda: list(DEFAULT_TEMPLATES),
-        metadata={"help": "Captions from class names, where the data set has labels and no captions."},
-    )
-    l2_sp: float = field(
-        default=0.0, metadata={"help": "Pull to the starting weights: lambda / 2 * |w - w_start|^2 (L2-SP)."}
-    )
-    distillation: float = field(
-        default=0.0, metadata={"help": "Weight of the embeddings' mean squared distance to the starting model's."}
-    )
-    grad_cache_chunk_size: int | None = field(
-        default=None,
-        metadata={"help": "Pictures that a tower sees at once; the loss still takes the whole batch."},
-    )
-    auto_batch: bool = field(
-        default=False, metadata={"help": "Choose grad_cache_chunk_size: as many as fit into memory."}
-    )
-    cache_frozen: bool = field(
-        default=True, metadata={"help": "Compute the outputs of a frozen tower once, not in every epoch."}
-    )
-    feature_cache: str | None = field(
-        default=None, metadata={"help": "Folder for them, shared by runs; default: features in output_dir."}
-    )
-    class_balanced: bool = field(
-        default=False, metadata={"help": "Batches with equally many pairs of each class; needs labels."}
-    )
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "Learning rate of a layer over that of the layer above it."}
-    )
-    ema_decay: float = field(
-        default=0.0, metadata={"help": "Evaluate and keep an average of the weights over steps; 0.999 is usual."}
-    )
-    cudnn_benchmark: bool = field(
-        default=False, metadata={"help": "Let cuDNN time its kernels; batches have one size."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss not in _LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(_LOSSES)}, got {self.loss!r}")
-        for name in ("l2_sp", "distillation"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
-        if self.grad_cache_chunk_size is not None and self.grad_cache_chunk_size < 1:
-            raise ValueError(f"grad_cache_chunk_size: expected at least 1, or None, got {self.grad_cache_chunk_size}")
-        if self.auto_batch and self.grad_cache_chunk_size is not None:
-            raise ValueError("auto_batch: chooses grad_cache_chunk_size, expected one of the two")
-        if not 0.0 < self.layer_decay <= 1.0:
-            raise ValueError(f"layer_decay: expected a factor in (0, 1], got {self.layer_decay}")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay: expected a decay in [0, 1), got {self.ema_decay}")
-        if self.cudnn_benchmark and self.full_determinism:
-            raise ValueError(
-                "cudnn_benchmark: its choice of kernels varies between runs; not with full_determinism=True"
-            )
-
-
-class CLIPTrainer(Trainer):
+class CLIPTrainer(StagedCheckpoints):
     """Used as ``transformers.Trainer``: ``CLIPTrainer(model, args, train_dataset=..., eval_dataset=...,
     processing_class=processor)``.
 
@@ -172,10 +62,10 @@ class CLIPTrainer(Trainer):
 
     def __init__(self, model: Any = None, args: CLIPTrainingArguments | None = None, **kwargs: Any) -> None:
         args = CLIPTrainingArguments(output_dir="trainer_output") if args is None else args
-        _check_arguments(args, kwargs)
+        check_arguments(args, kwargs)
         if model is not None:
             fuse(model)
-            _check_loss(args, model)
+            check_loss(args, model)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = _own_collator(model, args, kwargs.get("processing_class"))
         super().__init__(model=model, args=args, **kwargs)
@@ -196,7 +86,7 @@ class CLIPTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As in Trainer, and fused."""
         model = fuse(super().call_model_init(trial))
-        _check_loss(self.args, model)
+        check_loss(self.args, model)
         if self.args.fsdp:
             make_shardable(model)
         return cast(nn.Module, model)
@@ -492,104 +382,15 @@ class CLIPTrainer(Trainer):
         """As in Trainer; what was sharded is saved as it was before."""
         super()._save(output_dir, None if state_dict is None else as_saved(state_dict, self.model))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write under a temporary name, then rename: whatever is called ``checkpoint-N`` is whole."""
-        folder = Path(self._get_output_dir(trial))
-        staging = folder / "tmp-checkpoint"
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            with self._averaged():
-                super()._save_checkpoint(model, trial)
-                if self._average and self.args.should_save:
-                    self._average.save_trained(staging / name)
-        finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()  # every rank has written its random state
-        self._publish(staging / name, folder / name)
-
-    _staging: Path | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else from _publish, under the final name
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _publish(self, staged: Path, final: Path) -> None:
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(final)
-        if self.args.should_save:
-            self.state.save_to_json(str(staged / "trainer_state.json"))
-            shutil.rmtree(final, ignore_errors=True)  # of an earlier run in this folder
-            staged.rename(final)
-            staged.parent.rmdir()
-            rotate_checkpoints(
-                str(final.parent), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
+    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
+        """As in Trainer, with averaged weights, and beside them those that train."""
+        with self._averaged():
+            super()._write_checkpoint(folder, model, trial)
+            if self._average and self.args.should_save:
+                self._average.save_trained(folder)
 
 
 # ---- parts ----
-
-
-def default_learning_rate(model: nn.Module, *, lora: bool = False) -> float:
-    """The peak rate where nobody names one: 1e-5 at ViT-B/32's 150 million parameters, inversely to the size, between
-    5e-6 and 5e-4; for an adapter, whose weights start from nothing, 20 times that, 2e-3 at most.
-
-    The large checkpoints know much that a high rate would undo, hence the usual 5e-6 to 1e-5; what a small model knows
-    is not worth that care, and in the epochs that people train it would hardly move.
-    """
-    size = sum(parameter.numel() for parameter in model.parameters())
-    rate = min(max(1e-5 * _BASE_SIZE / max(size, 1), 5e-6), 5e-4)
-    return min(20.0 * rate, 2e-3) if lora else rate
-
-
-def _check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
-    if not isinstance(args, CLIPTrainingArguments):
-        raise TypeError(f"args: expected clipft.CLIPTrainingArguments, got {type(args).__name__}")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"args: {args.n_gpu} GPUs in one process would split the negatives; start one process each (torchrun "
-            f"--nproc-per-node {args.n_gpu}), or choose one with CUDA_VISIBLE_DEVICES"
-        )
-    check_version(args)
-    if args.train_sampling_strategy != "random":
-        raise ValueError(
-            f"train_sampling_strategy: expected 'random', which resumes exactly, got {args.train_sampling_strategy!r}"
-        )
-    if args.fp16 and args.device.type == "cpu":
-        raise ValueError("fp16: needs a GPU; on a CPU train in bfloat16 (bf16=True) or float32")
-    if kwargs.get("compute_loss_func") is not None:
-        raise ValueError(
-            "compute_loss_func: CLIPTrainer computes the loss named by args.loss; override compute_loss for another"
-        )
-
-
-def loss_of(args: CLIPTrainingArguments, model: Any) -> str:
-    """``"contrastive"`` or ``"sigmoid"``."""
-    return family_of(model).loss if args.loss == "auto" else args.loss
-
-
-def _check_loss(args: CLIPTrainingArguments, model: Any) -> None:
-    if loss_of(args, model) != "sigmoid":
-        return
-    if family_of(model).loss != "sigmoid":
-        raise ValueError(
-            f"loss: 'sigmoid' needs the logit bias that a SigLIP has; a {type(base_model(model)).__name__} has none: "
-            "choose 'contrastive'"
-        )
-    if args.label_smoothing_factor:
-        raise ValueError(
-            "label_smoothing_factor: the sigmoid loss has no distribution to smooth, expected 0.0, got "
-            f"{args.label_smoothing_factor}"
-        )
 
 
 def _own_collator(model: Any, args: CLIPTrainingArguments, processor: Any) -> CLIPDataCollator:
@@ -625,37 +426,3 @@ def _cudnn_benchmark(value: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def last_checkpoint(folder: str | Path) -> Path:
-    """The whole checkpoint with the highest step; unfinished ones are passed over with a warning.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [
-        (int(match[1]), path)
-        for path in Path(folder).glob("checkpoint-*")
-        if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    for _, path in sorted(found, reverse=True):
-        missing = _missing_from(path)
-        if not missing:
-            return path
-        _logger.warning("%s is not a whole checkpoint (%s): resuming from an earlier one", path, missing)
-    raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint-N in {folder}, found none")
-
-
-def _missing_from(checkpoint: Path) -> str:
-    """What a checkpoint lacks for an exact resume, or an empty string."""
-    weights = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-    if not any((checkpoint / name).is_file() for name in weights):
-        return "no weights"
-    for pattern in ("optimizer.*", "scheduler.pt", "rng_state*.pth"):  # FSDP's optimizer.bin
-        if not any(checkpoint.glob(pattern)):
-            return f"no {pattern}"
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "no readable trainer_state.json"
-    return ""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_clip import captioned, tiny_clip, tiny_model
+from tiny_trainer import losses, trainer_of
 from transformers import CLIPConfig, CLIPModel
 
 import clipft
@@ -91,32 +92,18 @@ def test_the_most_pairs_that_fit() -> None:
 def test_the_trainer_takes_what_fits(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(**options: Any) -> tuple[Any, list[float]]:
         model, processor = tiny_clip()
-        defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path),
-            "per_device_train_batch_size": 12,
-            "num_train_epochs": 2,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-        }
-        trainer = clipft.CLIPTrainer(
-            clipft.freeze(model, strategy),
-            clipft.CLIPTrainingArguments(**(defaults | options)),
-            train_dataset=captioned(24),
-            processing_class=processor,
-        )
+        loaded = (clipft.freeze(model, strategy), processor)
+        trainer = trainer_of(tmp_path, captioned(24), loaded=loaded, per_device_train_batch_size=12, **options)
         trainer.train()
-        return trainer, [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        return trainer, losses(trainer)
 
-    whole, losses = run(auto_batch=True)
+    whole, expected = run(auto_batch=True)
     assert whole.args.grad_cache_chunk_size is None
     monkeypatch.setattr(auto_batch, "available_memory", lambda device: 2_500_000)
     small, same = run(auto_batch=True)
     if strategy == "none":  # features are small
         assert 1 <= small.args.grad_cache_chunk_size < 12
-    assert same == pytest.approx(losses, rel=1e-5)
+    assert same == pytest.approx(expected, rel=1e-5)
 
 
 def test_arguments_that_exclude_each_other() -> None:
@@ -129,11 +116,7 @@ def test_precision_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     assert precision.fastest_precision("cpu") == ("bf16" if precision.bf16_speedup("cpu") >= 1.2 else "fp32")
     for gain, warned in ((0.11, True), (1.5, False)):
         monkeypatch.setattr("clipft.training.bf16_speedup", lambda device, gain=gain: gain)
-        model, processor = tiny_clip()
-        arguments = clipft.CLIPTrainingArguments(
-            output_dir=str(tmp_path), bf16=True, use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True
-        )
         caplog.clear()
         with caplog.at_level(logging.WARNING, "clipft"):
-            clipft.CLIPTrainer(model, arguments, train_dataset=captioned(4), processing_class=processor).train()
+            trainer_of(tmp_path, captioned(4), bf16=True, max_steps=1).train()
         assert ("takes 9.1 times as long in bfloat16 as in float32" in caplog.text) == warned

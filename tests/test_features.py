@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_clip import captioned, labelled, picture, tiny_clip
+from tiny_trainer import losses, trainer_of
 from torch.utils.data import Dataset
 
 import clipft
@@ -28,18 +29,6 @@ def run(
     """Train two epochs; `seen` counts the pictures and captions that go through each tower."""
     model, processor = tiny_clip()
     clipft.freeze(model, strategy)
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
     for name, tower in (("vision", model.vision_model), ("text", model.text_model)):
 
         def count(_: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
@@ -47,14 +36,9 @@ def run(
                 seen[name] += len(output.pooler_output)
 
         tower.register_forward_hook(count, with_kwargs=True)
-    arguments = clipft.CLIPTrainingArguments(**(defaults | options))
-    trainer = clipft.CLIPTrainer(model, arguments, train_dataset=train, eval_dataset=test, processing_class=processor)
+    trainer = trainer_of(folder, train, test, loaded=(model, processor), **options)
     trainer.train()
     return trainer
-
-
-def losses(trainer: clipft.CLIPTrainer) -> torch.Tensor:
-    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
 @pytest.mark.parametrize("strategy", ["text", "vision", "towers"])
@@ -65,7 +49,7 @@ def test_a_run_goes_as_without_the_cache(strategy: str, data: str, tmp_path: Pat
     test = captioned(9, captions=2)
     cached = run(tmp_path / "cached", train, test, **options)
     plain = run(tmp_path / "plain", train, test, cache_frozen=False, **options)
-    torch.testing.assert_close(losses(cached), losses(plain), rtol=1e-4, atol=1e-5)
+    assert losses(cached) == pytest.approx(losses(plain), rel=1e-4, abs=1e-5)
     for name in ("eval_loss", "eval_image_to_text_R@1"):
         assert cached.state.log_history[-2][name] == pytest.approx(plain.state.log_history[-2][name], abs=1e-4)
     assert list((tmp_path / "cached" / "features").glob("*.safetensors")) and not (tmp_path / "plain/features").exists()
@@ -110,14 +94,7 @@ def test_another_model_or_picture_misses(tmp_path: Path) -> None:
     model, processor = tiny_clip()
     clipft.freeze(model, "vision")
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
-    trainer = clipft.CLIPTrainer(
-        model,
-        clipft.CLIPTrainingArguments(
-            output_dir=str(tmp_path), feature_cache=str(store), use_cpu=True, disable_tqdm=True
-        ),
-        train_dataset=captioned(8),
-        processing_class=processor,
-    )
+    trainer = trainer_of(tmp_path, captioned(8), loaded=(model, processor), feature_cache=str(store))
     trainer.get_train_dataloader()
     assert len(list(store.iterdir())) == 2
     with torch.no_grad():
@@ -132,7 +109,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for damage in (whole[:100], b"", whole[:-5]):
         file.write_bytes(damage)
-        assert torch.equal(losses(run(tmp_path, captioned(8), strategy="vision")), losses(want))
+        assert losses(run(tmp_path, captioned(8), strategy="vision")) == losses(want)
         assert file.read_bytes() == whole
 
 
@@ -157,8 +134,7 @@ def test_only_an_adapter_on_one_tower_leaves_the_other_frozen(tmp_path: Path) ->
     pytest.importorskip("peft")
     model, processor = tiny_clip()
     adapted = clipft.add_lora(model, r=2, targets="vision")
-    arguments = clipft.CLIPTrainingArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True)
-    trainer = clipft.CLIPTrainer(adapted, arguments, train_dataset=captioned(8), processing_class=processor)
+    trainer = trainer_of(tmp_path, captioned(8), loaded=(adapted, processor))
     batch = next(iter(trainer.get_train_dataloader()))
     assert "text_pooler_output" in batch and "pixel_values" in batch
     trainer.compute_loss(adapted, batch).backward()

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training import StopAfter, arguments, losses, same, trainer_of
 from tiny_clip import captioned, labelled, tiny_clip
+from tiny_trainer import StopAfter, arguments, losses, same, trainer_of
 
 import clipft
 from clipft.forgetting import RULE, StartingPoint, WeightLine, sweep

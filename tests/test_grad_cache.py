@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_trainer
 import torch
 from tiny_clip import captioned, labelled, tiny_clip
 
@@ -15,26 +16,19 @@ import clipft
 
 
 def trainer_of(folder: Path, model: Any = None, data: Any = None, **options: Any) -> clipft.CLIPTrainer:
+    """Plain SGD, which shows the gradient."""
     own, processor = tiny_clip()
     defaults: dict[str, Any] = {
-        "output_dir": str(folder),
         "per_device_train_batch_size": 12,
         "num_train_epochs": 1,
         "learning_rate": 0.1,
         "optim": "sgd",
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
     }
-    return clipft.CLIPTrainer(
-        own if model is None else model,
-        clipft.CLIPTrainingArguments(**(defaults | options)),
-        train_dataset=captioned(12) if data is None else data,
-        processing_class=processor,
+    rows = captioned(12) if data is None else data
+    return tiny_trainer.trainer_of(
+        folder, rows, loaded=(own if model is None else model, processor), **defaults | options
     )
 
 

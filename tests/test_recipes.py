@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import StopAfter, losses, same, trainer_of
 from tiny_clip import captioned, labelled, tiny_clip
+from tiny_trainer import StopAfter, losses, same, trainer_of
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 import clipft

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import trainer_of
 from tiny_clip import captioned
+from tiny_trainer import trainer_of
 from transformers import CLIPModel
 
 import clipft
-from clipft.training import last_checkpoint
+from clipft.checkpoints import last_checkpoint
 
 WORKER = """
 import json, sys
@@ -31,9 +31,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 sys.path.insert(0, {tests!r})
 import clipft
 from ranks import leave
-from test_training import StopAfter, arguments, losses
 from tiny_clip import captioned, tiny_clip
 from tiny_siglip import tiny_siglip
+from tiny_trainer import StopAfter, arguments, losses
 
 class Trainer(clipft.CLIPTrainer):
     def create_accelerator_and_postprocess(self):

@@ -13,6 +13,7 @@ import torch
 from tiny_clip import captioned, class_folders, labelled, picture
 from tiny_clip import tiny_model as tiny_clip_model
 from tiny_siglip import KINDS, LENGTH, PATCHES, tiny_inputs, tiny_model, tiny_siglip
+from tiny_trainer import losses, trainer_of
 from transformers import Siglip2Model, SiglipModel
 from typer.testing import CliRunner
 
@@ -237,31 +238,9 @@ def test_an_adapter_is_never_put_where_it_would_do_nothing(kind: str) -> None:
 # ---- the trainer ----
 
 
-def trainer_of(folder: Path, loaded: tuple[Any, Any], train: Any, test: Any = None, **options: Any) -> Any:
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    model, processor = loaded
-    arguments = clipft.CLIPTrainingArguments(**(defaults | options))
-    return clipft.CLIPTrainer(model, arguments, train_dataset=train, eval_dataset=test, processing_class=processor)
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def test_the_first_loss_is_that_of_transformers(kind: str, loaded: tuple[Any, Any], tmp_path: Path) -> None:
     plain, train = copy.deepcopy(loaded[0]), captioned(8)
-    trainer = trainer_of(tmp_path, loaded, train, train, num_train_epochs=30)
+    trainer = trainer_of(tmp_path, train, train, loaded=loaded, num_train_epochs=30)
     inputs = trainer.data_collator([PairRows(train)[index] for index in range(8)])
     inputs.pop("labels")
     expected = plain(**inputs, return_loss=True).loss.item()
@@ -273,7 +252,7 @@ def test_the_first_loss_is_that_of_transformers(kind: str, loaded: tuple[Any, An
 
 
 def test_rows_of_equal_label_are_positives(kind: str, loaded: tuple[Any, Any], tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, loaded, labelled(8), labelled(8))
+    trainer = trainer_of(tmp_path, labelled(8), labelled(8), loaded=loaded)
     rows = PairRows(labelled(8))
     inputs = trainer.data_collator([rows[index] for index in range(8)])
     with torch.no_grad():
@@ -288,7 +267,9 @@ def test_rows_of_equal_label_are_positives(kind: str, loaded: tuple[Any, Any], t
 
 def test_the_contrastive_loss_on_request(kind: str, loaded: tuple[Any, Any], tmp_path: Path) -> None:
     train, bias = captioned(8), loaded[0].logit_bias.clone()
-    trainer = trainer_of(tmp_path, loaded, train, loss="contrastive", num_train_epochs=3, label_smoothing_factor=0.1)
+    trainer = trainer_of(
+        tmp_path, train, loaded=loaded, loss="contrastive", num_train_epochs=3, label_smoothing_factor=0.1
+    )
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(2.08, abs=0.4)  # near log 8
     assert torch.equal(trainer.model.logit_bias, bias)
@@ -296,18 +277,18 @@ def test_the_contrastive_loss_on_request(kind: str, loaded: tuple[Any, Any], tmp
 
 def test_a_loss_that_does_not_fit_is_an_error(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"label_smoothing_factor: the sigmoid loss"):
-        trainer_of(tmp_path, loaded, captioned(8), label_smoothing_factor=0.1)
+        trainer_of(tmp_path, captioned(8), loaded=loaded, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="loss: expected one of auto, contrastive, sigmoid, got 'softmax'"):
-        trainer_of(tmp_path, loaded, captioned(8), loss="softmax")
+        trainer_of(tmp_path, captioned(8), loaded=loaded, loss="softmax")
     with pytest.raises(ValueError, match=r"loss: 'sigmoid' needs the logit bias .* CLIPModel has none"):
-        trainer_of(tmp_path, (tiny_clip_model(), loaded[1]), captioned(8), loss="sigmoid")
+        trainer_of(tmp_path, captioned(8), loaded=(tiny_clip_model(), loaded[1]), loss="sigmoid")
 
 
 def test_a_scale_above_clips_ceiling_stays(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     """SigLIP's published checkpoints have a scale of 110 to 120."""
     with torch.no_grad():
         loaded[0].logit_scale.fill_(4.77)
-    trainer = trainer_of(tmp_path, loaded, captioned(8), learning_rate=1e-6)
+    trainer = trainer_of(tmp_path, captioned(8), loaded=loaded, learning_rate=1e-6)
     trainer.train()
     assert trainer.model.logit_scale.item() == pytest.approx(4.77, abs=1e-4)
 
@@ -315,7 +296,9 @@ def test_a_scale_above_clips_ceiling_stays(loaded: tuple[Any, Any], tmp_path: Pa
 def test_gradient_caching_gives_the_same_run(folder: Path, tmp_path: Path) -> None:
     runs = []
     for chunk in (None, 3):
-        trainer = trainer_of(tmp_path, clipft.load(folder), captioned(16), grad_cache_chunk_size=chunk, optim="sgd")
+        trainer = trainer_of(
+            tmp_path, captioned(16), loaded=clipft.load(folder), grad_cache_chunk_size=chunk, optim="sgd"
+        )
         trainer.train()
         runs.append((losses(trainer), trainer.model.logit_bias.item()))
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5)
@@ -332,7 +315,7 @@ def test_a_frozen_tower_runs_once(folder: Path, tmp_path: Path, frozen: str) -> 
         calls: list[int] = []
         counted.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         options = {"cache_frozen": cache, "num_train_epochs": 4}
-        trainer = trainer_of(tmp_path / str(cache), (model, processor), captioned(16), **options)
+        trainer = trainer_of(tmp_path / str(cache), captioned(16), loaded=(model, processor), **options)
         trainer.train()
         runs.append((losses(trainer), len(calls)))
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5)
@@ -354,7 +337,7 @@ def test_evaluation_ranks_as_the_logits_do(folder: Path, loaded: tuple[Any, Any]
     ranks = (logits > logits.diagonal()[:, None]).sum(1)
     metrics = clipft.evaluate_retrieval(model, processor, data)
     assert metrics["image_to_text_R@5"] == pytest.approx((ranks < 5).double().mean().item())
-    trainer = trainer_of(tmp_path, loaded, data, data)
+    trainer = trainer_of(tmp_path, data, data, loaded=loaded)
     own = trainer.evaluate()
     assert all(own[f"eval_{name}"] == value for name, value in metrics.items() if "R@" in name)
     zero_shot = clipft.evaluate_zero_shot(model, processor, labelled(8), ["red", "green", "blue", "yellow"])

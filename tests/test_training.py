@@ -15,58 +15,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_clip import captioned, labelled, tiny_clip
+from tiny_trainer import StopAfter, arguments, losses, same, trainer_of
 from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import clipft
-from clipft.training import last_checkpoint
-
-
-def arguments(folder: Path, **options: Any) -> clipft.CLIPTrainingArguments:
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return clipft.CLIPTrainingArguments(**(defaults | options))
-
-
-def trainer_of(
-    folder: Path, train: Any, test: Any = None, *, callbacks: Any = None, **options: Any
-) -> clipft.CLIPTrainer:
-    model, processor = tiny_clip()
-    return clipft.CLIPTrainer(
-        model,
-        arguments(folder, **options),
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=processor,
-        callbacks=callbacks,
-    )
-
-
-def losses(trainer: clipft.CLIPTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
-    return all(name == other_name and torch.equal(a, b) for (name, a), (other_name, b) in pairs)
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            control.should_training_stop = True
+from clipft.checkpoints import last_checkpoint
 
 
 def test_the_default_rate_follows_the_models_size() -> None:
@@ -410,8 +363,8 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 from ranks import leave
-from test_training import losses, trainer_of
 from tiny_clip import captioned
+from tiny_trainer import losses, trainer_of
 torch.set_num_threads(1)
 folder, batch, chunk = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 trainer = trainer_of(folder, captioned(32, captions=2), captioned(18, captions=2), per_device_train_batch_size=batch,

@@ -473,7 +473,7 @@ def _trainer(clip: Any, processor: Any, arguments: Any, *, sets: Sets, patience:
 
 
 def _resume_point(output: Path, console: Console) -> str | None:
-    from clipft.training import last_checkpoint
+    from clipft.checkpoints import last_checkpoint
 
     if not any((output / "checkpoints").glob("checkpoint-*")):
         console.print(f"--resume: no checkpoint in {output} yet, starting from the beginning")

@@ -1,0 +1,187 @@
+"""Arguments of ``clipft.CLIPTrainer``, and what is checked of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from clipft.data import DEFAULT_TEMPLATES
+from clipft.families import base_model, family_of
+from clipft.sharding import check_version
+
+__all__ = ["CLIPTrainingArguments", "check_arguments", "check_loss", "default_learning_rate", "loss_of"]
+
+_LOSSES = ("auto", "contrastive", "sigmoid")
+_BASE_SIZE = 150e6  # parameters of ViT-B/32
+
+
+@dataclass
+class CLIPTrainingArguments(TrainingArguments):
+    """``TrainingArguments`` with the defaults of CLIP fine-tuning, and what only CLIP needs.
+
+    ``label_smoothing_factor`` smooths the targets of the contrastive loss. Augmentations are off by default; see
+    ``clipft.transforms.Augmentation`` for when each of them harms.
+    """
+
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Peak learning rate; 5e-6 to 1e-5 keeps what the model knows."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Linear warm-up: steps, or below 1 a share of all steps."}
+    )
+    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Schedule after the warm-up."})
+    weight_decay: float = field(default=0.1, metadata={"help": "For weights of two or more dimensions only."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the data."})
+    per_device_train_batch_size: int = field(
+        default=32, metadata={"help": "Pairs a process; all are negatives of each other."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=32, metadata={"help": "As in training, so that the losses compare."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "The trainer picks the columns that it needs itself."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Resume early stopping with the patience it had left."}
+    )
+    loss: str = field(
+        default="auto",
+        metadata={"help": "auto: the model's own, contrastive for CLIP and sigmoid for SigLIP, which takes either."},
+    )
+    augmentation: str = field(
+        default="none", metadata={"help": "none, light, strong, industrial or medical; the options below override."}
+    )
+    random_resized_crop: float | None = field(
+        default=None, metadata={"help": "Smallest share of the area a crop may keep; 0 for no random crop."}
+    )
+    horizontal_flip: float | None = field(default=None, metadata={"help": "Probability of a mirror image."})
+    color_jitter: float | None = field(
+        default=None, metadata={"help": "Strength of random brightness, contrast, saturation, hue."}
+    )
+    rotation: float | None = field(default=None, metadata={"help": "Largest random rotation, in degrees."})
+    noise: float | None = field(
+        default=None, metadata={"help": "Largest random noise, as a share of the brightness range."}
+    )
+    blur: float | None = field(default=None, metadata={"help": "Largest random blur, in pixels of the model's input."})
+    caption_templates: list[str] = field(
+        default_factory=lambda: list(DEFAULT_TEMPLATES),
+        metadata={"help": "Captions from class names, where the data set has labels and no captions."},
+    )
+    l2_sp: float = field(
+        default=0.0, metadata={"help": "Pull to the starting weights: lambda / 2 * |w - w_start|^2 (L2-SP)."}
+    )
+    distillation: float = field(
+        default=0.0, metadata={"help": "Weight of the embeddings' mean squared distance to the starting model's."}
+    )
+    grad_cache_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Pictures that a tower sees at once; the loss still takes the whole batch."},
+    )
+    auto_batch: bool = field(
+        default=False, metadata={"help": "Choose grad_cache_chunk_size: as many as fit into memory."}
+    )
+    cache_frozen: bool = field(
+        default=True, metadata={"help": "Compute the outputs of a frozen tower once, not in every epoch."}
+    )
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Folder for them, shared by runs; default: features in output_dir."}
+    )
+    class_balanced: bool = field(
+        default=False, metadata={"help": "Batches with equally many pairs of each class; needs labels."}
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Learning rate of a layer over that of the layer above it."}
+    )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Evaluate and keep an average of the weights over steps; 0.999 is usual."}
+    )
+    cudnn_benchmark: bool = field(
+        default=False, metadata={"help": "Let cuDNN time its kernels; batches have one size."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in _LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(_LOSSES)}, got {self.loss!r}")
+        for name in ("l2_sp", "distillation"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if self.grad_cache_chunk_size is not None and self.grad_cache_chunk_size < 1:
+            raise ValueError(f"grad_cache_chunk_size: expected at least 1, or None, got {self.grad_cache_chunk_size}")
+        if self.auto_batch and self.grad_cache_chunk_size is not None:
+            raise ValueError("auto_batch: chooses grad_cache_chunk_size, expected one of the two")
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"layer_decay: expected a factor in (0, 1], got {self.layer_decay}")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay: expected a decay in [0, 1), got {self.ema_decay}")
+        if self.cudnn_benchmark and self.full_determinism:
+            raise ValueError(
+                "cudnn_benchmark: its choice of kernels varies between runs; not with full_determinism=True"
+            )
+
+
+def default_learning_rate(model: nn.Module, *, lora: bool = False) -> float:
+    """The peak rate where nobody names one: 1e-5 at ViT-B/32's 150 million parameters, inversely to the size, between
+    5e-6 and 5e-4; for an adapter, whose weights start from nothing, 20 times that, 2e-3 at most.
+
+    The large checkpoints know much that a high rate would undo, hence the usual 5e-6 to 1e-5; what a small model knows
+    is not worth that care, and in the epochs that people train it would hardly move.
+    """
+    size = sum(parameter.numel() for parameter in model.parameters())
+    rate = min(max(1e-5 * _BASE_SIZE / max(size, 1), 5e-6), 5e-4)
+    return min(20.0 * rate, 2e-3) if lora else rate
+
+
+def check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
+    """That a trainer can be made of these; ``kwargs`` are its own.
+
+    Raises:
+        TypeError, ValueError: it cannot.
+    """
+    if not isinstance(args, CLIPTrainingArguments):
+        raise TypeError(f"args: expected clipft.CLIPTrainingArguments, got {type(args).__name__}")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"args: {args.n_gpu} GPUs in one process would split the negatives; start one process each (torchrun "
+            f"--nproc-per-node {args.n_gpu}), or choose one with CUDA_VISIBLE_DEVICES"
+        )
+    check_version(args)
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy: expected 'random', which resumes exactly, got {args.train_sampling_strategy!r}"
+        )
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16: needs a GPU; on a CPU train in bfloat16 (bf16=True) or float32")
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func: CLIPTrainer computes the loss named by args.loss; override compute_loss for another"
+        )
+
+
+def loss_of(args: CLIPTrainingArguments, model: Any) -> str:
+    """``"contrastive"`` or ``"sigmoid"``."""
+    return family_of(model).loss if args.loss == "auto" else args.loss
+
+
+def check_loss(args: CLIPTrainingArguments, model: Any) -> None:
+    """That this model can be trained with the loss named.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if loss_of(args, model) != "sigmoid":
+        return
+    if family_of(model).loss != "sigmoid":
+        raise ValueError(
+            f"loss: 'sigmoid' needs the logit bias that a SigLIP has; a {type(base_model(model)).__name__} has none: "
+            "choose 'contrastive'"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor: the sigmoid loss has no distribution to smooth, expected 0.0, got "
+            f"{args.label_smoothing_factor}"
+        )
