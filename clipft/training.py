@@ -45,6 +45,7 @@ from clipft.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_s
 __all__ = ["CLIPTrainer", "CLIPTrainingArguments", "default_learning_rate"]
 
 _logger = logging.getLogger(__name__)
+_FEW_EPOCHS = 5
 
 
 class CLIPTrainer(StagedCheckpoints):
@@ -67,7 +68,8 @@ class CLIPTrainer(StagedCheckpoints):
             fuse(model)
             check_loss(args, model)
         if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = _own_collator(model, args, kwargs.get("processing_class"))
+            rows = getattr(kwargs.get("train_dataset"), "__len__", lambda: 1)()
+            kwargs["data_collator"] = _own_collator(model, args, kwargs.get("processing_class"), rows)
         super().__init__(model=model, args=args, **kwargs)
         check_enabled(args, self.is_fsdp_enabled)
         if self.is_fsdp_enabled and model is not None:
@@ -115,7 +117,7 @@ class CLIPTrainer(StagedCheckpoints):
         if sharded or not self.args.cache_frozen or not isinstance(collator, CLIPDataCollator):
             return None
         frozen = frozen_towers(self.model)
-        passes = self._passes(len(rows)) if is_training else math.inf
+        passes = _passes(self.args, len(rows)) if is_training else math.inf
         captions = sorted({caption for own in rows.captions() for caption in own}) if "text" in frozen else []
         cache_texts = 0 < len(captions) < passes * len(rows)
         cache_images = (
@@ -145,13 +147,6 @@ class CLIPTrainer(StagedCheckpoints):
         )
 
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None  # around that loop, in place of tqdm
-
-    def _passes(self, rows: int) -> float:
-        """Epochs of the run, as planned."""
-        args = self.args
-        if args.max_steps <= 0:
-            return args.num_train_epochs
-        return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / rows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -393,11 +388,27 @@ class CLIPTrainer(StagedCheckpoints):
 # ---- parts ----
 
 
-def _own_collator(model: Any, args: CLIPTrainingArguments, processor: Any) -> CLIPDataCollator:
+def _passes(args: CLIPTrainingArguments, rows: int) -> float:
+    """Epochs of the run, as planned."""
+    if args.max_steps <= 0:
+        return args.num_train_epochs
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / max(rows, 1)
+
+
+def _own_collator(model: Any, args: CLIPTrainingArguments, processor: Any, rows: int) -> CLIPDataCollator:
     family_of_processor(processor)  # or an error
-    augmentation = augmentation_set(args.augmentation, **{name: getattr(args, name) for name in AUGMENTATION_OPTIONS})
+    kind = _default_augmentation(model, _passes(args, rows)) if args.augmentation == "auto" else args.augmentation
+    augmentation = augmentation_set(kind, **{name: getattr(args, name) for name in AUGMENTATION_OPTIONS})
     length = None if model is None else model.config.text_config.max_position_embeddings
     return CLIPDataCollator(processor, augmentation=augmentation, seed=args.seed, max_length=length)
+
+
+def _default_augmentation(model: Any, passes: float) -> str:
+    """Crops keep a tower from learning pictures by heart; in a few epochs it cannot, and they only slow it down. What a
+    frozen tower says of a picture is computed once, where the picture stays the same.
+    """
+    frozen = model is not None and "vision" in frozen_towers(model)
+    return "none" if frozen or passes <= _FEW_EPOCHS else "crop"
 
 
 def _times_world_size(embeds: Tensor, world_size: int) -> Tensor:

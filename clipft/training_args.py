@@ -23,8 +23,8 @@ _BASE_SIZE = 150e6  # parameters of ViT-B/32
 class CLIPTrainingArguments(TrainingArguments):
     """``TrainingArguments`` with the defaults of CLIP fine-tuning, and what only CLIP needs.
 
-    ``label_smoothing_factor`` smooths the targets of the contrastive loss. Augmentations are off by default; see
-    ``clipft.transforms.Augmentation`` for when each of them harms.
+    ``label_smoothing_factor`` smooths the targets of the contrastive loss. Runs of many epochs crop pictures a little;
+    ``clipft.transforms.Augmentation`` says when each random change harms.
     """
 
     learning_rate: float = field(
@@ -53,7 +53,11 @@ class CLIPTrainingArguments(TrainingArguments):
         metadata={"help": "auto: the model's own, contrastive for CLIP and sigmoid for SigLIP, which takes either."},
     )
     augmentation: str = field(
-        default="none", metadata={"help": "none, light, strong, industrial or medical; the options below override."}
+        default="auto",
+        metadata={
+            "help": "none, crop, light, strong, industrial, medical; auto: crop in runs of more than 5 epochs that "
+            "train the image tower, else none. The options below override."
+        },
     )
     random_resized_crop: float | None = field(
         default=None, metadata={"help": "Smallest share of the area a crop may keep; 0 for no random crop."}

@@ -49,9 +49,10 @@ class Augmentation:
     """Random changes to a training picture; all off by default. Each is drawn anew for every picture and epoch.
 
     Attributes:
-        random_resized_crop: smallest share of the picture's area that a crop may keep, in (0, 1], or None for the
-            checkpoint's own resize and centre crop. Small shares harm where the caption tells of something that a crop
-            may miss, and where size carries meaning.
+        random_resized_crop: smallest share of the area that a crop may keep, in (0, 1], or None for the checkpoint's
+            own resize and centre crop. The area is what the model sees of a picture, its centre square for most, so
+            that things have the size and shape that they have in use. Small shares harm where the caption tells of
+            something that a crop may miss, and where size carries meaning.
         horizontal_flip: probability. Harms where left and right mean something: text in pictures, radiographs, signs.
         color_jitter: strength of random brightness, contrast and saturation (hue: a quarter of it), at most 0.5. Harms
             where colour is in the captions, or carries a measurement.
@@ -87,6 +88,9 @@ class Augmentation:
 
 AUGMENTATIONS = {
     "none": Augmentation(),
+    # What a trainer's "auto" takes in long runs. The one change that supposes nothing of what pictures are about: text,
+    # radiographs, signs, colours and brightness all stay what they are.
+    "crop": Augmentation(random_resized_crop=0.8),
     # Any captioned photographs. open_clip's own crop; harms nothing but captions of what stands at the very edge.
     "light": Augmentation(random_resized_crop=0.9, color_jitter=0.1),
     # Few pictures of objects, many epochs. Harms where captions name colours, sides or small things, and short runs.
@@ -219,7 +223,10 @@ def _geometry(processor: Any, augmentation: Augmentation) -> list[Any]:
 
 
 class _RandomCrop:
-    """A crop of random size and place, at the model's size."""
+    """A crop of random size and place, at the model's size, within what the checkpoint's own resize and centre crop
+    show. (A crop of the whole of a long picture would be squashed, by up to 4/3, as nothing is in use: arXiv:1906.06423
+    on sizes that differ between training and use.)
+    """
 
     def __init__(self, processor: Any, target: Any, share: float) -> None:
         self.processor = processor
@@ -238,14 +245,36 @@ class _RandomCrop:
             box = self._box(width, height)
         return self._resized(pixels, box, pixels.shape[-1] / width, pixels.shape[-2] / height)
 
-    def _box(self, width: int, height: int) -> dict[str, int]:
-        return self.crop.make_params([torch.empty(3, height, width, device="meta")])
+    def _box(self, width: int, height: int) -> dict[str, float]:
+        """In pixels of the picture, drawn in the proportions of the model's input."""
+        shown_height, shown_width = self._shown(width, height)
+        scale = min(shown_height / self.side[0], shown_width / self.side[1])
+        canvas = [max(round(side * scale), 1) for side in self.side]
+        box = self.crop.make_params([torch.empty(3, *canvas, device="meta")])
+        down, across = shown_height / canvas[0], shown_width / canvas[1]
+        return {
+            "top": (height - shown_height) / 2 + down * box["top"],
+            "left": (width - shown_width) / 2 + across * box["left"],
+            "height": down * box["height"],
+            "width": across * box["width"],
+        }
 
-    def _reduction(self, box: dict[str, int]) -> int:
+    def _shown(self, width: int, height: int) -> tuple[float, float]:
+        """Height and width of the picture's middle that is left of it in use."""
+        if not self.processor.do_center_crop:
+            return height, width
+        size = self.processor.size
+        if size.shortest_edge:
+            across = down = min(width, height) / size.shortest_edge
+        else:
+            across, down = width / size.width, height / size.height
+        return min(height, self.side[0] * down), min(width, self.side[1] * across)
+
+    def _reduction(self, box: dict[str, float]) -> int:
         spare = min(box["height"] / self.side[0], box["width"] / self.side[1]) / _REDUCING_GAP
         return 1 if spare < 2 else min(2 ** int(math.log2(spare)), _LARGEST_REDUCTION)
 
-    def _resized(self, pixels: Tensor, box: dict[str, int], across: float, down: float) -> Tensor:
+    def _resized(self, pixels: Tensor, box: dict[str, float], across: float, down: float) -> Tensor:
         top, left = round(box["top"] * down), round(box["left"] * across)
         height, width = max(round(box["height"] * down), 1), max(round(box["width"] * across), 1)
         return v2.functional.resized_crop(pixels, top, left, height, width, self.side, self.resample, antialias=True)

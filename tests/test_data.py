@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -106,8 +107,24 @@ def test_flip_and_crop_do_what_they_say(processor) -> None:
     assert not torch.equal(jitter([row])["pixel_values"][0], plain)
 
 
+@pytest.mark.parametrize("size", [(200, 100), (100, 230), (1200, 900)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"size": {"shortest_edge": SIZE + 8}}, {"size": {"height": SIZE + 8, "width": SIZE + 4}}],
+    ids=["shortest edge", "larger edge", "both sides"],
+)
+def test_a_crop_is_of_what_the_model_sees_in_use(size: tuple[int, int], options: dict[str, Any], processor) -> None:
+    """With all of the area to keep it is the checkpoint's own, whatever the picture's shape."""
+    own = CLIPImageProcessor(
+        **({"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}} | options)
+    )
+    whole, plain = (build_transform(own, Augmentation(random_resized_crop=share)) for share in (1.0, None))
+    image = smooth(*size)
+    assert (whole(image) - plain(image)).abs().mean() < 0.1  # half a pixel; a squashed picture differs by .2 to .8
+
+
 def test_augmentation_sets(processor) -> None:
-    assert list(AUGMENTATIONS) == [name.value for name in AugmentationSet]
+    assert ["auto", *AUGMENTATIONS] == [name.value for name in AugmentationSet]
     assert augmentation_set("none") == Augmentation()
     medical, industrial = AUGMENTATIONS["medical"], AUGMENTATIONS["industrial"]
     assert (medical.horizontal_flip, medical.color_jitter) == (0, 0)
@@ -116,7 +133,9 @@ def test_augmentation_sets(processor) -> None:
     assert industrial.blur > 0
     mixed = augmentation_set("strong", horizontal_flip=0.0, random_resized_crop=0, rotation=None)
     assert (mixed.horizontal_flip, mixed.random_resized_crop, mixed.rotation) == (0, None, 10)
-    with pytest.raises(ValueError, match="augmentation: expected one of none, light, strong, industrial, medical"):
+    with pytest.raises(
+        ValueError, match="augmentation: expected one of none, crop, light, strong, industrial, medical"
+    ):
         augmentation_set("heavy")
     row = {"image": picture(5)[0], "caption": "x", "draw": (0, 0)}
     for name, augmentation in AUGMENTATIONS.items():

@@ -15,6 +15,7 @@ from tiny_trainer import losses, trainer_of
 from torch.utils.data import Dataset
 
 import clipft
+from clipft.transforms import augmentation_set
 
 
 def run(
@@ -72,6 +73,23 @@ def test_augmented_pictures_are_not_cached(tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
     run(tmp_path, captioned(16), strategy="towers", seen=seen, horizontal_flip=0.5)
     assert seen == {"vision": 32, "text": 16}
+
+
+@pytest.mark.parametrize("strategy", ["none", "text", "vision", "towers"])
+def test_long_runs_crop_pictures_unless_their_tower_is_frozen(strategy: str, tmp_path: Path) -> None:
+    loaded = tiny_clip()
+    clipft.freeze(loaded[0], strategy)
+    for options, kind, overridden in (
+        ({"num_train_epochs": 6}, "crop", {}),
+        ({"max_steps": 6}, "crop", {}),  # of one batch each
+        ({"num_train_epochs": 5}, "none", {}),
+        ({"max_steps": 5}, "none", {}),
+        ({"num_train_epochs": 6, "horizontal_flip": 0.5}, "crop", {"horizontal_flip": 0.5}),
+        ({"num_train_epochs": 1, "augmentation": "light"}, "light", {}),
+    ):
+        trainer = trainer_of(tmp_path, captioned(8), loaded=loaded, **options)
+        frozen = strategy in ("vision", "towers") and kind == "crop"
+        assert trainer.data_collator.augmentation == augmentation_set("none" if frozen else kind, **overridden)
 
 
 def test_what_a_single_epoch_would_compute_anyway_is_not_kept(tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ class Loss(StrEnum):
 class AugmentationSet(StrEnum):
     """Sets of random changes, ``clipft.transforms.AUGMENTATIONS``, which says when each harms."""
 
+    auto = "auto"
     none = "none"
+    crop = "crop"
     light = "light"
     strong = "strong"
     industrial = "industrial"
@@ -164,8 +166,12 @@ def train(
     on_bad_row: BadRows = OnBadRow.error,
     allow_outside: AllowOutside = False,
     augmentation: Annotated[
-        AugmentationSet, typer.Option(help="Random changes to training pictures; the six options below override.")
-    ] = AugmentationSet.none,
+        AugmentationSet,
+        typer.Option(
+            help="Random changes to training pictures: auto is crop in runs of more than 5 epochs that train the image "
+            "tower, else none; the six options below override."
+        ),
+    ] = AugmentationSet.auto,
     random_resized_crop: Annotated[
         float | None, typer.Option(help="Random crops that keep at least this share of the area, as 0.8; 0: none.")
     ] = None,
