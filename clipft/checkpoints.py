@@ -6,14 +6,20 @@ import json
 import logging
 import re
 import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
-__all__ = ["StagedCheckpoints", "last_checkpoint"]
+__all__ = ["StagedCheckpoints", "check_checkpoint", "kept", "last_checkpoint"]
 
 _logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -33,13 +39,14 @@ class StagedCheckpoints(Trainer):
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            self._write_checkpoint(staging / name, model, trial)
-        finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()  # every rank has written its random state
-        self._publish(staging / name, folder / name)
+        with _reported(staging, folder / name):
+            self._staging = staging
+            try:
+                self._write_checkpoint(staging / name, model, trial)
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()  # every rank has written its random state
+            self._publish(staging / name, folder / name)
 
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         """All its files."""
@@ -68,35 +75,103 @@ class StagedCheckpoints(Trainer):
             self._push_from_checkpoint(str(final))
 
 
+@contextmanager
+def _reported(staging: Path, final: Path) -> Iterator[None]:
+    """A full disk and the like: the unfinished files make room, and the error names what is kept."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save's zip writer, among many others of that class
+        if isinstance(error, RuntimeError) and not re.search("inline_container|iostream", str(error)):
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"{final}: the checkpoint cannot be written ({reason}) and is not there; {kept(final.parent)}. Make room "
+            "and resume"
+        ) from error
+
+
+def kept(folder: str | Path) -> str:
+    """What is left of a run that ends before its time, in words."""
+    whole = next((path for path in _by_step(folder) if not _fault(path)), None)
+    return f"the last whole checkpoint is {whole}" if whole else f"there is no checkpoint in {folder}"
+
+
 def last_checkpoint(folder: str | Path) -> Path:
-    """The whole checkpoint with the highest step; unfinished ones are passed over with a warning.
+    """The whole checkpoint with the highest step; unfinished and damaged ones are passed over with a warning.
 
     Raises:
         ValueError: there is none.
     """
-    found = [
-        (int(match[1]), path)
-        for path in Path(folder).glob("checkpoint-*")
-        if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    for _, path in sorted(found, reverse=True):
-        missing = _missing_from(path)
-        if not missing:
+    for path in _by_step(folder):
+        fault = _fault(path)
+        if not fault:
             return path
-        _logger.warning("%s is not a whole checkpoint (%s): resuming from an earlier one", path, missing)
+        _logger.warning("%s is not a whole checkpoint (%s): resuming from an earlier one", path, fault)
     raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint-N in {folder}, found none")
 
 
-def _missing_from(checkpoint: Path) -> str:
-    """What a checkpoint lacks for an exact resume, or an empty string."""
-    weights = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-    if not any((checkpoint / name).is_file() for name in weights):
-        return "no weights"
-    for pattern in ("optimizer.*", "scheduler.pt", "rng_state*.pth"):  # FSDP's optimizer.bin
-        if not any(checkpoint.glob(pattern)):
-            return f"no {pattern}"
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "no readable trainer_state.json"
+def check_checkpoint(path: str | Path) -> None:
+    """That a run can go on from it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if fault := _fault(Path(path)):
+        raise ValueError(f"resume_from_checkpoint: {path} is not a whole checkpoint ({fault})")
+
+
+def _by_step(folder: str | Path) -> list[Path]:
+    """Latest first."""
+    named = ((_CHECKPOINT.fullmatch(path.name), path) for path in Path(folder).glob("checkpoint-*"))
+    return [path for _, path in sorted(((int(match[1]), path) for match, path in named if match), reverse=True)]
+
+
+def _fault(checkpoint: Path) -> str:
+    """What stands in the way of an exact resume, or an empty string."""
+    kinds = ("*model*.safetensors", "optimizer.*", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
+    found = {kind: sorted(checkpoint.glob(kind)) for kind in kinds}  # FSDP's optimizer.bin, and one random state a rank
+    if absent := [kind for kind in kinds if not found[kind]]:
+        return f"no {absent[0]}"
+    index = sorted(checkpoint.glob("*.safetensors.index.json"))
+    for path in (*index, *(path for paths in found.values() for path in paths)):
+        try:
+            _READERS[path.name.partition(".")[2]](path)
+        except Exception as error:  # whatever a damaged file may lead to
+            return f"{path.name} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     return ""
+
+
+def _read_index(path: Path) -> None:
+    for name in set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()):
+        _read_safetensors(path.parent / name)
+
+
+def _read_safetensors(path: Path) -> None:
+    with safe_open(path, "pt"):  # the header, and that the file is as long as it says
+        pass
+
+
+def _read_pickle(path: Path) -> None:
+    """torch's own zip file, whole by its checksums, with nothing in it but tensors and plain values."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    with safe_globals():
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _read_state(path: Path) -> None:
+    if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+        raise ValueError("expected a JSON object")
+
+
+_READERS = {
+    "safetensors.index.json": _read_index,
+    "safetensors": _read_safetensors,
+    "pt": _read_pickle,
+    "pth": _read_pickle,
+    "bin": _read_pickle,
+    "json": _read_state,
+}

@@ -24,10 +24,11 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from clipft.auto_batch import fitting_chunk
-from clipft.checkpoints import StagedCheckpoints, last_checkpoint
+from clipft.checkpoints import StagedCheckpoints, check_checkpoint, kept, last_checkpoint
 from clipft.data import CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows
 from clipft.evaluation import embed_texts, index_texts
 from clipft.families import base_model, family_of, family_of_processor
+from clipft.faults import all_finite, non_finite_message, worker_deaths
 from clipft.features import FrozenTowers, frozen_towers
 from clipft.forgetting import StartingPoint
 from clipft.fused import loss_scalars
@@ -74,6 +75,7 @@ class CLIPTrainer(StagedCheckpoints):
         check_enabled(args, self.is_fsdp_enabled)
         if self.is_fsdp_enabled and model is not None:
             make_shardable(model)
+        self._losses: list[Tensor] = []  # of the step's micro-batches
         # Hugging Face's smoother is for class logits; compute_loss passes the factor to the contrastive loss.
         self.label_smoother = None
         self.add_callback(_ClampLogitScale)
@@ -217,6 +219,41 @@ class CLIPTrainer(StagedCheckpoints):
         """As in Trainer; with ``grad_cache_chunk_size`` the towers see the batch in chunks, and ``l2_sp`` and
         ``distillation`` pull towards the start.
         """
+        loss = self._pulled(model, inputs, num_items_in_batch)
+        self._losses.append(loss.detach())
+        return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer: the batches of a step."""
+        self._losses = []
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As in Trainer, before each step: one whose loss or gradient is not finite is not taken."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None
+        if not all_finite(self._losses, norm, scaled=scaled, ranks=self.args.world_size):
+            model.zero_grad()
+            kept = self._keep(model)
+            raise FloatingPointError(non_finite_message(self, self._losses, norm, kept))
+        return norm
+
+    def _keep(self, model: Any) -> str:
+        """Save the state of the step before, and say what is left of the run."""
+        step = self.state.global_step
+        there = step == 0 or (Path(str(self.args.output_dir)) / f"checkpoint-{step}").exists()
+        if (
+            self.args.save_strategy != "no"
+            and not there
+            and (self.is_fsdp_enabled or all(bool(p.isfinite().all()) for p in model.parameters()))
+        ):
+            self._save_checkpoint(model, trial=None)
+        return self._kept()
+
+    def _kept(self) -> str:
+        return kept(str(self.args.output_dir))
+
+    def _pulled(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         if self._start is None:
             return self._backward(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
@@ -347,10 +384,18 @@ class CLIPTrainer(StagedCheckpoints):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; ``resume_from_checkpoint=True`` takes the last whole checkpoint and passes over
-        unfinished ones.
+        unfinished and damaged ones.
+
+        Raises:
+            FloatingPointError: a step's loss or gradient is not finite. Model and, unless nothing is to be saved, a
+                checkpoint have the state before it.
+            ChildProcessError: a process that loads pictures has died.
+            OSError: a checkpoint cannot be written; earlier ones are kept.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint(str(self.args.output_dir)))
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
         self._warn_of_slow_bf16()
         if self.args.auto_batch:
             self.args.grad_cache_chunk_size = self._fitting_chunk()
@@ -359,7 +404,7 @@ class CLIPTrainer(StagedCheckpoints):
                 raise ValueError("l2_sp, distillation: expected a model that is whole on each process, not sharded")
             start = cast(nn.Module, self.model)
             self._start = StartingPoint(start, l2_sp=self.args.l2_sp, distillation=self.args.distillation)
-        with _cudnn_benchmark(self.args.cudnn_benchmark):
+        with _cudnn_benchmark(self.args.cudnn_benchmark), worker_deaths(self._kept):
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._average:  # the best model's file holds an average already
             self._average.finish(keep=not self.args.load_best_model_at_end)

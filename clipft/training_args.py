@@ -42,6 +42,9 @@ class CLIPTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(
         default=32, metadata={"help": "As in training, so that the losses compare."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Off: CLIPTrainer stops before a step that is not finite."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "The trainer picks the columns that it needs itself."}
     )

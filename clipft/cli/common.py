@@ -74,7 +74,9 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):  # one that was killed
+                raise
             Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "red"), _one_line(error)))
             raise typer.Exit(2) from error
 
