@@ -135,7 +135,7 @@ def _fault(checkpoint: Path) -> str:
     if absent := [kind for kind in kinds if not found[kind]]:
         return f"no {absent[0]}"
     index = sorted(checkpoint.glob("*.safetensors.index.json"))
-    for path in (*index, *(path for paths in found.values() for path in paths)):
+    for path in (*index, *checkpoint.glob("*.safetensors"), *(path for paths in found.values() for path in paths)):
         try:
             _READERS[path.name.partition(".")[2]](path)
         except Exception as error:  # whatever a damaged file may lead to

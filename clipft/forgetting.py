@@ -73,7 +73,7 @@ class StartingPoint:
     def pull(self, model: nn.Module, scale: float) -> None:
         """Add L2-SP's gradient, lambda (w - w_start), times ``scale``, to the gradients of ``model``."""
         for name, parameter in model.named_parameters():
-            if name in self._weights:
+            if name in self._weights and parameter.requires_grad:  # not a layer that waits
                 start = self._weights[name] = self._weights[name].to(parameter.device)
                 gradient = (parameter - start).mul_(self.l2_sp * scale)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

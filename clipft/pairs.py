@@ -75,7 +75,12 @@ def load_pairs(
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row: expected 'error' or 'skip', got {on_bad_row!r}")
-    reading = Reading((image_column, caption_column, label_column), on_bad_row == "skip", allow_outside)
+    named = (image_column, caption_column, label_column)
+    return load_reading(path_or_name, Reading(named, on_bad_row == "skip", allow_outside), split)
+
+
+def load_reading(path_or_name: str | Path, reading: Reading, split: str = "train") -> datasets.Dataset:
+    """As :func:`load_pairs`; ``reading`` then says what was left out."""
     dataset = read_pairs(path_or_name, split, reading)
     if reading.skip:
         dataset = _drop_unreadable(dataset, str(path_or_name), reading)

@@ -5,14 +5,19 @@ hence equal on all ranks and after a resume.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from clipft.data import column_names, mix_seed
 
-__all__ = ["ClassBalancedSampler", "labels_of"]
+__all__ = ["ClassBalancedSampler", "HardNegativeSampler", "hardest", "labels_of", "positives_of_each_other"]
 
 
 class ClassBalancedSampler(Sampler[tuple[int, int, int]]):
@@ -64,3 +69,126 @@ def labels_of(dataset: Any) -> list[int]:
         raise ValueError(f"class_balanced: expected a data set with a column 'label', found {sorted(names)}")
     by_column = hasattr(dataset, "column_names")
     return list(dataset["label"]) if by_column else [dataset[index]["label"] for index in range(len(dataset))]
+
+
+# ---- mined hard negatives ----
+
+HARD_NEGATIVES = "hard_negatives.safetensors"
+_SHARE = 0.95  # of a pair's own similarity: what is nearer is rather a caption that fits as well
+_CANDIDATES = 8  # for each negative wanted: some are taken by then
+
+
+class HardNegativeSampler(Sampler[tuple[int, int]]):
+    """Batches made of neighbourhoods: a pair and the hardest negatives of it that are left in the epoch.
+
+    Every row comes once an epoch. The order follows from seed, epoch and the embeddings as the epoch begins; a
+    checkpoint within the epoch takes it along.
+
+    Args:
+        embed: from nothing to image and text embeddings of all rows, [N, D] each, L2-normalised, equal on all ranks.
+        positives: of each row a number; rows of equal number are no negatives of each other.
+        negatives: mined for a pair.
+        batch_size: of all ranks together.
+        seed: of all draws.
+        epoch: the number of the coming epoch.
+    """
+
+    def __init__(
+        self,
+        embed: Callable[[], tuple[Tensor, Tensor]],
+        positives: Sequence[int],
+        negatives: int,
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+    ) -> None:
+        self.embed, self.positives, self.negatives, self.batch_size = embed, list(positives), negatives, batch_size
+        self.seed, self.epoch = seed, epoch
+        self._mined: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.positives)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.epoch()
+        if self._mined[0] != epoch:
+            self._mined = (epoch, self._mine(epoch))
+        return ((epoch, index) for index in self._mined[1])
+
+    def _mine(self, epoch: int) -> list[int]:
+        images, texts = self.embed()
+        count = _CANDIDATES * self.negatives
+        candidates = hardest(images, texts, torch.tensor(self.positives, device=images.device), count).tolist()
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch, "hard negatives"))
+        left, neighbourhoods = set(range(len(self))), []
+        for anchor in torch.randperm(len(self), generator=generator).tolist():
+            if anchor in left:
+                neighbourhoods.append(self._neighbourhood(anchor, candidates[anchor], left))
+        neighbourhoods.sort(key=len, reverse=True)  # so that few are cut by the end of a batch
+        rows = [row for own in neighbourhoods for row in own]
+        whole = len(rows) // self.batch_size
+        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        order = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]
+        return [row for number in order for row in batches[number]]
+
+    def _neighbourhood(self, anchor: int, candidates: list[int], left: set[int]) -> list[int]:
+        rows, seen = [anchor], {self.positives[anchor]}
+        for row in candidates:
+            if len(rows) <= self.negatives and row in left and self.positives[row] not in seen:
+                rows.append(row)
+                seen.add(self.positives[row])
+        left.difference_update(rows)
+        return rows
+
+    def save(self, folder: Path) -> None:
+        """What a resume within the epoch needs: the embeddings as it began are gone by then."""
+        epoch, rows = self._mined
+        save_file({"epoch": torch.tensor([epoch]), "rows": torch.tensor(rows)}, folder / HARD_NEGATIVES)
+
+    def load(self, folder: Path) -> None:
+        """Take up :meth:`save`.
+
+        Raises:
+            ValueError: nothing is there, or not of these rows.
+        """
+        path = folder / HARD_NEGATIVES
+        if not path.is_file():
+            raise ValueError(
+                f"hard_negatives: expected {HARD_NEGATIVES} in {folder}, which a run with them leaves there"
+            )
+        stored = load_file(path)
+        if sorted(stored["rows"].tolist()) != list(range(len(self))):
+            raise ValueError(f"{path}: expected an order of the {len(self)} rows that train here")
+        self._mined = (int(stored["epoch"]), stored["rows"].tolist())
+
+
+def hardest(images: Tensor, texts: Tensor, positives: Tensor, count: int, chunk: int = 1024) -> Tensor:
+    """Of each pair the rows that are hardest to tell from it, [N, count], hardest first, then -1.
+
+    How hard: the larger similarity of one's picture to the other's text. Left out: rows of the same number in
+    ``positives`` [N], and those nearer than 95 % of a pair's own similarity, either way (NV-Retriever,
+    arXiv:2407.15831, TopK-PercPos). Takes N² D operations, ``chunk`` rows at once.
+    """
+    own = (images * texts).sum(1)
+    limit = own - (1.0 - _SHARE) * own.abs()
+    parts = []
+    for start in range(0, len(images), chunk):
+        rows = slice(start, start + chunk)
+        to_texts, to_images = images[rows] @ texts.T, texts[rows] @ images.T
+        near = (to_texts > limit[rows, None]) | (to_images > limit)
+        score = torch.maximum(to_texts, to_images)
+        score.masked_fill_(near | (positives[rows, None] == positives), -torch.inf)
+        value, index = score.topk(min(count, len(images)))
+        parts.append(index.masked_fill(value.isneginf(), -1))
+    return torch.cat(parts)
+
+
+def positives_of_each_other(captions: Sequence[Sequence[str]], labels: Sequence[int] | None = None) -> list[int]:
+    """A number for each row; equal where rows share a caption or a label, directly or through others."""
+    marks = [[*own, *([] if labels is None else [labels[row]])] for row, own in enumerate(captions)]
+    place = {mark: number for number, mark in enumerate(dict.fromkeys(mark for own in marks for mark in own))}
+    links = [(row, len(marks) + place[mark]) for row, own in enumerate(marks) for mark in own]
+    size = len(marks) + len(place)
+    rows, columns = zip(*links, strict=True)
+    graph = coo_array(([1] * len(links), (rows, columns)), shape=(size, size))
+    return list(connected_components(graph, directed=False)[1][: len(marks)].tolist())

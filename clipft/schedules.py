@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-__all__ = ["WeightAverage", "depth_from_top", "split_by_depth"]
+__all__ = ["GradualUnfreezing", "WeightAverage", "depth_from_top", "split_by_depth"]
 
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 _LAYER = re.compile(r"\b(text|vision)_model\.encoder\.layers\.(\d+)\.")
@@ -64,6 +64,43 @@ def split_by_depth(optimizer: torch.optim.Optimizer, model: nn.Module, layer_dec
             optimizer.add_param_group({**group, "params": params, "lr": group["lr"] * layer_decay**below})
 
 
+# ---- gradual unfreezing ----
+
+
+class GradualUnfreezing(TrainerCallback):
+    """The top layer of each tower trains first, and one more below it every so many epochs (ULMFiT,
+    arXiv:1801.06146, 3.2); what is above the layers trains from the start, the embeddings come last.
+
+    Parameters of a layer that waits are frozen: no gradient, no decay, no moments, and the backward pass ends above
+    them. The optimiser has them from the start.
+    """
+
+    def __init__(self, model: Callable[[], Any], epochs: float) -> None:
+        self.model, self.epochs = model, epochs
+        self._layers: list[tuple[int, nn.Parameter]] = []  # with their depth
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What the run trains, and how much of it now, which a resumed run knows by its epoch."""
+        layers = tower_layers(self.model())
+        depths = ((depth_from_top(name, layers), p) for name, p in self.model().named_parameters() if p.requires_grad)
+        self._layers = [(depth, parameter) for depth, parameter in depths if depth > 1]
+        if not self._layers:
+            raise ValueError("gradual_unfreezing: expected layers that train below the top one, all are frozen")
+        self.on_step_begin(args, state, control)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Unfreeze the layers whose time has come."""
+        deepest = 1 + int((state.epoch or 0.0) / self.epochs + 1e-6)
+        for depth, parameter in self._layers:
+            parameter.requires_grad_(depth <= deepest)
+
+    def finish(self) -> None:
+        """The run is over: what it would have trained counts as trained, as before."""
+        for _, parameter in self._layers:
+            parameter.requires_grad_(True)
+        self._layers = []
+
+
 # ---- averaged weights ----
 
 
@@ -82,11 +119,14 @@ class WeightAverage(TrainerCallback):
         self._resting = False
 
     def _trained(self) -> dict[str, Tensor]:
-        return {name: parameter.data for name, parameter in self.model().named_parameters() if parameter.requires_grad}
+        """As the run begins; a layer that waits (:class:`GradualUnfreezing`) is among them."""
+        parameters = self.model().named_parameters()
+        return {name: p.data for name, p in parameters if (name in self.average if self.average else p.requires_grad)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start from the weights as they are, unless a checkpoint was loaded."""
         if not self.average or state.global_step == 0:
+            self.average = {}
             self.average = {name: weights.clone() for name, weights in self._trained().items()}
 
     @torch.no_grad()
@@ -94,7 +134,7 @@ class WeightAverage(TrainerCallback):
         """One step of the average."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         for name, weights in self._trained().items():
-            self.average.setdefault(name, weights.clone()).lerp_(weights, 1.0 - decay)
+            self.average[name].lerp_(weights, 1.0 - decay)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -112,10 +152,9 @@ class WeightAverage(TrainerCallback):
 
     def _swap(self) -> None:
         for name, weights in self._trained().items():
-            if name in self.average:
-                held = weights.clone()
-                weights.copy_(self.average[name])
-                self.average[name].copy_(held)
+            held = weights.clone()
+            weights.copy_(self.average[name])
+            self.average[name].copy_(held)
 
     def finish(self, *, keep: bool) -> None:
         """The run is over: with ``keep`` the averaged weights stay in the model."""

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from clipft.auto_batch import fitting_chunk
 from clipft.checkpoints import StagedCheckpoints, check_checkpoint, kept, last_checkpoint
-from clipft.data import CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows
+from clipft.data import CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows, column_names
 from clipft.evaluation import embed_texts, index_texts
 from clipft.families import base_model, family_of, family_of_processor
 from clipft.faults import all_finite, non_finite_message, worker_deaths
@@ -37,8 +37,8 @@ from clipft.metrics import retrieval_metrics
 from clipft.models import fuse
 from clipft.ops import contrastive_loss, sigmoid_loss
 from clipft.precision import bf16_speedup
-from clipft.sampling import ClassBalancedSampler, labels_of
-from clipft.schedules import WeightAverage, split_by_depth
+from clipft.sampling import ClassBalancedSampler, HardNegativeSampler, labels_of, positives_of_each_other
+from clipft.schedules import GradualUnfreezing, WeightAverage, split_by_depth
 from clipft.sharding import as_saved, check_enabled, gather_for_features, make_shardable
 from clipft.training_args import CLIPTrainingArguments, check_arguments, check_loss, default_learning_rate, loss_of
 from clipft.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_set
@@ -79,13 +79,19 @@ class CLIPTrainer(StagedCheckpoints):
         # Hugging Face's smoother is for class logits; compute_loss passes the factor to the contrastive loss.
         self.label_smoother = None
         self.add_callback(_ClampLogitScale)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            for name in ("ema_decay", "gradual_unfreezing", "hard_negatives"):
+                if getattr(args, name):
+                    raise ValueError(f"{name}: not with FSDP or DeepSpeed, where no process has the whole weights")
         if args.ema_decay:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("ema_decay: not with FSDP or DeepSpeed, where no process has the whole weights")
             self._average = WeightAverage(lambda: self.model, args.ema_decay)
             self.add_callback(self._average)
+        if args.gradual_unfreezing:  # after the average, which takes what trains as the run begins
+            self._unfreezing = GradualUnfreezing(lambda: self.model, args.gradual_unfreezing)
+            self.add_callback(self._unfreezing)
 
     _average: WeightAverage | None = None
+    _unfreezing: GradualUnfreezing | None = None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As in Trainer, and fused."""
@@ -159,7 +165,32 @@ class CLIPTrainer(StagedCheckpoints):
 
         if self.args.class_balanced:
             return ClassBalancedSampler(labels_of(getattr(rows, "dataset", rows)), seed, epoch)
+        if self.args.hard_negatives:
+            data = getattr(rows, "dataset", rows)
+            positives = positives_of_each_other(
+                PairRows(data, self.args.caption_templates).captions(),
+                labels_of(data) if "label" in column_names(data) else None,
+            )
+            batch_size = self.args.train_batch_size * self.args.world_size
+            embed = partial(self._embeddings, data)
+            self._mined = HardNegativeSampler(embed, positives, self.args.hard_negatives, batch_size, seed, epoch)
+            if self._resumed:
+                self._mined.load(self._resumed)
+            return self._mined
         return EpochSampler(len(rows), seed, epoch)
+
+    _mined: HardNegativeSampler | None = None
+    _resumed: Path | None = None
+
+    def _embeddings(self, data: Any) -> tuple[Tensor, Tensor]:
+        """Of all rows, by the weights as they are, without augmentation; equal on all ranks."""
+        model = cast(nn.Module, self.model).eval()
+        parts = []
+        for batch in self.get_test_dataloader(data):
+            embeds = self.prediction_step(model, batch, prediction_loss_only=False)[1]
+            parts.append(self.accelerator.gather_for_metrics(embeds))
+        images, texts = (torch.cat(side).float() for side in zip(*parts, strict=True))
+        return images, texts
 
     # ---- loss and optimiser ----
 
@@ -405,7 +436,12 @@ class CLIPTrainer(StagedCheckpoints):
             start = cast(nn.Module, self.model)
             self._start = StartingPoint(start, l2_sp=self.args.l2_sp, distillation=self.args.distillation)
         with _cudnn_benchmark(self.args.cudnn_benchmark), worker_deaths(self._kept):
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            try:
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self._resumed = None
+                if self._unfreezing:
+                    self._unfreezing.finish()
         if self._average:  # the best model's file holds an average already
             self._average.finish(keep=not self.args.load_best_model_at_end)
         return result
@@ -415,6 +451,7 @@ class CLIPTrainer(StagedCheckpoints):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed = Path(resume_from_checkpoint)
         if self._average:
             self._average.load_trained(Path(resume_from_checkpoint))
 
@@ -423,11 +460,13 @@ class CLIPTrainer(StagedCheckpoints):
         super()._save(output_dir, None if state_dict is None else as_saved(state_dict, self.model))
 
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
-        """As in Trainer, with averaged weights, and beside them those that train."""
+        """As in Trainer, with averaged weights, and beside them what else an exact resume needs."""
         with self._averaged():
             super()._write_checkpoint(folder, model, trial)
             if self._average and self.args.should_save:
                 self._average.save_trained(folder)
+        if self._mined and self.args.should_save:
+            self._mined.save(folder)
 
 
 # ---- parts ----

@@ -100,6 +100,14 @@ class CLIPTrainingArguments(TrainingArguments):
     class_balanced: bool = field(
         default=False, metadata={"help": "Batches with equally many pairs of each class; needs labels."}
     )
+    hard_negatives: int = field(
+        default=0,
+        metadata={"help": "Put each pair into a batch with so many of its hardest negatives, mined each epoch."},
+    )
+    gradual_unfreezing: float = field(
+        default=0.0,
+        metadata={"help": "Epochs after which one more layer trains, from the top down; 0: all from the start."},
+    )
     layer_decay: float = field(
         default=1.0, metadata={"help": "Learning rate of a layer over that of the layer above it."}
     )
@@ -121,6 +129,14 @@ class CLIPTrainingArguments(TrainingArguments):
             raise ValueError(f"grad_cache_chunk_size: expected at least 1, or None, got {self.grad_cache_chunk_size}")
         if self.auto_batch and self.grad_cache_chunk_size is not None:
             raise ValueError("auto_batch: chooses grad_cache_chunk_size, expected one of the two")
+        if self.hard_negatives < 0 or (self.hard_negatives and self.class_balanced):
+            raise ValueError(
+                f"hard_negatives: expected a number of at least 0, and 0 with class_balanced, got {self.hard_negatives}"
+            )
+        if self.gradual_unfreezing < 0.0:
+            raise ValueError(f"gradual_unfreezing: expected epochs, at least 0, got {self.gradual_unfreezing}")
+        if self.gradual_unfreezing and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # the layers that wait
         if not 0.0 < self.layer_decay <= 1.0:
             raise ValueError(f"layer_decay: expected a factor in (0, 1], got {self.layer_decay}")
         if not 0.0 <= self.ema_decay < 1.0:

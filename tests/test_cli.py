@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from tiny_clip import captioned, class_folders, picture, tiny_clip
 from transformers import CLIPModel
 from typer.testing import CliRunner
@@ -242,6 +243,18 @@ def test_help_needs_no_torch() -> None:
     assert "--early-stopping-patience" in done.stdout
 
 
+def test_help_has_every_option_of_train_in_a_group() -> None:
+    from clipft.cli.panels import PANELS
+
+    options = typer.main.get_command(app).commands["train"].params  # type: ignore[attr-defined]
+    assert {option.name for option in options} == {name for names in PANELS.values() for name in names}
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "70"}).output
+    sections = [section.split(":\n", 1) for section in shown.split("\n\n") if ":\n" in section]
+    assert [heading for heading, _ in sections][: len(PANELS)] == list(PANELS)
+    assert "--lr " in dict(sections)["Schedule"]
+    assert all(option.opts[0] in shown for option in options)
+
+
 def test_train_on_real_pictures(base: Path, data_folder: Path, tmp_path: Path) -> None:
     """A random model of a hundred thousand parameters learns to tell radiographs in two epochs."""
     options = ["--epochs", 2, "--lr", 1e-3, "--batch-size", 32, "--template", "a radiograph, {}"]
@@ -260,3 +273,15 @@ def test_bad_rows_are_left_out_and_counted(base: Path, tmp_path: Path) -> None:
     result = run("evaluate", *options, "--on-bad-row", "skip")
     assert result.exit_code == 0, result.output
     assert "on 12 pictures" in result.output
+
+
+def test_rows_left_out_of_training_are_in_the_report(base: Path, tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "data", 20)
+    (data / "red" / "broken.png").write_bytes(b"")
+    options = ["--model", base, "--data", data, "--epochs", 1, "--control-data", "none", "--on-bad-row", "skip"]
+    result = run("train", *options, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    skipped = json.loads((tmp_path / "run" / "report.json").read_text())["skipped"]
+    assert list(skipped) == [str(data)]
+    assert skipped[str(data)]["count"] == 1
+    assert "the image cannot be read" in skipped[str(data)]["rows"][0]

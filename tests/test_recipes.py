@@ -1,7 +1,8 @@
-"""Class-balanced batches, layer-wise learning-rate decay, averaged weights; and that a resume is exact with all."""
+"""Class-balanced batches, layer-wise rates, gradual unfreezing, averaged weights; and an exact resume with all."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,53 @@ def test_the_lower_layers_move_less(tmp_path: Path) -> None:
     assert 0.0 < moved[0.3] < 0.1 * moved[1.0]
 
 
+# ---- gradual unfreezing ----
+
+
+class Trainable(TrainerCallback):
+    """Which parameters got a gradient in each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[set[str]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.steps.append({name for name, p in model.named_parameters() if p.grad is not None})
+
+
+def layers_of(names: set[str]) -> set[str]:
+    return {name.split(".layers.")[1][0] for name in names if ".layers." in name}
+
+
+def test_one_layer_more_trains_every_so_many_epochs(tmp_path: Path) -> None:
+    seen = Trainable()
+    options: dict[str, Any] = {"gradual_unfreezing": 0.5, "num_train_epochs": 2, "l2_sp": 0.1, "layer_decay": 0.9}
+    trainer = trainer_of(tmp_path, captioned(32), callbacks=[seen], **options)
+    start = dict(tiny_clip()[0].named_parameters())
+    trainer.train()
+    expected = [{"2"}] * 2 + [{"1", "2"}] * 2 + [{"0", "1", "2"}] * 4
+    assert [layers_of(names) for names in seen.steps] == expected
+    embeddings = [any("embeddings" in name for name in names) for names in seen.steps]
+    assert embeddings == [False] * 6 + [True] * 2
+    assert all({"logit_scale", "text_projection.weight"} <= names for names in seen.steps)
+    assert all(not torch.equal(p, start[name]) for name, p in trainer.model.named_parameters() if "k_proj" not in name)
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_layers_that_are_frozen_anyway_stay_frozen(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    clipft.freeze(model, "vision:2")
+    before = copy.deepcopy(model.vision_model.encoder.layers[0])
+    seen = Trainable()
+    options: dict[str, Any] = {"gradual_unfreezing": 1.0, "num_train_epochs": 3}
+    trainer_of(tmp_path, captioned(8), loaded=(model, processor), callbacks=[seen], **options).train()
+    vision = [{name for name in names if "vision_model" in name} for names in seen.steps]
+    assert [layers_of(names) for names in vision] == [{"2"}, {"1", "2"}, {"1", "2"}]
+    assert same(model.vision_model.encoder.layers[0], before)
+    clipft.freeze(model, "towers")
+    with pytest.raises(ValueError, match="gradual_unfreezing: expected layers that train below the top one"):
+        trainer_of(tmp_path, captioned(8), loaded=(model, processor), **options).train()
+
+
 # ---- averaged weights ----
 
 
@@ -171,6 +219,7 @@ RECIPE: dict[str, Any] = {
     "class_balanced": True,
     "layer_decay": 0.7,
     "ema_decay": 0.99,
+    "gradual_unfreezing": 0.7,
     "num_train_epochs": 3,
     "random_resized_crop": 0.5,
     "save_strategy": "steps",
@@ -196,7 +245,9 @@ def test_a_checkpoint_without_the_trained_weights_is_an_error(tmp_path: Path) ->
         trainer_of(tmp_path, captioned(8), ema_decay=0.9, **options).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize(("name", "value"), [("layer_decay", 0.0), ("layer_decay", 1.5), ("ema_decay", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("layer_decay", 0.0), ("layer_decay", 1.5), ("ema_decay", 1.0), ("gradual_unfreezing", -1.0)]
+)
 def test_arguments_are_checked(tmp_path: Path, name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         clipft.CLIPTrainingArguments(output_dir=str(tmp_path), **{name: value})

@@ -60,7 +60,7 @@ def control_set(control_data: str) -> tuple[Any, str] | None:
 class Outcome:
     """Scores by stage (``before``, ``fine_tuned`` with ``--wise-ft``, ``after``) on the test rows and the control set.
 
-    ``test``, ``control``: a ``clipft.scoring.Scorer`` each.
+    ``test``, ``control``: a ``clipft.scoring.Scorer`` each; ``skipped``: why rows of each source were left out.
     """
 
     test: Any
@@ -70,6 +70,7 @@ class Outcome:
     found: dict[str, Any] = field(default_factory=dict)
     controls: dict[str, Any] = field(default_factory=dict)
     swept: Any = None
+    skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def measure(self, stage: str) -> None:
         """Score the model as it is now."""
@@ -97,6 +98,8 @@ class Outcome:
         if self.swept is not None:
             report["wise_ft"] = self.swept.to_json()
         report["test"] = {"data": self.test_name, "pictures": len(self.test.dataset)}
+        if self.skipped:  # with --on-bad-row skip
+            report["skipped"] = {source: {"count": len(why), "rows": why} for source, why in self.skipped.items()}
         kept = [{k: v for k, v in entry.items() if k in _KEPT or _is_metric(k)} for entry in log_history]
         report["history"] = [entry for entry in kept if entry.keys() - {"step", "epoch"}]
         report["environment"] = versions

@@ -35,6 +35,7 @@ from clipft.cli.outcome import (
     check_report_to,
     control_set,
 )
+from clipft.cli.panels import Grouped
 
 if TYPE_CHECKING:
     import datasets
@@ -95,7 +96,7 @@ def demo(
     run(output, console)
 
 
-@app.command()
+@app.command(cls=Grouped)
 @user_errors
 def train(
     context: typer.Context,
@@ -156,6 +157,14 @@ def train(
     class_balanced: Annotated[
         bool, typer.Option("--class-balanced", help="Equally many pictures of each class in a batch.")
     ] = False,
+    hard_negatives: Annotated[
+        int,
+        typer.Option(min=0, help="Put each pair into a batch with so many of its hardest negatives, mined each epoch."),
+    ] = 0,
+    gradual_unfreezing: Annotated[
+        float,
+        typer.Option(min=0.0, help="Epochs after which one more layer trains, from the top down; 0: all at once."),
+    ] = 0.0,
     layer_decay: Annotated[
         float, typer.Option(help="Learning rate of a layer over that of the layer above; 0.75 is usual.")
     ] = 1.0,
@@ -194,7 +203,8 @@ def train(
     config: Config = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --output.")] = False,
     early_stopping_patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many epochs without a better --metric; keep the best.")
+        int | None,
+        typer.Option(min=1, help="Stop after so many epochs without a better --metric; keep the best."),
     ] = None,
     metric: Annotated[
         str, typer.Option(help="For early stopping: loss, image_to_text_R@1, text_to_image_R@5, ...")
@@ -225,7 +235,7 @@ def train(
         validate=validate,
         seed=seed,
         console=console,
-        on_bad_row=on_bad_row.value,
+        on_bad_row=on_bad_row,
         allow_outside=allow_outside,
     )
     control = control_set(control_data)
@@ -254,6 +264,8 @@ def train(
         loss=loss.value,
         label_smoothing_factor=label_smoothing,
         class_balanced=class_balanced,
+        hard_negatives=hard_negatives,
+        gradual_unfreezing=gradual_unfreezing,
         layer_decay=layer_decay,
         ema_decay=ema_decay,
         grad_cache_chunk_size=grad_cache_chunk_size,
@@ -287,6 +299,7 @@ def train(
         console=console,
     )
     outcome = Outcome(scorer(sets.test), sets.test_name, *((control and (scorer(control[0]), control[1])) or ()))
+    outcome.skipped = sets.skipped
     outcome.measure("before")
     line = WeightLine(clip) if wise_ft else None
     trainer.train(resume_from_checkpoint=_resume_point(output, console) if resume else None)
@@ -377,26 +390,41 @@ class Sets:
     validation: datasets.Dataset | None
     test: datasets.Dataset
     test_name: str
+    skipped: dict[str, list[str]]  # by source, why each row was left out
 
 
 def _load_sets(
-    data: str, eval_data: str | None, *, validate: bool, seed: int, console: Console, **reading: Any
+    data: str,
+    eval_data: str | None,
+    *,
+    validate: bool,
+    seed: int,
+    console: Console,
+    on_bad_row: OnBadRow,
+    allow_outside: bool,
 ) -> Sets:
-    from clipft import load_pairs
+    from clipft.pairs import Reading, load_reading
 
-    train, validation = load_pairs(data, **reading), None
+    skipped: dict[str, list[str]] = {}
+
+    def load(source: str) -> datasets.Dataset:
+        how = Reading(skip=on_bad_row is OnBadRow.skip, allow_outside=allow_outside)
+        rows, skipped[source] = load_reading(source, how), how.skipped
+        return rows
+
+    train, validation = load(data), None
     if eval_data is None:
         train, test = _hold_out(train, HELD_OUT, seed)
         test_name = f"{len(test)} pictures of {data}, held out of training (seed {seed})"
     else:
-        test = load_pairs(eval_data, **reading)
+        test = load(eval_data)
         test_name = f"{len(test)} pictures of {eval_data}"
     if validate:
         train, validation = _hold_out(train, VALIDATION, seed)
     console.print(f"training on {len(train)} pictures of {data}; testing on {test_name}")
     if validation is not None:
         console.print(f"{len(validation)} more pictures, held out of training, choose the epoch or the weights")
-    return Sets(train, validation, test, test_name)
+    return Sets(train, validation, test, test_name, skipped if on_bad_row is OnBadRow.skip else {})
 
 
 def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
