@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from clipft import reference as reference
     from clipft.data import CLIPDataCollator as CLIPDataCollator
     from clipft.embedding import embed as embed
+    from clipft.evaluation import evaluate_heads as evaluate_heads
     from clipft.evaluation import evaluate_knn as evaluate_knn
     from clipft.evaluation import evaluate_linear_probe as evaluate_linear_probe
     from clipft.evaluation import evaluate_retrieval as evaluate_retrieval
     from clipft.evaluation import evaluate_zero_shot as evaluate_zero_shot
     from clipft.export import export_onnx as export_onnx
     from clipft.forgetting import wise_ft as wise_ft
+    from clipft.heads import add_head as add_head
+    from clipft.heads import classify as classify
     from clipft.lora import add_lora as add_lora
+    from clipft.losses import dice_loss as dice_loss
+    from clipft.losses import focal_loss as focal_loss
     from clipft.models import freeze as freeze
     from clipft.models import fuse as fuse
     from clipft.models import load as load
@@ -55,6 +60,10 @@ _MODULE_OF = {
     "OnnxCLIP": "clipft.onnx_clip",
     "embed": "clipft.embedding",
     "search": "clipft.vectors",
+    "add_head": "clipft.heads",
+    "classify": "clipft.heads",
+    "focal_loss": "clipft.losses",
+    "dice_loss": "clipft.losses",
     "load": "clipft.models",
     "freeze": "clipft.models",
     "fuse": "clipft.models",
@@ -63,6 +72,7 @@ _MODULE_OF = {
     "CLIPDataCollator": "clipft.data",
     "CLIPTrainer": "clipft.training",
     "CLIPTrainingArguments": "clipft.training",
+    "evaluate_heads": "clipft.evaluation",
     "evaluate_knn": "clipft.evaluation",
     "evaluate_linear_probe": "clipft.evaluation",
     "evaluate_retrieval": "clipft.evaluation",

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from clipft.families import MOST_TOKENS, family_of_processor
+from clipft.losses import MISSING
 from clipft.pixels import UNREADABLE
 from clipft.shards import read_slice, shard_of
 from clipft.transforms import Augmentation, EncodedPicture, build_transform, stack_pictures
@@ -45,7 +47,8 @@ class PairRows(Dataset[dict[str, Any]]):
     training row. A data set without captions gets them from its class names through ``templates``. With
     ``images=False`` rows come without their pictures, for a collator that has features of them, and carry ``index``
     instead. With ``encoded=True`` the pictures are not decoded yet (:class:`clipft.transforms.EncodedPicture`), where
-    the data set has their files.
+    the data set has their files. With ``captions=False`` rows come without them, for a loss that needs none.
+    ``heads`` names data columns with the classes of each: rows then carry ``targets``, the class in each of them.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class PairRows(Dataset[dict[str, Any]]):
         *,
         images: bool = True,
         encoded: bool = False,
+        captions: bool = True,
+        heads: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(f"dataset: expected one with a length and rows by index, got {type(dataset).__name__}")
@@ -64,8 +69,10 @@ class PairRows(Dataset[dict[str, Any]]):
         columns = column_names(dataset)
         if "image" not in columns:
             raise ValueError(f"dataset: expected a column 'image', found {sorted(columns)}; clipft.load_pairs renames")
+        self.targets = {name: class_targets(dataset, name, classes) for name, classes in (heads or {}).items()}
+        self.has_captions = captions
         self._class_captions: list[list[str]] | None = None
-        if "caption" not in columns:
+        if captions and "caption" not in columns:
             self._class_captions = _class_captions(dataset, columns, templates)
         self._images = images
         self._source = dataset if images else _drop_images(dataset, columns)
@@ -78,13 +85,15 @@ class PairRows(Dataset[dict[str, Any]]):
     def __getitem__(self, key: int | tuple[int, ...]) -> dict[str, Any]:
         index = key[1] if isinstance(key, tuple) else key
         row = read_row(self._source, index)
-        pair: dict[str, Any] = {"captions": self._captions_of(row, index)}
+        pair: dict[str, Any] = {"captions": self._captions_of(row, index)} if self.has_captions else {}
         if self._images:
             pair["image"] = row["image"]
         else:
             pair["index"] = index
         if self._class_captions is not None:
             pair["label"] = int(row["label"])
+        if self.targets:
+            pair["targets"] = [int(own[index]) for own in self.targets.values()]
         if isinstance(key, tuple):
             pair["draw"] = key
         return pair
@@ -152,10 +161,45 @@ def column_names(dataset: Any) -> list[str]:
     return list(names if names is not None else dataset[0])
 
 
-def class_names_of(dataset: Any) -> list[str] | None:
-    """The names behind the column ``label``, if the data set has them."""
-    feature = (getattr(dataset, "features", None) or {}).get("label")
+def column_values(dataset: Any, column: str) -> list[Any]:
+    """A column's values, without decoding pictures where the data set allows it."""
+    by_column = hasattr(dataset, "column_names")
+    return list(dataset[column]) if by_column else [dataset[index][column] for index in range(len(dataset))]
+
+
+def class_names_of(dataset: Any, column: str = "label") -> list[str] | None:
+    """The names behind the column ``label``, or another, if the data set has them."""
+    feature = (getattr(dataset, "features", None) or {}).get(column)
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def class_targets(dataset: Any, column: str, class_names: Sequence[str]) -> np.ndarray[Any, Any]:
+    """[N] int64: for each row the place of its class in ``class_names``, which need not be those of the data set;
+    ``MISSING`` where it has none.
+
+    Raises:
+        ValueError: no such column, or a class that is not among the names.
+    """
+    if column not in column_names(dataset):
+        raise ValueError(
+            f"dataset: expected a column {column!r} with the classes {list(class_names)[:5]}, found "
+            f"{sorted(column_names(dataset))}"
+        )
+    own, place = class_names_of(dataset, column), {name: number for number, name in enumerate(class_names)}
+
+    def target(value: Any) -> int:
+        if value is None or value == -1:  # how datasets write an unknown ClassLabel
+            return MISSING
+        if own is None and not isinstance(value, str):
+            return int(value) if 0 <= value < len(class_names) else -1
+        return place.get(value if own is None else own[value], -1)
+
+    values = column_values(dataset, column)
+    targets = np.array([target(value) for value in values], dtype=np.int64)
+    if (targets == -1).any():
+        other = sorted({str(values[row] if own is None else own[values[row]]) for row in (targets == -1).nonzero()[0]})
+        raise ValueError(f"dataset: column {column!r}: expected classes among {list(class_names)}, found {other[:10]}")
+    return targets
 
 
 def _class_captions(dataset: Any, columns: list[str], templates: Sequence[str]) -> list[list[str]]:
@@ -220,6 +264,11 @@ class FrozenFeatures:
     text_rows: dict[str, int] | None = None
 
 
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a collator's batch, what the model's forward takes."""
+    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
+
+
 class CLIPDataCollator:
     """Rows to a batch: ``pixel_values``, ``input_ids``, ``attention_mask``, ``labels``.
 
@@ -261,8 +310,8 @@ class CLIPDataCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of N rows with U distinct captions: ``pixel_values`` [N, 3, H, W], ``input_ids`` and
         ``attention_mask`` [U, L], ``text_index`` [N] where U < N, ``labels`` [N]; ``image_pooler_output`` [N, D] and
-        ``text_pooler_output`` [U, D] instead where features are known. NaFlex models get patches (see
-        ``clipft.naflex``), SigLIP's an ``attention_mask`` only where their tokenizer gives one."""
+        ``text_pooler_output`` [U, D] instead where features are known; ``targets`` [N, K] of K heads. NaFlex models get
+        patches (see ``clipft.naflex``), SigLIP's an ``attention_mask`` only where their tokenizer gives one."""
         pictures, captions = zip(*map(self._draw, rows), strict=True)
         known = self.features or FrozenFeatures()
         batch: dict[str, Tensor] = {}
@@ -277,6 +326,8 @@ class CLIPDataCollator:
             batch["labels"] = torch.tensor(
                 [mix_seed(label) if isinstance(label, str) else int(label) for label in labels]
             )
+        if all("targets" in row for row in rows):
+            batch["targets"] = torch.tensor([row["targets"] for row in rows])
         return batch
 
     def _texts(self, captions: list[str], known: FrozenFeatures) -> dict[str, Tensor]:

@@ -15,11 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from clipft.data import DEFAULT_TEMPLATES, PairRows, class_names_of, read_row, render, tokenize
+from clipft.data import (
+    DEFAULT_TEMPLATES,
+    PairRows,
+    class_names_of,
+    class_targets,
+    column_names,
+    read_row,
+    render,
+    tokenize,
+)
+from clipft.heads import heads_of
+from clipft.losses import MISSING
 from clipft.metrics import RESAMPLES, Classification, Retrieval
 from clipft.transforms import build_transform, stack_pictures
 
-__all__ = ["evaluate_knn", "evaluate_linear_probe", "evaluate_retrieval", "evaluate_zero_shot"]
+__all__ = ["evaluate_heads", "evaluate_knn", "evaluate_linear_probe", "evaluate_retrieval", "evaluate_zero_shot"]
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -101,6 +112,58 @@ def evaluate_zero_shot(
     )
     classes = class_embeddings(model, processor, class_names, templates, batch_size)
     return _with_intervals(Classification(labels, (image_embeds @ classes.t()).numpy(), class_names), resamples, seed)
+
+
+def evaluate_heads(
+    model: nn.Module,
+    processor: Any,
+    dataset: Any,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: Progress | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Classify pictures by the model's classification heads.
+
+    Args:
+        model, processor, batch_size, num_workers, progress, resamples, seed: as in :func:`evaluate_retrieval`; the
+            model with heads (``clipft.add_head``).
+        dataset: columns ``image`` and those that heads are named after; a row without a value does not count.
+
+    Returns:
+        For each head with a column in the data set, by its name, what :func:`evaluate_zero_shot` returns.
+
+    Raises:
+        ValueError: no head has a column here, or a column has a class that its head does not know.
+    """
+    image_embeds = embed_images(
+        model, processor, Pictures(dataset), batch_size=batch_size, num_workers=num_workers, progress=progress
+    )
+    found = heads_found(model, image_embeds, dataset)
+    if not found:
+        raise ValueError(
+            f"dataset: expected a column of the model's heads, {sorted(heads_of(model)) or 'of which it has none'}, "
+            f"found {sorted(column_names(dataset))}"
+        )
+    return {name: _with_intervals(part, resamples, seed) for name, part in found.items()}
+
+
+def heads_found(model: Any, image_embeds: Tensor, dataset: Any) -> dict[str, Classification]:
+    """What the heads make of image embeddings [N, D], L2-normalised, of a data set's rows: of those with a value, for
+    each head with a column that has any.
+    """
+    found = {}
+    for name, head in heads_of(model).items():
+        if name in column_names(dataset):
+            targets = class_targets(dataset, name, head.class_names)
+            known = targets != MISSING
+            with torch.no_grad():
+                logits = head(image_embeds.to(head.weight.device)).cpu().numpy()
+            if known.any():
+                found[name] = Classification(targets[known], logits[known], head.class_names)
+    return found
 
 
 def evaluate_linear_probe(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clipft.data import model_inputs
 from clipft.families import check_model
 from clipft.metrics import Classification, Retrieval
 from clipft.models import check_float, unfuse
@@ -52,17 +53,19 @@ class StartingPoint:
         """The batch that the next :meth:`distance` is about."""
         if self._model is None:
             return
-        features = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad(), autocast():
-            outputs = self._model(**features, return_logits=False)
-        self._targets = (outputs.image_embeds.float(), outputs.text_embeds.float())
+            outputs = self._model(**model_inputs(inputs), return_logits=False)
+        embeds = (outputs.image_embeds, outputs.text_embeds)
+        self._targets = tuple(part.float() for part in embeds if part is not None)
 
-    def distance(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor | float:
-        """``distillation`` times the mean squared distance of [N, D] embeddings, L2-normalised, to the start's."""
+    def distance(self, *embeds: Tensor) -> Tensor | float:
+        """``distillation`` times the mean squared distance of [N, D] embeddings, L2-normalised, of pictures and, where
+        the batch has any, of texts, to the start's.
+        """
         if not self._targets:
             return 0.0
-        pairs = zip((image_embeds, text_embeds), self._targets, strict=True)
-        parts = [(embeds.float() - target).square().sum(1).mean() for embeds, target in pairs]
+        pairs = zip(embeds, self._targets, strict=True)
+        parts = [(own.float() - target).square().sum(1).mean() for own, target in pairs]
         return self.distillation * torch.stack(parts).mean()
 
     def forget_batch(self) -> None:

@@ -28,7 +28,7 @@ __all__ = [
     "FusedLastLayer",
     "FusedQuickGELU",
     "fuse_last_layer",
-    "loss_scalars",
+    "loss_parameters",
     "normalised",
     "records",
 ]
@@ -42,11 +42,12 @@ _MAX_DIM = 8  # of the ops' inputs
 
 @dataclass
 class FusedCLIPOutput(CLIPOutput):
-    """``CLIPOutput`` and, last, the multiplier of the cosines (``logit_scale.exp()``), so that a loss outside the model
-    can use it.
+    """``CLIPOutput`` and, last, the multiplier of the cosines (``logit_scale.exp()``) and the weights of the model's
+    classification heads, so that a loss outside the model can use them.
     """
 
     logit_scale: Tensor | None = None
+    head_weights: tuple[Tensor, ...] | None = None
 
 
 class FusedCLIPModel(CLIPModel):
@@ -120,6 +121,7 @@ class FusedCLIPModel(CLIPModel):
             text_model_output=text,
             vision_model_output=vision,
             logit_scale=scale,
+            head_weights=head_weights(self),
         )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -136,10 +138,18 @@ FusedCLIPModel.__name__ = CLIPModel.__name__
 FusedCLIPModel.__module__ = CLIPModel.__module__
 
 
-def loss_scalars(output: Any) -> tuple[Tensor, ...]:
-    """What the loss takes besides embeddings, of a fused model's output: the scale, and the bias if there is one."""
+def loss_parameters(output: Any) -> tuple[Tensor, ...]:
+    """What losses take besides embeddings, of a fused model's output: the heads' weights, the scale, and the bias if
+    there is one.
+    """
     bias = getattr(output, "logit_bias", None)
-    return (output.logit_scale,) if bias is None else (output.logit_scale, bias)
+    return (*(output.head_weights or ()), output.logit_scale, *(() if bias is None else (bias,)))
+
+
+def head_weights(model: Any) -> tuple[Tensor, ...] | None:
+    """[C, D] each, as an output of forward: several processes share the gradients of what they find in its graph."""
+    weights = tuple(head.weight.view_as(head.weight) for head in getattr(model, "heads", ()))
+    return weights or None
 
 
 def _new_fused_model() -> FusedCLIPModel:

@@ -13,7 +13,7 @@ from transformers import Siglip2Model, SiglipModel
 from transformers.models.siglip.modeling_siglip import SiglipOutput
 from transformers.utils.generic import can_return_tuple
 
-from clipft.fused import normalised
+from clipft.fused import head_weights, normalised
 
 __all__ = ["FusedSiglip2Model", "FusedSiglipModel"]
 
@@ -26,6 +26,7 @@ class FusedSiglipOutput(SiglipOutput):
 
     logit_scale: Tensor | None = None
     logit_bias: Tensor | None = None
+    head_weights: tuple[Tensor, ...] | None = None
 
 
 class _Fused:
@@ -93,6 +94,7 @@ class _Fused:
             vision_model_output=cast(Any, vision),
             logit_scale=scale,
             logit_bias=bias,
+            head_weights=head_weights(self),
         )
 
 

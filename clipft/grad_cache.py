@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipft.fused import loss_scalars
+from clipft.fused import loss_parameters
 
 __all__ = ["cached_backward", "chunks"]
 
@@ -38,11 +38,10 @@ def cached_backward(
 
     Args:
         model: a fused model, also inside peft or ``DistributedDataParallel``.
-        inputs: its inputs: pictures (pixels or features), texts (tokens or features), and ``text_index`` where equal
-            texts come once.
+        inputs: its inputs: pictures (pixels or features), texts (tokens or features) if the loss has any, and
+            ``text_index`` where equal texts come once.
         chunk_size: pictures or texts that a tower sees at once.
-        loss_fn: from image_embeds [N, D], text_embeds [N, D], the logit scale and the bias, if there is one, to the
-            loss.
+        loss_fn: from image_embeds [N, D], text_embeds [N, D] or None, and what ``loss_parameters`` gives, to the loss.
         backward: of a scalar, as ``Tensor.backward`` or ``Accelerator.backward``.
         autocast: context of the forward passes.
         no_sync: context of the backward passes of all chunks but the last, where gradients are shared by processes.
@@ -58,7 +57,7 @@ def cached_backward(
             outputs = model(**chunk, return_logits=False)
         parts.append((outputs.image_embeds, outputs.text_embeds))
     index = inputs.get("text_index")
-    loss, gradients, of_scalars = _loss_and_gradients(parts, loss_scalars(outputs), index, loss_fn)
+    loss, gradients, of_shared = _loss_and_gradients(parts, loss_parameters(outputs), index, loss_fn)
     for number, (chunk, state, gradient) in enumerate(zip(pieces, states, gradients, strict=True)):
         last = number == len(pieces) - 1
         with nullcontext() if last else no_sync():
@@ -68,7 +67,8 @@ def cached_backward(
             embeds = (outputs.image_embeds, outputs.text_embeds)
             carried = [(e.float() * g).sum() for e, g in zip(embeds, gradient, strict=True) if g is not None]
             if last:
-                carried += [scalar * g for scalar, g in zip(loss_scalars(outputs), of_scalars, strict=True)]
+                shared = zip(loss_parameters(outputs), of_shared, strict=True)
+                carried += [(own * g).sum() for own, g in shared if g is not None]
             total = torch.stack(carried).sum()
             if total.requires_grad:
                 backward(total)
@@ -79,20 +79,22 @@ Pair = tuple[Tensor | None, Tensor | None]  # of pictures and of texts, where th
 
 
 def _loss_and_gradients(
-    parts: list[Pair], scalars: tuple[Tensor, ...], text_index: Tensor | None, loss_fn: Loss
-) -> tuple[Tensor, list[Pair], list[Tensor]]:
-    """The loss of all embeddings, and its gradient for each chunk's embeddings and for the scale and bias."""
+    parts: list[Pair], shared: tuple[Tensor, ...], text_index: Tensor | None, loss_fn: Loss
+) -> tuple[Tensor, list[Pair], list[Tensor | None]]:
+    """The loss of all embeddings, and its gradient for each chunk's embeddings and for what it shares."""
     sides = [[part for part in side if part is not None] for side in zip(*parts, strict=True)]
-    leaves = [leaf.detach().requires_grad_() for leaf in (*map(torch.cat, sides), *scalars)]
-    images, texts, *scalar_leaves = leaves
-    loss = loss_fn(images, texts if text_index is None else texts[text_index], *scalar_leaves)
+    images, texts = (torch.cat(side).detach().requires_grad_() if side else None for side in sides)
+    leaves = [tensor.detach().requires_grad_() for tensor in shared]
+    loss = loss_fn(images, texts if text_index is None or texts is None else texts[text_index], *leaves)
     loss.backward()
-    gradients = [cast(Tensor, leaf.grad) for leaf in leaves]
-    pieces = [iter(g.split([len(part) for part in side])) for g, side in zip(gradients, sides, strict=False)]
+    pieces = [
+        iter(() if joined is None else cast(Tensor, joined.grad).split([len(part) for part in side]))
+        for joined, side in zip((images, texts), sides, strict=True)
+    ]
     pairs = [
         tuple(None if part is None else next(own) for part, own in zip(pair, pieces, strict=True)) for pair in parts
     ]
-    return loss.detach(), cast(list[Pair], pairs), gradients[2:]
+    return loss.detach(), cast(list[Pair], pairs), [leaf.grad for leaf in leaves]
 
 
 def chunks(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from clipft.charts import interval_bar, line_chart
-from clipft.report import number, write_text
+from clipft.report import by_class, number, title_of, write_text
 
 __all__ = ["write_html"]
 
@@ -18,6 +18,7 @@ _TITLES = {
     "retrieval": "Retrieval",
     "linear_probe": "Linear probe",
     "knn": "Nearest neighbours",
+    "head": "Classification head",
 }
 _LARGEST_MATRIX = 25  # classes
 
@@ -44,9 +45,9 @@ def write_html(
     page = {
         "title": title,
         "report": report,
-        "results": [_table(report, kind, stages) for kind in _TITLES if kind in report[stages[-1]]],
-        "control": [_table(control, kind, stages) for kind in _TITLES if kind in control["after"]] if control else [],
-        "classes": _classes(report[stages[-1]].get("zero_shot"), stages[-1]),
+        "results": [_table(report, kind, stages) for kind in report[stages[-1]]],
+        "control": [_table(control, kind, stages) for kind in control["after"]] if control else [],
+        "classes": _classes(report[stages[-1]], stages[-1]),
         "curves": _curves(report.get("history", [])),
         "wise_ft": _wise_ft(report["wise_ft"]) if "wise_ft" in report else None,
         "examples": examples,
@@ -66,7 +67,7 @@ def _table(report: dict[str, Any], kind: str, stages: list[str]) -> dict[str, An
     if len(last.get("per_class", range(6))) <= 5 and "top5" in names:
         names.remove("top5")  # of five classes all are
     return {
-        "title": _TITLES[kind],
+        "title": _TITLES.get(kind, f"Attribute: {title_of(kind)}"),
         "stages": [_STAGES[stage] for stage in stages],
         "rows": [_row(report, kind, stages, name) for name in names],
     }
@@ -95,19 +96,21 @@ def _cell(name: str, value: float, edges: list[float]) -> dict[str, str]:
     return {"value": number(name, value), "interval": " to ".join(number(name, edge) for edge in edges)}
 
 
-def _classes(zero_shot: dict[str, Any] | None, stage: str) -> dict[str, Any] | None:
+def _classes(result: dict[str, Any], stage: str) -> dict[str, Any] | None:
     """Per class rows and, up to a size, the confusion matrix with each row's shares."""
-    if zero_shot is None:
+    kind = by_class(result)
+    if kind is None:
         return None
-    names = [row["class"] for row in zero_shot["per_class"]]
-    edges = zero_shot["intervals"]["per_class"]
+    found = result[kind]
+    names = [row["class"] for row in found["per_class"]]
+    edges = found["intervals"]["per_class"]
     rows = [
         {
             "class": row["class"],
             "support": row["support"],
             "cells": [_cell(name, row[name], own[name]) for name in ("precision", "recall", "f1")],
         }
-        for row, own in zip(zero_shot["per_class"], edges, strict=True)
+        for row, own in zip(found["per_class"], edges, strict=True)
     ]
     matrix = [
         {
@@ -117,7 +120,7 @@ def _classes(zero_shot: dict[str, Any] | None, stage: str) -> dict[str, Any] | N
                 for column, count in enumerate(line)
             ],
         }
-        for row, (name, line) in enumerate(zip(names, zero_shot["confusion_matrix"], strict=True))
+        for row, (name, line) in enumerate(zip(names, found["confusion_matrix"], strict=True))
     ]
     shown = matrix if len(names) <= _LARGEST_MATRIX else []
     return {"stage": _STAGES[stage], "names": names, "rows": rows, "matrix": shown}
@@ -126,7 +129,8 @@ def _classes(zero_shot: dict[str, Any] | None, stage: str) -> dict[str, Any] | N
 def _curves(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Charts of what was logged, the losses together."""
     charts = []
-    metrics = sorted({name for entry in history for name in entry if name.startswith("eval_") and "R@1" in name[-3:]})
+    shown = ("R@1", "balanced_accuracy")
+    metrics = sorted({name for entry in history for name in entry if name.startswith("eval_") and name.endswith(shown)})
     for title, names in (
         ("Loss", {"loss": "training", "eval_loss": "held-out rows"}),
         ("Learning rate", {"learning_rate": "learning rate"}),

@@ -12,10 +12,15 @@ from clipft.report import number, write_text
 __all__ = ["write_model_card"]
 
 _HEADLINE = {
+    "head": ("accuracy", "balanced_accuracy", "macro_f1"),
     "zero_shot": ("accuracy", "balanced_accuracy", "macro_f1"),
     "retrieval": ("image_to_text_R@1", "text_to_image_R@1"),
 }
-_TASKS = {"zero_shot": "zero-shot-image-classification", "retrieval": "image-text-retrieval"}
+_TASKS = {
+    "head": "image-classification",
+    "zero_shot": "zero-shot-image-classification",
+    "retrieval": "image-text-retrieval",
+}
 
 
 def write_model_card(folder: Path, report: dict[str, Any], settings: dict[str, Any], *, adapter: bool) -> None:
@@ -100,5 +105,6 @@ def _table(report: dict[str, Any]) -> str:
             if kind in report["after"]:
                 stages = [report[stage][kind] for stage in ("before", "after")]
                 cells = [number(name, stage[name], stage["intervals"][name]) for stage in stages]
-                lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+                of_head = "head, " if kind == "head" else ""
+                lines.append(f"| {of_head}{name.replace('_', ' ')} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -21,6 +21,8 @@ from transformers.utils.hub import cached_file
 from clipft.families import FAMILIES, MODEL_NAMES, MOST_TOKENS, Family, Tower, base_model, check_model, family_of
 from clipft.fused import FusedCLIPModel, FusedQuickGELU, fuse_last_layer
 from clipft.fused_siglip import FusedSiglip2Model, FusedSiglipModel
+from clipft.heads import CONFIG as HEADS
+from clipft.heads import with_heads
 from clipft.lora import is_adapter_folder, load_merged
 
 __all__ = ["freeze", "fuse", "load", "unfuse"]
@@ -48,7 +50,8 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
             safetensors only.
 
     Returns:
-        A ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model`` in evaluation mode, and its processor, whose image
+        A ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model`` in evaluation mode, with the classification heads that it
+        was saved with (``clipft.heads``), and its processor, whose image
         processor is torchvision's: Hugging Face has two, their outputs differ by up to 0.015, and everything in clipft
         uses this one. An adapter comes as its base model with the adapter merged in; to train it on, load it into the
         base with ``peft.PeftModel.from_pretrained``.
@@ -71,9 +74,10 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     else:
         source = str(name_or_path)
     revision = kwargs.get("revision", "main")
-    family = _family(PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type"), source)
+    config = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    family = _family(config.get("model_type"), source)
     processor = _load_processor(family, source, revision)
-    model = _quantized(family, source, kwargs) or family.model.from_pretrained(source, use_safetensors=True, **kwargs)
+    model = _quantized(family, source, kwargs) or _float(family, source, bool(config.get(HEADS)), kwargs)
     tokenizer = cast(Any, processor).tokenizer
     if tokenizer.model_max_length > MOST_TOKENS:
         tokenizer.model_max_length = cast(Any, model.config).text_config.max_position_embeddings
@@ -102,6 +106,17 @@ def _load_processor(family: Family, source: str, revision: str) -> Any:
             "install torchvision"
         )
     return processor
+
+
+def _float(family: Family, source: str, has_heads: bool, kwargs: dict[str, Any]) -> Any:
+    """The model, with its classification heads where the configuration names some."""
+    kind: Any = with_heads(family.model) if has_heads else family.model
+    model, found = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **kwargs)
+    missing = sorted(name for name in found["missing_keys"] if name.startswith("heads."))
+    if missing:
+        raise ValueError(f"{source}: expected weights of the heads in config.json, these are missing: {missing}")
+    model.__class__ = family.model
+    return model
 
 
 def _quantized(family: Family, source: str, kwargs: dict[str, Any]) -> Any:

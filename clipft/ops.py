@@ -452,6 +452,14 @@ def _gather_rows(tensor: Tensor, counts: list[int], group: dist.ProcessGroup) ->
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def with_other_ranks(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows of all ranks, in rank order; the gradient is that of this rank's own."""
+    counts = _row_counts(len(tensor), tensor, group)
+    begin = sum(counts[: dist.get_rank(group)])
+    every = _gather_rows(tensor.detach(), counts, group)
+    return torch.cat([every[:begin], tensor, every[begin + len(tensor) :]])
+
+
 def _joined(op: str, image: Tensor, text: Tensor, group: dist.ProcessGroup) -> tuple[list[int], int, Tensor]:
     """Rows per rank, where this rank's begin, and the texts of all ranks."""
     counts = _row_counts(image.shape[0], image, group)

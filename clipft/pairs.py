@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,7 @@ def load_pairs(
     image_column: str | None = None,
     caption_column: str | None = None,
     label_column: str | None = None,
+    attribute_columns: Sequence[str] = (),
     on_bad_row: str = "error",
     allow_outside: bool = False,
 ) -> datasets.Dataset:
@@ -61,13 +63,14 @@ def load_pairs(
         image_column, caption_column, label_column: where they are not called by a usual name (``image``, ``file_name``,
             ``filepath``, ``path``; ``caption``, ``captions``, ``text``, ``title``; ``label``, ``class``); in shards, an
             extension or a member of the ``.json`` (usual: ``jpg`` and the like; ``txt``; ``cls``).
+        attribute_columns: further columns of classes, for heads of their own; empty or null is a value not known.
         on_bad_row: ``"error"``: a row without caption or file is an error here, a picture that cannot be decoded when
             its turn comes. ``"skip"`` leaves such rows out and logs how many and which; it decodes every picture once.
         allow_outside: let the paths in a file leave its folder.
 
     Returns:
         A ``datasets.Dataset`` with ``image`` (decoded to PIL on access) and ``caption`` (a string or a list of strings)
-        and / or ``label`` (a ``ClassLabel`` where the classes have names).
+        and / or ``label`` (a ``ClassLabel`` where the classes have names); the attributes as ``ClassLabel`` or None.
 
     Raises:
         FileNotFoundError: the file or folder, or an image that a table names, does not exist.
@@ -76,7 +79,8 @@ def load_pairs(
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row: expected 'error' or 'skip', got {on_bad_row!r}")
     named = (image_column, caption_column, label_column)
-    return load_reading(path_or_name, Reading(named, on_bad_row == "skip", allow_outside), split)
+    reading = Reading(named, on_bad_row == "skip", allow_outside, checked_attributes(attribute_columns))
+    return load_reading(path_or_name, reading, split)
 
 
 def load_reading(path_or_name: str | Path, reading: Reading, split: str = "train") -> datasets.Dataset:
@@ -97,6 +101,7 @@ class Reading:
         named: the columns of image, caption and label, where given.
         skip: leave bad rows out.
         allow_outside: let paths leave the file's folder.
+        attributes: columns kept beside these.
         skipped: why each row was left out.
         places: where each row of the result comes from, if the source says.
     """
@@ -104,6 +109,7 @@ class Reading:
     named: Sequence[str | None] = (None, None, None)
     skip: bool = False
     allow_outside: bool = False
+    attributes: Sequence[str] = ()
     skipped: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
 
@@ -185,6 +191,8 @@ def _from_folder(folder: Path, split: str, reading: Reading) -> datasets.Dataset
         or (folder / "dataset_dict.json").exists()
     ):
         return _canonical(_by_name(str(folder), split), str(folder), folder, reading)
+    if reading.attributes:
+        raise ValueError(f"attribute_columns: {folder} has class folders and no columns; give a table")
     return _from_class_folders(folder)
 
 
@@ -273,6 +281,7 @@ def _from_rows(rows: list[tuple[int, dict[str, Any]]], path: Path, reading: Read
         raise ValueError(f"{path}: expected at least one row, found none")
     keys = rows[0][1].keys()
     names = _find_columns(list(keys), str(path), reading.named)
+    _check_attributes(list(keys), names, str(path), reading)
     pictures: dict[str, dict[str, Any]] = {}
     for number, row in rows:
         where = f"{path}, row {number}"
@@ -280,12 +289,17 @@ def _from_rows(rows: list[tuple[int, dict[str, Any]]], path: Path, reading: Read
             if row.keys() != keys:
                 raise ValueError(f"{where}: expected the keys of row {rows[0][0]}, {sorted(keys)}, got {sorted(row)}")
             image = _safe_path(row[cast(str, names[0])], path.parent, where, reading)
-            _join(pictures, image, row, names[1:], where)
+            _join(pictures, image, row, names[1:], where, reading.attributes)
     return _assemble(pictures, names[1:], str(path), reading)
 
 
 def _join(
-    pictures: dict[str, dict[str, Any]], image: str, row: dict[str, Any], names: Sequence[str | None], where: str
+    pictures: dict[str, dict[str, Any]],
+    image: str,
+    row: dict[str, Any],
+    names: Sequence[str | None],
+    where: str,
+    attributes: Sequence[str],
 ) -> None:
     """Add a row to the picture that it names."""
     caption, label = names
@@ -295,8 +309,15 @@ def _join(
         raise ValueError(
             f"{where}: expected the label of an earlier row with this image, {known['label']!r}, got {row[label]!r}"
         )
+    values = {name: _attribute(row[name]) for name in attributes}
+    for name, value in values.items():
+        earlier = known.get("attributes", values)[name]
+        if None not in (earlier, value) and earlier != value:
+            raise ValueError(f"{where}: expected {name} of an earlier row with this image, {earlier!r}, got {value!r}")
+        values[name] = earlier if value is None else value
     picture = pictures.setdefault(image, {"captions": [], "place": where, "label": row[label] if label else None})
     picture["captions"] += captions
+    picture["attributes"] = values
 
 
 def _assemble(
@@ -316,6 +337,9 @@ def _assemble(
             features["caption"] = datasets.Value("string")
     if label:
         columns["label"], features["label"] = _encode_labels([picture["label"] for picture in pictures.values()])
+    for name in reading.attributes:
+        values = [picture["attributes"][name] for picture in pictures.values()]
+        columns[name], features[name] = _encode_attribute(values, name, where)
     reading.places = [picture["place"] for picture in pictures.values()]
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
@@ -351,6 +375,7 @@ def _from_shards(shards: Sequence[Path], where: str, reading: Reading) -> datase
                 "image": _first(files, [image] if image else _IMAGE_EXTENSIONS),
                 "caption": _first(fields, [caption] if caption else ("txt", *CAPTION_COLUMNS)),
                 "label": _first(fields, [label] if label else ("cls", *LABEL_COLUMNS)),
+                **{name: fields.get(name) for name in reading.attributes},
             }
             rows.append((f"{shard}, {key}", row))
     present = [name if any(row[name] is not None for _, row in rows) else None for name in ("caption", "label")]
@@ -366,7 +391,7 @@ def _from_shards(shards: Sequence[Path], where: str, reading: Reading) -> datase
                 raise ValueError(f"{place}: expected a picture ({', '.join(_IMAGE_EXTENSIONS)}), found none")
             if present[1] and row["label"] is None:
                 raise ValueError(f"{place}: expected a label, found none")
-            _join(pictures, row["image"], row, present, place)
+            _join(pictures, row["image"], row, present, place, reading.attributes)
     return _assemble(pictures, present, where, reading)
 
 
@@ -393,7 +418,37 @@ def _encode_labels(values: list[Any]) -> tuple[list[int], Any]:
     return [number[str(value)] for value in values], datasets.ClassLabel(names=names)
 
 
+def _attribute(value: Any) -> str | None:
+    """An attribute's value as text, None where it is not known."""
+    missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+    return None if missing else str(value).strip()
+
+
+def _encode_attribute(values: list[str | None], name: str, where: str) -> tuple[list[int | None], Any]:
+    """As named classes."""
+    names = sorted({value for value in values if value is not None})
+    if len(names) < 2:
+        raise ValueError(f"{where}: attribute_columns: expected two values or more in column {name!r}, found {names}")
+    number = {value: index for index, value in enumerate(names)}
+    return [None if value is None else number[value] for value in values], datasets.ClassLabel(names=names)
+
+
 # ---- columns ----
+
+
+def checked_attributes(names: Sequence[str]) -> list[str]:
+    """Names of columns, each once, other than those that have a place of their own."""
+    taken = {"image", "caption", "label"}
+    if isinstance(names, str) or len(set(names)) < len(names) or taken & set(names):
+        raise ValueError(f"attribute_columns: expected a list of columns other than {sorted(taken)}, got {names!r}")
+    return list(names)
+
+
+def _check_attributes(columns: Sequence[str], used: Sequence[str | None], where: str, reading: Reading) -> None:
+    rest = [column for column in columns if column not in used]
+    wrong = [name for name in reading.attributes if name not in rest]
+    if wrong:
+        raise ValueError(f"{where}: attribute_columns: expected some of its other columns {rest}, got {wrong}")
 
 
 def _find_columns(columns: Sequence[str], where: str, named: Sequence[str | None]) -> list[str | None]:
@@ -425,12 +480,17 @@ def _canonical(dataset: Any, where: str, folder: Path | None, reading: Reading) 
         raise ValueError(f"{where}: expected one split with a length, got {type(dataset).__name__}")
     columns = _find_columns(dataset.column_names, where, reading.named)
     names = {column: name for column, name in zip(columns, ("image", "caption", "label"), strict=True) if column}
-    dataset = dataset.select_columns(list(names))
+    _check_attributes(dataset.column_names, columns, where, reading)
+    dataset = dataset.select_columns([*names, *reading.attributes])
     dataset = dataset.rename_columns({column: name for column, name in names.items() if column != name})
     dataset, images = _checked(dataset, where, folder, reading)
     if "label" in dataset.column_names and isinstance(dataset.features["label"], datasets.Value):
         values, feature = _encode_labels(list(dataset["label"]))
         dataset = dataset.remove_columns("label").add_column("label", values, feature=feature)
+    for name in reading.attributes:
+        if not isinstance(dataset.features[name], datasets.ClassLabel):
+            attributes, feature = _encode_attribute([_attribute(value) for value in dataset[name]], name, where)
+            dataset = dataset.remove_columns(name).add_column(name, attributes, feature=feature)
     if images is None:
         return dataset.cast_column("image", datasets.Image())
     return dataset.remove_columns("image").add_column("image", images, feature=datasets.Image())

@@ -34,6 +34,7 @@ from transformers.utils.generic import can_return_tuple
 
 from clipft.attention import attention
 from clipft.fused import records
+from clipft.heads import restore_heads
 from clipft.models import QUANT_METHOD
 from clipft.nn import QuantizedLinear
 
@@ -287,6 +288,7 @@ def load_quantized(weights: Path, config: CLIPConfig) -> QuantizedCLIPModel:
         raise ValueError(f"{weights}: expected weights as safetensors; the file is damaged ({error})") from error
     with init_empty_weights():
         plain = CLIPModel(config)
+        restore_heads(plain)
     names = [name.removesuffix(".weight_int8") for name in tensors if name.endswith(".weight_int8")]
     try:
         model = install(plain, {name: _empty_layer(plain, name, tensors) for name in names})

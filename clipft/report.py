@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 __all__ = ["ProgressReport", "bar", "save_model", "show", "write_json"]
 
-_TITLES = {"zero_shot": "zero-shot", "retrieval": "retrieval", "linear_probe": "linear probe", "knn": "knn"}
-_ZERO_SHOT = ("accuracy", "balanced_accuracy", "macro_f1", "top5")
+_TITLES = {"zero_shot": "zero-shot"}
+_CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "top5")
 
 
 # ---- tables ----
@@ -29,9 +29,19 @@ def show(results: dict[str, dict[str, Any]], title: str, console: Console, *, cl
     room = console.width >= 44 + 24 * len(results)  # a line for a metric, with intervals
     console.print(_metrics_table(results, room or len(results) == 1))
     stage, last = list(results.items())[-1]
-    if classes and "zero_shot" in last:
+    if classes and (kind := by_class(last)):
         console.print(f"\nby class, {stage}" if len(results) > 1 else "\nby class", highlight=False)
-        console.print(_per_class_table(last["zero_shot"]["per_class"]))
+        console.print(_per_class_table(last[kind]["per_class"]))
+
+
+def by_class(result: dict[str, Any]) -> str | None:
+    """Of a stage's parts that whose classes are shown: what was trained, if a head was."""
+    return next((kind for kind in ("head", "zero_shot") if kind in result), None)
+
+
+def title_of(kind: str) -> str:
+    """Of a part of a report: ``attribute_sleeve_length`` is "sleeve length"."""
+    return _TITLES.get(kind, kind.removeprefix("attribute_").replace("_", " "))
 
 
 def _metrics_table(results: dict[str, dict[str, Any]], with_intervals: bool) -> Table:
@@ -51,27 +61,23 @@ def _metrics_table(results: dict[str, dict[str, Any]], with_intervals: bool) -> 
 
 
 def _flat(result: dict[str, Any]) -> dict[str, float]:
-    rows = {}
-    if "zero_shot" in result:
-        shown = (
-            _ZERO_SHOT if len(result["zero_shot"]["per_class"]) > 5 else _ZERO_SHOT[:-1]
-        )  # of five classes all are in the top 5
-        rows = {f"zero-shot {name.replace('_', ' ')}": result["zero_shot"][name] for name in shown}
-        if "auc" in result["zero_shot"]:
-            rows["zero-shot auc"] = result["zero_shot"]["auc"]
-    for probe in ("linear_probe", "knn"):
-        if probe in result:
-            rows |= {f"{_TITLES[probe]} {name.replace('_', ' ')}": result[probe][name] for name in _ZERO_SHOT[:-1]}
-    retrieval = {name: value for name, value in result.get("retrieval", {}).items() if name != "intervals"}
-    return rows | {f"retrieval {name.replace('_', ' ')}": value for name, value in retrieval.items()}
+    rows: dict[str, float] = {}
+    for kind, part in result.items():
+        names = [name for name in part if name != "intervals"]
+        if "per_class" in part:
+            # of five classes all are in the top 5
+            shown = _CLASSIFICATION if len(part["per_class"]) > 5 else _CLASSIFICATION[:-1]
+            names = [name for name in (*shown, "auc") if name in part]
+        rows |= {f"{title_of(kind)} {name.replace('_', ' ')}": part[name] for name in names}
+    return rows
 
 
 def _intervals(result: dict[str, Any]) -> dict[str, list[float]]:
     """By the names of :func:`_flat`."""
     return {
-        f"{title} {name.replace('_', ' ')}": edges
-        for kind, title in _TITLES.items()
-        for name, edges in result.get(kind, {}).get("intervals", {}).items()
+        f"{title_of(kind)} {name.replace('_', ' ')}": edges
+        for kind, part in result.items()
+        for name, edges in part.get("intervals", {}).items()
     }
 
 

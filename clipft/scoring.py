@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from clipft.data import PairRows, class_names_of, class_text, column_names
+from clipft.data import PairRows, class_names_of, class_targets, class_text, column_names
 from clipft.evaluation import (
     Pictures,
     class_embeddings,
     embed_images,
     embed_texts,
+    heads_found,
     index_texts,
     labels_of,
 )
+from clipft.heads import LABEL, heads_of
 from clipft.metrics import Classification, Retrieval, interval
 
 __all__ = ["Found", "Scorer", "control_drawings", "gains"]
@@ -29,7 +32,8 @@ class Found:
     """What a model found in a data set.
 
     Attributes:
-        parts: ``zero_shot`` where classes have names, ``retrieval`` where there are captions.
+        parts: ``zero_shot`` where classes have names, ``retrieval`` where there are captions; ``head``, first, and
+            ``attribute_NAME`` where the model has heads.
         image_embeds: [N, D]; ``text_embeds`` [texts, D]: of the captions, or where there are none, of the classes.
         texts: the captions or class names; ``texts_of``: which of them are right for each picture.
     """
@@ -92,17 +96,23 @@ class Scorer:
                 num_workers=self.workers,
                 progress=functools.partial(progress.track, description=stage),
             )
-        parts: dict[str, Any] = {}
+        heads = heads_found(self.clip, image_embeds, self.dataset)
+        parts: dict[str, Any] = {"head": heads[LABEL]} if LABEL in heads else {}
         texts, texts_of, text_embeds = [], [], torch.empty(0)
         if names:
             labels = labels_of(self.dataset, len(names))
             text_embeds = class_embeddings(self.clip, self.processor, names, self.templates, self.batch_size)
             parts["zero_shot"] = Classification(labels, (image_embeds @ text_embeds.t()).numpy(), names)
+            if LABEL in heads:  # it is what has learnt
+                names = heads[LABEL].class_names
+                labels = class_targets(self.dataset, LABEL, names)
+                text_embeds = normalize(heads_of(self.clip)[LABEL].weight.detach().float().cpu())
             texts, texts_of = [class_text(name) for name in names], [[label] for label in labels.tolist()]
         if captioned:
             texts_of, texts = index_texts(PairRows(self.dataset, self.templates).captions())
             text_embeds = embed_texts(self.clip, self.processor, texts, self.batch_size)
             parts["retrieval"] = Retrieval(image_embeds, text_embeds, texts_of)
+        parts |= {f"attribute_{name}": found for name, found in heads.items() if name != LABEL}
         return Found(parts, image_embeds, text_embeds, texts, texts_of)
 
 

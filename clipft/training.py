@@ -25,14 +25,16 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from clipft.auto_batch import fitting_chunk
 from clipft.checkpoints import StagedCheckpoints, check_checkpoint, kept, last_checkpoint
-from clipft.data import CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows, column_names
+from clipft.data import CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows, column_names, model_inputs
 from clipft.evaluation import embed_texts, index_texts
 from clipft.families import base_model, family_of, family_of_processor
 from clipft.faults import all_finite, non_finite_message, worker_deaths
 from clipft.features import FrozenTowers, frozen_towers
 from clipft.forgetting import StartingPoint
-from clipft.fused import loss_scalars
+from clipft.fused import loss_parameters
 from clipft.grad_cache import cached_backward, chunks
+from clipft.head_training import HeadTraining
+from clipft.heads import heads_of
 from clipft.metrics import retrieval_metrics
 from clipft.models import fuse
 from clipft.ops import contrastive_loss, sigmoid_loss
@@ -55,8 +57,9 @@ class CLIPTrainer(StagedCheckpoints):
 
     Data sets have columns ``image``, ``caption`` (a string or a list) and / or ``label`` (see ``clipft.load_pairs``).
     Evaluation gives ``eval_loss`` and ``eval_image_to_text_R@1`` and so on; ``predict`` gives embeddings, (image [N,
-    D], text [N, D]). Several processes (``torchrun``) use each other's pairs as negatives. The model is fused
-    (:func:`clipft.fuse`) and stays so; :func:`clipft.unfuse` undoes it.
+    D], text [N, D]). With ``args.head`` these are ``eval_accuracy`` and so on, and logits [N, C]. Several processes
+    (``torchrun``) use each other's pairs as negatives. The model is fused (:func:`clipft.fuse`) and stays so;
+    :func:`clipft.unfuse` undoes it.
     """
 
     args: CLIPTrainingArguments
@@ -68,6 +71,7 @@ class CLIPTrainer(StagedCheckpoints):
         if model is not None:
             fuse(model)
             check_loss(args, model)
+            self._heads = _heads_of_run(args, model, kwargs)
         if kwargs.get("data_collator") is None:
             rows = getattr(kwargs.get("train_dataset"), "__len__", lambda: 1)()
             kwargs["data_collator"] = _own_collator(model, args, kwargs.get("processing_class"), rows)
@@ -92,9 +96,12 @@ class CLIPTrainer(StagedCheckpoints):
 
     _average: WeightAverage | None = None
     _unfreezing: GradualUnfreezing | None = None
+    _heads: HeadTraining | None = None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As in Trainer, and fused."""
+        if self.args.head != "none" or self.args.attributes:
+            raise ValueError("model_init: expected a model where args name heads, which belong to one")
         model = fuse(super().call_model_init(trial))
         check_loss(self.args, model)
         if self.args.fsdp:
@@ -104,12 +111,15 @@ class CLIPTrainer(StagedCheckpoints):
     # ---- data ----
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = PairRows(dataset, self.args.caption_templates)
+        rows_of = partial(PairRows, dataset, self.args.caption_templates)
+        if self._heads:
+            rows_of = partial(rows_of, captions=self._heads.pairs, heads=self._heads.classes)
+        rows = rows_of()
         self._features = self._frozen_features(rows, kwargs.get("is_training", False))
         if self._features and self._features.images is not None:
-            rows = PairRows(dataset, self.args.caption_templates, images=False)
+            rows = rows_of(images=False)
         elif kwargs.get("is_training") and isinstance(self.data_collator, CLIPDataCollator):
-            rows = PairRows(dataset, self.args.caption_templates, encoded=True)
+            rows = rows_of(encoded=True)
         return super()._get_dataloader(rows, *args, **kwargs)
 
     _features: FrozenFeatures | None = None
@@ -126,7 +136,8 @@ class CLIPTrainer(StagedCheckpoints):
             return None
         frozen = frozen_towers(self.model)
         passes = _passes(self.args, len(rows)) if is_training else math.inf
-        captions = sorted({caption for own in rows.captions() for caption in own}) if "text" in frozen else []
+        has_texts = "text" in frozen and rows.has_captions
+        captions = sorted({caption for own in rows.captions() for caption in own}) if has_texts else []
         cache_texts = 0 < len(captions) < passes * len(rows)
         cache_images = (
             "vision" in frozen and passes > 1 and (not is_training or collator.augmentation == Augmentation())
@@ -187,7 +198,7 @@ class CLIPTrainer(StagedCheckpoints):
         model = cast(nn.Module, self.model).eval()
         parts = []
         for batch in self.get_test_dataloader(data):
-            embeds = self.prediction_step(model, batch, prediction_loss_only=False)[1]
+            embeds = self.prediction_step(model, batch, prediction_loss_only=False)[1][:2]
             parts.append(self.accelerator.gather_for_metrics(embeds))
         images, texts = (torch.cat(side).float() for side in zip(*parts, strict=True))
         return images, texts
@@ -202,23 +213,30 @@ class CLIPTrainer(StagedCheckpoints):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of the batch; in several processes, of the batches of all ranks together."""
-        features = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**features, return_logits=False)
-        loss = self._loss(inputs.get("labels"), outputs.image_embeds, outputs.text_embeds, *loss_scalars(outputs))
+        outputs = model(**model_inputs(inputs), return_logits=False)
+        loss = self._loss(inputs, outputs.image_embeds, outputs.text_embeds, *loss_parameters(outputs))
         return (loss, outputs) if return_outputs else loss
 
     def _loss(
-        self,
-        labels: Tensor | None,
-        image_embeds: Tensor,
-        text_embeds: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
+        self, inputs: dict[str, Tensor], image_embeds: Tensor, text_embeds: Tensor | None, *shared: Tensor
     ) -> Tensor:
-        loss = self._loss_of_pairs(labels, image_embeds, text_embeds, logit_scale, logit_bias)
+        """``shared``: the model's ``loss_parameters``."""
+        world_size = self.args.world_size
+        group = dist.group.WORLD if world_size > 1 else None
+        embeds = [embeds for embeds in (image_embeds, text_embeds) if embeds is not None]
+        for own in embeds if group else ():
+            _times_world_size(own, world_size)
+        loss, heads = image_embeds.new_zeros(()), len(heads_of(self.model))
+        weights, scalars = shared[:heads], shared[heads:]
+        if self._heads:
+            if group:
+                weights = tuple(_times_world_size(weight, world_size) for weight in weights)
+            loss = loss + self._heads.loss(weights, image_embeds, inputs["targets"], group)
+        if self._heads is None or self._heads.pairs:
+            loss = loss + self._loss_of_pairs(inputs.get("labels"), *embeds, *scalars, group=group)
         # a mean over this rank's pairs, where the loss's gradient has been multiplied (_times_world_size)
-        distance = self._start.distance(image_embeds, text_embeds) if self._start else 0.0
-        return loss + distance / self.args.world_size
+        distance = self._start.distance(*embeds) if self._start else 0.0
+        return loss + distance / world_size
 
     def _loss_of_pairs(
         self,
@@ -226,13 +244,10 @@ class CLIPTrainer(StagedCheckpoints):
         image_embeds: Tensor,
         text_embeds: Tensor,
         logit_scale: Tensor,
-        logit_bias: Tensor | None,
+        logit_bias: Tensor | None = None,
+        *,
+        group: dist.ProcessGroup | None,
     ) -> Tensor:
-        group = dist.group.WORLD if self.args.world_size > 1 else None
-        if group is not None:
-            image_embeds, text_embeds = (
-                _times_world_size(e, self.args.world_size) for e in (image_embeds, text_embeds)
-            )
         if loss_of(self.args, self.accelerator.unwrap_model(self.model)) == "sigmoid":
             assert logit_bias is not None
             return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, labels=labels, group=group)
@@ -306,13 +321,12 @@ class CLIPTrainer(StagedCheckpoints):
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels", None)
         steps = self.current_gradient_accumulation_steps
         return cached_backward(
             model,
-            inputs,
+            model_inputs(inputs),
             size,
-            lambda *embeds_and_scalars: self._loss(labels, *embeds_and_scalars) / steps,
+            lambda *embeds_and_shared: self._loss(inputs, *embeds_and_shared) / steps,
             backward=self.accelerator.backward,
             autocast=self.compute_loss_context_manager,
             no_sync=partial(self.accelerator.no_sync, model),
@@ -341,13 +355,21 @@ class CLIPTrainer(StagedCheckpoints):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Loss, (image_embeds, text_embeds) and labels of a batch: nothing of size B x B to gather."""
+        """Loss, (image_embeds, text_embeds) and labels of a batch: nothing of size B x B to gather. With heads their
+        logits [N, C] come after the embeddings, or alone where there are no texts, and their targets as labels.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        return loss, (outputs.image_embeds, outputs.text_embeds), inputs.get("labels")
+        embeds = (outputs.image_embeds, outputs.text_embeds)
+        if self._heads is None:
+            return loss, embeds, inputs.get("labels")
+        logits, targets = self._heads.logits(outputs.image_embeds), inputs["targets"]
+        if self._heads.pairs:
+            return loss, (*embeds, *logits), targets
+        return (loss, logits, targets) if len(logits) > 1 else (loss, logits[0], targets[:, 0])
 
     def evaluation_loop(
         self,
@@ -357,14 +379,23 @@ class CLIPTrainer(StagedCheckpoints):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Trainer's loop, then retrieval metrics from its embeddings: the towers run once."""
+        """Trainer's loop, then metrics from its embeddings and logits: the towers run once."""
         loss_only = self.args.prediction_loss_only
         with self._averaged():
             output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
-            metrics = {} if loss_only else self._retrieval(dataloader.dataset, output.predictions)
+            metrics = {} if loss_only else self._metrics(dataloader.dataset, output.predictions)
         if output.metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def _metrics(self, rows: PairRows, predictions: Any) -> dict[str, float]:
+        if self._heads is None:
+            return self._retrieval(rows, predictions)
+        if self._heads.pairs:
+            found = self._heads.metrics(predictions[2:], rows.targets)
+            return self._retrieval(rows, predictions[:2]) | found
+        logits = predictions if isinstance(predictions, tuple) else (predictions,)
+        return self._heads.metrics(logits, rows.targets)
 
     def _retrieval(self, rows: PairRows, predictions: Any) -> dict[str, float]:
         captions = rows.captions()
@@ -395,8 +426,7 @@ class CLIPTrainer(StagedCheckpoints):
     def _fitting_chunk(self) -> int | None:
         """Pairs that fit into memory at once, the same number on every rank; None for all of the batch."""
         model = cast(nn.Module, self.model).train()
-        inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
-        inputs.pop("labels", None)
+        inputs = model_inputs(self._prepare_inputs(next(iter(self.get_train_dataloader()))))
         size = self.args.per_device_train_batch_size
 
         def forward(pairs: int) -> Any:
@@ -470,6 +500,16 @@ class CLIPTrainer(StagedCheckpoints):
 
 
 # ---- parts ----
+
+
+def _heads_of_run(args: CLIPTrainingArguments, model: Any, kwargs: dict[str, Any]) -> HeadTraining | None:
+    if args.head == "none" and not args.attributes:
+        for head in heads_of(model).values():
+            head.requires_grad_(False)  # processes would wait for its gradient
+        return None
+    if args.fsdp:
+        raise ValueError("head, attributes: not with FSDP, which shares out what it computes inside forward alone")
+    return HeadTraining(args, model, kwargs.get("processing_class"), kwargs.get("train_dataset"))
 
 
 def _passes(args: CLIPTrainingArguments, rows: int) -> float:

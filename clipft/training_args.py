@@ -11,11 +11,13 @@ from transformers import TrainingArguments
 
 from clipft.data import DEFAULT_TEMPLATES
 from clipft.families import base_model, family_of
+from clipft.losses import HEAD_LOSSES
 from clipft.sharding import check_version
 
 __all__ = ["CLIPTrainingArguments", "check_arguments", "check_loss", "default_learning_rate", "loss_of"]
 
 _LOSSES = ("auto", "contrastive", "sigmoid")
+_HEADS = ("none", "text")
 _BASE_SIZE = 150e6  # parameters of ViT-B/32
 
 
@@ -23,8 +25,8 @@ _BASE_SIZE = 150e6  # parameters of ViT-B/32
 class CLIPTrainingArguments(TrainingArguments):
     """``TrainingArguments`` with the defaults of CLIP fine-tuning, and what only CLIP needs.
 
-    ``label_smoothing_factor`` smooths the targets of the contrastive loss. Runs of many epochs crop pictures a little;
-    ``clipft.transforms.Augmentation`` says when each random change harms.
+    ``label_smoothing_factor`` smooths the targets of the contrastive loss and of the heads' cross-entropy. Runs of many
+    epochs crop pictures a little; ``clipft.transforms.Augmentation`` says when each random change harms.
     """
 
     learning_rate: float = field(
@@ -54,6 +56,20 @@ class CLIPTrainingArguments(TrainingArguments):
     loss: str = field(
         default="auto",
         metadata={"help": "auto: the model's own, contrastive for CLIP and sigmoid for SigLIP, which takes either."},
+    )
+    head: str = field(
+        default="none",
+        metadata={"help": "text: a classifier of the labels, started as zero-shot, trained in place of pairs."},
+    )
+    attributes: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "Columns of classes, each with a head whose loss is added with this weight."},
+    )
+    head_loss: str = field(default="cross_entropy", metadata={"help": "Of heads: cross_entropy, focal or dice."})
+    focal_gamma: float = field(default=2.0, metadata={"help": "Of the focal loss: 0 is cross-entropy."})
+    class_weights: Any = field(
+        default=None,
+        metadata={"help": "In the heads' loss: balanced, inverse to the classes' frequency, or a list for label's."},
     )
     augmentation: str = field(
         default="auto",
@@ -137,6 +153,7 @@ class CLIPTrainingArguments(TrainingArguments):
             raise ValueError(f"gradual_unfreezing: expected epochs, at least 0, got {self.gradual_unfreezing}")
         if self.gradual_unfreezing and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # the layers that wait
+        _check_heads(self)
         if not 0.0 < self.layer_decay <= 1.0:
             raise ValueError(f"layer_decay: expected a factor in (0, 1], got {self.layer_decay}")
         if not 0.0 <= self.ema_decay < 1.0:
@@ -145,6 +162,41 @@ class CLIPTrainingArguments(TrainingArguments):
             raise ValueError(
                 "cudnn_benchmark: its choice of kernels varies between runs; not with full_determinism=True"
             )
+
+
+def _check_heads(args: CLIPTrainingArguments) -> None:
+    for name, known in (("head", _HEADS), ("head_loss", HEAD_LOSSES)):
+        if getattr(args, name) not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(args, name)!r}")
+    for name, weight in args.attributes.items():
+        if not 0.0 < weight < math.inf:
+            raise ValueError(f"attributes: {name!r}: expected a weight above 0, got {weight!r}")
+    if not 0.0 <= args.focal_gamma < math.inf:
+        raise ValueError(f"focal_gamma: expected a number of at least 0, got {args.focal_gamma}")
+    _check_class_weights(args)
+    if args.head == "none" and not args.attributes and (args.head_loss, args.class_weights) != ("cross_entropy", None):
+        raise ValueError("head_loss, class_weights: there is no head; expected head='text', or attributes")
+    if args.head == "none":
+        return
+    if args.hard_negatives:
+        raise ValueError("hard_negatives: they are those of pairs, whose place head='text' takes")
+    if args.loss != "auto":
+        raise ValueError(f"head: it takes the place of the loss over pairs, expected loss 'auto', got {args.loss!r}")
+    if "label" in args.attributes:
+        raise ValueError("attributes: 'label' has the head that head='text' names already")
+    if args.label_smoothing_factor and args.head_loss != "cross_entropy":
+        raise ValueError(f"label_smoothing_factor: not in the {args.head_loss} loss, expected 0.0")
+
+
+def _check_class_weights(args: CLIPTrainingArguments) -> None:
+    weights = args.class_weights
+    if weights is None or weights == "balanced":
+        return
+    numbers = isinstance(weights, (list, tuple)) and all(isinstance(w, (int, float)) for w in weights)
+    if not numbers or not all(0.0 < w < math.inf for w in weights):
+        raise ValueError(f"class_weights: expected 'balanced' or a list of numbers above 0, got {weights!r}")
+    if args.head == "none" and "label" not in args.attributes:
+        raise ValueError("class_weights: a list is for the classes of label, which has no head here; try 'balanced'")
 
 
 def default_learning_rate(model: nn.Module, *, lora: bool = False) -> float:
@@ -196,7 +248,7 @@ def check_loss(args: CLIPTrainingArguments, model: Any) -> None:
     Raises:
         ValueError: it cannot.
     """
-    if loss_of(args, model) != "sigmoid":
+    if loss_of(args, model) != "sigmoid" or args.head != "none":
         return
     if family_of(model).loss != "sigmoid":
         raise ValueError(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import clipft
 from clipft.cli import app
-from clipft.cli.training import METRICS
+from clipft.cli.heads import RETRIEVAL
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_train_on_captions_with_a_test_set(base: Path, table: Path, tmp_path: Pa
     assert "testing on 12 pictures" in result.output
     report = json.loads((out / "report.json").read_text())
     assert report["before"].keys() == report["after"].keys() == {"retrieval"}
-    assert report["after"]["retrieval"].keys() > set(METRICS[1:])
+    assert report["after"]["retrieval"].keys() > set(RETRIEVAL)
     model, processor = clipft.load(out)
     expected = clipft.evaluate_retrieval(model, processor, clipft.load_pairs(tmp_path / "test.parquet"))
     assert report["after"]["retrieval"] == expected
@@ -104,7 +104,7 @@ def test_large_batches_and_precision(base: Path, table: Path, tmp_path: Path) ->
         )
         assert result.exit_code == 0, result.output
         losses.append(json.loads((tmp_path / name / "report.json").read_text())["after"]["retrieval"])
-    for name in METRICS[1:]:
+    for name in RETRIEVAL:
         assert losses[1][name] == pytest.approx(losses[0][name]) == losses[2][name]
     both = run(
         "train", "--model", base, "--data", table, "--output", tmp_path / "x", *options, "--grad-cache-chunk-size", 3

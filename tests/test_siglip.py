@@ -240,7 +240,7 @@ def test_an_adapter_is_never_put_where_it_would_do_nothing(kind: str) -> None:
 
 def test_the_first_loss_is_that_of_transformers(kind: str, loaded: tuple[Any, Any], tmp_path: Path) -> None:
     plain, train = copy.deepcopy(loaded[0]), captioned(8)
-    trainer = trainer_of(tmp_path, train, train, loaded=loaded, num_train_epochs=30)
+    trainer = trainer_of(tmp_path, train, train, loaded=loaded, num_train_epochs=30, augmentation="none")
     inputs = trainer.data_collator([PairRows(train)[index] for index in range(8)])
     inputs.pop("labels")
     expected = plain(**inputs, return_loss=True).loss.item()

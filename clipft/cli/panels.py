@@ -20,6 +20,7 @@ PANELS = {
         *("gradient_checkpointing", "precision"),
     ),
     "Loss": ("loss", "label_smoothing"),
+    "Heads": ("head", "attribute", "head_loss", "class_weights", "focal_gamma"),
     "Augmentation": (
         *("augmentation", "random_resized_crop", "horizontal_flip", "color_jitter", "rotation", "noise", "blur"),
     ),

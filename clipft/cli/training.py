@@ -25,6 +25,17 @@ from clipft.cli.common import (
     user_errors,
 )
 from clipft.cli.config import Config
+from clipft.cli.heads import (
+    AttributeNames,
+    Attributes,
+    ClassWeights,
+    FocalGamma,
+    Head,
+    HeadLoss,
+    attribute_weights,
+    chosen_metric,
+    class_weight_values,
+)
 from clipft.cli.outcome import (
     L2SP,
     ControlData,
@@ -40,12 +51,8 @@ from clipft.cli.panels import Grouped
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["METRICS"]
-
 HELD_OUT = 0.2  # share of the data tested on where no test data is given
 VALIDATION = 0.1  # share of the training data that early stopping looks at
-
-METRICS = ("loss", *(f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)))
 
 
 class Precision(StrEnum):
@@ -151,6 +158,13 @@ def train(
         typer.Option(help="auto is the model's own: contrastive for CLIP, sigmoid for SigLIP, which takes either."),
     ] = Loss.auto,
     label_smoothing: Annotated[float, typer.Option(min=0.0, max=0.99, help="Smoothing of the loss's targets.")] = 0.0,
+    head: Annotated[
+        Head, typer.Option(help="text: train a classifier of the labels, started as zero-shot, in place of the pairs.")
+    ] = Head.none,
+    attribute: Attributes = None,
+    head_loss: Annotated[HeadLoss, typer.Option(help="Loss of --head and --attribute.")] = HeadLoss.cross_entropy,
+    focal_gamma: FocalGamma = 2.0,
+    class_weights: ClassWeights = None,
     precision: Annotated[
         Precision, typer.Option(help="Mixed precision: auto takes bf16 where it measures faster; fp16 needs a GPU.")
     ] = Precision.fp32,
@@ -207,13 +221,19 @@ def train(
         typer.Option(min=1, help="Stop after so many epochs without a better --metric; keep the best."),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="For early stopping: loss, image_to_text_R@1, text_to_image_R@5, ...")
-    ] = "image_to_text_R@1",
+        str | None,
+        typer.Option(
+            help="For early stopping: loss, image_to_text_R@1 (the default), text_to_image_R@5, ...; with --head "
+            "balanced_accuracy (the default), accuracy, macro_f1."
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model and report what it gained."""
     output_folder(output)
-    if metric not in METRICS:
-        raise ValueError(f"--metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    attributes = attribute_weights(attribute or ())
+    metric = chosen_metric(metric, head, attributes)
+    if lora_r is not None and (head is not Head.none or attributes):
+        raise ValueError("--head, --attribute: not with --lora-r, whose adapter is saved without heads")
     if lora_r is not None and freeze != "none":
         raise ValueError(f"--freeze: expected none with --lora-r, which freezes all but the adapter, got {freeze!r}")
     check_report_to(report_to or [])
@@ -237,6 +257,7 @@ def train(
         console=console,
         on_bad_row=on_bad_row,
         allow_outside=allow_outside,
+        attribute_columns=[name for name in attributes if name != "label"],
     )
     control = control_set(control_data)
     base, processor = load(model)
@@ -263,6 +284,11 @@ def train(
         max_grad_norm=max_grad_norm,
         loss=loss.value,
         label_smoothing_factor=label_smoothing,
+        head=head.value,
+        attributes=attributes,
+        head_loss=head_loss.value,
+        focal_gamma=focal_gamma,
+        class_weights=class_weight_values(class_weights),
         class_balanced=class_balanced,
         hard_negatives=hard_negatives,
         gradual_unfreezing=gradual_unfreezing,
@@ -334,12 +360,13 @@ def evaluate(
         str | None,
         typer.Option(help="Labelled pictures of the same classes that fit a linear probe and kNN."),
     ] = None,
+    attribute: AttributeNames = None,
     knn_k: Annotated[int, typer.Option("--knn-k", min=1, help="Neighbours of kNN.")] = 20,
     output: Annotated[
         Path | None, typer.Option(help="File for the numbers, as JSON; a page of the same name, .html, goes beside it.")
     ] = None,
 ) -> None:
-    """Zero-shot classification where the data has classes, retrieval where it has captions."""
+    """Zero-shot classification where the data has classes, retrieval where it has captions; the model's heads."""
     console = prepare()
     from clipft import load_pairs, report
     from clipft.data import DEFAULT_TEMPLATES
@@ -351,7 +378,9 @@ def evaluate(
         raise ValueError("--probe-data: expected other pictures than --data, which would be scored on themselves")
     if output is not None and output.suffix == ".html":
         raise ValueError(f"--output: expected the name of the JSON file, the page goes beside it, got {output}")
-    dataset = load_pairs(data, on_bad_row=on_bad_row.value, allow_outside=allow_outside)
+    dataset = load_pairs(
+        data, on_bad_row=on_bad_row.value, allow_outside=allow_outside, attribute_columns=attribute or ()
+    )
     clip, processor = load(model)
     score = Scorer(clip, processor, dataset, template or list(DEFAULT_TEMPLATES), batch_size, workers, console)
     found = score("evaluating")
@@ -402,13 +431,18 @@ def _load_sets(
     console: Console,
     on_bad_row: OnBadRow,
     allow_outside: bool,
+    attribute_columns: list[str],
 ) -> Sets:
-    from clipft.pairs import Reading, load_reading
+    from clipft.pairs import Reading, checked_attributes, load_reading
 
     skipped: dict[str, list[str]] = {}
 
     def load(source: str) -> datasets.Dataset:
-        how = Reading(skip=on_bad_row is OnBadRow.skip, allow_outside=allow_outside)
+        how = Reading(
+            skip=on_bad_row is OnBadRow.skip,
+            allow_outside=allow_outside,
+            attributes=checked_attributes(attribute_columns),
+        )
         rows, skipped[source] = load_reading(source, how), how.skipped
         return rows
 
