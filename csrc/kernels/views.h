@@ -31,6 +31,13 @@ void clipft_view_write(const clipft_view *view, int64_t row, int64_t col, int64_
 /* dst[i][j] = view[i][j], rows `stride` apart, zeros up to there. */
 void clipft_view_pack(const clipft_view *view, float *dst, int64_t stride);
 
+/* Rows begin .. end - 1. */
+static inline clipft_view clipft_view_rows(clipft_view v, int64_t begin, int64_t end)
+{
+    const ptrdiff_t item = v.kind == CLIPFT_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    return (clipft_view){(char *)v.data + item * begin * v.row_stride, end - begin, v.cols, v.row_stride, v.col_stride, v.kind};
+}
+
 static inline clipft_view clipft_view_transposed(clipft_view v)
 {
     return (clipft_view){v.data, v.cols, v.rows, v.col_stride, v.row_stride, v.kind};

@@ -10,23 +10,23 @@ static int32_t float64(void) { return clipft_torch.aoti_torch_dtype_float64(); }
 static bool take_targets(cuda_loss *loss, const StableIValue *stack, clipft_tensor *labels, clipft_cuda_targets *targets, bool ok)
 {
     const double smoothing = clipft_unbox_double(stack[4]);
-    ok &= clipft_unbox(stack[3], "labels", labels, loss->error);
-    if (!ok || !loss_check_targets(labels, smoothing, &loss->in, loss->error)) return false;
+    ok &= clipft_unbox(stack[3], "labels", labels, loss->call.error);
+    if (!ok || !loss_check_targets(labels, smoothing, &loss->in, loss->call.error)) return false;
     *targets = (clipft_cuda_targets){.cols = loss->cols, .smoothing = (float)smoothing};
     if (labels->size[0] == 0) return true;
-    float *weight = cuda_loss_work(loss, float32(), loss->cols);
+    float *weight = cuda_work(&loss->call, float32(), loss->cols);
     clipft_cuda_class_weights_args args = {labels->data, weight, labels->stride[0], loss->cols};
     targets->labels = labels->data, targets->label_stride = labels->stride[0], targets->weight = weight;
-    return weight && cuda_loss_launch_items(loss, CLIPFT_CUDA_contrastive_class_weights, loss->cols, &args);
+    return weight && cuda_launch_items(&loss->call, CLIPFT_CUDA_contrastive_class_weights, loss->cols, &args);
 }
 
 /* ---- forward ---- */
 
 static bool make_lines(cuda_loss *loss, int64_t parts, int64_t lines, clipft_cuda_lines *out)
 {
-    out->part_max = cuda_loss_work(loss, float32(), parts);
-    out->part_sum = cuda_loss_work(loss, float32(), parts);
-    out->max = cuda_loss_work(loss, float32(), lines);
+    out->part_max = cuda_work(&loss->call, float32(), parts);
+    out->part_sum = cuda_work(&loss->call, float32(), parts);
+    out->max = cuda_work(&loss->call, float32(), lines);
     return out->part_max && out->part_sum && out->max;
 }
 
@@ -42,13 +42,13 @@ static bool forward_tile(cuda_loss *loss, const clipft_cuda_tile *tile, void *ct
     col->blocks = (int)cuda_blocks(tile->rows, CLIPFT_CUDA_BLOCK_ROWS);
     clipft_cuda_contrastive_merge_args merge = {*row, *col};
     return cuda_loss_launch_tile(loss, CLIPFT_CUDA_contrastive_tile, tile, &args) &&
-           cuda_loss_launch_items(loss, CLIPFT_CUDA_contrastive_merge, (int64_t)tile->rows + tile->cols, &merge);
+           cuda_launch_items(&loss->call, CLIPFT_CUDA_contrastive_merge, (int64_t)tile->rows + tile->cols, &merge);
 }
 
 static void forward(StableIValue *stack, bool shard, clipft_error *error)
 {
     enum { LOSS, ROW_LSE, COL_LSE, TARGET, TILES, RESULTS };
-    cuda_loss loss = {.error = error};
+    cuda_loss loss = {.call.error = error};
     clipft_tensor out[RESULTS] = {0}, labels = {0};
     clipft_cuda_contrastive_tile_args tile = {0};
 
@@ -62,7 +62,7 @@ static void forward(StableIValue *stack, bool shard, clipft_error *error)
          make_lines(&loss, cuda_blocks(loss.tile_cols, CLIPFT_CUDA_BLOCK_COLS) * loss.tile_rows, loss.rows, &tile.row) &&
          make_lines(&loss, cuda_blocks(loss.tile_rows, CLIPFT_CUDA_BLOCK_ROWS) * loss.tile_cols, loss.cols, &tile.col);
     tile.scale = loss.in.scale.data, tile.row.sum = out[ROW_LSE].data, tile.col.sum = out[COL_LSE].data;
-    ok = ok && (tile.pair = cuda_loss_work(&loss, float32(), loss.rows)) && (tile.target = cuda_loss_work(&loss, float64(), blocks)) &&
+    ok = ok && (tile.pair = cuda_work(&loss.call, float32(), loss.rows)) && (tile.target = cuda_work(&loss.call, float64(), blocks)) &&
          cuda_loss_walk(&loss, forward_tile, &tile);
     if (!ok) goto done;
 
@@ -75,7 +75,7 @@ static void forward(StableIValue *stack, bool shard, clipft_error *error)
                                   .b_count = loss.cols,
                                   .c_factor = -2.0,
                                   .factor = 1.0 / (2.0 * (double)loss.cols)};
-    ok = cuda_loss_launch_items(&loss, CLIPFT_CUDA_contrastive_lse, loss.rows + loss.cols, &lse) &&
+    ok = cuda_launch_items(&loss.call, CLIPFT_CUDA_contrastive_lse, loss.rows + loss.cols, &lse) &&
          cuda_loss_sum(&loss, float64(), target, &out[TARGET]);
     value.c = out[TARGET].data;
     if (ok && cuda_loss_sum(&loss, float32(), value, &out[LOSS]))
@@ -120,7 +120,7 @@ void clipft_cuda_contrastive_loss_backward(StableIValue *stack, uint64_t num_inp
 {
     (void)num_inputs, (void)num_outputs;
     clipft_error error = {.op = "contrastive_loss_backward"};
-    cuda_loss loss = {.error = &error};
+    cuda_loss loss = {.call.error = &error};
     backward_job job = {0};
     clipft_tensor labels = {0}, upstream, row_lse, col_lse, tiles, d_scale = {0};
 

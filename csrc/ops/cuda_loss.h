@@ -1,41 +1,29 @@
-/* What the two losses share on CUDA: inputs, work space, launches, the walk over the tiles with torch's matrix products, and gradients.
+/* What the two losses share on CUDA: inputs, the walk over the tiles with torch's matrix products, and gradients.
  *
  * A tile of raw products image text^T, float32, is as large as the GPU's L2 cache holds: one product by cuBLAS, one kernel over it, and in
  * the backward pass two more products of the coefficients that the kernel makes of it. 16-bit embeddings have 16-bit coefficients, so that
- * all products run on tensor cores; sums are float32 throughout. Every call only queues work on torch's current stream. */
+ * all products run on tensor cores; sums are float32 throughout. */
 #ifndef CLIPFT_CUDA_LOSS_H
 #define CLIPFT_CUDA_LOSS_H
 
-#include "../../cuda/args.h"
-#include "../cuda_driver.h"
+#include "cuda_call.h"
 #include "loss_inputs.h"
-
-enum { CUDA_LOSS_WORK = 16 };
 
 typedef struct cuda_loss {
     loss_inputs in;
-    clipft_error *error;
-    void *stream;
+    cuda_call call;
     int64_t rows, cols, dim;              /* images, texts, features */
     int64_t tile_rows, tile_cols, stride; /* of a whole tile; between its rows */
     float *products;                      /* [tile_rows, stride] */
-    clipft_tensor work[CUDA_LOSS_WORK];
-    int works;
 } cuda_loss;
 
 /* Unboxes and checks slots 0 .. 2 (as loss_inputs_unbox), prepares the device and makes room for a tile. */
 bool cuda_loss_begin(cuda_loss *loss, const StableIValue *stack, bool shard, int64_t row_offset);
 void cuda_loss_end(cuda_loss *loss);
 
-/* Work space on the device until cuda_loss_end; NULL when there is none. */
-void *cuda_loss_work(cuda_loss *loss, int32_t dtype, int64_t count);
-
-bool cuda_loss_launch(cuda_loss *loss, clipft_cuda_kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads, void *args);
-/* A thread for each of `count` items, or a block for each block of the tile. */
-bool cuda_loss_launch_items(cuda_loss *loss, clipft_cuda_kernel kernel, int64_t count, void *args);
+/* A block for each block of the tile. */
 bool cuda_loss_launch_tile(cuda_loss *loss, clipft_cuda_kernel kernel, const clipft_cuda_tile *tile, void *args);
 
-static inline int64_t cuda_blocks(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
 /* Blocks of a whole tile: what a sum of each block needs. */
 int64_t cuda_loss_tile_blocks(const cuda_loss *loss);
 

@@ -8,10 +8,10 @@ static int32_t float64(void) { return clipft_torch.aoti_torch_dtype_float64(); }
 /* The bias, and where the blocks of a tile leave their sums. */
 static bool begin(cuda_loss *loss, const StableIValue slot, clipft_tensor *bias, clipft_cuda_sigmoid_args *args, bool ok)
 {
-    ok &= clipft_unbox(slot, "logit_bias", bias, loss->error);
-    if (!ok || !loss_check_scalar(bias, &loss->in.image, loss->error)) return false;
+    ok &= clipft_unbox(slot, "logit_bias", bias, loss->call.error);
+    if (!ok || !loss_check_scalar(bias, &loss->in.image, loss->call.error)) return false;
     args->scale = loss->in.scale.data, args->bias = bias->data;
-    args->sum = cuda_loss_work(loss, float64(), cuda_loss_tile_blocks(loss));
+    args->sum = cuda_work(&loss->call, float64(), cuda_loss_tile_blocks(loss));
     return args->sum;
 }
 
@@ -35,7 +35,7 @@ static bool forward_tile(cuda_loss *loss, const clipft_cuda_tile *tile, void *ct
 
 static void forward(StableIValue *stack, bool shard, clipft_error *error)
 {
-    cuda_loss loss = {.error = error};
+    cuda_loss loss = {.call.error = error};
     clipft_tensor bias = {0}, value = {0}, tiles = {0};
     clipft_cuda_sigmoid_args args = {.unit = 1.0F};
 
@@ -85,7 +85,7 @@ void clipft_cuda_sigmoid_loss_backward(StableIValue *stack, uint64_t num_inputs,
 {
     (void)num_inputs, (void)num_outputs;
     clipft_error error = {.op = "sigmoid_loss_backward"};
-    cuda_loss loss = {.error = &error};
+    cuda_loss loss = {.call.error = &error};
     backward_job job = {0};
     clipft_tensor upstream, tiles, bias, d_scale = {0}, d_bias = {0};
 
