@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipft import quantized
+from clipft.devices import call, has_kernel
 from clipft.ops import contrastive_loss, sigmoid_loss
 
 __all__ = ["ContrastiveLoss", "QuantizedLinear", "SigmoidLoss"]
@@ -61,7 +62,7 @@ class SigmoidLoss(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """:func:`clipft.quantized_linear` with its weights kept as this CPU wants them.
+    """:func:`clipft.quantized_linear` with its weights kept as this CPU wants them; on a GPU as they are saved.
 
     The state is plain and moves between machines: ``weight_int8`` [out, in] int8, ``weight_scale`` [out] float32 and,
     where there is one, ``bias`` [out]. What is packed is made from it when it is first needed, and again after a change
@@ -129,11 +130,12 @@ class QuantizedLinear(nn.Module):
             )
         last = self if then is None else then
         quantized.check_surroundings(name, input, norm, residual, last.out_features)
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or not has_kernel(name, input, quantized.PLAIN):
             return self._by_steps(input, norm, residual, then)
         none = input.new_empty(0)
         x = quantized.in_order(input)
-        return torch.ops.clipft.quantized_chain(
+        return call(
+            torch.ops.clipft.quantized_chain,
             x,
             *((none, none, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)),
             *self._operands(none),
@@ -143,15 +145,20 @@ class QuantizedLinear(nn.Module):
         )
 
     def _operands(self, none: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._pack(), self.weight_scale, none if self.bias is None else self.bias
+        weight = self.weight_int8 if self.weight_int8.device.type == "cuda" else self._pack()
+        return weight, self.weight_scale, none if self.bias is None else self.bias
 
     def _by_steps(
         self, x: Tensor, norm: nn.LayerNorm | None, residual: Tensor | None, then: QuantizedLinear | None
     ) -> Tensor:
-        """In ops that an exporter can translate."""
-        x, bias = quantized.prepare(x if norm is None else norm(x), self.bias)
-        code = self._activation_code
-        x = torch.ops.clipft.quantized_linear(x, self.weight_int8, self.weight_scale, bias, code)
+        """In ops that an exporter can translate, or without kernels."""
+        x = x if norm is None else norm(x)
+        if torch.compiler.is_exporting():
+            x, bias = quantized.prepare(x, self.bias)
+            code = self._activation_code
+            x = torch.ops.clipft.quantized_linear(x, self.weight_int8, self.weight_scale, bias, code)
+        else:
+            x = quantized.plain_linear(x, self.weight_int8, self.weight_scale, self.bias, self.activation)
         if then is not None:
             x = then(x)
         return x if residual is None else residual + x
@@ -159,10 +166,9 @@ class QuantizedLinear(nn.Module):
     def _pack(self) -> Tensor:
         """The packed weights. While torch.compile traces, those that there are; in eager mode they are made anew where
         ``weight_int8`` is another tensor or was written to. The pair is replaced as one: threads may race for it."""
-        packed = self._packed
+        packed, weight = self._packed, self.weight_int8
         if torch.compiler.is_compiling():
-            return torch.ops.clipft.quantized_pack(self.weight_int8) if packed is None else packed[1]
-        weight = self.weight_int8
+            return torch.ops.clipft.quantized_pack(weight) if packed is None else packed[1]
         key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if packed is None or packed[0] != key:
             packed = self._packed = (key, torch.ops.clipft.quantized_pack(weight))
@@ -178,6 +184,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         scale = self.weight_scale
         super()._apply(fn, recurse)
+        self._packed = None
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self

@@ -8,16 +8,14 @@ torch.compile. Inside a process group each rank works on the rows of its own ima
 
 from __future__ import annotations
 
-import os
-import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import clipft._C  # importing it registers torch.ops.clipft
 from clipft import reference
+from clipft.devices import call, has_kernel
 from clipft.linear import dropout_mask, lora_linear, quick_gelu, quick_gelu_lora_linear
 from clipft.quantized import quantize_weight, quantized_linear
 
@@ -91,7 +89,7 @@ def contrastive_loss(
         labels = _no_labels(image_embeds)
     keep = _needs_grad(image_embeds, text_embeds, scale)
     smoothing = float(label_smoothing)
-    return _call(torch.ops.clipft.contrastive_loss, image_embeds, text_embeds, scale, labels, smoothing, keep)[0]
+    return call(torch.ops.clipft.contrastive_loss, image_embeds, text_embeds, scale, labels, smoothing, keep)[0]
 
 
 def sigmoid_loss(
@@ -124,7 +122,7 @@ def sigmoid_loss(
         loss = _GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, group)
     else:
         keep = _needs_grad(image_embeds, text_embeds, scale, bias)
-        loss = _call(torch.ops.clipft.sigmoid_loss, image_embeds, text_embeds, scale, bias, keep)[0]
+        loss = call(torch.ops.clipft.sigmoid_loss, image_embeds, text_embeds, scale, bias, keep)[0]
     if labels is None:
         return loss
     return (loss.double() - _further_positives(image_embeds, text_embeds, scale, bias, labels, group)).float()
@@ -155,40 +153,8 @@ def _further_positives(
 
 
 def _has_kernel(op: str, embeds: Tensor, group: dist.ProcessGroup | None) -> bool:
-    """Whether the kernels run on the embeddings' device. Where they do not: plain torch, said once with the cause, or
-    an error."""
-    device = embeds.device.type
-    if device in ("cpu", "meta"):
-        return True
-    problem = _cuda_problem(embeds.device.index or 0) if device == "cuda" else f"there are none for {device} tensors"
-    if problem is None:
-        return True
-    message = f"clipft.{op}: the kernels do not run here: {problem}"
-    if group is not None or os.environ.get("CLIPFT_STRICT") == "1":
-        raise NotImplementedError(message + ("; a process group needs them" if group is not None else ""))
-    if (op, device) not in _WARNED:
-        _WARNED.add((op, device))
-        warnings.warn(f"{message}. Plain torch computes it, with the N x N matrix of logits", stacklevel=3)
-    return False
-
-
-_WARNED: set[tuple[str, str]] = set()
-
-
-@torch.compiler.assume_constant_result
-def _cuda_problem(index: int) -> str | None:
-    """None where GPU ``index`` runs the kernels, which are compiled and loaded by then; else why it does not."""
-    return clipft._C.cuda_problem(index)
-
-
-def _call(op: Any, *args: Any) -> Any:
-    """Torch's C ABI tells of every error in the same way; what was an OutOfMemoryError becomes one again."""
-    try:
-        return op(*args)
-    except RuntimeError as error:
-        if "CUDA out of memory" not in str(error):
-            raise
-        raise torch.OutOfMemoryError(str(error)) from None
+    instead = "Plain torch computes it, with the N x N matrix of logits"
+    return has_kernel(op, embeds, instead, None if group is None else "a process group")
 
 
 def _no_labels(like: Tensor) -> Tensor:
@@ -375,7 +341,7 @@ def _contrastive_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     needs_image, needs_text, needs_scale = ctx.needs_input_grad[:3]
     if not (needs_image or needs_text or needs_scale):
         return (None,) * 6
-    d_image, d_text, d_scale = _call(
+    d_image, d_text, d_scale = call(
         torch.ops.clipft.contrastive_loss_backward,
         grad,
         image,
@@ -409,7 +375,7 @@ def _sigmoid_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _sigmoid_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     image, text, scale, bias, tiles = ctx.saved_tensors
     needs_image, needs_text, needs_scale, needs_bias = ctx.needs_input_grad[:4]
-    d_image, d_text, d_scale, d_bias = _call(
+    d_image, d_text, d_scale, d_bias = call(
         torch.ops.clipft.sigmoid_loss_backward, grad, image, text, scale, bias, 0, tiles, needs_image, needs_text
     )
     return (
@@ -496,7 +462,7 @@ class _GroupContrastive(torch.autograd.Function):
         n = sum(counts)
         labels = _no_labels(image) if labels is None else _gather_rows(labels, counts, group)
         keep = any(ctx.needs_input_grad[:3])
-        _, row_lse, col_lse, target, tiles = _call(
+        _, row_lse, col_lse, target, tiles = call(
             torch.ops.clipft.contrastive_loss_shard, image, texts, scale, labels, smoothing, keep, offset
         )
         columns = [torch.empty_like(col_lse) for _ in counts]
@@ -512,7 +478,7 @@ class _GroupContrastive(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         image, texts, scale, labels, row_lse, col_lse, tiles = ctx.saved_tensors
         needs_image, needs_text = ctx.needs_input_grad[:2]
-        d_image, d_texts, d_scale = _call(
+        d_image, d_texts, d_scale = call(
             torch.ops.clipft.contrastive_loss_backward,
             grad,
             image,
@@ -542,7 +508,7 @@ class _GroupSigmoid(torch.autograd.Function):
     ) -> Tensor:
         counts, offset, texts = _joined("sigmoid_loss", image, text, group)
         keep = any(ctx.needs_input_grad[:4])
-        loss, tiles = _call(torch.ops.clipft.sigmoid_loss_shard, image, texts, scale, bias, keep, offset)
+        loss, tiles = call(torch.ops.clipft.sigmoid_loss_shard, image, texts, scale, bias, keep, offset)
         dist.all_reduce(loss, group=group)
         ctx.save_for_backward(image, texts, scale, bias, tiles)
         ctx.counts, ctx.offset, ctx.group = counts, offset, group
@@ -552,7 +518,7 @@ class _GroupSigmoid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         image, texts, scale, bias, tiles = ctx.saved_tensors
         needs_image, needs_text = ctx.needs_input_grad[:2]
-        d_image, d_texts, d_scale, d_bias = _call(
+        d_image, d_texts, d_scale, d_bias = call(
             torch.ops.clipft.sigmoid_loss_backward,
             grad,
             image,

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import clipft._C  # noqa: F401  (importing it registers torch.ops.clipft)
+from clipft import reference
+from clipft.devices import call, has_kernel
 
 __all__ = ["quantize_weight", "quantized_linear"]
 
@@ -28,8 +29,8 @@ def quantized_linear(
     """A linear layer with int8 weights, ``activation(x (weight_int8 * weight_scale[:, None])ᵀ + bias)``.
 
     Each row of ``input`` is brought to 7 bits when it comes, with a scale and a zero point of its own; products and
-    sums are exact integers, the same on every CPU. It packs the weights at every call: ``clipft.nn.QuantizedLinear``
-    keeps them packed.
+    sums are exact integers, the same on every CPU and GPU. On a CPU it packs the weights at every call:
+    ``clipft.nn.QuantizedLinear`` keeps them packed.
 
     Args:
         input: [..., in] float32, bfloat16 or float16, at most 8 dimensions.
@@ -45,10 +46,14 @@ def quantized_linear(
     Raises:
         TypeError: a dtype that is not supported, or that does not fit the input's.
         ValueError: a shape, device or ``activation`` that does not fit.
+        NotImplementedError: with ``CLIPFT_STRICT=1`` on a device that the kernels do not run on. Otherwise plain torch
+            computes it there, with a warning that tells the cause.
     """
     code = check_linear("quantized_linear", input, weight_int8, weight_scale, bias, activation)
+    if not has_kernel("quantized_linear", input, PLAIN):
+        return plain_linear(input, weight_int8, weight_scale, bias, activation)
     input, bias = prepare(input, bias)  # noqa: A001
-    return torch.ops.clipft.quantized_linear(input, weight_int8, weight_scale, bias, code)
+    return call(torch.ops.clipft.quantized_linear, input, weight_int8, weight_scale, bias, code)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +76,15 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
+PLAIN = "Plain torch computes it, in float64"
+
+
+def plain_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """The layer where there is no kernel."""
+    out = reference.quantized_linear(x.reshape(-1, x.shape[-1]), weight, scale, bias, activation)
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
 def prepare(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the ops take: rows in order, and an empty bias for none."""
     return in_order(x), x.new_empty(0) if bias is None else bias
@@ -81,7 +95,7 @@ def in_order(x: Tensor) -> Tensor:
     return x.contiguous() if x.dim() > 2 else x
 
 
-# ---- checks: the messages equal those of csrc/ops/quantized.c ----
+# ---- checks: the messages equal those of csrc/ops/quantized_inputs.c ----
 
 
 def _dtype(tensor: Tensor) -> str:

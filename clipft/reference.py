@@ -105,8 +105,8 @@ def quantized_linear(
 ) -> Tensor:
     """Exact integer sums, and float64 from there on; [rows, in] -> [rows, out] float64."""
     levels, scale, zero = quantize_rows(input, bits)
-    sums = (levels - zero[:, None]) @ weight_int8.long().t()
-    out = sums.double() * weight_scale.double() * scale.double()[:, None]
+    sums = (levels - zero[:, None]).double() @ weight_int8.double().t()  # exact below 2^53
+    out = sums * weight_scale.double() * scale.double()[:, None]
     out = out if bias is None else out + bias.double()
     if activation == "quick_gelu":
         return quick_gelu(out)

@@ -78,6 +78,8 @@ typedef void (*clipft_range_fn)(int64_t begin, int64_t end, void *ctx);
       (AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1, AtenTensorHandle mat2, double beta, double alpha))              \
     X(AOTITorchError, aoti_torch_cuda_mm_dtype_out,                                                                                        \
       (AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat2, int32_t out_dtype))                                             \
+    X(AOTITorchError, aoti_torch_cuda__int_mm_out, (AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat2))                   \
+    X(AOTITorchError, aoti_torch_copy_, (AtenTensorHandle self, AtenTensorHandle src, int32_t non_blocking))                               \
     X(const char *, torch_exception_get_what_without_backtrace, (void))
 
 #define CLIPFT_TORCH_MEMBER(result, name, parameters) result(*name) parameters;

@@ -155,4 +155,42 @@ typedef struct clipft_cuda_sum_args {
     CLIPFT_GLOBAL(double) out64;
 } clipft_cuda_sum_args;
 
+/* ---- quantized.cu ---- */
+
+enum { CLIPFT_CUDA_INT8_COLS = 4 * CLIPFT_CUDA_THREADS }; /* of a row: what a block of int8_finish works on */
+
+/* Rows in int8, levels minus the row's zero point, four to a word. */
+typedef struct clipft_cuda_int8_rows {
+    CLIPFT_GLOBAL(unsigned) q;  /* [rows, words], zeros from `in` on */
+    CLIPFT_GLOBAL(float) scale; /* [rows] */
+    int rows, in, words;
+} clipft_cuda_int8_rows;
+
+/* What a layer's results are made of: act(sum * row_scale * col_scale + bias). */
+typedef struct clipft_cuda_int8_sums {
+    CLIPFT_GLOBAL(const int) sums; /* [rows, out], rows `stride` apart */
+    CLIPFT_GLOBAL(const float) row_scale;
+    clipft_cuda_matrix col_scale, bias; /* [1, out]; the bias may lack data */
+    int stride, activation;             /* 0, 1: quick_gelu, 2: gelu */
+} clipft_cuda_int8_sums;
+
+typedef struct clipft_cuda_int8_quantize_args {
+    clipft_cuda_matrix x;                      /* [rows, in] */
+    clipft_cuda_matrix norm_weight, norm_bias; /* [1, in], or without data: no norm */
+    float norm_eps;
+    clipft_cuda_int8_rows out;
+} clipft_cuda_int8_quantize_args;
+
+typedef struct clipft_cuda_int8_requantize_args {
+    clipft_cuda_int8_sums layer; /* of as many rows and columns as `out`, whose scale may be its row_scale */
+    clipft_cuda_int8_rows out;
+} clipft_cuda_int8_requantize_args;
+
+typedef struct clipft_cuda_int8_finish_args {
+    clipft_cuda_int8_sums layer;
+    clipft_cuda_matrix residual; /* [rows, cols] or without data */
+    clipft_cuda_target out;      /* [rows, cols] */
+    int cols;
+} clipft_cuda_int8_finish_args;
+
 #endif

@@ -73,7 +73,7 @@ def emulated_gpu(emulated_cuda_folder: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def cuda(emulated_gpu: EmulatedCuda) -> Iterator[EmulatedCuda]:
-    """Runs the test with the emulated GPU's losses in place of the CPU's."""
+    """Runs the test with the emulated GPU's ops in place of the CPU's."""
     with emulated_gpu.installed():
         yield emulated_gpu
 

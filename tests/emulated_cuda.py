@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import clipft.ops  # noqa: F401  (the ops whose place is taken)
+from clipft.nn import QuantizedLinear
 
 ROOT = Path(__file__).parents[1]
 OPS = re.findall(r"^OP_CUDA\((\w+)", (ROOT / "csrc" / "ops_cuda.inc").read_text(), re.M)
@@ -58,7 +58,7 @@ class EmulatedCuda:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Within, clipft's losses on CPU tensors are those of the emulated GPU."""
+        """Within, clipft's ops on CPU tensors are those of the emulated GPU."""
         self._register()
         library = torch.library.Library("clipft", "IMPL")
         for name in OPS:
@@ -66,8 +66,10 @@ class EmulatedCuda:
             library.impl(name, op, "CPU", allow_override=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # between its products torch's other threads would only spin
+        pack, QuantizedLinear._pack = QuantizedLinear._pack, lambda layer: layer.weight_int8  # as on a GPU
         try:
             yield
         finally:
+            QuantizedLinear._pack = pack
             torch.set_num_threads(threads)
             library._destroy()

@@ -476,8 +476,8 @@ def test_peak_memory_does_not_grow_with_the_square(loss: str) -> None:
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake cuda tensors need a CUDA build of torch")
 def test_a_device_without_a_kernel_takes_plain_torch_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipft.ops._WARNED", set())
-    monkeypatch.setattr("clipft.ops._cuda_problem", lambda index: "there is no CUDA driver: as the test wants it")
+    monkeypatch.setattr("clipft.devices._WARNED", set())
+    monkeypatch.setattr("clipft.devices._cuda_problem", lambda index: "there is no CUDA driver: as the test wants it")
     monkeypatch.delenv("CLIPFT_STRICT", raising=False)
     with FakeTensorMode():
         image, text = (torch.empty(6, 4, dtype=torch.bfloat16, device="cuda") for _ in range(2))

@@ -1,10 +1,5 @@
 """clipft.quantized_linear and nn.QuantizedLinear: exact integer arithmetic on every instruction set, float64 behind it;
-torch's contracts; state; bad input.
-
-Tolerances: u = 2^-24. Behind the exact sum stand four roundings, and an activation of slope at most 1.13 that is
-computed with a relative error of a few u (quick_gelu) or an absolute one of 1e-7 |v| (gelu). A 16-bit result adds half
-an ulp of itself.
-"""
+torch's contracts; state; bad input. Cases and tolerances: int8_cases.py."""
 
 from __future__ import annotations
 
@@ -12,161 +7,62 @@ import copy
 import io
 import pickle
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from int8_cases import (
+    CASES,
+    LEADS,
+    Int8Case,
+    check_bad_rows,
+    check_bad_rows_in_a_chain,
+    check_case,
+    check_extreme_levels,
+    check_float32_bias,
+    check_leading_shape,
+    check_sums,
+    check_surroundings,
+    check_zero_huge_and_tiny_rows,
+)
 from torch import Tensor
 
 import clipft
 import clipft.ops  # registers the fake kernels that opcheck runs
-from clipft import _C, reference
+from clipft import _C
 from clipft.nn import QuantizedLinear
 from clipft.quantized import quantize_weight
-
-U = 2.0**-24
-
-
-@dataclass(frozen=True)
-class Int8Case:
-    rows: int
-    features: int
-    out: int
-    activation: str | None = None
-    bias: bool = True
-    dtype: torch.dtype = torch.float32
-    values: str = "random"  # random | positive | outliers | halves
-    layout: str = "contiguous"  # contiguous | transposed | strided | offset
-
-    def __str__(self) -> str:
-        parts = [f"{self.rows}x{self.features}x{self.out}", str(self.activation), self.values, self.layout]
-        return "-".join([*parts, str(self.dtype)[6:], "bias" if self.bias else "plain"])
-
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, str | None]:
-        generator = torch.Generator().manual_seed(1000 * self.rows + self.features)
-        x = torch.randn(self.rows, self.features, generator=generator)
-        if self.values == "positive":
-            x = x.abs() + 3.0
-        if self.values == "outliers" and self.features > 5:
-            x[:, 5] *= 100.0
-        if self.values == "halves":  # scale 1: every element lies between two levels
-            x = torch.randint(-60, 60, x.shape, generator=generator) + 0.5
-            x[:, 0], x[:, -1] = -63.0, 64.0
-        weight = torch.randint(-128, 128, (self.out, self.features), dtype=torch.int8, generator=generator)
-        scale = torch.rand(self.out, generator=generator) * 0.01
-        bias = torch.randn(self.out, generator=generator).to(self.dtype) if self.bias else None
-        return self._lay_out(x.to(self.dtype)), weight, scale, bias, self.activation
-
-    def _lay_out(self, x: Tensor) -> Tensor:
-        if self.layout == "transposed":
-            return x.t().contiguous().t()
-        nan = float("nan")
-        if self.layout == "strided":
-            return torch.full((2 * self.rows, 2 * self.features), nan, dtype=x.dtype)[::2, ::2].copy_(x)
-        if self.layout == "offset":
-            wide = torch.full((self.rows * (self.features + 3) + 1,), nan, dtype=x.dtype)[1:]
-            return wide.view(self.rows, self.features + 3)[:, : self.features].copy_(x)
-        return x
-
-
-SHAPES = [(1, 1, 1), (2, 3, 5), (5, 4, 16), (7, 63, 17), (13, 64, 64), (12, 65, 130), (50, 768, 768), (26, 1030, 100)]
-CASES = [Int8Case(*shape, activation=a) for shape in SHAPES for a in (None, "quick_gelu", "gelu")]
-CASES += [Int8Case(9, 100, 40, values=v) for v in ("positive", "outliers", "halves")]
-CASES += [Int8Case(9, 1029, 40, "gelu", dtype=t) for t in (torch.bfloat16, torch.float16)]
-CASES += [
-    Int8Case(11, 70, 50, layout=x, dtype=t)
-    for x in ("transposed", "strided", "offset")
-    for t in (torch.float32, torch.bfloat16)
-]
-CASES += [Int8Case(3, 3072, 48, bias=False), Int8Case(1700, 5000, 20), Int8Case(0, 8, 8, "quick_gelu")]
-
-
-def tolerance(case: Int8Case, want: Tensor, size: Tensor) -> Tensor:
-    """`size`: of the terms before the activation."""
-    rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[case.dtype]
-    error = 5 * U * size
-    if case.activation == "quick_gelu":
-        error += U * (8 + 4 * size) * want.abs()
-    if case.activation == "gelu":
-        error += (1e-7 + 8 * U) * size
-    return error + rounding * (want.abs() + error) + 1e-30 + (2.0**-25 if case.dtype == torch.float16 else 0.0)
-
-
-def assert_layer(case: Int8Case, got: Tensor) -> None:
-    x, weight, scale, bias, activation = case.arguments()
-    want = reference.quantized_linear(x, weight, scale, bias, activation)
-    size = reference.quantized_linear(x, weight, scale).abs() + (0.0 if bias is None else bias.double().abs())
-    assert got.dtype == case.dtype and got.shape == (case.rows, case.out)
-    assert ((got.double() - want).abs() <= tolerance(case, want, size)).all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_exact_integers(case: Int8Case, int8_isa: str) -> None:
-    assert_layer(case, clipft.quantized_linear(*case.arguments()))
+    check_case(case)
 
 
 @pytest.mark.parametrize("shape", [(50, 768, 100), (13, 131, 40), (7, 5000, 33)], ids=str)
 @pytest.mark.parametrize("values", ["random", "positive", "halves"])
 def test_sums_are_exact(shape: tuple[int, int, int], values: str, int8_isa: str) -> None:
-    """Scale 1 and no bias: what is left is the integer sum, rounded once by the row's scale."""
-    x, weight, *_ = Int8Case(*shape, values=values).arguments()
-    levels, row_scale, zero = reference.quantize_rows(x)
-    sums = (levels - zero[:, None]) @ weight.long().t()
-    got = clipft.quantized_linear(x, weight, torch.ones(shape[2]))
-    assert torch.equal(got, sums.float() * row_scale[:, None])
+    check_sums(shape, values)
 
 
 def test_extreme_levels_do_not_saturate(int8_isa: str) -> None:
-    """Full activations against -128 and 127: pairs in 16 bits are as large as they get, and so are the sums."""
     for features in (2, 64, 4099, 131072):
-        weight = torch.full((17, features), -128, dtype=torch.int8)
-        weight[1] = 127
-        weight[2, ::2] = 127
-        for sign in (1, -1):
-            x = sign * torch.full((3, features), 127.0)
-            want = (weight.long().sum(dim=1) * 127 * sign).float().expand(3, 17)
-            assert torch.equal(clipft.quantized_linear(x, weight, torch.ones(17)), want)
+        check_extreme_levels(features)
 
 
 @pytest.mark.parametrize("activation", [None, "quick_gelu", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bad_rows_come_out_nan_and_others_unharmed(activation: str | None, dtype: torch.dtype, int8_isa: str) -> None:
-    case = Int8Case(40, 77, 70, activation, dtype=dtype)
-    x, *rest = case.arguments()
-    for row, col, value in ((3, 0, "nan"), (11, 76, "inf"), (12, 40, "-inf"), (39, 17, "nan")):
-        x[row, col] = float(value)
-    bad = torch.tensor([3, 11, 12, 39])
-    good = torch.ones(40, dtype=torch.bool).index_fill(0, bad, False)
-    got = clipft.quantized_linear(x, *rest)
-    assert got[bad].isnan().all() and got[good].isfinite().all()
-    assert torch.equal(got[good], clipft.quantized_linear(case.arguments()[0], *rest)[good])
+    check_bad_rows(activation, dtype)
 
 
 def test_zero_huge_and_tiny_rows(int8_isa: str) -> None:
-    _, weight, scale, bias, _ = Int8Case(5, 64, 30).arguments()
-    base = torch.randn(64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    weight[4] = 0
-    x = torch.stack([torch.zeros(64), base * 3e38, base * 1e-40, base * 1e-20, torch.full((64,), 5.0)])
-    got = clipft.quantized_linear(x, weight, scale, bias)
-    assert torch.equal(got[0], bias) and torch.equal(got[:, 4], bias[4].expand(5))
-    want = reference.quantized_linear(x, weight, scale, bias)
-    fits = want.abs() < 3.4e38
-    assert ((got.double() - want).abs() <= 1e-6 * want.abs() + 1e-5)[fits].all()
-    assert torch.equal(got[~fits].sign().double(), want[~fits].sign()) and fits[2:].all()
+    check_zero_huge_and_tiny_rows()
 
 
-@pytest.mark.parametrize("lead", [(), (1,), (0,), (3, 7), (2, 0, 5), (2, 3, 1, 4), (1, 1, 1, 1, 1, 2, 2)])
+@pytest.mark.parametrize("lead", LEADS)
 def test_any_leading_shape(lead: tuple[int, ...], int8_isa: str) -> None:
-    x = torch.randn(*lead, 36, generator=torch.Generator().manual_seed(1))
-    _, weight, scale, bias, _ = Int8Case(1, 36, 20).arguments()
-    got = clipft.quantized_linear(x, weight, scale, bias, "gelu")
-    assert got.shape == (*lead, 20)
-    flat = clipft.quantized_linear(x.reshape(-1, 36), weight, scale, bias, "gelu")
-    assert torch.equal(got.reshape(-1, 20), flat)
-    if len(lead) > 1:
-        swapped = x.transpose(0, 1)
-        assert torch.equal(clipft.quantized_linear(swapped, weight, scale, bias, "gelu"), got.transpose(0, 1))
+    check_leading_shape(lead)
 
 
 def test_rows_do_not_depend_on_their_batch_or_on_threads(int8_isa: str) -> None:
@@ -195,11 +91,7 @@ def test_every_instruction_set_gives_the_same_without_activation() -> None:
 
 
 def test_bias_may_stay_float32() -> None:
-    x, weight, scale, bias, _ = Int8Case(9, 40, 30, dtype=torch.bfloat16).arguments()
-    exact = reference.quantized_linear(x, weight, scale, bias.float() + 1e-3)
-    got = clipft.quantized_linear(x, weight, scale, bias.float() + 1e-3)
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got, exact.to(torch.bfloat16), rtol=2.0**-7, atol=1e-6)
+    check_float32_bias()
 
 
 def test_error_against_float_weights_is_that_of_seven_and_eight_bits() -> None:
@@ -219,40 +111,11 @@ def test_error_against_float_weights_is_that_of_seven_and_eight_bits() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 7, 50, 411])  # few: channels are shared out; many: blocks of rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norm_residual_and_a_second_layer_in_one_pass(rows: int, dtype: torch.dtype, int8_isa: str) -> None:
-    """Against the steps one by one, whose norm rounds otherwise: a level may then be the next one."""
-    torch.manual_seed(7)
-    first = QuantizedLinear.from_linear(torch.nn.Linear(70, 131), "quick_gelu")
-    second = QuantizedLinear.from_linear(torch.nn.Linear(131, 70))
-    norm = torch.nn.LayerNorm(70).requires_grad_(False)
-    torch.nn.init.normal_(norm.weight)
-    x = (3.0 * torch.randn(rows, 70) + 1.0).to(dtype)
-    wide = x.float()
-    step = 2.0**-7 if dtype == torch.bfloat16 else 1e-2
-    for got, want in (
-        (first(x, norm), first(norm(wide))),
-        (second(first(x), None, x), second(first(wide)) + wide),
-        (first(x, norm, x, second), wide + second(first(norm(wide)))),
-        (first(x, None, None, second), second(first(wide))),
-    ):
-        assert got.dtype == dtype and got.shape == want.shape
-        assert rows == 0 or (got.float() - want).norm() <= step * want.norm()
-    if dtype == torch.float32:
-        assert torch.equal(first(x, None, x, second), second(first(x)) + x)
+    check_surroundings(rows, dtype)
 
 
 def test_rows_with_nan_harm_no_other_row() -> None:
-    torch.manual_seed(7)
-    first = QuantizedLinear.from_linear(torch.nn.Linear(20, 30), "gelu")
-    second = QuantizedLinear.from_linear(torch.nn.Linear(30, 20))
-    norm = torch.nn.LayerNorm(20).requires_grad_(False)
-    x = torch.randn(2, 60, 20)
-    want = first(x, norm, x, second)
-    bad = x.clone()
-    bad[0, 3, 5], bad[1, 59, 0] = float("nan"), float("inf")
-    got = first(bad, norm, bad, second)
-    assert got[0, 3].isnan().all() and got[1, 59].isnan().all()
-    good = bad.isfinite().all(dim=-1)
-    assert torch.equal(got[good], want[good])
+    check_bad_rows_in_a_chain()
 
 
 def test_what_stands_around_a_layer_is_checked() -> None:

@@ -55,7 +55,8 @@ static AtenTensorHandle wrap(const cuda_call *call, const clipft_view *view)
 bool cuda_multiply(cuda_call *call, clipft_view c, const clipft_view *start, clipft_view a, clipft_view b)
 {
     const bool in_place = start && start->data == c.data; /* the same tensor then, not only the same memory: torch copies otherwise */
-    AtenTensorHandle out = wrap(call, &c), self = start && !in_place ? wrap(call, start) : out, left = wrap(call, &a), right = wrap(call, &b);
+    AtenTensorHandle out = wrap(call, &c), self = start && !in_place ? wrap(call, start) : out, left = wrap(call, &a),
+                     right = wrap(call, &b);
     bool ok = out && self && left && right;
     if (ok && c.kind == a.kind)
         ok = !clipft_torch_cuda.aoti_torch_cuda_addmm_out(out, self, left, right, start ? 1.0 : 0.0, 1.0);

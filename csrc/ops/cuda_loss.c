@@ -40,8 +40,8 @@ void cuda_loss_end(cuda_loss *loss)
 
 bool cuda_loss_launch_tile(cuda_loss *loss, clipft_cuda_kernel kernel, const clipft_cuda_tile *tile, void *args)
 {
-    return cuda_launch(&loss->call, kernel, cuda_blocks(tile->cols, CLIPFT_CUDA_BLOCK_COLS), cuda_blocks(tile->rows, CLIPFT_CUDA_BLOCK_ROWS),
-                            CLIPFT_CUDA_THREADS, args);
+    return cuda_launch(&loss->call, kernel, cuda_blocks(tile->cols, CLIPFT_CUDA_BLOCK_COLS),
+                       cuda_blocks(tile->rows, CLIPFT_CUDA_BLOCK_ROWS), CLIPFT_CUDA_THREADS, args);
 }
 
 int64_t cuda_loss_tile_blocks(const cuda_loss *loss)
@@ -83,8 +83,7 @@ bool cuda_loss_walk(cuda_loss *loss, bool (*visit)(cuda_loss *, const clipft_cud
             const clipft_cuda_tile tile = {loss->products, (int)(row1 - row0),        (int)(col1 - col0), (int)loss->stride, row0,
                                            col0,           loss->in.logits.row_offset};
             if (!cuda_multiply(&loss->call, float_view(loss->products, tile.rows, tile.cols, loss->stride), NULL,
-                               embeds_view(&loss->in.image, row0, row1),
-                               clipft_view_transposed(embeds_view(&loss->in.text, col0, col1))) ||
+                               embeds_view(&loss->in.image, row0, row1), clipft_view_transposed(embeds_view(&loss->in.text, col0, col1))) ||
                 !visit(loss, &tile, ctx))
                 return false;
         }

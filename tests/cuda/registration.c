@@ -26,9 +26,10 @@ static size_t extent(AtenTensorHandle tensor)
         if (size == 0) return 0;
         last += (size - 1) * stride;
     }
-    const size_t item = dtype == real.aoti_torch_dtype_float64() || dtype == real.aoti_torch_dtype_int64() ? 8
-                        : dtype == real.aoti_torch_dtype_float32()                                         ? 4
-                                                                                                           : 2;
+    const size_t item = dtype == real.aoti_torch_dtype_float64() || dtype == real.aoti_torch_dtype_int64()   ? 8
+                        : dtype == real.aoti_torch_dtype_float32() || dtype == real.aoti_torch_dtype_int32() ? 4
+                        : dtype == real.aoti_torch_dtype_int8() || dtype == real.aoti_torch_dtype_uint8()    ? 1
+                                                                                                             : 2;
     return (size_t)(last + 1) * item;
 }
 
@@ -88,6 +89,19 @@ static AOTITorchError mm_dtype_out(AtenTensorHandle out, AtenTensorHandle a, Ate
     return bad;
 }
 
+static AOTITorchError (*cpu_int_mm_out)(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b);
+
+/* With the shapes and the layouts that torch takes on CUDA. */
+static AOTITorchError int_mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b)
+{
+    int64_t rows, depth, cols, stride;
+    real.aoti_torch_get_size(a, 0, &rows);
+    real.aoti_torch_get_size(a, 1, &depth);
+    real.aoti_torch_get_size(b, 1, &cols);
+    real.aoti_torch_get_stride(b, 0, &stride);
+    return rows <= 16 || depth == 0 || depth % 8 || cols == 0 || cols % 8 || stride != 1 || cpu_int_mm_out(out, a, b);
+}
+
 #define OP_CUDA(name, entry)                                                                                                               \
     static void emulated_##name(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)                                            \
     {                                                                                                                                      \
@@ -103,6 +117,10 @@ static AOTITorchError mm_dtype_out(AtenTensorHandle out, AtenTensorHandle a, Ate
 API const char *emulated_pretend(const char *libtorch)
 {
     const char *missing = clipft_torch_resolve(libtorch);
+    void *library = dlopen(libtorch, RTLD_NOW | RTLD_NOLOAD);
+    AOTITorchError (*copy)(AtenTensorHandle self, AtenTensorHandle src, int32_t non_blocking);
+    *(void **)&cpu_int_mm_out = dlsym(library, "aoti_torch_cpu__int_mm_out");
+    *(void **)&copy = dlsym(library, "aoti_torch_copy_");
     real = clipft_torch;
     clipft_torch.aoti_torch_get_data_ptr = get_data_ptr;
     clipft_torch.aoti_torch_empty_strided = empty_strided;
@@ -111,6 +129,8 @@ API const char *emulated_pretend(const char *libtorch)
         .aoti_torch_get_current_cuda_stream = current_stream,
         .aoti_torch_cuda_addmm_out = real.aoti_torch_cpu_addmm_out,
         .aoti_torch_cuda_mm_dtype_out = mm_dtype_out,
+        .aoti_torch_cuda__int_mm_out = int_mm_out,
+        .aoti_torch_copy_ = copy,
         .torch_exception_get_what_without_backtrace = what,
     };
     return missing;

@@ -1,0 +1,54 @@
+"""Whether the kernels run on a device, what is done where they do not, and errors of torch's C ABI."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clipft._C  # importing it registers torch.ops.clipft
+
+__all__ = ["call", "has_kernel", "problem"]
+
+_WARNED: set[tuple[str, str]] = set()
+
+
+def problem(device: torch.device) -> str | None:
+    """Why the kernels do not run on the device; None where they do. Those of a GPU are compiled and loaded by then."""
+    if device.type in ("cpu", "meta"):
+        return None
+    return _cuda_problem(device.index or 0) if device.type == "cuda" else f"there are none for {device.type} tensors"
+
+
+@torch.compiler.assume_constant_result
+def _cuda_problem(index: int) -> str | None:
+    return clipft._C.cuda_problem(index)
+
+
+def has_kernel(op: str, tensor: Tensor, instead: str, needed: str | None = None) -> bool:
+    """Whether the kernels run on the tensor's device. Where they do not: ``instead`` happens, said once with the cause,
+    or an error, in an environment with ``CLIPFT_STRICT=1`` or where something (``needed``) cannot do without.
+    """
+    reason = problem(tensor.device)
+    if reason is None:
+        return True
+    message = f"clipft.{op}: the kernels do not run here: {reason}"
+    if needed is not None or os.environ.get("CLIPFT_STRICT") == "1":
+        raise NotImplementedError(message + (f"; {needed} needs them" if needed is not None else ""))
+    if (op, tensor.device.type) not in _WARNED:
+        _WARNED.add((op, tensor.device.type))
+        warnings.warn(f"{message}. {instead}", stacklevel=3)
+    return False
+
+
+def call(op: Any, *args: Any) -> Any:
+    """Torch's C ABI tells of every error in the same way; what was an OutOfMemoryError becomes one again."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        if "CUDA out of memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from None
