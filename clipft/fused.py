@@ -222,9 +222,10 @@ class FusedQuickGELU(QuickGELUActivation):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the parameter's name in transformers)
         """Any shape, kept."""
+        from clipft.devices import problem
         from clipft.ops import quick_gelu
 
-        if input.device.type != "cpu" or input.dtype not in _FLOATS or not 1 <= input.dim() <= _MAX_DIM:
+        if problem(input.device) is not None or input.dtype not in _FLOATS or not 1 <= input.dim() <= _MAX_DIM:
             return super().forward(input)
         return quick_gelu(input)
 

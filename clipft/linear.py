@@ -9,9 +9,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-import clipft._C  # noqa: F401  (importing it registers torch.ops.clipft)
+from clipft import reference
+from clipft.devices import call, has_kernel
 
 __all__ = ["dropout_mask", "lora_linear", "quick_gelu", "quick_gelu_lora_linear"]
 
@@ -46,8 +48,8 @@ def lora_linear(
         scaling: factor of the branch, ``alpha / r`` or what peft's adapter says.
         dropout: probability in [0, 1) with which an element of the branch's input is zeroed, the others being divided
             by ``1 - dropout``.
-        training: whether dropout happens. The mask comes from a seed drawn from torch's generator of the CPU; it is
-            made again in the backward pass, and is the same when a checkpoint recomputes the layer.
+        training: whether dropout happens. The mask comes from a seed drawn from torch's generator of the input's
+            device; it is made again in the backward pass, and is the same when a checkpoint recomputes the layer.
 
     Returns:
         [..., out] in the dtype of ``input``. The branch is computed in float32 and added there to the rest, which in 16
@@ -58,6 +60,9 @@ def lora_linear(
     Raises:
         TypeError: a dtype that is not supported, or that does not fit the input's.
         ValueError: a shape, device or ``dropout`` that does not fit.
+        NotImplementedError: with ``CLIPFT_STRICT=1`` on a device that the kernels do not run on. Otherwise plain torch
+            computes it there, with a warning that tells the cause.
+        torch.OutOfMemoryError: as torch raises it.
     """
     return _lora_linear(input, weight, bias, lora_a, lora_b, scaling, dropout if training else 0.0, dropout, False)
 
@@ -94,7 +99,9 @@ def quick_gelu(input: Tensor) -> Tensor:  # noqa: A002
     _check_float("quick_gelu", "input", input)
     if not 1 <= input.dim() <= _MAX_DIM:
         raise ValueError(f"clipft.quick_gelu: input must have 1 to {_MAX_DIM} dimensions, got shape {_shape(input)}")
-    return torch.ops.clipft.quick_gelu(input.contiguous())
+    if not has_kernel("quick_gelu", input, _PLAIN):
+        return reference.quick_gelu(input.float()).to(input.dtype)
+    return call(torch.ops.clipft.quick_gelu, input.contiguous())
 
 
 def dropout_mask(seed: int | Tensor, rows: int, cols: int, dropout: float) -> Tensor:
@@ -119,14 +126,36 @@ def _lora_linear(
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         x, weight, bias = _autocast(x, weight, bias)
     _check_lora(x, weight, bias, lora_a, lora_b, scaling, dropout)
+    if not has_kernel("lora_linear", x, _PLAIN):
+        return _plain(x, weight, bias, lora_a, lora_b, scaling, active_dropout, activation)
     if x.dim() > 2:
         x = x.contiguous()
     if bias is None:
         bias = x.new_empty(0)
     seed = _draw_seed(x) if active_dropout else torch.empty((), dtype=torch.int64, device=x.device)
-    return torch.ops.clipft.lora_linear(
-        x, weight, bias, lora_a, lora_b, seed, float(scaling), float(active_dropout), activation
-    )[0]
+    scaling, active_dropout = float(scaling), float(active_dropout)
+    op = torch.ops.clipft.lora_linear
+    return call(op, x, weight, bias, lora_a, lora_b, seed, scaling, active_dropout, activation)[0]
+
+
+_PLAIN = "Plain torch computes it"
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout: float,
+    activation: bool,
+) -> Tensor:
+    """The layer where there is no kernel, whose mask comes from torch's own dropout."""
+    wide = reference.quick_gelu(x.float()) if activation else x.float()
+    base = F.linear(wide.to(x.dtype), weight, bias)
+    branch = F.linear(F.linear(F.dropout(wide, dropout), lora_a.float()), lora_b.float())
+    return (base.float() + scaling * branch).to(x.dtype)
 
 
 def _draw_seed(like: Tensor) -> Tensor:
@@ -143,7 +172,7 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     return cast(x), cast(weight), cast(bias)
 
 
-# ---- checks: the messages equal those of csrc/ops/lora.c ----
+# ---- checks: the messages equal those of csrc/ops/lora_inputs.c ----
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -303,9 +332,8 @@ def _lora_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:5]
     if grad.dim() > 2:
         grad = grad.contiguous()
-    grads = torch.ops.clipft.lora_linear_backward(
-        grad, *ctx.saved_tensors, ctx.scaling, ctx.dropout, ctx.quick_gelu, *needs
-    )
+    op = torch.ops.clipft.lora_linear_backward
+    grads = call(op, grad, *ctx.saved_tensors, ctx.scaling, ctx.dropout, ctx.quick_gelu, *needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
@@ -314,7 +342,7 @@ def _gelu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gelu_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    return torch.ops.clipft.quick_gelu_backward(grad.contiguous(), *ctx.saved_tensors)
+    return call(torch.ops.clipft.quick_gelu_backward, grad.contiguous(), *ctx.saved_tensors)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> Any:

@@ -16,6 +16,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPMLP
 
+from clipft.devices import problem
 from clipft.fused import FusedQuickGELU
 from clipft.ops import lora_linear, quick_gelu_lora_linear
 
@@ -190,8 +191,10 @@ def _why_not_adapter(lora_b: Any, scaling: Any) -> str | None:
 
 
 def _why_not_dtype(layer: Any, weight: Tensor, lora_a: Any, lora_b: Any) -> str | None:
-    if weight.device.type != "cpu" or weight.dtype not in _FLOATS:
+    if weight.dtype not in _FLOATS:
         return f"clipft.lora_linear has no kernel for {weight.dtype} on {weight.device.type}"
+    if (reason := problem(weight.device)) is not None:
+        return f"clipft.lora_linear has no kernel on {weight.device.type}: {reason}"
     if {lora_a.weight.dtype, lora_b.weight.dtype} - {weight.dtype, torch.float32}:
         return f"an adapter in {lora_a.weight.dtype} on a layer in {weight.dtype}"
     if lora_a.weight.dtype != weight.dtype and not layer.cast_input_dtype_enabled:
@@ -201,6 +204,7 @@ def _why_not_dtype(layer: Any, weight: Tensor, lora_a: Any, lora_b: Any) -> str 
 
 def _fits(x: Tensor, layer: Any) -> bool:
     """Whether the input is one for which the fused forward gives what peft's gives; peft's also has the errors."""
-    if x.device.type != "cpu" or x.dtype not in _FLOATS or not 1 <= x.dim() <= _MAX_DIM:
+    weight = layer.base_layer.weight
+    if x.device != weight.device or x.dtype not in _FLOATS or not 1 <= x.dim() <= _MAX_DIM:
         return False
-    return x.dtype == layer.base_layer.weight.dtype or torch.is_autocast_enabled("cpu")
+    return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)

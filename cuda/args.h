@@ -193,4 +193,81 @@ typedef struct clipft_cuda_int8_finish_args {
     int cols;
 } clipft_cuda_int8_finish_args;
 
+/* ---- lora.cu ---- */
+
+/* A block of lora_down works on ROWS x COLS elements and RANK of the rank at a time; one of lora_up on ROWS x UP_COLS results. */
+enum {
+    CLIPFT_CUDA_LORA_ROWS = 32,
+    CLIPFT_CUDA_LORA_COLS = 64,
+    CLIPFT_CUDA_LORA_RANK = 16,
+    CLIPFT_CUDA_LORA_UP_COLS = 128,
+    CLIPFT_CUDA_LORA_PARTS = 32 /* of a sum over rows, at most */
+};
+
+/* The mask m: element (row, col) of the whole input is kept or not, see csrc/kernels/lora.h. */
+typedef struct clipft_cuda_dropout {
+    CLIPFT_GLOBAL(const long long) seed; /* [1], or null: all are kept */
+    int threshold;
+    long long first; /* the input's row that is row 0 here */
+} clipft_cuda_dropout;
+
+/* What the branch takes of a matrix: m . act(x). */
+typedef struct clipft_cuda_branch {
+    clipft_cuda_matrix x; /* [rows, cols] */
+    clipft_cuda_dropout dropout;
+    int rows, cols, quick_gelu;
+} clipft_cuda_branch;
+
+/* v = scale * branch panel */
+typedef struct clipft_cuda_lora_down_args {
+    clipft_cuda_branch branch;
+    clipft_cuda_matrix panel; /* [cols, rank] */
+    CLIPFT_GLOBAL(float) v;   /* [rows, padded], zeros from `rank` on */
+    int rank, padded;
+    float scale;
+} clipft_cuda_lora_down_args;
+
+/* out = (base + m . (scale * v panel)) * act'(x) */
+typedef struct clipft_cuda_lora_up_args {
+    CLIPFT_GLOBAL(const float) v; /* [rows, padded] */
+    clipft_cuda_matrix panel;     /* [rank, cols] */
+    clipft_cuda_matrix base;      /* [rows, cols], may be out */
+    clipft_cuda_matrix x;         /* [rows, cols], or without data: no act' */
+    clipft_cuda_target out;       /* [rows, cols] */
+    clipft_cuda_dropout dropout;
+    int rows, cols, rank, padded;
+    float scale;
+} clipft_cuda_lora_up_args;
+
+/* part = v^T branch over each part of the rows */
+typedef struct clipft_cuda_lora_outer_args {
+    CLIPFT_GLOBAL(const float) v; /* [rows, padded], or null: ones */
+    clipft_cuda_branch branch;
+    CLIPFT_GLOBAL(float) part; /* [parts, rank, cols] */
+    int rank, padded, parts;
+} clipft_cuda_lora_outer_args;
+
+/* out[k][j] = scale * (sum of part[.][k][j]) */
+typedef struct clipft_cuda_lora_sum_args {
+    CLIPFT_GLOBAL(const float) part; /* [parts, rank, cols] */
+    clipft_cuda_target out;          /* element (k, j) at k * rank_stride + j * col_stride */
+    int parts, rank, cols;
+    float scale;
+    long long rank_stride, col_stride;
+} clipft_cuda_lora_sum_args;
+
+/* out = quick_gelu(x), or grad * quick_gelu'(x) */
+typedef struct clipft_cuda_quick_gelu_args {
+    clipft_cuda_matrix x;    /* [rows, cols] */
+    clipft_cuda_matrix grad; /* [rows, cols], or without data */
+    clipft_cuda_target out;  /* [rows, cols] */
+    long long rows, cols;
+} clipft_cuda_quick_gelu_args;
+
+typedef struct clipft_cuda_dropout_mask_args {
+    clipft_cuda_dropout dropout;
+    CLIPFT_GLOBAL(float) mask; /* [rows, cols] */
+    long long rows, cols;
+} clipft_cuda_dropout_mask_args;
+
 #endif

@@ -54,6 +54,15 @@ DEVICE void store(const clipft_cuda_target &m, long long at, float value)
         m.data16[at] = m.kind == CLIPFT_CUDA_FLOAT16 ? float_to_float16(value) : float_to_bfloat16(value);
 }
 
+DEVICE bool has_data(const clipft_cuda_matrix &m) { return m.data32 || m.data16; }
+
+/* 1 / (1 + e) or e / (1 + e) with e = exp(-|z|), which cannot overflow. */
+DEVICE float sigmoid(float z)
+{
+    const float e = expf(-fabsf(z));
+    return (z < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
 /* ---- reductions, in an order that is always the same ---- */
 
 DEVICE float warp_max(float value)

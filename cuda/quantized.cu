@@ -5,8 +5,6 @@
  * for the row's range and once for its levels. */
 #include "common.cuh"
 
-DEVICE bool has_data(const clipft_cuda_matrix &m) { return m.data32 || m.data16; }
-
 DEVICE float activate(float v, int activation)
 {
     if (activation == 1) return v < -52.0f ? 0.0f : v / (1.0f + expf(-1.702f * v));

@@ -5,13 +5,6 @@
 
 DEVICE float softplus(float z) { return fmaxf(z, 0.0f) + log1pf(expf(-fabsf(z))) + (z - z); /* fmaxf passes over NaN */ }
 
-/* 1 / (1 + e) or e / (1 + e) with e = exp(-|z|), which cannot overflow. */
-DEVICE float sigmoid(float z)
-{
-    const float e = expf(-fabsf(z));
-    return (z < 0.0f ? e : 1.0f) / (1.0f + e);
-}
-
 /* The sum of term(element, z) over the thread's elements but pairs, and of pair(row, element, z) over these. */
 template <class Term, class Pair> DEVICE double over_elements(const clipft_cuda_sigmoid_args &a, Term term, Pair pair)
 {

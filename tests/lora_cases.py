@@ -1,4 +1,4 @@
-"""The cases of lora_linear, one registry for tests of values, gradients and op contracts.
+"""The cases of lora_linear, one registry for tests of values, gradients and op contracts, on whichever device.
 
 Tolerances: u = 2^-24. A sum of n products errs by at most n u of the sum of magnitudes; with random signs by about
 sqrt(n) u of it, which 4 sqrt(n) + 16 covers for the maximum over a tensor. The magnitudes are the same formula on
@@ -36,6 +36,7 @@ class LoraCase:
     lora_dtype: torch.dtype | None = None  # the input's
     layout: str = "contiguous"  # contiguous | transposed | strided | expanded
     scaling: float = 2.0
+    device: str = "cpu"  # of what computes; values are made on the CPU, and so is the truth
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.shape)), f"to{self.out}", f"r{self.rank}", str(self.dtype)[6:], self.layout]
@@ -74,13 +75,14 @@ def run(function: Callable[..., Tensor], case: LoraCase, tensors: list[Tensor | 
     """The output and the gradients of everything that has one."""
     torch.manual_seed(3)
     y = function(*tensors, case.scaling, **kwargs)
-    y.backward(case.upstream().to(y.dtype))
+    y.backward(case.upstream().to(y))
     return [y.detach(), *(t.grad for t in tensors if t is not None)]
 
 
 def ours(case: LoraCase) -> list[Tensor]:
     function = quick_gelu_lora_linear if case.activation else clipft.lora_linear
-    return run(function, case, case.tensors(), dropout=case.dropout, training=True)
+    tensors = [None if t is None else t.detach().to(case.device).requires_grad_() for t in case.tensors()]
+    return [t.cpu() for t in run(function, case, tensors, dropout=case.dropout, training=True)]
 
 
 def the_mask(case: LoraCase) -> Tensor | None:
@@ -88,7 +90,7 @@ def the_mask(case: LoraCase) -> Tensor | None:
     if not case.dropout:
         return None
     torch.manual_seed(3)
-    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=case.device)
     rows = math.prod(case.shape[:-1])
     return reference.dropout_mask(int(seed), rows, case.shape[-1], case.dropout).view(case.shape)
 

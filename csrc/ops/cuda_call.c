@@ -52,18 +52,16 @@ static AtenTensorHandle wrap(const cuda_call *call, const clipft_view *view)
     return clipft_tensor_wrap(view, call->beside->device, call->beside->index);
 }
 
-bool cuda_multiply(cuda_call *call, clipft_view c, const clipft_view *start, clipft_view a, clipft_view b)
+bool cuda_multiply(cuda_call *call, clipft_view c, const clipft_tensor *start, bool accumulate, clipft_view a, clipft_view b)
 {
-    const bool in_place = start && start->data == c.data; /* the same tensor then, not only the same memory: torch copies otherwise */
-    AtenTensorHandle out = wrap(call, &c), self = start && !in_place ? wrap(call, start) : out, left = wrap(call, &a),
-                     right = wrap(call, &b);
-    bool ok = out && self && left && right;
+    AtenTensorHandle out = wrap(call, &c), left = wrap(call, &a), right = wrap(call, &b);
+    bool ok = out && left && right;
     if (ok && c.kind == a.kind)
-        ok = !clipft_torch_cuda.aoti_torch_cuda_addmm_out(out, self, left, right, start ? 1.0 : 0.0, 1.0);
+        ok = !clipft_torch_cuda.aoti_torch_cuda_addmm_out(out, start ? start->handle : out, left, right, start || accumulate ? 1.0 : 0.0,
+                                                          1.0);
     else if (ok)
         ok = !clipft_torch_cuda.aoti_torch_cuda_mm_dtype_out(out, left, right, clipft_torch.aoti_torch_dtype_float32());
     if (out) clipft_torch.aoti_torch_delete_tensor_object(out);
-    if (self && self != out) clipft_torch.aoti_torch_delete_tensor_object(self);
     if (left) clipft_torch.aoti_torch_delete_tensor_object(left);
     if (right) clipft_torch.aoti_torch_delete_tensor_object(right);
     return ok || cuda_torch_failed(call, "a matrix product");

@@ -30,9 +30,9 @@ bool cuda_launch(cuda_call *call, clipft_cuda_kernel kernel, int64_t blocks_x, i
 /* A thread for each of `count` items. */
 bool cuda_launch_items(cuda_call *call, clipft_cuda_kernel kernel, int64_t count, void *args);
 
-/* c = start + a b, or a b without a start (NULL). All are of one dtype, and the start is c itself or one row; or c is float32, a and b are
- * not, and there is no start. */
-bool cuda_multiply(cuda_call *call, clipft_view c, const clipft_view *start, clipft_view a, clipft_view b);
+/* c = a b; with `start`, a row that is added to every row; or, with `accumulate`, c += a b. All are of one dtype; or c is float32, a and b
+ * are not, and neither is asked for. */
+bool cuda_multiply(cuda_call *call, clipft_view c, const clipft_tensor *start, bool accumulate, clipft_view a, clipft_view b);
 
 /* A view, or one without data, as the kernels take it. A target is contiguous. */
 clipft_cuda_matrix cuda_matrix(const clipft_view *view);

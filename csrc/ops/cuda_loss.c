@@ -82,7 +82,7 @@ bool cuda_loss_walk(cuda_loss *loss, bool (*visit)(cuda_loss *, const clipft_cud
             const int64_t col1 = col0 + loss->tile_cols < loss->cols ? col0 + loss->tile_cols : loss->cols;
             const clipft_cuda_tile tile = {loss->products, (int)(row1 - row0),        (int)(col1 - col0), (int)loss->stride, row0,
                                            col0,           loss->in.logits.row_offset};
-            if (!cuda_multiply(&loss->call, float_view(loss->products, tile.rows, tile.cols, loss->stride), NULL,
+            if (!cuda_multiply(&loss->call, float_view(loss->products, tile.rows, tile.cols, loss->stride), NULL, false,
                                embeds_view(&loss->in.image, row0, row1), clipft_view_transposed(embeds_view(&loss->in.text, col0, col1))) ||
                 !visit(loss, &tile, ctx))
                 return false;
@@ -127,7 +127,7 @@ static bool add_side(cuda_loss *loss, cuda_gradients *grad, float *sum, clipft_v
     const bool apart = !first && coefficients.kind != CLIPFT_FLOAT32; /* torch has no sum of mixed types */
     float *out = apart ? grad->part : sum;
     const clipft_view c = float_view(out, coefficients.rows, loss->dim, loss->dim);
-    if (!cuda_multiply(&loss->call, c, first || apart ? NULL : &c, coefficients, other)) return false;
+    if (!cuda_multiply(&loss->call, c, NULL, !first && !apart, coefficients, other)) return false;
     clipft_cuda_gradient_add_args args = {sum, out, coefficients.rows * loss->dim};
     const int64_t blocks = cuda_blocks(args.count, 4 * (int64_t)CLIPFT_CUDA_THREADS);
     return !apart || cuda_launch(&loss->call, CLIPFT_CUDA_gradient_add, blocks, 1, CLIPFT_CUDA_THREADS, &args);
