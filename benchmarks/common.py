@@ -27,6 +27,9 @@ PACKAGES = (
     "openvino",
     "nncf",
     "torchao",
+    "inf_cl",
+    "memeff",
+    "siglip-kernel",
 )
 
 
@@ -81,6 +84,18 @@ def interleave(competitors: dict[str, Callable[[], object]], repeats: int, rest:
             run()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def gpu_seconds(run: Callable[[], object]) -> float:
+    """Of one run on the GPU, by CUDA events."""
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

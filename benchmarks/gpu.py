@@ -1,15 +1,16 @@
-"""The losses on a GPU against what people use, forward + backward.
+"""The losses on a GPU against what people use, forward + backward, and the linear layers (gpu_layers.py).
 
+    pip install open_clip_torch inf_cl memeff siglip-kernel torchao
     python benchmarks/gpu.py [--sizes 4096 8192 ...] [--dims 512 768 1024] [--dtype bfloat16] [--repeats 10]
 
 Peers: eager (transformers' image_text_contrastive_loss), the same under torch.compile, open_clip's ClipLoss and
-SigLipLoss, and the Triton kernels inf-cl (pip install inf_cl), where they import; one that runs out of memory or fails
-has its error in the results. Runs are interleaved, each timed by CUDA events. "of products" is the time that the loss's
-matrix products (8 N^2 D operations) take at the rate of torch's own product of two [4096, 4096] matrices of that dtype
-in this run, over the loss's time; "of bandwidth" is the time that a float32 tile's trip out of and into the kernels
-would take from the GPU's memory, 12 bytes a logit (it should stay in the cache), at the rate of a copy in this run.
-Memory is the growth of the peak over one step, gradients included. Goals on an H100 at N = 32768, D = 768, bfloat16:
-half of eager's time, no slower than the fastest Triton kernel, below 1 GB.
+SigLipLoss, and the Triton kernels inf-cl, memeff (whose scale is a constant) and siglip-kernel, where they import; one
+that runs out of memory or fails has its error in the results. Runs are interleaved, each timed by CUDA events. "of
+products" is the time that the loss's matrix products (8 N^2 D operations) take at the rate of torch's own product of
+two [4096, 4096] matrices of that dtype in this run, over the loss's time; "of bandwidth" is the time that a float32
+tile's trip out of and into the kernels would take from the GPU's memory, 12 bytes a logit (it should stay in the
+cache), at the rate of a copy in this run. Memory is the growth of the peak over one step, gradients included. Goals on
+an H100 at N = 32768, D = 768, bfloat16: half of eager's time, no slower than the fastest Triton kernel, below 1 GB.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import machine, ratio, save, summary
+from common import gpu_seconds, machine, ratio, save, summary
 from contrastive import eager_contrastive
+from gpu_layers import layer_table, measure_layers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -32,6 +34,7 @@ from torch import Tensor
 import clipft
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+SCALE = 100.0
 
 
 def eager_sigmoid(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -69,6 +72,18 @@ def competitors() -> tuple[dict[str, dict[str, Loss]], dict[str, str]]:
         losses["contrastive"]["inf-cl"] = lambda i, t, s: (flash(i, t, scale=s) + flash(t, i, scale=s)) / 2
     except Exception as error:
         absent["inf-cl"] = repr(error)
+    try:
+        memeff = importlib.import_module("memeff").MemoryEfficientCLIPLoss(
+            temperature=1 / SCALE, normalized_inputs=True, stable=False
+        )
+        losses["contrastive"]["memeff"] = lambda i, t, s: memeff(i, t)
+    except Exception as error:
+        absent["memeff"] = repr(error)
+    try:
+        fused = importlib.import_module("siglip_kernel").fused_siglip_loss
+        losses["sigmoid"]["siglip-kernel"] = lambda i, t, s: fused(i, t, s.log(), bias)
+    except Exception as error:
+        absent["siglip-kernel"] = repr(error)
     return losses, absent
 
 
@@ -76,7 +91,7 @@ def inputs(n: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
     generator = torch.Generator("cuda").manual_seed(0)
     image = F.normalize(torch.randn(n, dim, generator=generator, device="cuda"), dim=1)
     text = F.normalize(image + torch.randn(n, dim, generator=generator, device="cuda") / dim**0.5, dim=1)
-    scale = torch.tensor(100.0, device="cuda", requires_grad=True)
+    scale = torch.tensor(SCALE, device="cuda", requires_grad=True)
     return image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_(), scale
 
 
@@ -86,15 +101,6 @@ def step(loss: Loss, args: tuple[Tensor, Tensor, Tensor]) -> None:
     loss(*args).backward()
 
 
-def seconds(run: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
-
-
 def limits(dtype: torch.dtype) -> tuple[float, float]:
     """Operations a second of torch's product, and bytes a second of a copy (read and write)."""
     a, b = (torch.randn(4096, 4096, device="cuda").to(dtype) for _ in range(2))
@@ -102,8 +108,8 @@ def limits(dtype: torch.dtype) -> tuple[float, float]:
     copy = torch.empty_like(big)
     products, copies = [], []
     for _ in range(20):
-        products.append(seconds(lambda: a @ b))
-        copies.append(seconds(lambda: copy.copy_(big)))
+        products.append(gpu_seconds(lambda: a @ b))
+        copies.append(gpu_seconds(lambda: copy.copy_(big)))
     return 2 * 4096**3 / statistics.median(products), 2 * 2**28 / statistics.median(copies)
 
 
@@ -135,7 +141,7 @@ def measure(kind: str, losses: dict[str, Loss], n: int, dim: int, dtype: torch.d
     times: dict[str, list[float]] = {name: [] for name in memory}
     for _ in range(repeats):
         for name, values in times.items():
-            values.append(seconds(lambda name=name: step(losses[name], args)))
+            values.append(gpu_seconds(lambda name=name: step(losses[name], args)))
     operations, bandwidth = limits(dtype)
     ours = statistics.median(times["clipft"])
     return {
@@ -197,6 +203,9 @@ def main() -> int:
         ]
         console.print(table(rows, kind))
         results["rows"] += rows
+    results["layers"] = measure_layers(getattr(torch, options.dtype), options.repeats)
+    for kind in ("lora", "int8"):
+        console.print(layer_table(results["layers"], kind))
     for name, error in absent.items():
         console.print(f"not measured: {name}: {error}")
     slug = "".join(c if c.isalnum() else "-" for c in results["machine"]["gpu"]).lower()

@@ -215,7 +215,6 @@ KERNEL(CLIPFT_CUDA_THREADS) lora_outer(clipft_cuda_lora_outer_args a)
 #pragma unroll
                 for (int c = 0; c < 8; ++c) sum[k][c] = fmaf(left[k], right[c], sum[k][c]);
         }
-        __syncthreads();
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k)

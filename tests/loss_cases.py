@@ -120,6 +120,7 @@ CASES += [LossCase(64, 512, 100.0, "paired"), LossCase(128, 768, 100.0, "paired"
 
 
 SIGMOID_CASES = [c for c in CASES if c.classes is None and not c.smoothing]
+LABEL_CASES = [c for c in CASES if c.classes is not None and not c.smoothing]
 
 BIAS = -3.0
 
@@ -192,6 +193,20 @@ def check_sigmoid(case: LossCase, device: str = "cpu") -> None:
         assert_close(g, w, gradient_tolerance(case, w) * rows + extra, f"{name} gradient")
     for name, g, w in zip(("scale", "bias"), got[3:], want[3:], strict=True):
         assert_close(g, w, gradient_tolerance(case, w) * rows * case.n / max(abs(case.scale), 1e-3), f"{name} gradient")
+
+
+def check_sigmoid_labels(case: LossCase, device: str = "cpu") -> None:
+    """The tolerance is that of the loss without labels, from which the further positives are subtracted."""
+    labels, where = case.labels(), "cpu" if device == "emulated" else device
+    got = run(clipft.sigmoid_loss, case, bias=True, device=where, labels=labels.to(where))
+    want = run(reference.sigmoid_loss, case, torch.float64, bias=True, labels=labels)
+    plain = run(reference.sigmoid_loss, case, torch.float64, bias=True)
+    assert_close(got[0], want[0], value_tolerance(case, plain[0].item()) * max(1.0, plain[0].item()), "loss")
+    extra = coefficient_rounding(case, device) * case.n
+    for name, g, w, p in zip(("image", "text"), got[1:3], want[1:3], plain[1:3], strict=True):
+        assert_close(g, w, gradient_tolerance(case, p) * case.n + extra, f"{name} gradient")
+    for name, g, w, p in zip(("scale", "bias"), got[3:], want[3:], plain[3:], strict=True):
+        assert_close(g, w, gradient_tolerance(case, p) * case.n**2 / abs(case.scale), f"{name} gradient")
 
 
 def unit(n: int = 24, dim: int = 8, seed: int = 0) -> Tensor:

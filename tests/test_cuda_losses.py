@@ -9,7 +9,18 @@ from itertools import pairwise
 import pytest
 import torch
 from emulated_cuda import EmulatedCuda
-from loss_cases import CASES, SIGMOID_CASES, LossCase, check_contrastive, check_sigmoid, run, unit
+from loss_cases import (
+    CASES,
+    LABEL_CASES,
+    SIGMOID_CASES,
+    LossCase,
+    check_contrastive,
+    check_sigmoid,
+    check_sigmoid_labels,
+    run,
+    unit,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipft
 from clipft import reference
@@ -32,6 +43,35 @@ def test_cuda_contrastive_against_float64(case: LossCase, cuda: EmulatedCuda) ->
 @pytest.mark.parametrize("case", [*filter(affordable, SIGMOID_CASES)], ids=str)
 def test_cuda_sigmoid_against_float64(case: LossCase, cuda: EmulatedCuda) -> None:
     check_sigmoid(case, "emulated")
+
+
+@pytest.mark.parametrize("case", [*filter(affordable, LABEL_CASES)], ids=str)
+def test_cuda_sigmoid_with_labels_against_float64(case: LossCase, cuda: EmulatedCuda) -> None:
+    check_sigmoid_labels(case, "emulated")
+
+
+class HostNeverWaits(TorchDispatchMode):
+    """Refuses the ops of torch for which the host would wait for a GPU: those whose result's shape, or a number in
+    Python, depends on values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "unique", "equal", "masked_select", "repeat_interleave", "bincount")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        assert not name.startswith(self.WAITS), f"{name} waits for the device"
+        if name == "segment_reduce":
+            assert kwargs["unsafe"], "segment_reduce waits for the device to check lengths"
+        return func(*args, **(kwargs or {}))
+
+
+def test_cuda_labels_never_make_the_host_wait(cuda: EmulatedCuda) -> None:
+    args = [x.requires_grad_() for x in (unit(), unit(seed=1), torch.tensor(20.0), torch.tensor(-5.0))]
+    labels = torch.arange(24) // 3
+    with HostNeverWaits():
+        torch.autograd.grad(clipft.sigmoid_loss(*args, labels=labels), args)
+        torch.autograd.grad(clipft.contrastive_loss(*args[:3], labels=labels), args[:3])
+        with pytest.raises(AssertionError, match="_local_scalar_dense waits for the device"):
+            float(args[2].detach())
 
 
 LOSSES = {

@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from loss_cases import (
     CASES,
+    LABEL_CASES,
     SIGMOID_CASES,
     LossCase,
-    assert_close,
     check_contrastive,
     check_sigmoid,
-    gradient_tolerance,
+    check_sigmoid_labels,
     run,
     unit,
-    value_tolerance,
 )
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -42,18 +41,9 @@ def test_sigmoid_against_float64(case: LossCase, isa: str) -> None:
     check_sigmoid(case)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.classes is not None and not c.smoothing], ids=str)
+@pytest.mark.parametrize("case", LABEL_CASES, ids=str)
 def test_sigmoid_with_labels_against_float64(case: LossCase, isa: str) -> None:
-    """The tolerance is that of the loss without labels, from which the further positives are subtracted."""
-    labels = case.labels()
-    got = run(clipft.sigmoid_loss, case, bias=True, labels=labels)
-    want = run(reference.sigmoid_loss, case, torch.float64, bias=True, labels=labels)
-    plain = run(reference.sigmoid_loss, case, torch.float64, bias=True)
-    assert_close(got[0], want[0], value_tolerance(case, plain[0].item()) * max(1.0, plain[0].item()), "loss")
-    for name, g, w, p in zip(("image", "text"), got[1:3], want[1:3], plain[1:3], strict=True):
-        assert_close(g, w, gradient_tolerance(case, p) * case.n, f"{name} gradient")
-    for name, g, w, p in zip(("scale", "bias"), got[3:], want[3:], plain[3:], strict=True):
-        assert_close(g, w, gradient_tolerance(case, p) * case.n**2 / abs(case.scale), f"{name} gradient")
+    check_sigmoid_labels(case)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.n >= 300 and c.dtype == torch.float32], ids=str)
