@@ -138,8 +138,8 @@ def _further_positives(
     classes = torch.searchsorted(every.sort().values, labels)  # in 0 ... n - 1
     sizes = torch.zeros(n, dtype=torch.int64, device=image.device).index_add(0, classes, torch.ones_like(classes))
     image, text, own = image.float(), text.float(), (image.float() * text.float()).sum(dtype=torch.float64)
-    # Rows in the order of their classes, then a sum for each: a GPU's index_add would add them in any order. "unsafe" is
-    # unchecked: for a check the host would wait.
+    # Rows in the order of their classes, then a sum for each: a GPU's index_add would add them in any order. "unsafe":
+    # unchecked, for the host would wait for a check.
     order = classes.argsort(stable=True)
     images, texts = (
         torch.segment_reduce(x.index_select(0, order), "sum", lengths=sizes, unsafe=True, initial=0.0)
