@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from tiny_clip import COLOURS, LENGTH, SIZE, captioned, class_folders, labelled, picture, tiny_clip
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 import clipft
@@ -121,6 +122,19 @@ def test_a_crop_is_of_what_the_model_sees_in_use(size: tuple[int, int], options:
     whole, plain = (build_transform(own, Augmentation(random_resized_crop=share)) for share in (1.0, None))
     image = smooth(*size)
     assert (whole(image) - plain(image)).abs().mean() < 0.1  # half a pixel; a squashed picture differs by .2 to .8
+
+
+def test_a_crop_of_a_square_is_torchvisions(processor) -> None:
+    image, bicubic = smooth(90, 90), v2.InterpolationMode.BICUBIC
+    transform = build_transform(processor.image_processor, Augmentation(random_resized_crop=0.3))
+    theirs = v2.RandomResizedCrop(SIZE, scale=(0.3, 1.0), interpolation=bicubic, antialias=True)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ours = transform(image)
+        torch.manual_seed(seed)
+        expected = theirs(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        own = Image.fromarray(expected.permute(1, 2, 0).numpy())
+        assert torch.equal(ours, build_transform(processor.image_processor)(own))
 
 
 def test_augmentation_sets(processor) -> None:
