@@ -9,6 +9,7 @@ import pytest
 import torch
 from emulated_cuda import EmulatedCuda
 from lora_cases import BF16, CASES, F16, F32, LoraCase, assert_within, exact, ours
+from tiny_clip import tiny_model
 from torch.utils.checkpoint import checkpoint
 
 import clipft
@@ -104,6 +105,26 @@ def test_cuda_quick_gelu(shape: tuple[int, ...], dtype: torch.dtype, cuda: Emula
     close = {"rtol": torch.finfo(dtype).eps * (8 if dtype == F32 else 0.51), "atol": 1e-6}
     torch.testing.assert_close(y.double(), want, **close)
     torch.testing.assert_close(x.grad.double(), wide.grad, **close)
+
+
+def test_cuda_lora_model_has_the_cpus_gradients(emulated_gpu: EmulatedCuda) -> None:
+    """A fused peft model, whose loss, activation and layers all are kernels."""
+    g = torch.Generator().manual_seed(0)
+    pixels, ids = torch.randn(4, 3, 32, 32, generator=g), torch.randint(0, 500, (4, 12), generator=g)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        model = clipft.add_lora(tiny_model(), r=4, dropout=0.2).train()
+        torch.manual_seed(1)
+        loss = model(pixel_values=pixels, input_ids=ids, return_loss=True).loss
+        return (loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+    want = step()
+    with emulated_gpu.installed():
+        before = emulated_gpu.launches()
+        got = step()
+        assert emulated_gpu.launches() > before + 50
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_cuda_lora_contracts(cuda: EmulatedCuda) -> None:

@@ -20,6 +20,7 @@ from int8_cases import (
     check_surroundings,
     check_zero_huge_and_tiny_rows,
 )
+from tiny_clip import tiny_model
 
 import clipft
 from clipft.nn import QuantizedLinear
@@ -68,6 +69,17 @@ def test_cuda_int8_is_the_cpus_to_the_bit(emulated_gpu: EmulatedCuda) -> None:
     want = clipft.quantized_linear(x, weight, torch.ones(90))
     with emulated_gpu.installed():
         assert torch.equal(clipft.quantized_linear(x, weight, torch.ones(90)), want)
+
+
+def test_cuda_int8_model_gives_the_cpus_embeddings(emulated_gpu: EmulatedCuda) -> None:
+    small = clipft.quantize(tiny_model())
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    want = small.get_image_features(pixels).pooler_output
+    with emulated_gpu.installed():
+        before = emulated_gpu.launches()
+        got = small.get_image_features(pixels).pooler_output
+        assert emulated_gpu.launches() > before
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)  # a level may be the next one
 
 
 def test_cuda_int8_weights_of_any_layout(cuda: EmulatedCuda) -> None:

@@ -102,7 +102,7 @@ static bool run_block(int8_job *job, int64_t begin, int64_t end)
 
 static bool prepare(int8_job *job, const clipft_tensor *input)
 {
-    int64_t in = 0, out = 0;
+    int64_t in = 1, out = 1;
     if (!cuda_begin(&job->call, input)) return false;
     for (int k = 0; k < job->in->chain.count; ++k) {
         if (!make_operand(job, k)) return false;
