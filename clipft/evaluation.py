@@ -141,7 +141,7 @@ def evaluate_heads(
     image_embeds = embed_images(
         model, processor, Pictures(dataset), batch_size=batch_size, num_workers=num_workers, progress=progress
     )
-    found = heads_found(model, image_embeds, dataset)
+    found = heads_found(model, image_embeds, dataset, column_names(dataset))
     if not found:
         raise ValueError(
             f"dataset: expected a column of the model's heads, {sorted(heads_of(model)) or 'of which it has none'}, "
@@ -150,13 +150,13 @@ def evaluate_heads(
     return {name: _with_intervals(part, resamples, seed) for name, part in found.items()}
 
 
-def heads_found(model: Any, image_embeds: Tensor, dataset: Any) -> dict[str, Classification]:
-    """What the heads make of image embeddings [N, D], L2-normalised, of a data set's rows: of those with a value, for
-    each head with a column that has any.
+def heads_found(model: Any, image_embeds: Tensor, dataset: Any, columns: Sequence[str]) -> dict[str, Classification]:
+    """What the heads of these columns make of image embeddings [N, D], L2-normalised, of a data set's rows: of those
+    with a value, for each head that has any.
     """
     found = {}
     for name, head in heads_of(model).items():
-        if name in column_names(dataset):
+        if name in columns:
             targets = class_targets(dataset, name, head.class_names)
             known = targets != MISSING
             with torch.no_grad():

@@ -96,7 +96,7 @@ class Scorer:
                 num_workers=self.workers,
                 progress=functools.partial(progress.track, description=stage),
             )
-        heads = heads_found(self.clip, image_embeds, self.dataset)
+        heads = self._heads_found(image_embeds)
         parts: dict[str, Any] = {"head": heads[LABEL]} if LABEL in heads else {}
         texts, texts_of, text_embeds = [], [], torch.empty(0)
         if names:
@@ -114,6 +114,18 @@ class Scorer:
             parts["retrieval"] = Retrieval(image_embeds, text_embeds, texts_of)
         parts |= {f"attribute_{name}": found for name, found in heads.items() if name != LABEL}
         return Found(parts, image_embeds, text_embeds, texts, texts_of)
+
+    def _heads_found(self, image_embeds: Tensor) -> dict[str, Classification]:
+        """Of the heads for these classes; a control set, say, has others."""
+        others = [
+            name
+            for name, head in heads_of(self.clip).items()
+            if not set(class_names_of(self.dataset, name) or ()) <= set(head.class_names)
+        ]
+        for name in others:
+            self.console.print(f"the model's head {name!r} knows other classes than this data has: not scored")
+        rest = [name for name in column_names(self.dataset) if name not in others]
+        return heads_found(self.clip, image_embeds, self.dataset, rest)
 
 
 def control_drawings() -> Any:

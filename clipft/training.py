@@ -98,6 +98,11 @@ class CLIPTrainer(StagedCheckpoints):
     _unfreezing: GradualUnfreezing | None = None
     _heads: HeadTraining | None = None
 
+    @property
+    def head_classes(self) -> dict[str, list[str]]:
+        """The classes of the heads that the run trains, by data column."""
+        return self._heads.classes if self._heads else {}
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As in Trainer, and fused."""
         if self.args.head != "none" or self.args.attributes:

@@ -465,7 +465,14 @@ def test_train_and_evaluate_a_head(base: Path, tmp_path: Path) -> None:
     assert report["wise_ft"]["metric"] == "balanced accuracy"
     assert "Classification head" in (run / "report.html").read_text()
     assert "| head, balanced accuracy |" in (run / "README.md").read_text()
-    score = tmp_path / "score.json"
+    score, other = tmp_path / "score.json", class_folders(tmp_path / "other", 8)
+    (other / "blue").rename(other / "navy")
+    command("evaluate", "--model", str(run), "--data", str(other), "--output", str(score))
+    assert list(json.loads(score.read_text())) == ["zero_shot"]
+    line = ["train", "--model", str(base), "--data", data, "--eval-data", str(other), "--output", str(run), *options]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert "column 'label': expected classes among" in result.output and "found ['navy']" in result.output
     command("evaluate", "--model", str(run), "--data", data, "--output", str(score))
     model, processor = clipft.load(run)
     found = clipft.evaluate_heads(model, processor, clipft.load_pairs(data))

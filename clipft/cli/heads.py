@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ __all__ = [
     "Head",
     "HeadLoss",
     "attribute_weights",
+    "check_test_set",
     "chosen_metric",
     "class_weight_values",
 ]
@@ -89,3 +90,11 @@ def chosen_metric(metric: str | None, head: Head, attributes: Iterable[str]) -> 
     if metric is not None and metric not in known:
         raise ValueError(f"--metric: expected one of {', '.join(known)}, got {metric!r}")
     return own[0] if metric is None else metric
+
+
+def check_test_set(trainer: Any, test: Any) -> None:
+    """That the run's heads know the classes of the test set, before an hour of training."""
+    from clipft.data import class_targets
+
+    for name, classes in trainer.head_classes.items():
+        class_targets(test, name, classes)

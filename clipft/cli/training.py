@@ -33,6 +33,7 @@ from clipft.cli.heads import (
     Head,
     HeadLoss,
     attribute_weights,
+    check_test_set,
     chosen_metric,
     class_weight_values,
 )
@@ -532,6 +533,7 @@ def _trainer(clip: Any, processor: Any, arguments: Any, *, sets: Sets, patience:
         processing_class=processor,
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
+    check_test_set(trainer, sets.test)
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         report = ProgressReport(console)
