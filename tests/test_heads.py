@@ -402,6 +402,17 @@ def test_penalties_and_balanced_batches_work_with_a_head(tmp_path: Path) -> None
     assert len(losses(trainer)) == 6
 
 
+def test_other_recipes_work_with_heads(tmp_path: Path) -> None:
+    for data, options in (
+        (shown(16), {"head": "text", "gradual_unfreezing": 0.5}),
+        (attributed(tmp_path, 16), {"attributes": {"color": 1.0}, "hard_negatives": 2}),
+    ):
+        trainer = trainer_of(tmp_path, data, num_train_epochs=1, **options)
+        start = copy.deepcopy(trainer.model.heads)
+        trainer.train()
+        assert not same(trainer.model.heads, start)
+
+
 def test_head_options_are_checked(tmp_path: Path) -> None:
     for options, message in (
         ({"head": "linear"}, "head: expected one of none, text"),
