@@ -142,6 +142,26 @@ def test_several_threads_at_once() -> None:
     assert not bad
 
 
+def test_without_kernels_plain_torch_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = LoraCase((2, 20, 64), 48, 8).tensors()
+    want, want_gelu = clipft.lora_linear(*args, 2.0), quick_gelu_lora_linear(*args, 2.0)
+    monkeypatch.setattr("clipft.devices._WARNED", set())
+    monkeypatch.setattr("clipft.devices.problem", lambda device: "as the test wants it")
+    monkeypatch.delenv("CLIPFT_STRICT", raising=False)
+    with pytest.warns(
+        UserWarning, match=r"lora_linear: the kernels do not run here: as the test wants it. Plain torch"
+    ):
+        torch.testing.assert_close(clipft.lora_linear(*args, 2.0), want)
+    torch.testing.assert_close(quick_gelu_lora_linear(*args, 2.0), want_gelu)
+    with pytest.warns(UserWarning, match=r"clipft.quick_gelu: the kernels do not run here"):
+        torch.testing.assert_close(quick_gelu(args[0]), reference.quick_gelu(args[0]))
+    dropped = clipft.lora_linear(*args, 2.0, dropout=0.5, training=True)
+    assert dropped.shape == want.shape and not torch.equal(dropped, want)
+    monkeypatch.setenv("CLIPFT_STRICT", "1")
+    with pytest.raises(NotImplementedError, match="as the test wants it"):
+        clipft.lora_linear(*args, 2.0)
+
+
 # ---- bad input ----
 
 

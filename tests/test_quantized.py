@@ -212,6 +212,24 @@ def test_several_threads_at_once(int8_isa: str) -> None:
     assert not wrong
 
 
+def test_without_kernels_plain_torch_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = make_layer()
+    second, norm = QuantizedLinear.from_linear(torch.nn.Linear(39, 52)), torch.nn.LayerNorm(52).requires_grad_(False)
+    x = torch.randn(2, 7, 52)
+    args = (x, first.weight_int8, first.weight_scale, first.bias, "gelu")
+    want, want_block = clipft.quantized_linear(*args), first(x, norm, x, second)
+    monkeypatch.setattr("clipft.devices._WARNED", set())
+    monkeypatch.setattr("clipft.devices.problem", lambda device: "as the test wants it")
+    monkeypatch.delenv("CLIPFT_STRICT", raising=False)
+    with pytest.warns(UserWarning, match=r"quantized_linear: the kernels do not run here: as the test wants it. Plain"):
+        torch.testing.assert_close(clipft.quantized_linear(*args), want)
+    with pytest.warns(UserWarning, match=r"nn.QuantizedLinear: the kernels do not run here"):
+        torch.testing.assert_close(first(x, norm, x, second), want_block, rtol=1e-2, atol=1e-2)
+    monkeypatch.setenv("CLIPFT_STRICT", "1")
+    with pytest.raises(NotImplementedError, match="as the test wants it"):
+        first(x)
+
+
 # ---- the module ----
 
 
