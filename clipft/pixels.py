@@ -74,7 +74,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")  # which copies
 
 
 def to_pixels(image: Image.Image, config: Mapping[str, Any]) -> NDArray[np.float32]:
