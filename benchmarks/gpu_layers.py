@@ -49,6 +49,7 @@ def lora_runs(rows: int, n_in: int, n_out: int, dtype: torch.dtype) -> dict[str,
         base = nn.Linear(n_in, n_out, device="cuda", dtype=dtype).requires_grad_(False)
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=p, init_lora_weights=False)
         wrapped = PeftLinear(base, "default", config, r=RANK, lora_alpha=ALPHA)
+        wrapped.lora_A.float(), wrapped.lora_B.float()
         if kind == "clipft":
             wrapped.__class__ = FusedLoraLinear
             if reason := why_not(wrapped):
