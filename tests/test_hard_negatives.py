@@ -115,9 +115,9 @@ def test_mined_batches_are_harder_for_the_same_weights(tmp_path: Path) -> None:
     assert mean[3] > 1.2 * mean[0], mean
 
 
-@pytest.mark.parametrize("data", [captioned(27, captions=2), labelled(27)], ids=["captions", "classes"])
-@pytest.mark.parametrize("stop", [2, 4])  # within the first epoch, and at its end
-def test_resume_is_exact(tmp_path: Path, data: Any, stop: int) -> None:
+@pytest.mark.parametrize("stop", [2, 4])  # within the first epoch, of captions, and at its end, of classes
+def test_resume_is_exact(tmp_path: Path, stop: int) -> None:
+    data = captioned(27, captions=2) if stop == 2 else labelled(27)
     options: dict[str, Any] = {"hard_negatives": 3, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": stop}
     whole = trainer_of(tmp_path / "whole", data, random_resized_crop=0.5, **options)
     whole.train()
