@@ -531,6 +531,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
+from ranks import leave
 from test_heads import attributed, shown
 from tiny_trainer import losses, trainer_of
 torch.set_num_threads(1)
@@ -551,7 +552,7 @@ for name, options in kinds.items():
     results[name] = [losses(trainer), parameters, {{k: v for k, v in metrics.items() if "accuracy" in k}}]
 if trainer.is_world_process_zero():
     (folder / "result.json").write_text(json.dumps(results))
-torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
+leave()
 """
 
 
