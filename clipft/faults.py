@@ -56,7 +56,10 @@ def non_finite_message(trainer: Any, losses: list[Tensor], grad_norm: Any, kept:
         dist.all_gather_object(parts, own)
         rows = [row for part in parts for row in part]
     step, epoch = trainer.state.global_step + 1, trainer.state.epoch
-    found = {"loss": [str(loss.item()) for loss in losses], "grad_norm": str(float(grad_norm))}
+    found = {
+        "loss": [str(loss.item()) for loss in losses],
+        "grad_norm": str(grad_norm if grad_norm is None else float(grad_norm)),
+    }
     path = Path(trainer.args.output_dir) / NON_FINITE
     if trainer.is_world_process_zero():
         path.parent.mkdir(parents=True, exist_ok=True)

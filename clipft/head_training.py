@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipft.data import class_names_of, class_targets
+from clipft.data import class_names_of, class_targets, column_names
 from clipft.families import family_of
 from clipft.heads import LABEL, ClassificationHead, add_head, head_logits, heads_of
 from clipft.losses import MISSING, balanced_class_weights, head_loss
@@ -110,7 +110,10 @@ def _have_head(model: Any, processor: Any, name: str, dataset: Any, caption_temp
     option = "head: 'text'" if name == LABEL else f"attributes: {name!r}"
     head = heads_of(model).get(name)
     if head is None and names is None:
-        raise ValueError(f"{option}: expected a training set with a column {name!r} of type datasets.ClassLabel")
+        raise ValueError(
+            f"{option}: expected a training set with a column {name!r} of type datasets.ClassLabel, found the columns "
+            f"{[] if dataset is None else sorted(column_names(dataset))}"
+        )
     if head is None:
         add_head(model, processor, names or [], name=name, templates=caption_templates if name == LABEL else None)
     elif names is not None and not set(names) <= set(head.class_names):

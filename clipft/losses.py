@@ -47,7 +47,7 @@ def dice_loss(logits: Tensor, labels: Tensor, *, weight: Tensor | None = None) -
 
     p the softmax, y the one-hot labels. A class counts alike however few pictures it has, so that imbalance does not
     drown a rare one. Milletari et al. 2016 (arXiv:1606.04797, with squares in the denominator); without them Sudre et
-    al. 2017 (arXiv:1707.03237), MONAI and segmentation_models.pytorch, which leave absent classes out too.
+    al. 2017 (arXiv:1707.03237), MONAI and segmentation_models.pytorch; the last one leaves absent classes out too.
 
     Args:
         logits: [N, C]; large batches, since D_c is a quotient of sums over the batch.

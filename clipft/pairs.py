@@ -428,7 +428,9 @@ def _encode_attribute(values: list[str | None], name: str, where: str) -> tuple[
     """As named classes."""
     names = sorted({value for value in values if value is not None})
     if len(names) < 2:
-        raise ValueError(f"{where}: attribute_columns: expected two values or more in column {name!r}, found {names}")
+        raise ValueError(
+            f"attribute_columns: {name!r}: expected two values or more in this column of {where}, found {names}"
+        )
     number = {value: index for index, value in enumerate(names)}
     return [None if value is None else number[value] for value in values], datasets.ClassLabel(names=names)
 
@@ -448,7 +450,7 @@ def _check_attributes(columns: Sequence[str], used: Sequence[str | None], where:
     rest = [column for column in columns if column not in used]
     wrong = [name for name in reading.attributes if name not in rest]
     if wrong:
-        raise ValueError(f"{where}: attribute_columns: expected some of its other columns {rest}, got {wrong}")
+        raise ValueError(f"attribute_columns: expected columns of {where} among {rest}, got {wrong}")
 
 
 def _find_columns(columns: Sequence[str], where: str, named: Sequence[str | None]) -> list[str | None]:

@@ -6,6 +6,8 @@ averaged weights.
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 __all__ = ["GradualUnfreezing", "WeightAverage", "depth_from_top", "split_by_depth"]
+
+_logger = logging.getLogger(__name__)
 
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 _LAYER = re.compile(r"\b(text|vision)_model\.encoder\.layers\.(\d+)\.")
@@ -86,6 +90,14 @@ class GradualUnfreezing(TrainerCallback):
         self._layers = [(depth, parameter) for depth, parameter in depths if depth > 1]
         if not self._layers:
             raise ValueError("gradual_unfreezing: expected layers that train below the top one, all are frozen")
+        epochs = state.num_train_epochs if args.max_steps > 0 else args.num_train_epochs
+        reached, lowest = math.ceil(epochs / self.epochs - 1e-6), max(depth for depth, _ in self._layers)
+        if reached < lowest and state.is_world_process_zero:
+            _logger.warning(
+                "gradual_unfreezing: %g epochs reach the upper %d of %d layers (the embeddings are one), the others "
+                "stay as they are; %.2g reaches all",
+                *(epochs, reached, lowest, epochs / lowest),
+            )
         self.on_step_begin(args, state, control)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -149,6 +149,10 @@ class CLIPTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"hard_negatives: expected a number of at least 0, and 0 with class_balanced, got {self.hard_negatives}"
             )
+        if self.hard_negatives and self.hard_negatives >= (pairs := self.train_batch_size * self.world_size):
+            raise ValueError(
+                f"hard_negatives: expected fewer than the {pairs} pairs of a batch, got {self.hard_negatives}"
+            )
         if self.gradual_unfreezing < 0.0:
             raise ValueError(f"gradual_unfreezing: expected epochs, at least 0, got {self.gradual_unfreezing}")
         if self.gradual_unfreezing and self.ddp_find_unused_parameters is None:

@@ -55,6 +55,7 @@ def run(*arguments: Any) -> Any:
     return result
 
 
+@pytest.mark.filterwarnings("error:.gradient_checkpointing")  # deprecated, and nobody asks for it here
 def test_train_on_class_folders(base: Path, colours: Path, tmp_path: Path) -> None:
     options = ["--epochs", 8, "--batch-size", 8, "--lr", 3e-3, "--horizontal-flip", 0.5, "--workers", 1]
     result = run("train", "--model", base, "--data", colours, "--output", tmp_path / "out", *options)
@@ -109,7 +110,7 @@ def test_large_batches_and_precision(base: Path, table: Path, tmp_path: Path) ->
     both = run(
         "train", "--model", base, "--data", table, "--output", tmp_path / "x", *options, "--grad-cache-chunk-size", 3
     )
-    assert both.exit_code == 2 and "auto_batch: chooses grad_cache_chunk_size" in both.output
+    assert both.exit_code == 2 and "--auto-batch: chooses grad_cache_chunk_size" in both.output
     result = run(
         "train", "--model", base, "--data", table, "--output", tmp_path / "p", "--epochs", 1, "--precision", "auto"
     )
@@ -204,7 +205,7 @@ def test_resume_of_an_adapter(base: Path, table: Path, tmp_path: Path) -> None:
         (["--data", "/no/data.csv"], "there is no '/no/data.csv'"),
         (["--freeze", "all"], 'expected one of "none", "text"'),
         (["--metric", "f1"], "--metric: expected one of loss, image_to_text_R@1"),
-        (["--random-resized-crop", "2"], "random_resized_crop: expected a share"),
+        (["--random-resized-crop", "2"], "--random-resized-crop: expected a share"),
         (["--template", "no place"], "exactly one {}"),
         (["--output", __file__], "--output: expected a folder"),
         (["--lora-r", "4", "--lora-targets", "query"], "targets: 'query': 'query' matches nothing; there are vision"),

@@ -168,6 +168,6 @@ def test_two_processes_mine_and_unfreeze_as_one(tmp_path: Path) -> None:
 
 
 def test_arguments_are_checked() -> None:
-    for options in ({"hard_negatives": -1}, {"hard_negatives": 3, "class_balanced": True}):
+    for options in ({"hard_negatives": -1}, {"hard_negatives": 3, "class_balanced": True}, {"hard_negatives": 32}):
         with pytest.raises(ValueError, match="hard_negatives: expected"):
             clipft.CLIPTrainingArguments(output_dir="x", use_cpu=True, **options)

@@ -230,7 +230,7 @@ def test_attribute_columns_are_classes_with_gaps(tmp_path: Path) -> None:
 def test_attribute_columns_are_checked(tmp_path: Path) -> None:
     path = attributes_csv(tmp_path)
     for columns, message in (
-        (["size"], r"expected some of its other columns \['color', 'shape'\], got \['size'\]"),
+        (["size"], r"expected columns of .*pairs.csv among \['color', 'shape'\], got \['size'\]"),
         (["label"], "expected a list of columns other than"),
         (["caption"], "expected a list of columns other than"),
     ):
@@ -436,7 +436,7 @@ def test_head_options_are_checked(tmp_path: Path) -> None:
             arguments(tmp_path, **options)
     with pytest.raises(ValueError, match="class_weights: expected 4, one for each"):
         trainer_of(tmp_path, shown(), head="text", class_weights=[1.0, 2.0])
-    with pytest.raises(ValueError, match="head: 'text': expected a training set with a column 'label'"):
+    with pytest.raises(ValueError, match=r"head: 'text': expected .* column 'label' .*, found the columns \['caption'"):
         trainer_of(tmp_path, attributed(tmp_path), head="text")
     with pytest.raises(ValueError, match="attributes: 'size': expected a training set with a column 'size'"):
         trainer_of(tmp_path, attributed(tmp_path), attributes={"size": 1.0})
@@ -500,7 +500,11 @@ def test_train_and_evaluate_attributes(base: Path, tmp_path: Path) -> None:
     assert "Attribute: color" in (run / "report.html").read_text()
     config = (run / "config.yaml").read_text()
     assert "- color=0.5" in config and "head_loss: focal" in config
-    command("evaluate", "--model", str(run), "--data", data, "--attribute", "color", "--output", str(score))
+    line = ["evaluate", "--model", str(run), "--data", data, "--attribute"]
+    result = CliRunner().invoke(app, [*line, "color", "--output", str(score)])
+    assert "the model has more heads, for data with their columns: --attribute shape" in result.output
+    result = CliRunner().invoke(app, ["evaluate", "--model", str(base), "--data", data, "--attribute", "color"])
+    assert result.exit_code == 2 and "--attribute: expected heads of the model" in result.output
     again = json.loads(score.read_text())
     assert again["attribute_color"] == after["attribute_color"] and "attribute_shape" not in again
 
@@ -513,7 +517,10 @@ def test_train_and_evaluate_attributes(base: Path, tmp_path: Path) -> None:
         (["--head", "text", "--class-weights", "some"], "--class-weights: expected balanced, or numbers"),
         (["--head", "text", "--metric", "image_to_text_R@1"], "--metric: expected one of loss, balanced_accuracy"),
         (["--head", "text", "--lora-r", "4"], "--head, --attribute: not with --lora-r"),
-        (["--attribute", "size"], "attribute_columns: expected some of its other columns"),
+        (["--attribute", "size"], "error: --attribute: expected columns of "),
+        (["--attribute", "color=0"], "--attribute: expected a weight above 0"),
+        (["--head", "text", "--class-weights", "1,2"], "error: --head: 'text': expected a training set with a column"),
+        (["--head-loss", "dice"], "error: --head-loss, --class-weights: there is no head"),
     ],
 )
 def test_wrong_options_are_one_line(base: Path, tmp_path: Path, options: list[str], message: str) -> None:

@@ -128,12 +128,13 @@ def layers_of(names: set[str]) -> set[str]:
     return {name.split(".layers.")[1][0] for name in names if ".layers." in name}
 
 
-def test_one_layer_more_trains_every_so_many_epochs(tmp_path: Path) -> None:
+def test_one_layer_more_trains_every_so_many_epochs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seen = Trainable()
     options: dict[str, Any] = {"gradual_unfreezing": 0.5, "num_train_epochs": 2, "l2_sp": 0.1, "layer_decay": 0.9}
     trainer = trainer_of(tmp_path, captioned(32), callbacks=[seen], **options)
     start = dict(tiny_clip()[0].named_parameters())
     trainer.train()
+    assert not caplog.text
     expected = [{"2"}] * 2 + [{"1", "2"}] * 2 + [{"0", "1", "2"}] * 4
     assert [layers_of(names) for names in seen.steps] == expected
     embeddings = [any("embeddings" in name for name in names) for names in seen.steps]
@@ -143,13 +144,14 @@ def test_one_layer_more_trains_every_so_many_epochs(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
-def test_layers_that_are_frozen_anyway_stay_frozen(tmp_path: Path) -> None:
+def test_layers_that_are_frozen_anyway_stay_frozen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, processor = tiny_clip()
     clipft.freeze(model, "vision:2")
     before = copy.deepcopy(model.vision_model.encoder.layers[0])
     seen = Trainable()
     options: dict[str, Any] = {"gradual_unfreezing": 1.0, "num_train_epochs": 3}
     trainer_of(tmp_path, captioned(8), loaded=(model, processor), callbacks=[seen], **options).train()
+    assert "gradual_unfreezing: 3 epochs reach the upper 3 of 4 layers" in caplog.text  # of the text tower
     vision = [{name for name in names if "vision_model" in name} for names in seen.steps]
     assert [layers_of(names) for names in vision] == [{"2"}, {"1", "2"}, {"1", "2"}]
     assert same(model.vision_model.encoder.layers[0], before)

@@ -7,8 +7,9 @@ line and ends with status 2.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
     help="Fine-tune, evaluate and deploy CLIP models.",
 )
 
@@ -67,8 +69,17 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Pairs a step; all are negat
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load and augment pictures.")]
 
 
+_OPTIONS = {  # arguments that have another name on the command line
+    "attributes": "attribute",
+    "attribute_columns": "attribute",
+    "caption_templates": "template",
+    "label_smoothing_factor": "label_smoothing",
+}
+
+
 def user_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Print what went wrong with the input as one line; anything else keeps its traceback."""
+    own = inspect.signature(command).parameters
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -77,7 +88,9 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):  # one that was killed
                 raise
-            Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "red"), _one_line(error)))
+            Console(stderr=True, soft_wrap=True).print(
+                Text.assemble(("error: ", "red"), _as_options(_one_line(error), own))
+            )
             raise typer.Exit(2) from error
 
     return guarded
@@ -89,6 +102,15 @@ def _one_line(error: Exception) -> str:
     if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
         return lines[-1].partition(": ")[2]
     return " ".join(" ".join(lines).split())
+
+
+def _as_options(message: str, own: Container[str]) -> str:
+    """With the arguments that the message begins with as the command's options."""
+    names, colon, rest = message.partition(": ")
+    options = [_OPTIONS.get(name, name) for name in names.split(", ")]
+    if not colon or not all(option in own for option in options):
+        return message
+    return ", ".join("--" + option.replace("_", "-") for option in options) + colon + rest
 
 
 def prepare() -> Console:

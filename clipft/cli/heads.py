@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ __all__ = [
     "Head",
     "HeadLoss",
     "attribute_weights",
+    "check_attributes",
     "check_test_set",
     "chosen_metric",
     "class_weight_values",
@@ -66,6 +68,8 @@ def attribute_weights(given: Iterable[str]) -> dict[str, float]:
             weight = float(number) if equals else 1.0
         except ValueError as error:
             raise ValueError(f"--attribute: expected NAME or NAME=WEIGHT, got {entry!r}") from error
+        if not 0.0 < weight < math.inf:
+            raise ValueError(f"--attribute: expected a weight above 0, got {entry!r}")
         if not name or name in weights:
             raise ValueError(f"--attribute: expected each column once, as NAME or NAME=WEIGHT, got {entry!r}")
         weights[name] = weight
@@ -98,3 +102,15 @@ def check_test_set(trainer: Any, test: Any) -> None:
 
     for name, classes in trainer.head_classes.items():
         class_targets(test, name, classes)
+
+
+def check_attributes(model: Any, given: Iterable[str], console: Any) -> None:
+    """That a model that is scored has heads for these columns; says which others it has."""
+    from clipft.heads import LABEL, heads_of
+
+    heads, given = [name for name in heads_of(model) if name != LABEL], list(given)
+    if wrong := [name for name in given if name not in heads]:
+        raise ValueError(f"--attribute: expected heads of the model, of which it has {heads}, got {wrong}")
+    if rest := [name for name in heads if name not in given]:
+        options = " ".join(f"--attribute {name}" for name in rest)
+        console.print(f"the model has more heads, for data with their columns: {options}")

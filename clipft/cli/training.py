@@ -33,6 +33,7 @@ from clipft.cli.heads import (
     Head,
     HeadLoss,
     attribute_weights,
+    check_attributes,
     check_test_set,
     chosen_metric,
     class_weight_values,
@@ -297,7 +298,6 @@ def train(
         ema_decay=ema_decay,
         grad_cache_chunk_size=grad_cache_chunk_size,
         auto_batch=auto_batch,
-        gradient_checkpointing=gradient_checkpointing,
         bf16=_chosen(precision, console) is Precision.bf16,
         fp16=precision is Precision.fp16,
         dataloader_num_workers=workers,
@@ -313,6 +313,7 @@ def train(
         distillation=distillation,
         report_to=report_to or "none",
         **({"caption_templates": template} if template else {}),
+        **({"gradient_checkpointing": True} if gradient_checkpointing else {}),  # transformers warns of False too
         **(_early_stopping(metric) if early_stopping_patience else {}),
     )
     trainer = _trainer(clip, processor, arguments, sets=sets, patience=early_stopping_patience, console=console)
@@ -383,6 +384,7 @@ def evaluate(
         data, on_bad_row=on_bad_row.value, allow_outside=allow_outside, attribute_columns=attribute or ()
     )
     clip, processor = load(model)
+    check_attributes(clip, attribute or (), console)
     score = Scorer(clip, processor, dataset, template or list(DEFAULT_TEMPLATES), batch_size, workers, console)
     found = score("evaluating")
     result = found.to_json()
