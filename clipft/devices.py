@@ -11,7 +11,7 @@ from torch import Tensor
 
 import clipft._C  # importing it registers torch.ops.clipft
 
-__all__ = ["call", "has_kernel", "problem"]
+__all__ = ["call", "has_kernel", "problem", "without_autocast"]
 
 _WARNED: set[tuple[str, str]] = set()
 
@@ -42,6 +42,11 @@ def has_kernel(op: str, tensor: Tensor, instead: str, needed: str | None = None)
         _WARNED.add((op, tensor.device.type))
         warnings.warn(f"{message}. {instead}", stacklevel=3)
     return False
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """For plain torch in a kernel's place: its products stay in the dtype in which the kernel would compute them."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def call(op: Any, *args: Any) -> Any:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipft import reference
-from clipft.devices import call, has_kernel
+from clipft.devices import call, has_kernel, without_autocast
 
 __all__ = ["dropout_mask", "lora_linear", "quick_gelu", "quick_gelu_lora_linear"]
 
@@ -153,8 +153,9 @@ def _plain(
 ) -> Tensor:
     """The layer where there is no kernel, whose mask comes from torch's own dropout."""
     wide = reference.quick_gelu(x.float()) if activation else x.float()
-    base = F.linear(wide.to(x.dtype), weight, bias)
-    branch = F.linear(F.linear(F.dropout(wide, dropout), lora_a.float()), lora_b.float())
+    with without_autocast(x.device):
+        base = F.linear(wide.to(x.dtype), weight, bias)
+        branch = F.linear(F.linear(F.dropout(wide, dropout), lora_a.float()), lora_b.float())
     return (base.float() + scaling * branch).to(x.dtype)
 
 

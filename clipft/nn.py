@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clipft import quantized
 from clipft.devices import call, has_kernel
@@ -130,8 +131,10 @@ class QuantizedLinear(nn.Module):
             )
         last = self if then is None else then
         quantized.check_surroundings(name, input, norm, residual, last.out_features)
-        if torch.compiler.is_exporting() or not has_kernel(name, input, quantized.PLAIN):
+        if torch.compiler.is_exporting():
             return self._by_steps(input, norm, residual, then)
+        if not has_kernel(name, input, quantized.PLAIN):
+            return self._plain(input, norm, residual, then)
         none = input.new_empty(0)
         x = quantized.in_order(input)
         return call(
@@ -151,17 +154,24 @@ class QuantizedLinear(nn.Module):
     def _by_steps(
         self, x: Tensor, norm: nn.LayerNorm | None, residual: Tensor | None, then: QuantizedLinear | None
     ) -> Tensor:
-        """In ops that an exporter can translate, or without kernels."""
-        x = x if norm is None else norm(x)
-        if torch.compiler.is_exporting():
-            x, bias = quantized.prepare(x, self.bias)
-            code = self._activation_code
-            x = torch.ops.clipft.quantized_linear(x, self.weight_int8, self.weight_scale, bias, code)
-        else:
-            x = quantized.plain_linear(x, self.weight_int8, self.weight_scale, self.bias, self.activation)
+        """In ops that an exporter can translate."""
+        x, bias = quantized.prepare(x if norm is None else norm(x), self.bias)
+        code = self._activation_code
+        x = torch.ops.clipft.quantized_linear(x, self.weight_int8, self.weight_scale, bias, code)
         if then is not None:
             x = then(x)
         return x if residual is None else residual + x
+
+    def _plain(
+        self, x: Tensor, norm: nn.LayerNorm | None, residual: Tensor | None, then: QuantizedLinear | None
+    ) -> Tensor:
+        """Without kernels; as these do, rounded to the input's dtype in the end only, whatever dtype the norm has."""
+        wide = x.float()
+        if norm is not None:
+            wide = F.layer_norm(wide, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        for layer in (self,) if then is None else (self, then):
+            wide = quantized.plain_linear(wide, layer.weight_int8, layer.weight_scale, layer.bias, layer.activation)
+        return (wide if residual is None else residual + wide).to(x.dtype)
 
     def _pack(self) -> Tensor:
         """The packed weights. While torch.compile traces, those that there are; in eager mode they are made anew where

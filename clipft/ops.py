@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipft import reference
-from clipft.devices import call, has_kernel
+from clipft.devices import call, has_kernel, without_autocast
 from clipft.linear import dropout_mask, lora_linear, quick_gelu, quick_gelu_lora_linear
 from clipft.quantized import quantize_weight, quantized_linear
 
@@ -82,7 +82,8 @@ def contrastive_loss(
     _check_targets(name, labels, label_smoothing, image_embeds)
     if not _has_kernel(name, image_embeds, group):
         embeds = image_embeds.float(), text_embeds.float()
-        return reference.contrastive_loss(*embeds, scale, labels=labels, label_smoothing=label_smoothing)
+        with without_autocast(image_embeds.device):
+            return reference.contrastive_loss(*embeds, scale, labels=labels, label_smoothing=label_smoothing)
     if group is not None:
         return _GroupContrastive.apply(image_embeds, text_embeds, scale, labels, float(label_smoothing), group)
     if labels is None:
@@ -117,7 +118,8 @@ def sigmoid_loss(
     bias = _scalar(name, "logit_bias", logit_bias, image_embeds)
     _check_targets(name, labels, 0.0, image_embeds)
     if not _has_kernel(name, image_embeds, group):
-        return reference.sigmoid_loss(image_embeds.float(), text_embeds.float(), scale, bias, labels=labels)
+        with without_autocast(image_embeds.device):
+            return reference.sigmoid_loss(image_embeds.float(), text_embeds.float(), scale, bias, labels=labels)
     if group is not None:
         loss = _GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, group)
     else:

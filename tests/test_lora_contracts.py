@@ -157,6 +157,9 @@ def test_without_kernels_plain_torch_and_why(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(quick_gelu(args[0]), reference.quick_gelu(args[0]))
     dropped = clipft.lora_linear(*args, 2.0, dropout=0.5, training=True)
     assert dropped.shape == want.shape and not torch.equal(dropped, want)
+    want_half = clipft.lora_linear(*(t.to(BF16) for t in args[:3]), *args[3:], 2.0)
+    with torch.autocast("cpu", dtype=BF16):  # the branch stays float32
+        assert torch.equal(clipft.lora_linear(*args, 2.0), want_half)
     monkeypatch.setenv("CLIPFT_STRICT", "1")
     with pytest.raises(NotImplementedError, match="as the test wants it"):
         clipft.lora_linear(*args, 2.0)

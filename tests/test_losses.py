@@ -484,6 +484,18 @@ def test_a_device_without_a_kernel_takes_plain_torch_and_says_why(monkeypatch: p
             clipft.contrastive_loss(image, text, 10.0)
 
 
+def test_plain_torch_keeps_float32_logits_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text = LossCase(64, 32, 100.0, "paired").embeds()
+    losses = (clipft.contrastive_loss, lambda *args: clipft.sigmoid_loss(*args, -5.0))
+    want = [loss(image, text, 100.0) for loss in losses]
+    monkeypatch.setattr("clipft.devices.problem", lambda device: "as the test wants it")
+    monkeypatch.delenv("CLIPFT_STRICT", raising=False)
+    with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.bfloat16):
+        warnings.simplefilter("ignore")
+        for loss, value in zip(losses, want, strict=True):
+            torch.testing.assert_close(loss(image, text, 100.0), value)
+
+
 def test_sigmoid_bias_gradient_near_convergence(isa: str) -> None:
     """The pair's sigmoid, 1 but for rounding, must not take the others, of 1e-8 each, out of the sum."""
     n = 1024

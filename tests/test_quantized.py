@@ -218,6 +218,9 @@ def test_without_kernels_plain_torch_and_why(monkeypatch: pytest.MonkeyPatch) ->
     x = torch.randn(2, 7, 52)
     args = (x, first.weight_int8, first.weight_scale, first.bias, "gelu")
     want, want_block = clipft.quantized_linear(*args), first(x, norm, x, second)
+    half, narrow, narrow2 = x.bfloat16(), copy.deepcopy(first).bfloat16(), copy.deepcopy(second).bfloat16()
+    norms = norm, copy.deepcopy(norm).bfloat16()  # of either dtype that goes with the input
+    want_half = [narrow(half, some_norm, half, narrow2) for some_norm in norms]
     monkeypatch.setattr("clipft.devices._WARNED", set())
     monkeypatch.setattr("clipft.devices.problem", lambda device: "as the test wants it")
     monkeypatch.delenv("CLIPFT_STRICT", raising=False)
@@ -225,6 +228,9 @@ def test_without_kernels_plain_torch_and_why(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(clipft.quantized_linear(*args), want)
     with pytest.warns(UserWarning, match=r"nn.QuantizedLinear: the kernels do not run here"):
         torch.testing.assert_close(first(x, norm, x, second), want_block, rtol=1e-2, atol=1e-2)
+    for some_norm, value in zip(norms, want_half, strict=True):
+        got = narrow(half, some_norm, half, narrow2)
+        assert got.dtype == torch.bfloat16 and (got != value).float().mean() <= 0.02  # rounded in the end only
     monkeypatch.setenv("CLIPFT_STRICT", "1")
     with pytest.raises(NotImplementedError, match="as the test wants it"):
         first(x)
