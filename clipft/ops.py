@@ -139,24 +139,27 @@ def _further_positives(
     n = len(every)
     classes = torch.searchsorted(every.sort().values, labels)  # in 0 ... n - 1
     sizes = torch.zeros(n, dtype=torch.int64, device=image.device).index_add(0, classes, torch.ones_like(classes))
-    image, text, own = image.float(), text.float(), (image.float() * text.float()).sum(dtype=torch.float64)
     # Rows in the order of their classes, then a sum for each: a GPU's index_add would add them in any order. "unsafe":
     # unchecked, for the host would wait for a check.
     order = classes.argsort(stable=True)
-    images, texts = (
-        torch.segment_reduce(x.index_select(0, order), "sum", lengths=sizes, unsafe=True, initial=0.0)
-        for x in (image, text)
-    )
-    products = (images * texts).sum(dtype=torch.float64) - own
+    image, text = (x.index_select(0, order).float() for x in (image, text))
+    own = _sum_of_products(image, text)  # before the sums, whose backward pass is then over when this one begins
+    images, texts = (torch.segment_reduce(x, "sum", lengths=sizes, unsafe=True, initial=0.0) for x in (image, text))
+    products = _sum_of_products(images, texts) - own
     if group is not None:
         sizes = sizes.clone()  # the sums' backward pass keeps this rank's
         all_images, all_texts, all_own = images.detach().clone(), texts.detach().clone(), own.detach().clone()
         for total in (all_images, all_texts, all_own, sizes):
             dist.all_reduce(total, group=group)
         # the value is that of all ranks, the gradient that of this rank's rows
-        local = (images * all_texts).sum(dtype=torch.float64) + (all_images * texts).sum(dtype=torch.float64) - own
-        products = (all_images * all_texts).sum(dtype=torch.float64) - all_own + local - local.detach()
+        local = _sum_of_products(images, all_texts) + _sum_of_products(all_images, texts) - own
+        products = _sum_of_products(all_images, all_texts) - all_own + local - local.detach()
     return (scale.double() * products + bias.double() * (sizes.square().sum().double() - n)) / n
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Of two float32 matrices; rows in float32, for torch would make a float64 copy of all products."""
+    return (a * b).sum(dim=1).sum(dtype=torch.float64)
 
 
 def _has_kernel(op: str, embeds: Tensor, group: dist.ProcessGroup | None) -> bool:
