@@ -76,7 +76,7 @@ def int8_runs(
     models = {
         "clipft": QuantizedLinear.from_linear(plain, activation),
         "plain": whole,
-        "plain, compiled": torch.compile(whole),
+        "plain, compiled": torch.compile(whole, dynamic=False),
     }
     absent: dict[str, str] = {}
     try:
@@ -84,7 +84,7 @@ def int8_runs(
 
         peer = copy.deepcopy(whole if activation else nn.Sequential(plain))
         quantize_(peer, Int8DynamicActivationInt8WeightConfig())
-        models |= {"torchao": peer, "torchao, compiled": torch.compile(peer)}
+        models |= {"torchao": peer, "torchao, compiled": torch.compile(peer, dynamic=False)}
     except Exception as error:  # whatever a peer's import does
         absent["torchao"] = repr(error)
     return {name: (lambda model=model: model(x)) for name, model in models.items()}, absent
@@ -114,6 +114,7 @@ def measure_layers(dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     """A row for each layer and kind."""
     rows = []
     for name, (n, n_in, n_out, activation) in LAYERS.items():
+        torch.compiler.reset()  # code for these very shapes, and no limit of recompilations
         int8, absent = int8_runs(n, n_in, n_out, activation, dtype)
         for kind, runs, reference in (("lora", lora_runs(n, n_in, n_out, dtype), "frozen"), ("int8", int8, "plain")):
             seconds, failed = timed(runs, repeats)
