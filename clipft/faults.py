@@ -65,7 +65,7 @@ def non_finite_message(trainer: Any, losses: list[Tensor], grad_norm: Any, kept:
         path.parent.mkdir(parents=True, exist_ok=True)
         listed = [{"rank": rank, "row": index, "captions": captions} for rank, index, captions in rows]
         write_json(path, {"step": step, "epoch": epoch, **found, "rows": listed})
-    shown = ", ".join(f"{index} ({captions[0]!r})" for _, index, captions in rows[:_SHOWN])
+    shown = ", ".join(f"{index} ({captions[0]!r})" if captions else str(index) for _, index, captions in rows[:_SHOWN])
     more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
     return (
         f"step {step} (epoch {epoch:.2f}) is not finite: loss {', '.join(found['loss'])}, norm of the gradient "
@@ -75,11 +75,13 @@ def non_finite_message(trainer: Any, losses: list[Tensor], grad_norm: Any, kept:
 
 
 def _rows_of_step(trainer: Any) -> Iterator[tuple[int, list[str]]]:
-    """Index and captions of this rank's rows, from the sampler, which gives an epoch's rows again when asked."""
+    """Index and captions of this rank's rows, from the sampler, which gives an epoch's rows again when asked. A run of
+    a head alone reads no captions.
+    """
     loader, accumulated = trainer.callback_handler.train_dataloader, trainer.args.gradient_accumulation_steps
     first = trainer.state.global_step % -(-len(loader) // accumulated) * accumulated
     batches = islice(loader.batch_sampler, first, first + trainer.current_gradient_accumulation_steps)
-    return ((key[1], loader.dataset[key[1]]["captions"]) for keys in batches for key in keys)
+    return ((key[1], loader.dataset[key[1]].get("captions", [])) for keys in batches for key in keys)
 
 
 @contextmanager

@@ -77,6 +77,15 @@ def test_nan_stops_the_run_before_the_step(tmp_path: Path, options: dict[str, An
     assert resumed.state.global_step == 6
 
 
+def test_nan_in_a_run_without_captions(tmp_path: Path) -> None:
+    data = clipft.load_pairs(class_folders(tmp_path / "data", 16))
+    trainer = trainer_of(tmp_path / "run", data, head="text")
+    trainer.data_collator = Poison(5)
+    with pytest.raises(FloatingPointError, match=r"step \d .* Rows of the batch: \d+, \d+"):
+        trainer.train()
+    assert 5 in {row["row"] for row in json.loads((tmp_path / "run" / "non_finite.json").read_text())["rows"]}
+
+
 RANKS = """
 import json, sys
 from pathlib import Path
