@@ -114,6 +114,8 @@ def _have_head(model: Any, processor: Any, name: str, dataset: Any, caption_temp
             f"{option}: expected a training set with a column {name!r} of type datasets.ClassLabel, found the columns "
             f"{[] if dataset is None else sorted(column_names(dataset))}"
         )
+    if head is None and len(names or []) < 2:
+        raise ValueError(f"{option}: expected two classes or more in the training set, found {names}")
     if head is None:
         add_head(model, processor, names or [], name=name, templates=caption_templates if name == LABEL else None)
     elif names is not None and not set(names) <= set(head.class_names):

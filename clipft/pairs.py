@@ -427,10 +427,8 @@ def _attribute(value: Any) -> str | None:
 def _encode_attribute(values: list[str | None], name: str, where: str) -> tuple[list[int | None], Any]:
     """As named classes."""
     names = sorted({value for value in values if value is not None})
-    if len(names) < 2:
-        raise ValueError(
-            f"attribute_columns: {name!r}: expected two values or more in this column of {where}, found {names}"
-        )
+    if not names:
+        raise ValueError(f"attribute_columns: {name!r}: expected values in this column of {where}, all are empty")
     number = {value: index for index, value in enumerate(names)}
     return [None if value is None else number[value] for value in values], datasets.ClassLabel(names=names)
 

@@ -236,6 +236,15 @@ def test_attribute_columns_are_checked(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"attribute_columns: {message}"):
             clipft.load_pairs(path, attribute_columns=columns)
+    rows = path.read_text().splitlines()
+    one, none = tmp_path / "one.csv", tmp_path / "none.csv"
+    one.write_text("\n".join([rows[0], *(row for row in rows if ",red," in row)]))  # as a small test set may be
+    assert clipft.load_pairs(one, attribute_columns=["color"]).features["color"].names == ["red"]
+    with pytest.raises(ValueError, match="attributes: 'color': expected two classes or more in the training set"):
+        trainer_of(tmp_path, clipft.load_pairs(one, attribute_columns=["color"]), attributes={"color": 1.0})
+    none.write_text("\n".join([rows[0], *(row for row in rows if ",," in row)]))
+    with pytest.raises(ValueError, match=r"attribute_columns: 'color': expected values in this column of .*none.csv"):
+        clipft.load_pairs(none, attribute_columns=["color"])
     with path.open("a") as file:
         file.write("1.png,a green thing,blue,\n")
     with pytest.raises(
