@@ -1,9 +1,10 @@
-"""Whether the kernels run on a device, what is done where they do not, and errors of torch's C ABI."""
+"""Whether the kernels run on a device, what is done where they do not, autocast there, and errors of torch's C ABI."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import clipft._C  # importing it registers torch.ops.clipft
 
-__all__ = ["call", "has_kernel", "problem", "without_autocast"]
+__all__ = ["autocasts", "call", "has_kernel", "problem", "without_autocast"]
 
 _WARNED: set[tuple[str, str]] = set()
 
@@ -44,9 +45,14 @@ def has_kernel(op: str, tensor: Tensor, instead: str, needed: str | None = None)
     return False
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on there; devices that have none (meta) are never asked."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """For plain torch in a kernel's place: its products stay in the dtype in which the kernel would compute them."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def call(op: Any, *args: Any) -> Any:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipft import reference
-from clipft.devices import call, has_kernel, without_autocast
+from clipft.devices import autocasts, call, has_kernel, without_autocast
 
 __all__ = ["dropout_mask", "lora_linear", "quick_gelu", "quick_gelu_lora_linear"]
 
@@ -123,7 +123,7 @@ def _lora_linear(
     dropout: float,
     activation: bool,
 ) -> Tensor:
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and autocasts(x.device):
         x, weight, bias = _autocast(x, weight, bias)
     _check_lora(x, weight, bias, lora_a, lora_b, scaling, dropout)
     if not has_kernel("lora_linear", x, _PLAIN):

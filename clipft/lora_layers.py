@@ -16,7 +16,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPMLP
 
-from clipft.devices import problem
+from clipft.devices import autocasts, problem
 from clipft.fused import FusedQuickGELU
 from clipft.ops import lora_linear, quick_gelu_lora_linear
 
@@ -207,4 +207,4 @@ def _fits(x: Tensor, layer: Any) -> bool:
     weight = layer.base_layer.weight
     if x.device != weight.device or x.dtype not in _FLOATS or not 1 <= x.dim() <= _MAX_DIM:
         return False
-    return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    return x.dtype == weight.dtype or autocasts(x.device)

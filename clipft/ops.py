@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipft import reference
-from clipft.devices import call, has_kernel, without_autocast
+from clipft.devices import autocasts, call, has_kernel, without_autocast
 from clipft.linear import dropout_mask, lora_linear, quick_gelu, quick_gelu_lora_linear
 from clipft.quantized import quantize_weight, quantized_linear
 
@@ -186,7 +186,7 @@ def _check_embeds(op: str, image: Tensor, text: Tensor, rank_may_be_empty: bool)
     for name, tensor in (("image_embeds", image), ("text_embeds", text)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    if torch.is_autocast_enabled(image.device.type) and image.dtype != text.dtype:
+    if autocasts(image.device) and image.dtype != text.dtype:
         # as autocast does for torch's own losses
         image, text = (t.float() if t.dtype in _FLOATS else t for t in (image, text))
     for name, tensor in (("image_embeds", image), ("text_embeds", text)):

@@ -142,6 +142,14 @@ def test_several_threads_at_once() -> None:
     assert not bad
 
 
+def test_meta_tensors_have_shapes() -> None:
+    x, *weights = (t.detach().to("meta") for t in LoraCase((2, 20, 64), 48, 8).tensors())
+    y = clipft.lora_linear(x.requires_grad_(), *weights, 2.0, dropout=0.1, training=True)
+    assert (y.shape, y.device.type) == ((2, 20, 48), "meta")
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_without_kernels_plain_torch_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     args = LoraCase((2, 20, 64), 48, 8).tensors()
     want, want_gelu = clipft.lora_linear(*args, 2.0), quick_gelu_lora_linear(*args, 2.0)

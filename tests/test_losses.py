@@ -484,6 +484,15 @@ def test_a_device_without_a_kernel_takes_plain_torch_and_says_why(monkeypatch: p
             clipft.contrastive_loss(image, text, 10.0)
 
 
+def test_meta_tensors_have_shapes() -> None:
+    """On a device without autocast."""
+    image, text = (x.to("meta").requires_grad_() for x in LossCase(6, 4, 1.0).embeds())
+    for loss in (clipft.contrastive_loss(image, text, 10.0), clipft.sigmoid_loss(image, text, 10.0, -5.0)):
+        assert (loss.shape, loss.device.type) == ((), "meta")
+        loss.backward()
+        assert image.grad.shape == (6, 4)
+
+
 def test_plain_torch_keeps_float32_logits_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     image, text = LossCase(64, 32, 100.0, "paired").embeds()
     losses = (clipft.contrastive_loss, lambda *args: clipft.sigmoid_loss(*args, -5.0))
