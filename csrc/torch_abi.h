@@ -11,8 +11,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The oldest torch that exports every function below, as text and as torch encodes it (major << 56 | minor << 48). */
-#define CLIPFT_TORCH_FLOOR "2.10"
+/* The oldest torch that exports every function below; and the version whose way of passing values is spoken here, as torch encodes it
+ * (major << 56 | minor << 48). */
+#define CLIPFT_TORCH_FLOOR "2.13"
 #define CLIPFT_TORCH_BUILD_VERSION (((uint64_t)2 << 56) | ((uint64_t)10 << 48))
 
 typedef struct AtenTensorOpaque *AtenTensorHandle;

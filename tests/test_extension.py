@@ -72,7 +72,7 @@ def test_import_twice() -> None:
 
 def test_import_without_torch_says_what_is_needed() -> None:
     done = python("import sys; sys.modules['torch'] = None; from clipft import _C")
-    assert done.returncode != 0 and "ImportError: clipft needs torch >= 2.10" in done.stderr
+    assert done.returncode != 0 and "ImportError: clipft needs torch >= 2.13" in done.stderr
 
 
 def test_import_with_a_torch_that_is_too_old_says_what_is_needed(tmp_path: Path) -> None:
@@ -81,13 +81,13 @@ def test_import_with_a_torch_that_is_too_old_says_what_is_needed(tmp_path: Path)
     (tmp_path / "torch" / "__init__.py").write_text("")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
     done = python(code + "from clipft import _C")
-    assert "ImportError: clipft needs torch >= 2.10: its library libtorch_cpu" in done.stderr
+    assert "ImportError: clipft needs torch >= 2.13: its library libtorch_cpu" in done.stderr
     if shutil.which("gcc") is None:
         return
     library = tmp_path / "torch" / "lib" / "libtorch_cpu.so"
     subprocess.run(["gcc", "-shared", "-x", "c", "/dev/null", "-o", str(library)], check=True)
     done = python(code + f"import ctypes; ctypes.CDLL({str(library)!r}); from clipft import _C")
-    assert "ImportError: clipft needs torch >= 2.10: aoti_torch_library_init_def was not found" in done.stderr
+    assert "ImportError: clipft needs torch >= 2.13: aoti_torch_library_init_def was not found" in done.stderr
 
 
 def test_import_is_lazy() -> None:
