@@ -21,6 +21,7 @@ from clipft.data import (
     class_names_of,
     class_targets,
     column_names,
+    column_values,
     read_row,
     render,
     tokenize,
@@ -358,9 +359,7 @@ def check_class_names(class_names: Sequence[str]) -> None:
 
 def labels_of(dataset: Any, classes: int) -> np.ndarray[Any, Any]:
     """[N] integers from 0 to ``classes`` - 1."""
-    by_column = hasattr(dataset, "column_names") and "label" in dataset.column_names
-    values = dataset["label"] if by_column else [dataset[index]["label"] for index in range(len(dataset))]
-    labels = np.asarray(values)
+    labels = np.asarray(column_values(dataset, "label"))
     if labels.dtype.kind not in "iu" or not len(labels) or labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"dataset: expected labels from 0 to {classes - 1}, one for each of class_names, "

@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from clipft.data import column_names, mix_seed
+from clipft.data import column_names, column_values, mix_seed
 
 __all__ = ["ClassBalancedSampler", "HardNegativeSampler", "hardest", "labels_of", "positives_of_each_other"]
 
@@ -67,8 +67,7 @@ def labels_of(dataset: Any) -> list[int]:
     names = column_names(dataset)
     if "label" not in names:
         raise ValueError(f"class_balanced: expected a data set with a column 'label', found {sorted(names)}")
-    by_column = hasattr(dataset, "column_names")
-    return list(dataset["label"]) if by_column else [dataset[index]["label"] for index in range(len(dataset))]
+    return column_values(dataset, "label")
 
 
 # ---- mined hard negatives ----
