@@ -170,3 +170,20 @@ SIXTEEN = [
 ]
 REAL = [LoraCase((16, 50, 768), 768, 16, p) for p in (0.0, 0.1)] + [LoraCase((64, 768), 3072, 16, 0.1)]
 CASES = SHAPES + LAYOUTS + SIXTEEN + REAL
+
+
+def check_gradients_only_where_needed(needed: int, activation: bool, dtype: torch.dtype) -> None:
+    """Bit k of ``needed``: tensor k of the case asks for its gradient, which is that of a call that asks for all."""
+    case = LoraCase((9, 20), 12, 3, 0.2, activation, dtype=dtype)
+    every = ours(case)
+    function = quick_gelu_lora_linear if activation else clipft.lora_linear
+    tensors = [t.detach().requires_grad_(bool(needed >> k & 1)) for k, t in enumerate(case.tensors())]
+    torch.manual_seed(3)
+    y = function(*tensors, case.scaling, dropout=case.dropout, training=True)
+    assert torch.equal(y.detach(), every[0]) and y.requires_grad == (needed != 0)
+    if needed:
+        y.backward(case.upstream())
+    for k, t in enumerate(tensors):
+        assert (t.grad is not None) == bool(needed >> k & 1)
+        if t.grad is not None:
+            torch.testing.assert_close(t.grad, every[k + 1])

@@ -211,3 +211,25 @@ def check_sigmoid_labels(case: LossCase, device: str = "cpu") -> None:
 
 def unit(n: int = 24, dim: int = 8, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def check_extreme_logits() -> None:
+    """Logits of +-1e4 and columns that lie far below their tile's maximum: never Inf, never a lost row."""
+    image = torch.cat([unit(40), 100.0 * unit(40, seed=2)]).requires_grad_()
+    text = torch.cat([unit(40, seed=1), 1.0 * unit(40, seed=2)]).requires_grad_()
+    loss = clipft.contrastive_loss(image, text, 100.0)
+    loss.backward()
+    exact_image, exact_text = image.detach().double().requires_grad_(), text.detach().double().requires_grad_()
+    exact = reference.contrastive_loss(exact_image, exact_text, 100.0)
+    exact.backward()
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(image.grad.double(), exact_image.grad, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(text.grad.double(), exact_text.grad, rtol=1e-3, atol=1e-2)
+
+
+def check_sigmoid_bias_near_convergence(n: int) -> None:
+    """The pair's sigmoid, 1 but for rounding, must not take the others, of 1e-8 each, out of the sum."""
+    scale, bias = torch.tensor(35.0), torch.tensor(-18.0, requires_grad=True)  # logits 17 and -18
+    clipft.sigmoid_loss(torch.eye(n), torch.eye(n), scale, bias).backward()
+    others, pair = torch.tensor([-18.0, -17.0], dtype=torch.float64).sigmoid()
+    torch.testing.assert_close(bias.grad.double(), (n - 1) * others - pair, rtol=1e-5, atol=0.0)

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from emulated_cuda import EmulatedCuda
-from lora_cases import BF16, CASES, F16, F32, LoraCase, assert_within, exact, ours
+from lora_cases import BF16, CASES, F16, F32, LoraCase, assert_within, check_gradients_only_where_needed, exact, ours
 from tiny_clip import tiny_model
 from torch.utils.checkpoint import checkpoint
 
@@ -35,19 +35,7 @@ def test_cuda_lora_against_float64(case: LoraCase, cuda: EmulatedCuda) -> None:
 def test_cuda_lora_gradients_only_where_needed(
     needed: int, activation: bool, dtype: torch.dtype, cuda: EmulatedCuda
 ) -> None:
-    case = LoraCase((9, 20), 12, 3, 0.2, activation, dtype=dtype)
-    every = ours(case)
-    function = quick_gelu_lora_linear if activation else clipft.lora_linear
-    tensors = [t.detach().requires_grad_(bool(needed >> k & 1)) for k, t in enumerate(case.tensors())]
-    torch.manual_seed(3)
-    y = function(*tensors, case.scaling, dropout=case.dropout, training=True)
-    assert torch.equal(y.detach(), every[0]) and y.requires_grad == (needed != 0)
-    if needed:
-        y.backward(case.upstream())
-    for k, t in enumerate(tensors):
-        assert (t.grad is not None) == bool(needed >> k & 1)
-        if t.grad is not None:
-            torch.testing.assert_close(t.grad, every[k + 1])
+    check_gradients_only_where_needed(needed, activation, dtype)
 
 
 def test_cuda_lora_mask_is_the_cpus(cuda: EmulatedCuda) -> None:

@@ -15,7 +15,9 @@ from loss_cases import (
     SIGMOID_CASES,
     LossCase,
     check_contrastive,
+    check_extreme_logits,
     check_sigmoid,
+    check_sigmoid_bias_near_convergence,
     check_sigmoid_labels,
     run,
     unit,
@@ -23,7 +25,6 @@ from loss_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipft
-from clipft import reference
 
 NONE = torch.empty(0, dtype=torch.int64)
 
@@ -163,26 +164,11 @@ def test_cuda_nan_and_inf_come_out_as_nan(value: float, which: int, n: int, cuda
 
 
 def test_cuda_extreme_logits_stay_finite(cuda: EmulatedCuda) -> None:
-    """Logits of +-1e4, and columns far below the others of their block."""
-    image = torch.cat([unit(40), 100.0 * unit(40, seed=2)]).requires_grad_()
-    text = torch.cat([unit(40, seed=1), 1.0 * unit(40, seed=2)]).requires_grad_()
-    loss = clipft.contrastive_loss(image, text, 100.0)
-    loss.backward()
-    exact_image, exact_text = image.detach().double().requires_grad_(), text.detach().double().requires_grad_()
-    exact = reference.contrastive_loss(exact_image, exact_text, 100.0)
-    exact.backward()
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-3)
-    torch.testing.assert_close(image.grad.double(), exact_image.grad, rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(text.grad.double(), exact_text.grad, rtol=1e-3, atol=1e-2)
+    check_extreme_logits()
 
 
 def test_cuda_sigmoid_bias_gradient_near_convergence(cuda: EmulatedCuda) -> None:
-    """The pair's sigmoid, 1 but for rounding, must not take the others, of 1e-8 each, out of the sum."""
-    n = 512
-    scale, bias = torch.tensor(35.0), torch.tensor(-18.0, requires_grad=True)  # logits 17 and -18
-    clipft.sigmoid_loss(torch.eye(n), torch.eye(n), scale, bias).backward()
-    others, pair = torch.tensor([-18.0, -17.0], dtype=torch.float64).sigmoid()
-    torch.testing.assert_close(bias.grad.double(), (n - 1) * others - pair, rtol=1e-5, atol=0.0)
+    check_sigmoid_bias_near_convergence(512)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,13 +9,25 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_cases import BF16, CASES, F32, LoraCase, U, assert_within, exact, ours, run, the_mask
+from lora_cases import (
+    BF16,
+    CASES,
+    F32,
+    LoraCase,
+    U,
+    assert_within,
+    check_gradients_only_where_needed,
+    exact,
+    ours,
+    run,
+    the_mask,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import clipft
 from clipft import reference
-from clipft.ops import dropout_mask, quick_gelu_lora_linear
+from clipft.ops import dropout_mask
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -45,19 +57,7 @@ def test_agrees_with_peft_arithmetic_in_float32(case: LoraCase, isa: str) -> Non
 @pytest.mark.parametrize("activation", [False, True])
 @pytest.mark.parametrize("needed", range(32))
 def test_gradients_only_where_needed(needed: int, activation: bool, dtype: torch.dtype) -> None:
-    case = LoraCase((9, 20), 12, 3, 0.2, activation, dtype=dtype)
-    every = ours(case)
-    function = quick_gelu_lora_linear if activation else clipft.lora_linear
-    tensors = [t.detach().requires_grad_(bool(needed >> k & 1)) for k, t in enumerate(case.tensors())]
-    torch.manual_seed(3)
-    y = function(*tensors, case.scaling, dropout=case.dropout, training=True)
-    assert torch.equal(y.detach(), every[0]) and y.requires_grad == (needed != 0)
-    if needed:
-        y.backward(case.upstream())
-    for k, t in enumerate(tensors):
-        assert (t.grad is not None) == bool(needed >> k & 1)
-        if t.grad is not None:
-            torch.testing.assert_close(t.grad, every[k + 1])
+    check_gradients_only_where_needed(needed, activation, dtype)
 
 
 def test_no_gradient_no_graph() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,12 @@ def class_folders(folder: Path, count: int) -> Path:
         (folder / colour).mkdir(parents=True, exist_ok=True)
         image.save(folder / colour / f"{index}.png")
     return folder
+
+
+def encoded(image: Image.Image, **options: Any) -> Any:
+    """As ``load_pairs`` keeps a picture whose file is in memory: JPEG unless options name another format."""
+    from clipft.transforms import EncodedPicture  # needs torchvision
+
+    file = io.BytesIO()
+    image.save(file, **({"format": "JPEG", "quality": 95} | options))
+    return EncodedPicture(file.getvalue(), "row 0")

@@ -12,27 +12,13 @@ namespace ours {
 #include "../../csrc/cuda_driver.h"
 } // namespace ours
 
-// Both sides have opaque handles of their own, and result codes: enumerations there, int here.
-template <class T> struct canon {
-    using type = T;
-};
+#include "canon.h"
+
+// Result codes are enumerations there, int here.
 template <class T>
 requires std::is_enum_v<T>
 struct canon<T> {
     using type = int;
-};
-template <class T>
-requires std::is_class_v<T>
-struct canon<T *> {
-    using type = void *;
-};
-template <class T>
-requires std::is_class_v<T>
-struct canon<T **> {
-    using type = void **;
-};
-template <class R, class... A> struct canon<R (*)(A...)> {
-    using type = typename canon<R>::type (*)(typename canon<A>::type...);
 };
 
 #define CONFORMS_TO(api, name)                                                                                                             \
