@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,11 @@ from transformers import CLIPModel, CLIPProcessor
 import clipft
 from clipft import demo
 from clipft.demo.drawings import noto, openmoji, split_by_name
-from clipft.demo.pretrain import DrawingCollator, Drawings, build_model, read_emoji, some_words
+from clipft.demo.pretrain.__main__ import NO_CAPTION, Collator, Student, Views, some_words
+from clipft.demo.pretrain.model import build_model
+from clipft.demo.pretrain.sources import SIZE, Drawing, read_emoji
+from clipft.demo.pretrain.teacher import GLOBAL, GRID, LOCAL, Components, Targets
+from clipft.demo.pretrain.views import scenes, single_views
 from clipft.models import DEMO_MODEL
 
 
@@ -89,22 +94,96 @@ def test_demo_gains_and_leaves_model_report_and_picture(tmp_path: Path, monkeypa
 # ---- pre-training ----
 
 
-def test_pretraining_batches_are_seeded() -> None:
-    _, processor = clipft.load("demo")
-    rows = Drawings(read_emoji()[:8])
-    batch = [{"image": rows[i]["image"], "captions": rows[i]["caption"], "draw": (0, i)} for i in range(8)]
-    collator = DrawingCollator(processor, seed=1)
-    one, same, other = collator(batch), collator(batch), DrawingCollator(processor, seed=2)(batch)
-    assert one["pixel_values"].shape == (8, 3, 64, 64)
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(one["pixel_values"], other["pixel_values"])
+def pictures() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Drawings [12, 4, SIZE, SIZE], and photographs: noise, one of them hardly larger than the smallest crop."""
+    noise = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((120, 90), (49, 48))]
+    return torch.stack([drawing.pixels for drawing in read_emoji()[:12]]), noise
+
+
+@pytest.mark.parametrize("draw", [single_views, scenes])
+def test_views_are_seeded_pictures(draw: Callable[..., torch.Tensor]) -> None:
+    drawings, photographs = pictures()
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(draw(drawings, photographs))
+    assert drawn[0].shape[1:] == (3, SIZE, SIZE)
+    assert len(drawn[0]) == {single_views: 12, scenes: 4}[draw]
+    assert float(drawn[0].min()) >= 0
+    assert float(drawn[0].max()) <= 1 + 1e-5
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert float((drawn[0] - drawn[0].flip(0)).abs().mean()) > 0.05  # not one and the same
 
 
 def test_captions_keep_the_name_first() -> None:
     torch.manual_seed(0)
-    drawn = {some_words(["Tiger Face", "cat", "stripes"]) for _ in range(50)}
+    drawing = Drawing(torch.empty(0), "Tiger Face", ["cat", "stripes"])
+    drawn = {some_words(drawing) for _ in range(50)}
     assert all(caption.startswith("tiger face") for caption in drawn)
     assert {"tiger face", "tiger face, cat", "tiger face, stripes, cat"} <= drawn
+
+
+def views(count: int) -> Views:
+    """The columns of every picture grow to the right, and so does its cells' first feature; every third has no name."""
+    pixels = torch.arange(SIZE, dtype=torch.uint8).expand(count, 3, SIZE, SIZE).clone()
+    local = torch.randn(count, GRID, GRID, LOCAL)
+    local[..., 0] = torch.arange(GRID)
+    drawing = torch.tensor([NO_CAPTION if index % 3 == 0 else index for index in range(count)])
+    return Views(pixels, drawing, Targets(local.flatten(1, 2).half(), torch.randn(count, GLOBAL).half()))
+
+
+def test_a_mirrored_picture_has_mirrored_targets() -> None:
+    _, processor = clipft.load("demo")
+    torch.manual_seed(0)
+    batch = Collator(views(24), read_emoji()[:24], processor)(list(range(24)))
+    mirrored = batch["pixel_values"][:, 0, 0, 0] > batch["pixel_values"][:, 0, 0, -1]
+    cells = batch["local"].unflatten(1, (GRID, GRID))[..., 0]
+    assert 0 < int(mirrored.sum()) < 24
+    assert torch.equal(mirrored, cells[:, 0, 0] > cells[:, 0, -1])
+    assert int(batch["captioned"].sum()) == len(batch["labels"]) == len(batch["input_ids"]) == 16
+
+
+def test_pretraining_learns_captions_and_features() -> None:
+    _, processor = clipft.load("demo")
+    torch.manual_seed(0)
+    batch = Collator(views(12), read_emoji()[:12], processor)(list(range(12)))
+    student = Student(build_model(processor.tokenizer))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(12):
+        losses.append(student(**batch)["loss"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    assert float(losses[-1]) < 0.8 * float(losses[0])
+
+
+def test_components_have_unit_mean_square_and_keep_the_largest() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(500, 3) * torch.tensor([3.0, 2.0, 1.0])
+    features = hidden @ torch.randn(3, 40) * 7 + 5
+    found = Components(features, 3)
+    assert float(found(features).square().mean()) == pytest.approx(1, rel=1e-4)
+    again = torch.linalg.lstsq(torch.cat([found(features), torch.ones(500, 1)], 1), features).solution
+    assert torch.allclose(torch.cat([found(features), torch.ones(500, 1)], 1) @ again, features, atol=1e-2)
+
+
+def test_the_teacher_tells_pictures_apart() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the pretrain extra")
+    pytest.importorskip("openvino", reason="needs the pretrain extra")
+    from clipft.demo.pretrain.teacher import Teacher
+
+    torch.manual_seed(0)
+    drawings, photographs = pictures()
+    pixels = single_views(drawings.repeat(30, 1, 1, 1), photographs)
+    local, whole = Teacher(pixels)(pixels)
+    assert local.shape == (360, GRID * GRID, LOCAL)
+    assert whole.shape == (360, GLOBAL)
+    near = torch.nn.functional.normalize(whole.float(), dim=1)
+    near = (near @ near.T).fill_diagonal_(-1).argmax(1) % 12  # the drawing of the nearest other view
+    assert float((near == torch.arange(360) % 12).float().mean()) > 0.5  # by chance: 0.08
 
 
 def test_built_model_has_the_shape_of_the_embedded_one() -> None:

@@ -250,37 +250,11 @@ def train(
     from clipft.scoring import Scorer
     from clipft.training import default_learning_rate
 
-    validate = early_stopping_patience is not None or wise_ft
-    sets = _load_sets(
-        data,
-        eval_data,
-        validate=validate,
-        seed=seed,
-        console=console,
-        on_bad_row=on_bad_row,
-        allow_outside=allow_outside,
-        attribute_columns=[name for name in attributes if name != "label"],
-    )
-    control = control_set(control_data)
-    base, processor = load(model)
-    clip: Any = base
-    if lora_r is None:
-        freeze_model(base, freeze)
-    else:
-        set_seed(seed)  # the adapter starts from random numbers
-        clip = add_lora(
-            base,
-            lora_r,
-            2 * lora_r if lora_alpha is None else lora_alpha,
-            lora_dropout,
-            lora_targets or ("vision", "text"),
-        )
     arguments = _training_arguments(
         output,
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
-        learning_rate=default_learning_rate(base, lora=lora_r is not None) if lr is None else lr,
         warmup_steps=warmup_ratio,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
@@ -316,6 +290,31 @@ def train(
         **({"gradient_checkpointing": True} if gradient_checkpointing else {}),  # transformers warns of False too
         **(_early_stopping(metric) if early_stopping_patience else {}),
     )
+    validate = early_stopping_patience is not None or wise_ft
+    sets = _load_sets(
+        data,
+        eval_data,
+        validate=validate,
+        seed=seed,
+        console=console,
+        on_bad_row=on_bad_row,
+        allow_outside=allow_outside,
+        attribute_columns=[name for name in attributes if name != "label"],
+    )
+    control = control_set(control_data)
+    base, processor = load(model)
+    if lora_r is None:
+        clip = freeze_model(base, freeze)
+    else:
+        set_seed(seed)  # the adapter starts from random numbers
+        clip = add_lora(
+            base,
+            lora_r,
+            2 * lora_r if lora_alpha is None else lora_alpha,
+            lora_dropout,
+            lora_targets or ("vision", "text"),
+        )
+    arguments.learning_rate = default_learning_rate(base, lora=lora_r is not None) if lr is None else lr
     trainer = _trainer(clip, processor, arguments, sets=sets, patience=early_stopping_patience, console=console)
     scorer = functools.partial(
         Scorer,

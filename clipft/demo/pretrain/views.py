@@ -81,6 +81,7 @@ def crop(photograph: Tensor) -> Tensor:
 
 
 def clouds(count: int) -> Tensor:
+    """Noise of spectrum 1 / f ** p about a colour, p of .8 to 2."""
     frequency = torch.fft.fftfreq(SIZE)[:, None] ** 2 + torch.fft.rfftfreq(SIZE)[None] ** 2
     power = uniform(count, 0.4, 1.0)
     spectrum = torch.randn(count, 3, *frequency.shape, dtype=torch.complex64) / frequency.clamp(min=SIZE**-2) ** power
@@ -95,6 +96,7 @@ def uniform(count: int, low: float, high: float) -> Tensor:
 
 
 def chance(count: int, share: float) -> Tensor:
+    """[count, 1, 1, 1] bool, that share of them true."""
     return torch.rand(count, 1, 1, 1) < share
 
 
