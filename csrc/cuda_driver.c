@@ -17,6 +17,9 @@
 #define CLIPFT_LIBCUDA "libcuda.so.1"
 #endif
 
+/* CUresult: what may pass. A module is not loaded while any stream of the process captures a graph. */
+enum { OUT_OF_MEMORY = 2, FIRST_OF_CAPTURE = 900, LAST_OF_CAPTURE = 908 };
+
 /* CUdevice_attribute */
 enum { L2_CACHE_SIZE = 38, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76 };
 
@@ -24,6 +27,7 @@ typedef enum state { UNTRIED, READY, UNUSABLE } state;
 
 typedef struct device {
     _Atomic state state; /* set last */
+    bool busy;           /* preparing failed for a reason that may pass */
     char problem[CLIPFT_CUDA_PROBLEM];
     CUcontext context; /* the primary one, torch's */
     CUfunction functions[CLIPFT_CUDA_KERNELS];
@@ -46,7 +50,11 @@ static bool problem(device *d, const char *what, const char *detail)
     return false;
 }
 
-static bool succeeds(device *d, const char *what, clipft_cuda_result result) { return !result || problem(d, what, error_text(result)); }
+static bool succeeds(device *d, const char *what, clipft_cuda_result result)
+{
+    if (result == OUT_OF_MEMORY || (result >= FIRST_OF_CAPTURE && result <= LAST_OF_CAPTURE)) d->busy = true;
+    return !result || problem(d, what, error_text(result));
+}
 
 static bool open_driver(device *d)
 {
@@ -128,13 +136,21 @@ const char *clipft_cuda_problem(int32_t ordinal)
 {
     if (ordinal < 0 || ordinal >= CLIPFT_CUDA_DEVICES) return "clipft knows GPUs 0 to 63 only";
     device *d = &devices[ordinal];
-    if (atomic_load_explicit(&d->state, memory_order_acquire) == UNTRIED) {
+    state found = atomic_load_explicit(&d->state, memory_order_acquire);
+    if (found == UNTRIED) {
         pthread_mutex_lock(&lock);
-        if (atomic_load_explicit(&d->state, memory_order_relaxed) == UNTRIED)
-            atomic_store_explicit(&d->state, prepare(d, ordinal) ? READY : UNUSABLE, memory_order_release);
+        found = atomic_load_explicit(&d->state, memory_order_relaxed);
+        if (found == UNTRIED) {
+            d->busy = false;
+            found = prepare(d, ordinal) ? READY : d->busy ? UNTRIED : UNUSABLE;
+            atomic_store_explicit(&d->state, found, memory_order_release);
+        }
         pthread_mutex_unlock(&lock);
     }
-    return atomic_load_explicit(&d->state, memory_order_acquire) == READY ? NULL : d->problem;
+    if (found == UNTRIED) /* a text that no other thread's attempt writes over */
+        return "the GPU had no memory, or was capturing a graph, when they were to be loaded; the next call tries again. Call once before "
+               "capturing";
+    return found == READY ? NULL : d->problem;
 }
 
 int64_t clipft_cuda_l2_bytes(int32_t ordinal) { return devices[ordinal].l2_bytes; }

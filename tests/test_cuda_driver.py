@@ -88,6 +88,25 @@ def test_cuda_problems_have_a_cause(
     assert said(start(emulated_cuda_folder, tmp_path, device=device, **environment)).startswith(problem)
 
 
+TWICE = PROBLEM.replace(
+    "print(gpu.problem({device}), gpu.compilations())", "print(gpu.problem(), gpu.problem(), sep='|')"
+)
+
+
+@pytest.mark.parametrize("refusal", ["2", "900", "908"])  # out of memory, capturing
+def test_cuda_kernels_are_tried_again_after_what_passes(
+    refusal: str, emulated_cuda_folder: Path, tmp_path: Path
+) -> None:
+    first, second = said(start(emulated_cuda_folder, tmp_path, TWICE, EMULATED_BUSY=refusal)).split("|")
+    assert first.startswith("the GPU had no memory, or was capturing a graph")
+    assert second == "None"
+
+
+def test_cuda_kernels_are_not_tried_again_after_what_stays(emulated_cuda_folder: Path, tmp_path: Path) -> None:
+    first, second = said(start(emulated_cuda_folder, tmp_path, TWICE, EMULATED_BUSY="209")).split("|")
+    assert first == second == "the CUDA driver does not load the kernels: emulated error"
+
+
 @pytest.mark.parametrize(
     "library, problem",
     [("libnvrtc.so", "there is no NVRTC, which compiles"), ("libcuda.so", "there is no CUDA driver")],
