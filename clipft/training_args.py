@@ -205,13 +205,13 @@ def _check_class_weights(args: CLIPTrainingArguments) -> None:
 
 def default_learning_rate(model: nn.Module, *, lora: bool = False) -> float:
     """The peak rate where nobody names one: 1e-5 at ViT-B/32's 150 million parameters, inversely to the size, between
-    5e-6 and 5e-4; for an adapter, whose weights start from nothing, 20 times that, 2e-3 at most.
+    5e-6 and 2e-4; for an adapter, whose weights start from nothing, 20 times that, 2e-3 at most.
 
     The large checkpoints know much that a high rate would undo, hence the usual 5e-6 to 1e-5; what a small model knows
     is not worth that care, and in the epochs that people train it would hardly move.
     """
     size = sum(parameter.numel() for parameter in model.parameters())
-    rate = min(max(1e-5 * _BASE_SIZE / max(size, 1), 5e-6), 5e-4)
+    rate = min(max(1e-5 * _BASE_SIZE / max(size, 1), 5e-6), 2e-4)
     return min(20.0 * rate, 2e-3) if lora else rate
 
 

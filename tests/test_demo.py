@@ -157,7 +157,7 @@ def test_pretraining_learns_captions_and_features() -> None:
         losses[-1].backward()
         optimizer.step()
     assert all(parameter.grad is not None for parameter in student.parameters())
-    assert float(losses[-1]) < 0.8 * float(losses[0])
+    assert losses[-1].item() < 0.8 * losses[0].item()
 
 
 def test_components_have_unit_mean_square_and_keep_the_largest() -> None:

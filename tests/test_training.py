@@ -29,7 +29,7 @@ def test_the_default_rate_follows_the_models_size() -> None:
     models = {name: torch.nn.ParameterList([torch.empty(size, device="meta")]) for name, size in sizes.items()}
     rates = {name: default_learning_rate(model) for name, model in models.items()}
     assert rates["b32"] == pytest.approx(1e-5, rel=0.02) and rates["l14"] == 5e-6
-    assert rates["small"] == pytest.approx(1.25e-4) and rates["tiny"] == 5e-4
+    assert rates["small"] == pytest.approx(1.25e-4) and rates["tiny"] == 2e-4
     assert default_learning_rate(models["b32"], lora=True) == pytest.approx(2e-4, rel=0.02)
     assert default_learning_rate(models["tiny"], lora=True) == 2e-3
 
