@@ -30,7 +30,7 @@ from clipft.demo.drawings import noto
 from clipft.demo.pretrain import sources
 from clipft.demo.pretrain.model import build_model, build_processor, train_tokenizer
 from clipft.demo.pretrain.sources import Drawing
-from clipft.demo.pretrain.teacher import GLOBAL, LOCAL, Targets, Teacher
+from clipft.demo.pretrain.teacher import GLOBAL, GRID, LOCAL, Targets, Teacher
 from clipft.demo.pretrain.views import scenes, single_views
 from clipft.models import DEMO_MODEL
 from clipft.report import ProgressReport, bar, save_model
@@ -103,9 +103,8 @@ class Collator:
         pixels, drawing = self.views.pixels[index].float() / 255, self.views.drawing[index]
         local, whole = (target[index].float() for target in self.views.targets)
         mirrored = torch.rand(len(rows)) < 0.5
-        grid = int(local.shape[1] ** 0.5)
         pixels[mirrored] = pixels[mirrored].flip(3)
-        local[mirrored] = local[mirrored].unflatten(1, (grid, grid)).flip(2).flatten(1, 2)
+        local[mirrored] = local[mirrored].unflatten(1, (GRID, GRID)).flip(2).flatten(1, 2)
         captioned = drawing != NO_CAPTION
         captions = [some_words(self.drawings[which]) for which in drawing[captioned].tolist()]
         return {

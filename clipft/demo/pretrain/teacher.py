@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GRID = 6  # cells of the model's patches, to a side
+from clipft.demo.pretrain.model import PATCH
+from clipft.demo.pretrain.sources import SIZE
+
+GRID = SIZE // PATCH  # the model's patches, to a side
 TEACHER_SIZE = 32 * GRID  # pixels, so that its last maps are of that grid
 LOCAL, GLOBAL = 96, 256  # principal components kept
 
