@@ -219,8 +219,8 @@ def _check_rows(contents: _Contents) -> list[Finding]:
         shares = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
         ratio = max(sizes) / max(min(sizes), 1)
         text = f"{len(sizes)} classes, {shares} rows each"
-        advice = "; look at balanced accuracy and draw batches by class"
-        status = "problem" if min(sizes) < 2 or ratio >= _IMBALANCE else "ok" if ratio < 1.5 else "note"
+        advice = "; look at balanced accuracy, and train on batches drawn by class (--class-balanced)"
+        status = "problem" if min(sizes) < 2 or ratio >= _IMBALANCE else "ok" if ratio <= 1.5 else "note"
         summary = text if status == "ok" else text + advice
         findings.append(Finding("class balance", status, summary, len(sizes), shown[:_EXAMPLES]))
     return findings

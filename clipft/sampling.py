@@ -15,9 +15,18 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from clipft.data import column_names, column_values, mix_seed
+from clipft.data import class_names_of, column_names, column_values, mix_seed
 
-__all__ = ["ClassBalancedSampler", "HardNegativeSampler", "hardest", "labels_of", "positives_of_each_other"]
+__all__ = [
+    "ClassBalancedSampler",
+    "HardNegativeSampler",
+    "classes_are_uneven",
+    "hardest",
+    "labels_of",
+    "positives_of_each_other",
+]
+
+_UNEVEN, _MOST_TIMES = 1.5, 10
 
 
 class ClassBalancedSampler(Sampler[tuple[int, int, int]]):
@@ -68,6 +77,21 @@ def labels_of(dataset: Any) -> list[int]:
     if "label" not in names:
         raise ValueError(f"class_balanced: expected a data set with a column 'label', found {sorted(names)}")
     return column_values(dataset, "label")
+
+
+def classes_are_uneven(dataset: Any, batch_size: int) -> bool:
+    """Whether drawing by class is a good default: captions are made of the classes, every row has one, a batch has room
+    for all of them, and the largest has more than 1.5 times the rows of the smallest, whose rows would come at most
+    ten times an epoch.
+    """
+    if not class_names_of(dataset) or "caption" in column_names(dataset):
+        return False
+    labels = labels_of(dataset)
+    if any(label is None or label < 0 for label in labels):
+        return False
+    counts = torch.tensor(labels).unique(return_counts=True)[1]
+    smallest, times = int(counts.min()), len(labels) / len(counts) / int(counts.min())
+    return len(counts) <= batch_size and int(counts.max()) > _UNEVEN * smallest and times <= _MOST_TIMES
 
 
 # ---- mined hard negatives ----

@@ -55,6 +55,31 @@ def run(*arguments: Any) -> Any:
     return result
 
 
+def test_uneven_classes_are_balanced_unless_the_user_says_otherwise(base: Path, tmp_path: Path) -> None:
+    uneven = class_folders(tmp_path / "uneven", 40)
+    few = sorted((uneven / "red").iterdir())[4:]
+    for file in few:
+        file.unlink()
+
+    def trained(*options: str) -> tuple[list[Any], str]:
+        command = ["train", "--model", base, "--data", uneven, "--epochs", 2, "--batch-size", 8, *options]
+        output = tmp_path / "-".join(["run", *options])
+        printed = run(*command, "--output", output).stdout
+        report = json.loads((output / "report.json").read_text())
+        return [entry["loss"] for entry in report["history"] if "loss" in entry], printed
+
+    default, said = trained()
+    assert "classes are uneven" in said
+    balanced, said = trained("--class-balanced")
+    assert default == balanced and "classes are uneven" not in said
+    assert trained("--no-class-balanced")[0] != default
+    assert "classes are uneven" not in trained("--hard-negatives", "1")[1]
+    assert "classes are uneven" not in trained("--head", "text", "--head-loss", "focal")[1]
+    assert "classes are uneven" not in trained("--head", "text", "--class-weights", "balanced")[1]
+    assert "classes are uneven" in trained("--head", "text")[1]
+    assert "class_balanced: true" in (tmp_path / "run" / "config.yaml").read_text()  # what was done
+
+
 @pytest.mark.filterwarnings("error:.gradient_checkpointing")  # deprecated, and nobody asks for it here
 def test_train_on_class_folders(base: Path, colours: Path, tmp_path: Path) -> None:
     options = ["--epochs", 8, "--batch-size", 8, "--lr", 3e-3, "--horizontal-flip", 0.5, "--workers", 1]

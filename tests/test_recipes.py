@@ -15,7 +15,7 @@ from tiny_trainer import StopAfter, losses, same, trainer_of
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 import clipft
-from clipft.sampling import ClassBalancedSampler
+from clipft.sampling import ClassBalancedSampler, classes_are_uneven
 from clipft.schedules import depth_from_top
 
 # ---- class-balanced batches ----
@@ -64,6 +64,27 @@ def test_batches_are_balanced_and_repeats_are_augmented_anew(tmp_path: Path) -> 
 def test_balance_needs_labels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="class_balanced: expected a data set with a column 'label'"):
         trainer_of(tmp_path, captioned(8), class_balanced=True).train()
+
+
+def test_classes_are_uneven_where_the_largest_has_half_again_the_smallest_and_a_batch_has_room() -> None:
+    assert classes_are_uneven(imbalanced(), 4)
+    assert not classes_are_uneven(imbalanced(), 3)
+    assert not classes_are_uneven(labelled(64), 32)
+    assert not classes_are_uneven(captioned(8), 32)
+    assert not classes_are_uneven(imbalanced().add_column("caption", ["what is on it"] * 23), 32)
+    rows = imbalanced()
+    some = (
+        rows.remove_columns("label")
+        .add_column("label", [-1, *rows["label"][1:]])
+        .cast_column("label", rows.features["label"])
+    )
+    assert not classes_are_uneven(some, 32)
+    two = labelled(64).filter(lambda label: label < 2, input_columns="label")
+    first, second = ([row for row, label in enumerate(two["label"]) if label == wanted] for wanted in (0, 1))
+    assert not classes_are_uneven(two.select(first[:9] + second[:6]), 32)
+    assert classes_are_uneven(two.select(first[:10] + second[:6]), 32)
+    assert classes_are_uneven(two.select(first[:19] + second[:1]), 32)
+    assert not classes_are_uneven(two.select((first * 2)[:20] + second[:1]), 32)  # it would come 10.5 times an epoch
 
 
 # ---- layer-wise decay ----

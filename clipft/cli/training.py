@@ -171,8 +171,12 @@ def train(
         Precision, typer.Option(help="Mixed precision: auto takes bf16 where it measures faster; fp16 needs a GPU.")
     ] = Precision.fp32,
     class_balanced: Annotated[
-        bool, typer.Option("--class-balanced", help="Equally many pictures of each class in a batch.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Equally many pictures of each class in a batch; default: where captions are made of classes, the "
+            "largest has more than 1.5 times the pictures of the smallest, and nothing else is done about it."
+        ),
+    ] = None,
     hard_negatives: Annotated[
         int,
         typer.Option(min=0, help="Put each pair into a batch with so many of its hardest negatives, mined each epoch."),
@@ -265,7 +269,7 @@ def train(
         head_loss=head_loss.value,
         focal_gamma=focal_gamma,
         class_weights=class_weight_values(class_weights),
-        class_balanced=class_balanced,
+        class_balanced=bool(class_balanced),
         hard_negatives=hard_negatives,
         gradual_unfreezing=gradual_unfreezing,
         layer_decay=layer_decay,
@@ -315,6 +319,9 @@ def train(
             lora_targets or ("vision", "text"),
         )
     arguments.learning_rate = default_learning_rate(base, lora=lora_r is not None) if lr is None else lr
+    context.params["class_balanced"] = arguments.class_balanced = _balanced(
+        class_balanced, sets.train, arguments, console
+    )
     trainer = _trainer(clip, processor, arguments, sets=sets, patience=early_stopping_patience, console=console)
     scorer = functools.partial(
         Scorer,
@@ -325,8 +332,13 @@ def train(
         workers=workers,
         console=console,
     )
-    outcome = Outcome(scorer(sets.test), sets.test_name, *((control and (scorer(control[0]), control[1])) or ()))
-    outcome.skipped = sets.skipped
+    outcome = Outcome(
+        scorer(sets.test),
+        sets.test_name,
+        control=control and scorer(control[0]),
+        control_name=control[1] if control else "",
+        skipped=sets.skipped,
+    )
     outcome.measure("before")
     line = WeightLine(clip) if wise_ft else None
     trainer.train(resume_from_checkpoint=_resume_point(output, console) if resume else None)
@@ -494,6 +506,17 @@ def _training_arguments(output: Path, **options: Any) -> Any:
         "log_level": "error",
     }
     return CLIPTrainingArguments(**(defaults | options))
+
+
+def _balanced(asked: bool | None, rows: datasets.Dataset, arguments: Any, console: Console) -> bool:
+    """Where nobody asked, uneven classes are drawn evenly, unless the loss sees to rare ones or batches are mined."""
+    from clipft.sampling import classes_are_uneven
+
+    others = arguments.class_weights is not None or arguments.head_loss != "cross_entropy" or arguments.hard_negatives
+    if asked is not None or others or not classes_are_uneven(rows, arguments.train_batch_size):
+        return bool(asked)
+    console.print("classes are uneven: batches have equally many pictures of each (--no-class-balanced: as they come)")
+    return True
 
 
 def _chosen(precision: Precision, console: Console) -> Precision:
