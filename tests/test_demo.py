@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 from transformers import CLIPModel, CLIPProcessor
@@ -20,10 +22,10 @@ import clipft
 from clipft import demo
 from clipft.demo.drawings import noto, openmoji, split_by_name
 from clipft.demo.pretrain.__main__ import NO_CAPTION, Collator, Student, Views, some_words
-from clipft.demo.pretrain.model import build_model
+from clipft.demo.pretrain.model import build_model, resume_model
 from clipft.demo.pretrain.sources import SIZE, Drawing, read_emoji
 from clipft.demo.pretrain.teacher import GLOBAL, GRID, LOCAL, Components, Targets
-from clipft.demo.pretrain.views import scenes, single_views
+from clipft.demo.pretrain.views import scenes, scratched, single_views
 from clipft.models import DEMO_MODEL
 
 
@@ -114,6 +116,36 @@ def test_views_are_seeded_pictures(draw: Callable[..., torch.Tensor]) -> None:
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert float((drawn[0] - drawn[0].flip(0)).abs().mean()) > 0.05  # not one and the same
+
+
+def test_lines_are_thin_and_not_on_every_picture() -> None:
+    torch.manual_seed(0)
+    changed = (scratched(torch.full((200, 3, SIZE, SIZE), 0.5)) - 0.5).abs().amax(1) > 0.02
+    marked = changed.flatten(1).any(1)
+    assert 0.2 < marked.float().mean() < 0.45
+    assert 0 < changed[marked].float().mean() < 0.06
+    assert (changed & ~shrunk(changed)).sum() > 0.5 * changed.sum()  # most of a line is its rim
+
+
+def shrunk(masks: torch.Tensor) -> torch.Tensor:
+    """Without the pixels that have a neighbour outside."""
+    return -F.max_pool2d(-masks.float(), 3, 1, 1) > 0
+
+
+def test_a_model_of_smaller_patches_is_gone_on_from() -> None:
+    torch.manual_seed(0)
+    _, processor = clipft.load("demo")
+    model = build_model(processor.tokenizer).eval()
+    config = copy.deepcopy(model.config)
+    config.vision_config.patch_size, config.vision_config.image_size = 12, 12 * GRID
+    start = CLIPModel(config).eval()
+    resume_model(start, model)
+    small = F.interpolate(torch.randn(8, 3, 30, 30), size=12 * GRID, mode="bicubic")
+    large = F.interpolate(small, size=SIZE, mode="bicubic")
+    with torch.inference_mode():
+        before, after = start.vision_model.embeddings(small), model.vision_model.embeddings(large)
+    assert (after - before).norm() < 0.1 * before.norm()
+    torch.testing.assert_close(model.text_model.state_dict(), start.text_model.state_dict())
 
 
 def test_captions_keep_the_name_first() -> None:

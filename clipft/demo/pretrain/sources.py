@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clipft.demo.pictures import decode, read_pictures
 
-SIZE = 72  # pixels of a drawing's side, and of what the model sees
+SIZE = 96  # pixels of a drawing's side, and of what the model sees
 FASHION_COUNT = 6000
 
 CLIPART = Path("/usr/share/openclipart")

@@ -43,7 +43,23 @@ def scenes(drawings: Tensor, photographs: list[Tensor], layers: int = 3) -> Tens
         colours, cover = recolour(*move(layer, scale, torch.empty(count).uniform_(-math.pi, math.pi)))
         shown = (torch.rand(count, 1, 1, 1) < 0.55).float()
         scene = scene * (1 - cover * shown) + colours * shown
-    return graded(scene)
+    return graded(scratched(scene))
+
+
+def scratched(pixels: Tensor, lines: int = 3) -> Tensor:
+    """A third with up to ``lines`` straight thin lines, half a pixel to three wide, dark, bright or of any tone."""
+    count = len(pixels)
+    marked = chance(count, 0.35)
+    axis = torch.linspace(0, 1, SIZE)
+    at = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)  # [H, W, 2]
+    for _ in range(lines):
+        start, along = torch.rand(count, 1, 1, 2), torch.randn(count, 1, 1, 2) * 0.4
+        part = ((at - start) * along).sum(-1) / along.square().sum(-1).clamp(min=1e-6)
+        distance = (at - start - part.clamp(0, 1)[..., None] * along).norm(dim=-1) * SIZE
+        cover = (uniform(count, 0.25, 1.5) + 0.5 - distance[:, None]).clamp(0, 1)
+        cover = cover * (marked & chance(count, 0.6)) * uniform(count, 0.3, 1)
+        pixels = pixels * (1 - cover) + torch.rand(count, 1, 1, 1) * cover
+    return pixels
 
 
 def graded(pixels: Tensor) -> Tensor:
