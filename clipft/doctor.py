@@ -25,6 +25,7 @@ from clipft.data import PairRows, class_names_of, most_tokens, read_stored, stor
 from clipft.families import FAMILIES, family_of
 from clipft.pairs import Reading, read_pairs
 from clipft.pixels import UNREADABLE, to_rgb, upright
+from clipft.sampling import UNEVEN
 
 __all__ = ["Finding", "examine"]
 
@@ -220,7 +221,7 @@ def _check_rows(contents: _Contents) -> list[Finding]:
         ratio = max(sizes) / max(min(sizes), 1)
         text = f"{len(sizes)} classes, {shares} rows each"
         advice = "; look at balanced accuracy, and train on batches drawn by class (--class-balanced)"
-        status = "problem" if min(sizes) < 2 or ratio >= _IMBALANCE else "ok" if ratio <= 1.5 else "note"
+        status = "problem" if min(sizes) < 2 or ratio >= _IMBALANCE else "ok" if ratio <= UNEVEN else "note"
         summary = text if status == "ok" else text + advice
         findings.append(Finding("class balance", status, summary, len(sizes), shown[:_EXAMPLES]))
     return findings

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.sparse import coo_array
@@ -15,9 +16,11 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from clipft.data import class_names_of, column_names, column_values, mix_seed
+from clipft.data import class_names_of, class_targets, column_names, column_values, mix_seed
+from clipft.losses import MISSING
 
 __all__ = [
+    "UNEVEN",
     "ClassBalancedSampler",
     "HardNegativeSampler",
     "classes_are_uneven",
@@ -26,7 +29,8 @@ __all__ = [
     "positives_of_each_other",
 ]
 
-_UNEVEN, _MOST_TIMES = 1.5, 10
+UNEVEN = 1.5  # largest over smallest class
+_MOST_TIMES = 10
 
 
 class ClassBalancedSampler(Sampler[tuple[int, int, int]]):
@@ -84,14 +88,14 @@ def classes_are_uneven(dataset: Any, batch_size: int) -> bool:
     for all of them, and the largest has more than 1.5 times the rows of the smallest, whose rows would come at most
     ten times an epoch.
     """
-    if not class_names_of(dataset) or "caption" in column_names(dataset):
+    names = class_names_of(dataset)
+    if not names or "caption" in column_names(dataset):
         return False
-    labels = labels_of(dataset)
-    if any(label is None or label < 0 for label in labels):
+    classes, counts = np.unique(class_targets(dataset, "label", names), return_counts=True)
+    if MISSING in classes or len(classes) > batch_size:
         return False
-    counts = torch.tensor(labels).unique(return_counts=True)[1]
-    smallest, times = int(counts.min()), len(labels) / len(counts) / int(counts.min())
-    return len(counts) <= batch_size and int(counts.max()) > _UNEVEN * smallest and times <= _MOST_TIMES
+    times = counts.mean() / counts.min()  # the smallest class's rows in an epoch
+    return bool(counts.max() > UNEVEN * counts.min() and times <= _MOST_TIMES)
 
 
 # ---- mined hard negatives ----

@@ -513,8 +513,10 @@ def _balanced(asked: bool | None, rows: datasets.Dataset, arguments: Any, consol
     from clipft.sampling import classes_are_uneven
 
     others = arguments.class_weights is not None or arguments.head_loss != "cross_entropy" or arguments.hard_negatives
-    if asked is not None or others or not classes_are_uneven(rows, arguments.train_batch_size):
-        return bool(asked)
+    if asked is not None:
+        return asked
+    if others or not classes_are_uneven(rows, arguments.train_batch_size):
+        return False
     console.print("classes are uneven: batches have equally many pictures of each (--no-class-balanced: as they come)")
     return True
 

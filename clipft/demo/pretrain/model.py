@@ -70,7 +70,7 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def resume_model(start: CLIPModel, model: CLIPModel) -> None:
-    """Give ``model`` the weights of ``start``, whose patches may be of another size, as many to a side."""
+    """Give ``model`` the weights of ``start``, whose patches may be smaller, as many to a side."""
     weights, name = start.state_dict(), "vision_model.embeddings.patch_embedding.weight"
     # the filters enlarged, and weakened so that they answer as before to a picture enlarged likewise
     filters = F.interpolate(weights[name], size=PATCH, mode="bicubic")
