@@ -1,12 +1,9 @@
-"""Trains the embedded base model, seeded: ``python -m clipft.demo.pretrain`` (about an hour a run on 2 cores).
+"""Trains the embedded base model, seeded: ``python -m clipft.demo.pretrain`` (a quarter of an hour on one H100).
 
-Views of the sources are drawn once, and the teacher's features of them found (``views``, ``teacher``). The model then
-sees them in batches with three losses: contrastive between the drawings and their names with some keywords (this
-package's, equal captions being positives), and the squared error of a linear map of the vision tower's patches, and of
-its class token, from the teacher's features. OpenMoji is left to the demo.
-
-The embedded weights took two runs: ten epochs at 72 px in patches of 12 (seed 0, commit 6cb406b), and from these eight
-at 96 px in patches of 16 (``--start FOLDER --epochs 8 --seed 1``).
+Every step draws views of the sources anew and finds the teacher's features of them, on the device that trains
+(``views``, ``teacher``). The model has three losses: contrastive between drawings and their names with some keywords
+(this package's, equal captions being positives), and the squared error of a linear map of the vision tower's patches,
+and of its class token, from the teacher's features. OpenMoji is left to the demo.
 
     apt install openclipart-png openclipart-svg dataset-fashion-mnist
     pip install 'clipft[pretrain]'
@@ -17,13 +14,12 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import CLIPProcessor, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -31,92 +27,32 @@ import clipft
 from clipft.data import mix_seed, tokenize
 from clipft.demo.drawings import noto
 from clipft.demo.pretrain import sources
-from clipft.demo.pretrain.model import build_model, build_processor, resume_model, train_tokenizer
+from clipft.demo.pretrain.model import build_model, build_processor, train_tokenizer
 from clipft.demo.pretrain.sources import Drawing
-from clipft.demo.pretrain.teacher import GLOBAL, GRID, LOCAL, Targets, Teacher
-from clipft.demo.pretrain.views import scenes, single_views
+from clipft.demo.pretrain.teacher import GLOBAL, LOCAL, Teacher
+from clipft.demo.pretrain.views import SCENE, Views, crop
 from clipft.models import DEMO_MODEL
-from clipft.report import ProgressReport, bar, save_model
+from clipft.report import ProgressReport, save_model
 
-REPEATS = {"emoji": 16, "clipart": 4, "fashion": 1}  # views of each drawing; emoji are about half of them
-SCENES = 60_000
-LAYERS = 3
+REPEATS = {"emoji": 16, "clipart": 4, "fashion": 1}  # views of each drawing an epoch; emoji are about half of them
+SCENES = 120_000
+CROPS = 8192  # of photographs, for grounds
 MAX_WORDS = 6  # keywords in a caption
 MAX_TOKENS = 24
-CHUNK, EXAMPLES = 128, 2048  # views at a time; and to find the principal components on
-NO_CAPTION = -1
-
-
-class Views(NamedTuple):
-    """What the model is trained on; row i of all of them is one picture."""
-
-    pixels: Tensor  # [N, 3, SIZE, SIZE] uint8
-    drawing: Tensor  # [N] int64, which one, or NO_CAPTION
-    targets: Targets
-
-
-def draw_views(drawings: list[Drawing], repeats: list[int], scene_count: int, console: Console) -> Views:
-    """Every drawing ``repeats`` times, and scenes of all of them."""
-    pictures, photographs = torch.stack([drawing.pixels for drawing in drawings]), sources.read_photographs()
-    chosen = torch.arange(len(drawings)).repeat_interleave(torch.tensor(repeats))
-    chosen = torch.cat([chosen, torch.full((scene_count,), NO_CAPTION)])[torch.randperm(len(chosen) + scene_count)]
-
-    def draw(which: Tensor) -> Tensor:
-        captioned = which != NO_CAPTION
-        pixels = torch.empty(len(which), 3, sources.SIZE, sources.SIZE)
-        layers = torch.randint(len(drawings), (LAYERS * int((~captioned).sum()),))
-        pixels[captioned] = single_views(pictures[which[captioned]], photographs)
-        pixels[~captioned] = scenes(pictures[layers], photographs, LAYERS)
-        return pixels
-
-    teacher, chunks = Teacher(draw(chosen[:EXAMPLES])), []
-    with bar(console) as progress:
-        for which in progress.track(chosen.split(CHUNK), description="views"):
-            pixels = draw(which)
-            chunks.append(Views((pixels * 255).round().to(torch.uint8), which, teacher(pixels)))
-    pixels_of, drawing_of, targets_of = zip(*chunks, strict=True)
-    targets = Targets(*(torch.cat(part) for part in zip(*targets_of, strict=True)))
-    return Views(torch.cat(pixels_of), torch.cat(drawing_of), targets)
-
-
-class Indices(Dataset[int]):
-    """Rows for ``Trainer``; the collator looks them up."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> int:
-        return index
+EXAMPLES = 2048  # views to find the principal components on
 
 
 class Collator:
-    """Rows of ``views`` to a batch, half of them mirrored, names with some keywords."""
+    """Which drawings to show, and the names of those that are no scenes with some keywords."""
 
-    def __init__(self, views: Views, drawings: list[Drawing], processor: CLIPProcessor) -> None:
-        self.views, self.drawings, self.processor = views, drawings, processor
-        images: Any = processor.image_processor
-        self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (images.image_mean, images.image_std))
+    def __init__(self, drawings: list[Drawing], processor: CLIPProcessor) -> None:
+        self.drawings, self.processor = drawings, processor
 
     def __call__(self, rows: list[int]) -> dict[str, Tensor]:
-        """``captioned`` [N] bool, and for those that are, ``input_ids`` and ``labels``."""
-        index = torch.tensor(rows)
-        pixels, drawing = self.views.pixels[index].float() / 255, self.views.drawing[index]
-        local, whole = (target[index].float() for target in self.views.targets)
-        mirrored = torch.rand(len(rows)) < 0.5
-        pixels[mirrored] = pixels[mirrored].flip(3)
-        local[mirrored] = local[mirrored].unflatten(1, (GRID, GRID)).flip(2).flatten(1, 2)
-        captioned = drawing != NO_CAPTION
-        captions = [some_words(self.drawings[which]) for which in drawing[captioned].tolist()]
-        return {
-            "pixel_values": (pixels - self.mean) / self.std,
-            "local": local,
-            "whole": whole,
-            "captioned": captioned,
-            "labels": torch.tensor([mix_seed(caption) for caption in captions]),
-        } | tokenize(self.processor, captions, MAX_TOKENS)
+        """``which`` [N], and for those that are no scenes, ``input_ids`` and ``labels``."""
+        captions = [some_words(self.drawings[row]) for row in rows if row != SCENE]
+        labels = torch.tensor([mix_seed(caption) for caption in captions])
+        return {"which": torch.tensor(rows), "labels": labels} | tokenize(self.processor, captions, MAX_TOKENS)
 
 
 def some_words(drawing: Drawing) -> str:
@@ -127,49 +63,46 @@ def some_words(drawing: Drawing) -> str:
 
 
 class Student(nn.Module):
-    """The model with a linear map to the teacher's features; its forward pass gives the loss."""
+    """The model with what it is shown and taught; its forward pass gives the loss."""
 
-    def __init__(self, clip: Any) -> None:
+    def __init__(self, clip: Any, processor: CLIPProcessor, views: Views, teacher: Teacher) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip, self.views, self.teacher = clip, views, teacher
         width = clip.config.vision_config.hidden_size
         self.local, self.whole = nn.Linear(width, LOCAL), nn.Linear(width, GLOBAL)
+        images: Any = processor.image_processor
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(3, 1, 1)) for v in (images.image_mean, images.image_std))
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        local: Tensor,
-        whole: Tensor,
-        captioned: Tensor,
-        labels: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-    ) -> dict[str, Tensor]:
+    def forward(self, which: Tensor, labels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """The sum of the three losses; the squared errors count thrice."""
-        seen = self.clip.vision_model(pixel_values)
+        pixels = self.views(which)
+        local, whole = self.teacher(pixels)
+        seen = self.clip.vision_model((pixels - self.mean) / self.std)
         errors = F.mse_loss(self.local(seen.last_hidden_state[:, 1:]).float(), local)
         errors = errors + F.mse_loss(self.whole(seen.pooler_output).float(), whole)
         text = self.clip.text_model(input_ids, attention_mask).pooler_output
-        images, texts = self.clip.visual_projection(seen.pooler_output[captioned]), self.clip.text_projection(text)
+        images, texts = self.clip.visual_projection(seen.pooler_output[which != SCENE]), self.clip.text_projection(text)
         images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
         contrastive = clipft.contrastive_loss(images, texts, self.clip.logit_scale.exp(), labels=labels)
         return {"loss": contrastive + 3 * errors}
 
 
-def training_arguments(output: Path, epochs: float, seed: int, rate: float) -> TrainingArguments:
+def training_arguments(output: Path, epochs: float, seed: int) -> TrainingArguments:
     """The recipe."""
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=epochs,
-        per_device_train_batch_size=256,
-        learning_rate=rate,
+        per_device_train_batch_size=512,
+        learning_rate=1.5e-3,
         lr_scheduler_type="cosine",
-        warmup_steps=300,
+        warmup_steps=500,
         weight_decay=0.05,
         adam_beta2=0.98,
         adam_epsilon=1e-6,
         bf16=True,
         seed=seed,
+        dataloader_num_workers=4,
+        dataloader_persistent_workers=True,
         dataloader_drop_last=True,
         remove_unused_columns=False,
         save_strategy="no",
@@ -184,8 +117,7 @@ def main() -> None:
     """Train, print what the model knows, save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DEMO_MODEL)
-    parser.add_argument("--start", help="model to go on from, at half the rate; patches may be smaller")
-    parser.add_argument("--epochs", type=float, default=10.0)
+    parser.add_argument("--epochs", type=float, default=50.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sources.check()
@@ -195,26 +127,27 @@ def main() -> None:
     console.print(", ".join(f"{len(part)} of {name}" for name, part in parts.items()))
 
     torch.manual_seed(options.seed)
-    start = clipft.load(options.start) if options.start else None
-    words = [text for drawing in drawings for text in (drawing.name, *drawing.keywords)]
-    tokenizer = start[1].tokenizer if start else train_tokenizer(words)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    photographs = sources.read_photographs()
+    crops = torch.stack([crop(photographs[index]) for index in torch.randint(len(photographs), (CROPS,)).tolist()])
+    views = Views(torch.stack([drawing.pixels for drawing in drawings]), crops).to(device)
     repeats = [REPEATS[name] for name, part in parts.items() for _ in part]
-    views = draw_views(drawings, repeats, SCENES, console)
+    shown = [row for row, count in enumerate(repeats) for _ in range(count)] + [SCENE] * SCENES
+    examples = torch.tensor(shown)[torch.randperm(len(shown))[:EXAMPLES]]
+    teacher = Teacher(views(examples.to(device)))
+
+    tokenizer = train_tokenizer([text for drawing in drawings for text in (drawing.name, *drawing.keywords)])
     processor, model = build_processor(tokenizer), build_model(tokenizer)
-    if start:
-        resume_model(start[0], model)
-    model.set_attn_implementation("eager")  # for so few patches in bfloat16, half again as fast as sdpa on a CPU
     trainer = Trainer(
-        Student(model),
-        training_arguments(options.output, options.epochs, options.seed, 5e-4 if start else 1e-3),
-        train_dataset=Indices(len(views.pixels)),
-        data_collator=Collator(views, drawings, processor),
+        Student(model, processor, views, teacher),
+        training_arguments(options.output, options.epochs, options.seed),
+        train_dataset=shown,
+        data_collator=Collator(drawings, processor),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressReport(console, "pre-training"))
     trainer.train()
-    model.set_attn_implementation("sdpa")
-    save_model(model.eval(), processor, options.output)
+    save_model(model.cpu().eval(), processor, options.output)
     scores = clipft.evaluate_retrieval(model, processor, noto())
     console.print({name: value if name == "intervals" else round(value, 3) for name, value in scores.items()})
     console.print(f"{options.output} in {(time.monotonic() - started) / 60:.0f} min")

@@ -6,7 +6,6 @@ import json
 import math
 from typing import Any, cast
 
-import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -67,11 +66,3 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
         elif parameter.ndim == 2:  # residual branches start small, as in GPT-2
             nn.init.normal_(parameter, std=0.007 if name.endswith(("out_proj.weight", "fc2.weight")) else 0.02)
     return model
-
-
-def resume_model(start: CLIPModel, model: CLIPModel) -> None:
-    """Give ``model`` the weights of ``start``, whose patches may be smaller, as many to a side."""
-    weights, name = start.state_dict(), "vision_model.embeddings.patch_embedding.weight"
-    # the filters enlarged, and weakened so that they answer as before to a picture enlarged likewise
-    filters = F.interpolate(weights[name], size=PATCH, mode="bicubic")
-    model.load_state_dict(weights | {name: filters * (weights[name].shape[-1] / PATCH) ** 2})

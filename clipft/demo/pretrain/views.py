@@ -1,6 +1,6 @@
 """Pictures drawn at random from the sources: a drawing on some ground, and scenes of several, seeded by torch's state.
 
-Everything is a batch of float pixels in [0, 1]: [N, 3, SIZE, SIZE].
+Everything is a batch of float pixels in [0, 1]: [N, 3, SIZE, SIZE], on torch's default device.
 """
 
 from __future__ import annotations
@@ -9,35 +9,65 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from clipft.demo.pretrain.sources import SIZE
 
-GREY = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+LAYERS = 3  # drawings in a scene, at most
+SCENE = -1
 
 
-def single_views(drawings: Tensor, photographs: list[Tensor]) -> Tensor:
-    """Each drawing [N, 4, SIZE, SIZE] changed a little, most of them on white."""
+class Views(nn.Module):
+    """Draws on the device it is on.
+
+    Args:
+        drawings: [D, 4, SIZE, SIZE] uint8, with transparency.
+        crops: [C, 3, SIZE, SIZE] uint8, see :func:`crop`.
+    """
+
+    drawings: Tensor
+    crops: Tensor
+
+    def __init__(self, drawings: Tensor, crops: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("drawings", drawings)
+        self.register_buffer("crops", crops)
+
+    @torch.no_grad()
+    def forward(self, which: Tensor) -> Tensor:
+        """A view of each drawing ``which`` [N] int64, or a scene of any for those that are ``SCENE``."""
+        device = which.device
+        with torch.autocast(device.type, enabled=False), device:
+            scene = which == SCENE
+            pixels = torch.empty(len(which), 3, SIZE, SIZE)
+            pixels[~scene] = single_views(self.drawings[which[~scene]], self.crops)
+            layers = torch.randint(len(self.drawings), (LAYERS * int(scene.sum()),))
+            pixels[scene] = scenes(self.drawings[layers], self.crops)
+            return pixels
+
+
+def single_views(drawings: Tensor, crops: Tensor) -> Tensor:
+    """Each drawing [N, 4, SIZE, SIZE] changed a little, half of them mirrored, most of them on white."""
     count = len(drawings)
     scale = torch.empty(count).uniform_(0.6, 1.15)
     angle = torch.empty(count).uniform_(-0.25, 0.25) * (torch.rand(count) < 0.5)
-    colours, cover = recolour(*move(drawings, scale, angle))
+    mirrored = torch.where(chance(count, 0.5), drawings.flip(3), drawings)
+    colours, cover = recolour(*move(mirrored, scale, angle))
     kind = torch.rand(count, 1, 1, 1)
-    ground = torch.where(kind < 0.45, 1.0, grounds(count, photographs))
+    ground = torch.where(kind < 0.45, 1.0, grounds(count, crops))
     return colours + (1 - cover) * torch.where(kind > 0.92, 0.0, ground)
 
 
-def scenes(drawings: Tensor, photographs: list[Tensor], layers: int = 3) -> Tensor:
-    """N grounds with up to ``layers`` drawings each, from close up to small, then graded as cameras and scanners do.
+def scenes(drawings: Tensor, crops: Tensor) -> Tensor:
+    """N grounds with up to ``LAYERS`` drawings each, from close up to small, then graded as cameras and scanners do.
 
     Args:
-        drawings: [layers * N, 4, SIZE, SIZE] uint8.
-        photographs: the grounds that are no colours are crops of these.
-        layers: how many at most.
+        drawings: [LAYERS * N, 4, SIZE, SIZE] uint8.
+        crops: of photographs, for the grounds.
     """
-    count = len(drawings) // layers
-    scene = grounds(count, photographs)
+    count = len(drawings) // LAYERS
+    scene = grounds(count, crops)
     for layer in drawings.split(count):
         scale = torch.empty(count).uniform_(math.log(0.3), math.log(2.5)).exp()
         colours, cover = recolour(*move(layer, scale, torch.empty(count).uniform_(-math.pi, math.pi)))
@@ -63,10 +93,10 @@ def scratched(pixels: Tensor, lines: int = 3) -> Tensor:
 
 
 def graded(pixels: Tensor) -> Tensor:
-    """A third grey, some inverted, every gamma and contrast, blur and noise."""
+    """Half of them grey, some inverted, every gamma and contrast, blur and noise."""
     count = len(pixels)
-    grey = (pixels * GREY).sum(1, keepdim=True)
-    pixels = torch.where(chance(count, 0.35), grey, pixels)
+    grey = luma(pixels)
+    pixels = torch.where(chance(count, 0.5), grey, pixels)
     pixels = torch.where(chance(count, 0.1), 1 - pixels, pixels)
     pixels = pixels.clamp(1e-3, 1) ** uniform(count, -0.6, 0.6).exp()
     blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -76,24 +106,28 @@ def graded(pixels: Tensor) -> Tensor:
     return (pixels + torch.randn_like(pixels) * uniform(count, 0, 0.05) * chance(count, 0.4)).clamp(0, 1)
 
 
-def grounds(count: int, photographs: list[Tensor]) -> Tensor:
+def luma(pixels: Tensor) -> Tensor:
+    """[N, 1, H, W]."""
+    red, green, blue = pixels.split(1, 1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def grounds(count: int, crops: Tensor) -> Tensor:
     """A crop of a photograph, a colour, a blur of colours, or clouds (noise of spectrum 1 / f)."""
     kind = torch.rand(count, 1, 1, 1)
     blur = F.interpolate(torch.rand(count, 3, 4, 4), size=SIZE, mode="bilinear")
     found = torch.where(kind < 0.15, torch.rand(count, 3, 1, 1), torch.where(kind < 0.3, blur, clouds(count)))
-    for index in (kind.flatten() > 0.45).nonzero().flatten():
-        found[index] = crop(photographs[int(torch.randint(len(photographs), ()))])
-    return found
+    return torch.where(kind < 0.45, found, crops[torch.randint(len(crops), (count,))].float() / 255)
 
 
 def crop(photograph: Tensor) -> Tensor:
-    """A square of 48 px up to the whole, turned by quarters and mirrored."""
+    """A square [3, SIZE, SIZE] uint8 of 48 px up to the whole, turned by quarters and mirrored."""
     side = min(photograph.shape[1:])
     size = int(48 * (side / 48) ** float(torch.rand(())))
     top, left = (int(torch.randint(edge - size + 1, ())) for edge in photograph.shape[1:])
     square = v2.functional.resize(photograph[:, top : top + size, left : left + size], [SIZE, SIZE], antialias=True)
     square = torch.rot90(square, int(torch.randint(4, ())), (1, 2))
-    return (square.flip(2) if torch.rand(()) < 0.5 else square).float() / 255
+    return square.flip(2) if torch.rand(()) < 0.5 else square
 
 
 def clouds(count: int) -> Tensor:
@@ -138,7 +172,7 @@ def move(drawings: Tensor, scale: Tensor, angle: Tensor) -> tuple[Tensor, Tensor
 def recolour(colours: Tensor, cover: Tensor) -> tuple[Tensor, Tensor]:
     """Random saturation (one in seven grey), tint, contrast and brightness."""
     count = len(colours)
-    grey = (colours * GREY).sum(1, keepdim=True)
+    grey = luma(colours)
     saturation = uniform(count, 0.5, 1.5) * ~chance(count, 1 / 7)
     tint = torch.where(chance(count, 0.2), torch.rand(count, 3, 1, 1) + 0.2, 1.0)
     contrast, brightness = uniform(count, 0.7, 1.3), uniform(count, -0.1, 0.1)
