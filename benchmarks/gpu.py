@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -196,20 +197,19 @@ def main() -> int:
         "absent": absent,
         "rows": [],
     }
+    slug = "".join(c if c.isalnum() else "-" for c in results["machine"]["gpu"]).lower()
     for kind, kernels in losses.items():
-        rows = [
-            measure(kind, kernels, n, dim, getattr(torch, options.dtype), options.repeats)
-            for n in options.sizes
-            for dim in options.dims
-        ]
+        rows = []
+        for n, dim in itertools.product(options.sizes, options.dims):
+            rows.append(measure(kind, kernels, n, dim, getattr(torch, options.dtype), options.repeats))
+            results["rows"].append(rows[-1])
+            save(f"gpu-{slug}", results)  # a run that is stopped leaves what it has
         console.print(table(rows, kind))
-        results["rows"] += rows
     results["layers"] = measure_layers(getattr(torch, options.dtype), options.repeats)
     for kind in ("lora", "int8"):
         console.print(layer_table(results["layers"], kind))
     for name, error in absent.items():
         console.print(f"not measured: {name}: {error}")
-    slug = "".join(c if c.isalnum() else "-" for c in results["machine"]["gpu"]).lower()
     console.print(f"written to {save(f'gpu-{slug}', results)}")
     return 0
 
