@@ -75,12 +75,19 @@ def labels_of(dataset: Any) -> list[int]:
     """The column ``label``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it does not have a class for every row.
     """
     names = column_names(dataset)
     if "label" not in names:
         raise ValueError(f"class_balanced: expected a data set with a column 'label', found {sorted(names)}")
-    return column_values(dataset, "label")
+    labels = column_values(dataset, "label")
+    missing = sum(label in (None, -1, MISSING) for label in labels)
+    if missing:
+        raise ValueError(
+            f"class_balanced: expected a class in every row, found {missing} of {len(labels)} without (None or -1): "
+            "leave these rows out, or draw without class_balanced"
+        )
+    return labels
 
 
 def classes_are_uneven(dataset: Any, batch_size: int) -> bool:

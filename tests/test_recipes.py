@@ -64,6 +64,11 @@ def test_batches_are_balanced_and_repeats_are_augmented_anew(tmp_path: Path) -> 
 def test_balance_needs_labels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="class_balanced: expected a data set with a column 'label'"):
         trainer_of(tmp_path, captioned(8), class_balanced=True).train()
+    rows = imbalanced()
+    labels = [-1, None, *rows["label"][2:]]
+    rows = rows.remove_columns("label").add_column("label", labels, feature=rows.features["label"])
+    with pytest.raises(ValueError, match="class_balanced: expected a class in every row, found 2 of 23 without"):
+        trainer_of(tmp_path, rows, class_balanced=True).train()
 
 
 def test_classes_are_uneven_where_the_largest_has_half_again_the_smallest_and_a_batch_has_room() -> None:
