@@ -19,6 +19,7 @@ enum {
     CLIPFT_CUDA_LANE_COLS = 4,
     CLIPFT_CUDA_BLOCK_ROWS = CLIPFT_CUDA_WARPS * CLIPFT_CUDA_WARP_ROWS,
     CLIPFT_CUDA_BLOCK_COLS = 32 * CLIPFT_CUDA_LANE_COLS,
+    CLIPFT_CUDA_MERGE_LINES = 32, /* a block of contrastive_merge, a warp on every WARPS'th part */
     CLIPFT_CUDA_SUM_THREADS = 1024
 };
 
@@ -40,7 +41,7 @@ typedef struct clipft_cuda_target {
 
 /* A tile of raw products <image_i, text_j>, and where it lies in the matrix of logits. */
 typedef struct clipft_cuda_tile {
-    CLIPFT_GLOBAL(const float) x; /* [rows, cols], rows `stride` apart */
+    CLIPFT_GLOBAL(const float) x; /* [rows, cols], rows `stride` apart, a multiple of 4 that has room for all columns; aligned */
     int rows, cols, stride;
     long long row0, col0, row_offset; /* image i pairs with text row_offset + i */
 } clipft_cuda_tile;

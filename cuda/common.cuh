@@ -4,13 +4,62 @@
 #define CLIPFT_CUDA_COMMON_CUH
 
 #ifdef __CUDACC__
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__) /* threads of a block; blocks of a multiprocessor */
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 #define SHARED(type, name, count) __shared__ type name[count]
 #define NO_VALUE (-__int_as_float(0x7f800000)) /* -Inf */
 #endif
 
 #include "args.h"
+
+/* ---- four elements at once ---- */
+
+#ifdef __CUDACC__
+DEVICE void load4(const float *from, long long at, float (&x)[4])
+{
+    const float4 v = *reinterpret_cast<const float4 *>(from + at);
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+
+DEVICE void load4(const unsigned short *from, long long at, unsigned (&pairs)[2])
+{
+    const uint2 v = *reinterpret_cast<const uint2 *>(from + at);
+    pairs[0] = v.x, pairs[1] = v.y;
+}
+
+DEVICE void store4(float *to, long long at, const float (&x)[4])
+{
+    *reinterpret_cast<float4 *>(to + at) = make_float4(x[0], x[1], x[2], x[3]);
+}
+
+DEVICE void store4(unsigned short *to, long long at, const unsigned (&pairs)[2])
+{
+    *reinterpret_cast<uint2 *>(to + at) = make_uint2(pairs[0], pairs[1]);
+}
+
+template <class T> DEVICE unsigned long long address_of(T *pointer) { return reinterpret_cast<unsigned long long>(pointer); }
+
+/* One instruction each, of an error of 2 ulp; what is below 2^-126 is zero. */
+DEVICE float exp2_fast(float x)
+{
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+
+DEVICE float reciprocal(float x)
+{
+    float value;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+#endif
+
+#define LOG2_E 1.44269504f
+
+/* Where exp(x) is a term of a sum that is near 1 or more. */
+DEVICE float exp_fast(float x) { return exp2_fast(x * LOG2_E); }
 
 /* ---- 16-bit floats ---- */
 
@@ -54,6 +103,54 @@ DEVICE void store(const clipft_cuda_target &m, long long at, float value)
         m.data16[at] = m.kind == CLIPFT_CUDA_FLOAT16 ? float_to_float16(value) : float_to_bfloat16(value);
 }
 
+/* Two to a word, the first in the lower half. */
+DEVICE unsigned bfloat16_pair(float first, float second)
+{
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+#else
+    return float_to_bfloat16(first) | (unsigned)float_to_bfloat16(second) << 16;
+#endif
+}
+
+/* Whether every row's elements 4 k .. 4 k + 3 can be loaded at once. */
+DEVICE bool loads_four(const clipft_cuda_matrix &m)
+{
+    const unsigned long long address = m.kind == CLIPFT_CUDA_FLOAT32 ? address_of(m.data32) / 2 : address_of(m.data16);
+    return m.col_stride == 1 && m.row_stride % 4 == 0 && address % 8 == 0;
+}
+
+DEVICE void load_four(const clipft_cuda_matrix &m, long long at, float (&x)[4])
+{
+    unsigned pairs[2];
+    if (m.kind == CLIPFT_CUDA_FLOAT32) {
+        load4(m.data32, at, x);
+        return;
+    }
+    load4(m.data16, at, pairs);
+    if (m.kind == CLIPFT_CUDA_FLOAT16) {
+        for (int k = 0; k < 4; ++k) x[k] = float16_to_float((unsigned short)(pairs[k / 2] >> 16 * (k % 2)));
+    } else {
+        for (int k = 0; k < 4; ++k) x[k] = __uint_as_float(k % 2 ? pairs[k / 2] & 0xffff0000u : pairs[k / 2] << 16);
+    }
+}
+
+DEVICE void store_four(const clipft_cuda_target &m, long long at, const float (&x)[4])
+{
+    if (m.kind == CLIPFT_CUDA_FLOAT32) {
+        store4(m.data32, at, x);
+    } else if (m.kind == CLIPFT_CUDA_FLOAT16) {
+        const unsigned pairs[2] = {float_to_float16(x[0]) | (unsigned)float_to_float16(x[1]) << 16,
+                                   float_to_float16(x[2]) | (unsigned)float_to_float16(x[3]) << 16};
+        store4(m.data16, at, pairs);
+    } else {
+        const unsigned pairs[2] = {bfloat16_pair(x[0], x[1]), bfloat16_pair(x[2], x[3])};
+        store4(m.data16, at, pairs);
+    }
+}
+
 DEVICE bool has_data(const clipft_cuda_matrix &m) { return m.data32 || m.data16; }
 
 /* 1 / (1 + e) or e / (1 + e) with e = exp(-|z|), which cannot overflow. */
@@ -92,35 +189,74 @@ template <class Shared> DEVICE double block_sum(double value, Shared &warps, int
 /* ---- a thread's place in a tile ---- */
 
 struct Place {
-    int row, col; /* of its first element; the others lie 1 row and 32 columns apart */
+    int row, col; /* of its first element; the others lie in the next rows and columns */
     int lane, warp;
-    int pair; /* column of the first row's pair, maybe outside of the tile; that of the next row is one to the right */
+    int pair;          /* column of the first row's pair, maybe outside of the tile; that of the next row is one to the right */
+    bool pairs, whole; /* of the block: may hold pairs; lies inside of the tile and holds none. */
 };
 
 DEVICE Place place_in(const clipft_cuda_tile &tile)
 {
+    const int row = blockIdx.y * CLIPFT_CUDA_BLOCK_ROWS, col = blockIdx.x * CLIPFT_CUDA_BLOCK_COLS;
+    const long long pair = tile.row_offset + tile.row0 + row - tile.col0; /* of the block's first row */
     Place place;
     place.lane = threadIdx.x % 32;
     place.warp = threadIdx.x / 32;
-    place.row = blockIdx.y * CLIPFT_CUDA_BLOCK_ROWS + place.warp * CLIPFT_CUDA_WARP_ROWS;
-    place.col = blockIdx.x * CLIPFT_CUDA_BLOCK_COLS + place.lane;
-    const long long pair = tile.row_offset + tile.row0 + place.row - tile.col0; /* clamped where it is far outside */
-    place.pair = (int)(pair < -(1 << 20) ? -(1 << 20) : pair > (1 << 20) ? (1 << 20) : pair);
+    place.row = row + place.warp * CLIPFT_CUDA_WARP_ROWS;
+    place.col = col + place.lane * CLIPFT_CUDA_LANE_COLS;
+    place.pairs = pair > col - CLIPFT_CUDA_BLOCK_ROWS && pair < col + CLIPFT_CUDA_BLOCK_COLS;
+    place.whole = !place.pairs && row + CLIPFT_CUDA_BLOCK_ROWS <= tile.rows && col + CLIPFT_CUDA_BLOCK_COLS <= tile.cols;
+    place.pair = place.pairs ? (int)pair + place.warp * CLIPFT_CUDA_WARP_ROWS : -CLIPFT_CUDA_BLOCK_ROWS; /* far left of all columns */
     return place;
 }
 
 typedef float Elements[CLIPFT_CUDA_WARP_ROWS][CLIPFT_CUDA_LANE_COLS];
 
-/* All of them before anything is stored, so that the loads overlap; zero outside. */
+/* All of them before anything is stored, so that the loads overlap; of no use outside of the tile. */
 DEVICE void load_elements(const clipft_cuda_tile &tile, const Place &at, Elements &x)
 {
 #pragma unroll
+    for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r) {
+        x[r][0] = x[r][1] = x[r][2] = x[r][3] = 0.0f;
+        if (at.row + r < tile.rows && at.col < tile.cols) load4(tile.x, (at.row + r) * tile.stride + at.col, x[r]);
+    }
+}
+
+/* The bit of each of a thread's elements that lies in the tile and is no pair. */
+DEVICE unsigned counted_elements(const clipft_cuda_tile &tile, const Place &at)
+{
+    unsigned counted = 0;
+    if (at.whole) return ~0u;
+#pragma unroll
     for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r)
 #pragma unroll
-        for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {
-            const bool inside = at.row + r < tile.rows && at.col + 32 * k < tile.cols;
-            x[r][k] = inside ? tile.x[(at.row + r) * tile.stride + at.col + 32 * k] : 0.0f;
-        }
+        for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k)
+            if (at.row + r < tile.rows && at.col + k < tile.cols && at.col + k != at.pair + r)
+                counted |= 1u << (r * CLIPFT_CUDA_LANE_COLS + k);
+    return counted;
+}
+
+template <bool Whole> DEVICE bool is_counted(unsigned counted, int r, int k)
+{
+    return Whole || (counted >> (r * CLIPFT_CUDA_LANE_COLS + k) & 1u);
+}
+
+/* A block's pairs: thread t of the first BLOCK_ROWS looks after that of row t. */
+struct OwnPair {
+    bool here;
+    int row;
+    float x;
+};
+
+DEVICE OwnPair own_pair(const clipft_cuda_tile &tile, const Place &at)
+{
+    const int t = threadIdx.x, row = blockIdx.y * CLIPFT_CUDA_BLOCK_ROWS + t, begin = blockIdx.x * CLIPFT_CUDA_BLOCK_COLS;
+    const int col = at.pair + t - at.warp * CLIPFT_CUDA_WARP_ROWS;
+    OwnPair pair = {at.pairs && t < CLIPFT_CUDA_BLOCK_ROWS && row < tile.rows && col >= begin && col < begin + CLIPFT_CUDA_BLOCK_COLS &&
+                        col < tile.cols,
+                    row, 0.0f};
+    if (pair.here) pair.x = tile.x[row * tile.stride + col];
+    return pair;
 }
 
 /* Adds to the block's own sum, which launches on a stream take turns with. */

@@ -2,10 +2,61 @@
  * scale are read here, on the device: the host never waits for them. */
 #include "common.cuh"
 
+/* A thread four elements; both begin aligned. */
 KERNEL(CLIPFT_CUDA_THREADS) gradient_add(clipft_cuda_gradient_add_args a)
 {
-    const long long step = (long long)gridDim.x * CLIPFT_CUDA_THREADS;
-    for (long long k = (long long)blockIdx.x * CLIPFT_CUDA_THREADS + threadIdx.x; k < a.count; k += step) a.sum[k] += a.part[k];
+    const long long at = 4 * ((long long)blockIdx.x * CLIPFT_CUDA_THREADS + threadIdx.x);
+    float sum[4], part[4];
+    if (at + 4 <= a.count) {
+        load4(a.sum, at, sum);
+        load4(a.part, at, part);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sum[k] += part[k];
+        store4(a.sum, at, sum);
+    } else {
+        for (long long k = at; k < a.count; ++k) a.sum[k] += a.part[k];
+    }
+}
+
+/* What gradient_finish knows of its row. */
+struct FinishRow {
+    long long row, other;
+    float coefficient, inverse, factor;
+    bool has_pair;
+};
+
+/* The gradient's element before `factor`, and its share of the dot product. */
+DEVICE float finish_element(const FinishRow &at, float sum, float other, float value, float &dot)
+{
+    sum = fmaf(at.coefficient, other, sum * at.inverse);
+    dot = fmaf(sum, value, dot);
+    return sum;
+}
+
+DEVICE float finish_scattered(const clipft_cuda_gradient_finish_args &a, const FinishRow &at, int lane)
+{
+    float dot = 0.0f;
+    for (long long k = lane; k < a.dim; k += 32) {
+        const float sum = a.sum ? a.sum[at.row * a.dim + k] : 0.0f, other = at.has_pair ? load(a.other, at.other, k) : 0.0f;
+        store(a.out, at.row * a.dim + k, at.factor * finish_element(at, sum, other, load(a.value, at.row, k), dot));
+    }
+    return dot;
+}
+
+DEVICE float finish_fours(const clipft_cuda_gradient_finish_args &a, const FinishRow &at, int lane)
+{
+    float dot = 0.0f;
+#pragma unroll 2
+    for (long long k = 4 * lane; k < a.dim; k += 128) {
+        float sum[4] = {}, other[4] = {}, value[4];
+        if (a.sum) load4(a.sum, at.row * a.dim + k, sum);
+        if (at.has_pair) load_four(a.other, at.other * a.other.row_stride + k, other);
+        load_four(a.value, at.row * a.value.row_stride + k, value);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] = at.factor * finish_element(at, sum[i], other[i], value[i], dot);
+        store_four(a.out, at.row * a.dim + k, sum);
+    }
+    return dot;
 }
 
 /* A warp a row. */
@@ -14,17 +65,10 @@ KERNEL(CLIPFT_CUDA_THREADS) gradient_finish(clipft_cuda_gradient_finish_args a)
     const int lane = threadIdx.x % 32;
     const long long row = (long long)blockIdx.x * CLIPFT_CUDA_WARPS + threadIdx.x / 32, pair = row - a.pair_first;
     if (row >= a.rows) return;
-    const bool has_pair = pair >= 0 && pair < a.pairs;
-    const float coefficient = has_pair ? a.pair[pair] : 0.0f, inverse = 1.0f / a.unit;
+    const bool has_pair = pair >= 0 && pair < a.pairs, fours = a.dim % 4 == 0 && loads_four(a.value) && loads_four(a.other);
     const float factor = (float)(a.factor * (double)a.grad[0] * (double)a.scale[0]);
-    float dot = 0.0f;
-    for (long long k = lane; k < a.dim; k += 32) {
-        float sum = a.sum ? a.sum[row * a.dim + k] * inverse : 0.0f;
-        if (has_pair) sum = fmaf(coefficient, load(a.other, pair + a.other_first, k), sum);
-        dot = fmaf(sum, load(a.value, row, k), dot);
-        store(a.out, row * a.dim + k, sum * factor);
-    }
-    const double total = warp_sum((double)dot);
+    const FinishRow at = {row, pair + a.other_first, has_pair ? a.pair[pair] : 0.0f, 1.0f / a.unit, factor, has_pair};
+    const double total = warp_sum((double)(fours ? finish_fours(a, at, lane) : finish_scattered(a, at, lane)));
     if (lane == 0 && a.dot) a.dot[row] = total;
 }
 

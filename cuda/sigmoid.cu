@@ -3,60 +3,95 @@
  */
 #include "common.cuh"
 
-DEVICE float softplus(float z) { return fmaxf(z, 0.0f) + log1pf(expf(-fabsf(z))) + (z - z); /* fmaxf passes over NaN */ }
-
-/* The sum of term(element, z) over the thread's elements but pairs, and of pair(row, element, z) over these. */
-template <class Term, class Pair> DEVICE double over_elements(const clipft_cuda_sigmoid_args &a, Term term, Pair pair)
+/* The sum of a block's elements but pairs, by Terms, and of its pairs. */
+template <bool Whole, class Terms>
+DEVICE void over_elements(const clipft_cuda_sigmoid_args &a, const Place &at, const Elements &x, Terms &terms)
 {
-    const clipft_cuda_tile &tile = a.tile;
-    const Place at = place_in(tile);
     const float scale = a.scale[0], bias = a.bias[0];
-    double total = 0.0;
-    Elements x;
-    load_elements(tile, at, x);
+    const unsigned counted = Whole ? 0 : counted_elements(a.tile, at);
 #pragma unroll
     for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r) {
-        const int row = at.row + r;
-        if (row >= tile.rows) break;
-        float sum = 0.0f;
+        float z[CLIPFT_CUDA_LANE_COLS];
+#pragma unroll
+        for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) z[k] = fmaf(scale, x[r][k], bias);
+        if (Whole || (at.row + r < a.tile.rows && at.col < a.tile.cols))
+            terms.template row<Whole>(z, (at.row + r) * a.tile.stride + at.col, counted, r);
+    }
+}
+
+template <class Terms, class Shared> DEVICE void over_block(const clipft_cuda_sigmoid_args &a, Terms terms, Shared &warp_sums)
+{
+    const Place at = place_in(a.tile);
+    Elements x;
+    load_elements(a.tile, at, x);
+    const OwnPair pair = own_pair(a.tile, at);
+    if (at.pairs) __syncthreads(); /* before `out`, maybe the tile itself, is written */
+    if (at.whole)
+        over_elements<true>(a, at, x, terms);
+    else
+        over_elements<false>(a, at, x, terms);
+    double total = terms.total();
+    if (pair.here) total += terms.pair(a.tile.row0 + pair.row, (double)a.scale[0] * (double)pair.x + (double)a.bias[0]);
+    add_block_sum(a.sum, total, a.first, warp_sums);
+}
+
+/* softplus(z) = max(z, 0) + log(1 + e), e = exp(-|z|). The factors 1 + e are multiplied, less 1 so that a small e is not lost: a logarithm
+ * a thread, of 2^32 at most. */
+struct Softplus {
+    float linear[CLIPFT_CUDA_LANE_COLS], product[CLIPFT_CUDA_LANE_COLS];
+
+    template <bool Whole> DEVICE_MEMBER void row(const float (&z)[CLIPFT_CUDA_LANE_COLS], int, unsigned counted, int r)
+    {
 #pragma unroll
         for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {
-            const int col = at.col + 32 * k, element = row * tile.stride + col;
-            if (col >= tile.cols) break;
-            if (col == at.pair + r)
-                total += pair(tile.row0 + row, element, (double)scale * (double)x[r][k] + (double)bias);
-            else
-                sum += term(element, fmaf(scale, x[r][k], bias));
+            if (!is_counted<Whole>(counted, r, k)) continue;
+            const float e = exp_fast(-fabsf(z[k]));
+            product[k] = fmaf(product[k], e, product[k] + e);
+            linear[k] = fmaf(0.0f, z[k], linear[k] + fmaxf(z[k], 0.0f)); /* fmaxf passes over NaN; of Inf comes NaN too */
         }
-        total += (double)sum;
     }
-    return total;
-}
+    DEVICE_MEMBER double total() const
+    {
+        const float left = fmaf(product[0], product[1], product[0] + product[1]);
+        const float right = fmaf(product[2], product[3], product[2] + product[3]);
+        return (double)(linear[0] + linear[1] + (linear[2] + linear[3])) + (double)log1pf(fmaf(left, right, left + right));
+    }
+    DEVICE_MEMBER double pair(long long, double z) const { return fmax(-z, 0.0) + log1p(exp(-fabs(z))) + (z - z); }
+};
 
-KERNEL(CLIPFT_CUDA_THREADS) sigmoid_tile(clipft_cuda_sigmoid_args a)
+KERNEL(CLIPFT_CUDA_THREADS, 4) sigmoid_tile(clipft_cuda_sigmoid_args a)
 {
     SHARED(double, warp_sums, CLIPFT_CUDA_WARPS);
-    const double total = over_elements(
-        a, [](int, float z) { return softplus(z); },
-        [](long long, int, double z) { return fmax(-z, 0.0) + log1p(exp(-fabs(z))) + (z - z); });
-    add_block_sum(a.sum, total, a.first, warp_sums);
+    over_block(a, Softplus{}, warp_sums);
 }
 
-KERNEL(CLIPFT_CUDA_THREADS) sigmoid_grad(clipft_cuda_sigmoid_args a)
+/* The coefficients sigmoid(z), and sigmoid(z) - 1 of the pair. */
+struct Coefficients {
+    const clipft_cuda_sigmoid_args &a;
+    float sum[CLIPFT_CUDA_LANE_COLS];
+
+    template <bool Whole> DEVICE_MEMBER void row(const float (&z)[CLIPFT_CUDA_LANE_COLS], int element, unsigned counted, int r)
+    {
+        float out[CLIPFT_CUDA_LANE_COLS];
+#pragma unroll
+        for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {
+            const float coefficient = is_counted<Whole>(counted, r, k) ? reciprocal(1.0f + exp_fast(-z[k])) : 0.0f;
+            sum[k] += coefficient;
+            out[k] = coefficient * a.unit;
+        }
+        store_four(a.out, element, out); /* maybe into the room after a row too */
+    }
+    DEVICE_MEMBER double total() const { return (double)(sum[0] + sum[1] + (sum[2] + sum[3])); }
+    DEVICE_MEMBER double pair(long long row, double z) const
+    {
+        const double coefficient = -1.0 / (1.0 + exp(z));
+        a.pair[row] = (float)coefficient;
+        return coefficient;
+    }
+};
+
+KERNEL(CLIPFT_CUDA_THREADS, 4) sigmoid_grad(clipft_cuda_sigmoid_args a)
 {
     SHARED(double, warp_sums, CLIPFT_CUDA_WARPS);
-    const double total = over_elements(
-        a,
-        [&a](int element, float z) {
-            const float coefficient = sigmoid(z);
-            store(a.out, element, coefficient * a.unit);
-            return coefficient;
-        },
-        [&a](long long row, int element, double z) {
-            const double coefficient = -1.0 / (1.0 + exp(z)); /* sigmoid(z) - 1 */
-            a.pair[row] = (float)coefficient;
-            store(a.out, element, 0.0f);
-            return coefficient;
-        });
-    add_block_sum(a.sum, total, a.first, warp_sums);
+    over_block(a, Coefficients{a, {}}, warp_sums);
 }

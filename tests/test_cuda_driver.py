@@ -144,11 +144,10 @@ with EmulatedCuda(Path({folder!r})).installed():
         print(error)
 """
 
-BARRIER = (
-    "    __syncthreads();\n#pragma unroll\n    for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {\n        float sum"
-)
+BARRIER = "    __syncthreads();\n    column_part("
 BREAKS = {
-    "barrier": (BARRIER, BARRIER.removeprefix("    __syncthreads();\n"), "race: "),
+    "barrier": (BARRIER, BARRIER.removeprefix("    __syncthreads();\n"), "read before it was written"),
+    "race": ("column_place(at.warp, at.lane", "column_place(0, at.lane", "race: two writes"),
     "bound": ("(line < a.rows + a.cols) {", "(line <= a.rows + a.cols) {", "out of bounds: element 200 of 200"),
 }
 

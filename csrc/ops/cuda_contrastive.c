@@ -42,7 +42,9 @@ static bool forward_tile(cuda_loss *loss, const clipft_cuda_tile *tile, void *ct
     col->blocks = (int)cuda_blocks(tile->rows, CLIPFT_CUDA_BLOCK_ROWS);
     clipft_cuda_contrastive_merge_args merge = {*row, *col};
     return cuda_loss_launch_tile(loss, CLIPFT_CUDA_contrastive_tile, tile, &args) &&
-           cuda_launch_items(&loss->call, CLIPFT_CUDA_contrastive_merge, (int64_t)tile->rows + tile->cols, &merge);
+           cuda_launch(&loss->call, CLIPFT_CUDA_contrastive_merge,
+                       cuda_blocks(tile->rows, CLIPFT_CUDA_MERGE_LINES) + cuda_blocks(tile->cols, CLIPFT_CUDA_MERGE_LINES), 1,
+                       CLIPFT_CUDA_THREADS, &merge);
 }
 
 static void forward(StableIValue *stack, bool shard, clipft_error *error)
