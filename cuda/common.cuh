@@ -215,10 +215,16 @@ typedef float Elements[CLIPFT_CUDA_WARP_ROWS][CLIPFT_CUDA_LANE_COLS];
 /* All of them before anything is stored, so that the loads overlap; of no use outside of the tile. */
 DEVICE void load_elements(const clipft_cuda_tile &tile, const Place &at, Elements &x)
 {
+    const int first = at.row * tile.stride + at.col, rows = at.col < tile.cols ? tile.rows - at.row : 0;
+    if (at.whole) {
+#pragma unroll
+        for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r) load4(tile.x, first + r * tile.stride, x[r]);
+        return;
+    }
 #pragma unroll
     for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r) {
         x[r][0] = x[r][1] = x[r][2] = x[r][3] = 0.0f;
-        if (at.row + r < tile.rows && at.col < tile.cols) load4(tile.x, (at.row + r) * tile.stride + at.col, x[r]);
+        if (r < rows) load4(tile.x, first + r * tile.stride, x[r]);
     }
 }
 

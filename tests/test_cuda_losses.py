@@ -30,7 +30,7 @@ NONE = torch.empty(0, dtype=torch.int64)
 
 
 def affordable(case: LossCase) -> bool:
-    """The emulated GPU's tiles are [128, 256]: N = 1025 has all kinds of them."""
+    """The emulated GPU's tiles are [256, 512]: N = 1025 has all kinds of them."""
     return case.n < 2000
 
 
@@ -120,7 +120,7 @@ LOSSES = {
 def test_cuda_gradients_only_where_needed(
     loss: Callable, needs: tuple[bool, bool, bool], dtype: torch.dtype, cuda: EmulatedCuda
 ) -> None:
-    args = [unit(140).to(dtype), unit(140, seed=1).to(dtype), torch.tensor(20.0)]
+    args = [unit(270).to(dtype), unit(270, seed=1).to(dtype), torch.tensor(20.0)]
     every = [a.clone().requires_grad_() for a in args]
     loss(*every).backward()
     some = [a.clone().requires_grad_(need) for a, need in zip(args, needs, strict=True)]
@@ -144,7 +144,7 @@ def test_cuda_upstream_gradient_scales(loss: Callable, cuda: EmulatedCuda) -> No
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_cuda_gives_the_same_bits_every_time(loss: Callable, dtype: torch.dtype, cuda: EmulatedCuda) -> None:
-    case = LossCase(400, 24, 100.0, "paired", dtype=dtype)
+    case = LossCase(600, 24, 100.0, "paired", dtype=dtype)
     first, second = run(loss, case), run(loss, case)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -172,16 +172,16 @@ def test_cuda_sigmoid_bias_gradient_near_convergence(cuda: EmulatedCuda) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("labels", [None, torch.arange(301) % 7])
+@pytest.mark.parametrize("labels", [None, torch.arange(601) % 7])
 def test_cuda_shards_make_the_whole(labels: torch.Tensor | None, dtype: torch.dtype, cuda: EmulatedCuda) -> None:
     """What a process group's ranks do, of which one has no images."""
-    image, text = unit(301).to(dtype), unit(301, seed=1).to(dtype)
+    image, text = unit(601).to(dtype), unit(601, seed=1).to(dtype)
     scale, none, grad = torch.tensor(20.0), NONE if labels is None else labels, torch.tensor(2.0)
     whole = torch.ops.clipft.contrastive_loss(image, text, scale, none, 0.1)
     want = torch.ops.clipft.contrastive_loss_backward(
         grad, image, text, scale, none, 0.1, 0, *whole[1:3], whole[4], True, True
     )
-    bounds, columns, rows, targets = [0, 140, 140, 301], [], [], []
+    bounds, columns, rows, targets = [0, 280, 280, 601], [], [], []
     for begin, end in pairwise(bounds):
         _, row, col, target, _ = torch.ops.clipft.contrastive_loss_shard(
             image[begin:end], text, scale, none, 0.1, True, begin
@@ -193,7 +193,7 @@ def test_cuda_shards_make_the_whole(labels: torch.Tensor | None, dtype: torch.dt
     torch.testing.assert_close(sum(targets), whole[3], rtol=1e-6, atol=1e-6)
     parts = [
         torch.ops.clipft.contrastive_loss_backward(
-            grad, image[b:e], text, scale, none, 0.1, b, row, columns, torch.empty(0, 301), True, True
+            grad, image[b:e], text, scale, none, 0.1, b, row, columns, torch.empty(0, 601), True, True
         )
         for (b, e), row in zip(pairwise(bounds), rows, strict=True)
     ]
@@ -235,8 +235,8 @@ def test_cuda_bad_input_is_named(change: dict, message: str, cuda: EmulatedCuda)
 def test_cuda_memory_does_not_grow_with_the_square(
     loss: Callable, cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No allocation of more elements than a tile has: N^2 would be twenty times that."""
-    monkeypatch.setenv("EMULATED_MEMORY", str(128 * 256))
+    """No allocation of more elements than a tile has: N^2 would be five times that."""
+    monkeypatch.setenv("EMULATED_MEMORY", str(256 * 512))
     run(loss, LossCase(800, 16, 20.0))
 
 
@@ -247,7 +247,7 @@ def test_cuda_out_of_memory_is_torchs_own_error(
     args = [unit(400).requires_grad_(), unit(400, seed=1), 20.0]
     value = loss(*args)
     monkeypatch.setenv("EMULATED_MEMORY", "1000")
-    with pytest.raises(torch.OutOfMemoryError, match="could not allocate a float32 tensor of 32768 elements: CUDA out"):
+    with pytest.raises(torch.OutOfMemoryError, match="could not allocate a float32 tensor of 102400 elements: CUDA out"):
         loss(*args)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         value.backward()
