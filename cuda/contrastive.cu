@@ -236,6 +236,7 @@ KERNEL(CLIPFT_CUDA_THREADS) contrastive_tile(clipft_cuda_contrastive_tile_args a
     column_part(a, maxima, sums);
 }
 
+/* The same of what is merged over all of the tiles. */
 DEVICE double rescaled(double sum, float max, float to) { return sum == 0.0 ? 0.0 : sum * (double)expf(max - to); }
 
 struct Line {

@@ -106,8 +106,8 @@ CASES += [
     LossCase(3300, 16, 100.0, "collapsed"),
     LossCase(130, 16, 0.0),
     LossCase(130, 16, -20.0),
-    LossCase(260, 16, 0.0),
-    LossCase(260, 16, -20.0),
+    LossCase(192, 16, 0.0),
+    LossCase(192, 16, -20.0),
 ]
 CASES += [
     LossCase(n, 32, 30.0, "paired", c, e) for n in (5, 65, 1030) for c, e in ((None, 0.1), (4, 0.0), (7, 0.3), (1, 0.0))

@@ -247,7 +247,9 @@ def test_cuda_out_of_memory_is_torchs_own_error(
     args = [unit(400).requires_grad_(), unit(400, seed=1), 20.0]
     value = loss(*args)
     monkeypatch.setenv("EMULATED_MEMORY", "1000")
-    with pytest.raises(torch.OutOfMemoryError, match="could not allocate a float32 tensor of 102400 elements: CUDA out"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match="could not allocate a float32 tensor of 102400 elements: CUDA out"
+    ):
         loss(*args)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         value.backward()

@@ -1,8 +1,8 @@
 #include "cuda_loss.h"
 
-/* Rows of a tile are a power of two in between, columns twice as many, so that float32 products take at most TILE_CACHES times the L2
- * cache. */
-enum { SMALLEST_TILE = 128, LARGEST_TILE = 4096, TILE_CACHES = 4 };
+/* Rows of a tile are a power of two in between, columns TILE_COLUMNS times as many, so that float32 products take at most TILE_CACHES times
+ * the L2 cache. */
+enum { SMALLEST_TILE = 128, LARGEST_TILE = 4096, TILE_CACHES = 4, TILE_COLUMNS = 2 };
 
 /* float16 begins to lose bits at 6e-5: coefficients, 2 at most, are kept this much larger there. */
 static const float float16_unit = 16384.0F;
@@ -14,9 +14,9 @@ static int32_t float32(void) { return clipft_torch.aoti_torch_dtype_float32(); }
 static int64_t tile_rows(int32_t device)
 {
     const int64_t items = TILE_CACHES * clipft_cuda_l2_bytes(device) / (int64_t)sizeof(float);
-    int64_t side = SMALLEST_TILE;
-    while (side < LARGEST_TILE && 2 * (2 * side) * (2 * side) <= items) side *= 2;
-    return side;
+    int64_t rows = SMALLEST_TILE;
+    while (rows < LARGEST_TILE && TILE_COLUMNS * (2 * rows) * (2 * rows) <= items) rows *= 2;
+    return rows;
 }
 
 bool cuda_loss_begin(cuda_loss *loss, const StableIValue *stack, bool shard, int64_t row_offset)
@@ -25,7 +25,7 @@ bool cuda_loss_begin(cuda_loss *loss, const StableIValue *stack, bool shard, int
     const int32_t device = loss->in.image.index;
     if (!cuda_begin(&loss->call, &loss->in.image)) return false;
     loss->rows = loss->in.image.size[0], loss->cols = loss->in.text.size[0], loss->dim = loss->in.text.size[1];
-    loss->tile_rows = tile_rows(device), loss->tile_cols = 2 * loss->tile_rows;
+    loss->tile_rows = tile_rows(device), loss->tile_cols = TILE_COLUMNS * loss->tile_rows;
     if (loss->tile_rows > loss->rows) loss->tile_rows = loss->rows;
     if (loss->tile_cols > loss->cols) loss->tile_cols = loss->cols;
     loss->stride = (loss->tile_cols + 7) / 8 * 8; /* rows aligned as tensor cores want them */
