@@ -26,17 +26,20 @@ enum {
 /* Floats of three kinds; the 16-bit ones lie in the member that ends in 16. */
 enum { CLIPFT_CUDA_FLOAT32, CLIPFT_CUDA_BFLOAT16, CLIPFT_CUDA_FLOAT16 };
 
+/* A matrix's path is its kind where a row is any number of aligned runs of four elements, and this where it is not. */
+enum { CLIPFT_CUDA_ANY_LAYOUT = CLIPFT_CUDA_FLOAT16 + 1 };
+
 typedef struct clipft_cuda_matrix {
     CLIPFT_GLOBAL(const float) data32;
     CLIPFT_GLOBAL(const unsigned short) data16;
     long long row_stride, col_stride;
-    int kind;
+    int kind, path;
 } clipft_cuda_matrix;
 
 typedef struct clipft_cuda_target {
     CLIPFT_GLOBAL(float) data32;
     CLIPFT_GLOBAL(unsigned short) data16;
-    int kind;
+    int kind, path;
 } clipft_cuda_target;
 
 /* A tile of raw products <image_i, text_j>, and where it lies in the matrix of logits. */
@@ -196,20 +199,23 @@ typedef struct clipft_cuda_int8_finish_args {
 
 /* ---- lora.cu ---- */
 
-/* A block of lora_down works on ROWS x COLS elements and RANK of the rank at a time; one of lora_up on ROWS x UP_COLS results. */
+/* A block of lora_down takes DOWN_ROWS rows, one of lora_up UP_ROWS, RANK of the rank, and all take COLS columns at a time. Sums are split
+ * into parts until there are about as many blocks as an H100 runs at once: on every GPU, so that results are the same. */
 enum {
-    CLIPFT_CUDA_LORA_ROWS = 32,
-    CLIPFT_CUDA_LORA_COLS = 64,
+    CLIPFT_CUDA_LORA_DOWN_ROWS = 64,
+    CLIPFT_CUDA_LORA_UP_ROWS = CLIPFT_CUDA_THREADS,
+    CLIPFT_CUDA_LORA_COLS = 128,
     CLIPFT_CUDA_LORA_RANK = 16,
-    CLIPFT_CUDA_LORA_UP_COLS = 128,
-    CLIPFT_CUDA_LORA_PARTS = 32 /* of a sum over rows, at most */
+    CLIPFT_CUDA_LORA_PART_ROWS = 128,     /* of a sum over rows, at least */
+    CLIPFT_CUDA_LORA_OUTER_THREADS = 128, /* of lora_outer, whose sums take more registers than a larger block's threads have */
+    CLIPFT_CUDA_LORA_DOWN_BLOCKS = 264,
+    CLIPFT_CUDA_LORA_OUTER_BLOCKS = 396
 };
 
-/* The mask m: element (row, col) of the whole input is kept or not, see csrc/kernels/lora.h. */
+/* The mask m: element (row, col) of the input is kept or not, see csrc/kernels/lora.h. */
 typedef struct clipft_cuda_dropout {
     CLIPFT_GLOBAL(const long long) seed; /* [1], or null: all are kept */
     int threshold;
-    long long first; /* the input's row that is row 0 here */
 } clipft_cuda_dropout;
 
 /* What the branch takes of a matrix: m . act(x). */
@@ -219,33 +225,39 @@ typedef struct clipft_cuda_branch {
     int rows, cols, quick_gelu;
 } clipft_cuda_branch;
 
-/* v = scale * branch panel */
+/* Rows of the rank's size, or ones. */
+typedef struct clipft_cuda_lora_v {
+    CLIPFT_GLOBAL(const float) data; /* [rows, padded], or null: ones */
+    int padded;                      /* a multiple of RANK */
+} clipft_cuda_lora_v;
+
+/* v = scale * branch panel^T over each part of the columns: a whole number of COLS */
 typedef struct clipft_cuda_lora_down_args {
     clipft_cuda_branch branch;
-    clipft_cuda_matrix panel; /* [cols, rank] */
-    CLIPFT_GLOBAL(float) v;   /* [rows, padded], zeros from `rank` on */
-    int rank, padded;
+    clipft_cuda_matrix panel; /* [rank, cols] */
+    CLIPFT_GLOBAL(float) v;   /* [parts, rows, padded], zeros from `rank` on */
+    int rank, padded, parts;
     float scale;
 } clipft_cuda_lora_down_args;
 
 /* out = (base + m . (scale * v panel)) * act'(x) */
 typedef struct clipft_cuda_lora_up_args {
-    CLIPFT_GLOBAL(const float) v; /* [rows, padded] */
-    clipft_cuda_matrix panel;     /* [rank, cols] */
-    clipft_cuda_matrix base;      /* [rows, cols], may be out */
-    clipft_cuda_matrix x;         /* [rows, cols], or without data: no act' */
-    clipft_cuda_target out;       /* [rows, cols] */
+    clipft_cuda_lora_v v;
+    clipft_cuda_matrix panel; /* [rank, cols] */
+    clipft_cuda_matrix base;  /* [rows, cols], may be out */
+    clipft_cuda_matrix x;     /* [rows, cols], or without data: no act' */
+    clipft_cuda_target out;   /* [rows, cols] */
     clipft_cuda_dropout dropout;
-    int rows, cols, rank, padded;
+    int rows, cols, rank;
     float scale;
 } clipft_cuda_lora_up_args;
 
 /* part = v^T branch over each part of the rows */
 typedef struct clipft_cuda_lora_outer_args {
-    CLIPFT_GLOBAL(const float) v; /* [rows, padded], or null: ones */
+    clipft_cuda_lora_v v;
     clipft_cuda_branch branch;
     CLIPFT_GLOBAL(float) part; /* [parts, rank, cols] */
-    int rank, padded, parts;
+    int rank, parts;
 } clipft_cuda_lora_outer_args;
 
 /* out[k][j] = scale * (sum of part[.][k][j]) */

@@ -4,10 +4,10 @@
 #define CLIPFT_CUDA_COMMON_CUH
 
 #ifdef __CUDACC__
-#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__) /* threads of a block; blocks of a multiprocessor */
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__) /* threads, and blocks an SM holds at least */
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
-#define SHARED(type, name, count) __shared__ type name[count]
+#define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define NO_VALUE (-__int_as_float(0x7f800000)) /* -Inf */
 #endif
 
@@ -148,6 +148,113 @@ DEVICE void store_four(const clipft_cuda_target &m, long long at, const float (&
     } else {
         const unsigned pairs[2] = {bfloat16_pair(x[0], x[1]), bfloat16_pair(x[2], x[3])};
         store4(m.data16, at, pairs);
+    }
+}
+
+/* ---- quads: four elements of a row in one access ---- */
+
+#ifdef __CUDACC__
+/* As they lie in memory: two words of 16-bit floats, or four. */
+struct Quad {
+    unsigned word[4];
+};
+
+template <class T> DEVICE Quad read_quad(const T *from, long long at)
+{
+    if constexpr (sizeof(T) == 2) {
+        const uint2 q = *reinterpret_cast<const uint2 *>(from + at);
+        return {q.x, q.y, 0u, 0u};
+    } else {
+        const uint4 q = *reinterpret_cast<const uint4 *>(from + at);
+        return {q.x, q.y, q.z, q.w};
+    }
+}
+
+template <class T> DEVICE void write_quad(T *to, long long at, const Quad &q)
+{
+    if constexpr (sizeof(T) == 2)
+        *reinterpret_cast<uint2 *>(to + at) = make_uint2(q.word[0], q.word[1]);
+    else
+        *reinterpret_cast<uint4 *>(to + at) = make_uint4(q.word[0], q.word[1], q.word[2], q.word[3]);
+}
+#endif
+
+typedef float Floats[4];
+
+template <class From> DEVICE void read_floats(From &from, long long at, Floats &v)
+{
+    const Quad q = read_quad(from, at);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) v[k] = __uint_as_float(q.word[k]);
+}
+
+template <class To> DEVICE void write_floats(To &to, long long at, const Floats &v)
+{
+    write_quad(to, at, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])});
+}
+
+/* The first `inside` of four elements that lie `step` apart, then zeros; all are asked for before one is used. */
+DEVICE void load_apart(const clipft_cuda_matrix &m, long long at, long long step, long long inside, Floats &v)
+{
+    if (m.kind == CLIPFT_CUDA_FLOAT32) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v[k] = k < inside ? m.data32[at + k * step] : 0.0f;
+        return;
+    }
+    unsigned short bits[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) bits[k] = k < inside ? m.data16[at + k * step] : (unsigned short)0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) v[k] = m.kind == CLIPFT_CUDA_FLOAT16 ? float16_to_float(bits[k]) : __uint_as_float((unsigned)bits[k] << 16);
+}
+
+DEVICE long long element_at(const clipft_cuda_matrix &m, long long row, long long col) { return row * m.row_stride + col * m.col_stride; }
+
+/* Four elements of a row from element `at` on, of which `inside` are there (0 or less: none), the others zeros. A block takes one path: the
+ * matrix's own, or CLIPFT_CUDA_ANY_LAYOUT, which fits all. What is fetched waits in few registers until it is unpacked. */
+template <int Path> DEVICE Quad fetch(const clipft_cuda_matrix &m, long long at, long long inside)
+{
+    if constexpr (Path == CLIPFT_CUDA_ANY_LAYOUT) {
+        Floats v;
+        load_apart(m, at, m.col_stride, inside, v);
+        return {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])};
+    } else {
+        if (inside <= 0) return {0u, 0u, 0u, 0u};
+        if constexpr (Path == CLIPFT_CUDA_FLOAT32)
+            return read_quad(m.data32, at);
+        else
+            return read_quad(m.data16, at);
+    }
+}
+
+template <int Path> DEVICE void unpack(const Quad &q, Floats &v)
+{
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const unsigned pair = q.word[k / 2];
+        if constexpr (Path == CLIPFT_CUDA_BFLOAT16)
+            v[k] = __uint_as_float(k % 2 ? pair & 0xffff0000u : pair << 16);
+        else if constexpr (Path == CLIPFT_CUDA_FLOAT16)
+            v[k] = float16_to_float((unsigned short)(k % 2 ? pair >> 16 : pair));
+        else
+            v[k] = __uint_as_float(q.word[k]);
+    }
+}
+
+/* The first `inside` of four elements. */
+DEVICE void store_quad(const clipft_cuda_target &m, long long at, long long inside, const Floats &v)
+{
+    if (m.path == CLIPFT_CUDA_ANY_LAYOUT) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            if (k < inside) store(m, at + k, v[k]);
+    } else if (inside > 0 && m.kind == CLIPFT_CUDA_FLOAT32) {
+        write_floats(m.data32, at, v);
+    } else if (inside > 0) {
+        unsigned bits[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) bits[k] = m.kind == CLIPFT_CUDA_FLOAT16 ? float_to_float16(v[k]) : float_to_bfloat16(v[k]);
+        write_quad(m.data16, at, {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, 0u, 0u});
     }
 }
 

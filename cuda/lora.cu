@@ -1,20 +1,26 @@
 /* The products of a LoRA branch that have the rank on one side, and what is done element by element: see csrc/kernels/lora.h for the
  * mathematics, csrc/ops/cuda_lora.c for the order around torch's large products.
  *
- * All is float32 whatever the matrices' dtypes. A block brings a piece of x or dy into shared memory, through activation and dropout, and
- * multiplies it from registers; the mask is hashed wherever it is needed. Sums over rows run in parts that depend on the shape only. */
+ * All is float32 whatever the matrices' dtypes. Quads of x, dy or y are fetched one step ahead and wait in registers as they lie in memory;
+ * on their way to the products they go through activation and dropout, whose mask is hashed wherever it is needed. A lane's products come
+ * from as few reads of shared memory as its registers allow. Sums run in parts that depend on the shape only. */
 #include "common.cuh"
 
 enum {
-    ROWS = CLIPFT_CUDA_LORA_ROWS,
-    COLS = CLIPFT_CUDA_LORA_COLS,
+    COLS = CLIPFT_CUDA_LORA_COLS, /* a warp's lanes, a quad each */
     RANK = CLIPFT_CUDA_LORA_RANK,
-    UP_COLS = CLIPFT_CUDA_LORA_UP_COLS,
+    DOWN_ROWS = CLIPFT_CUDA_LORA_DOWN_ROWS,
+    UP_ROWS = CLIPFT_CUDA_LORA_UP_ROWS,
+    WARP_ROWS = 8, /* that a warp of lora_up or lora_outer takes at a time */
+    STEP_ROWS = CLIPFT_CUDA_WARPS * WARP_ROWS,
     WARPS = CLIPFT_CUDA_WARPS,
     THREADS = CLIPFT_CUDA_THREADS,
-    /* Between rows in shared memory: odd, so that a column lies in as many banks. */
-    STRIDE = COLS + 1,
-    RANK_STRIDE = RANK + 1
+    OUTER_THREADS = CLIPFT_CUDA_LORA_OUTER_THREADS,
+    OUTER_WARPS = OUTER_THREADS / 32,
+    OUTER_ROWS = OUTER_WARPS * WARP_ROWS,
+    /* Between rows in shared memory: of quads, so that those of one column in eight rows lie in all banks. */
+    STRIDE = COLS + 4,
+    RANK_STRIDE = RANK + 4
 };
 
 /* ---- dropout: csrc/kernels/lora.c and lora_ref.c, bit for bit ---- */
@@ -28,7 +34,7 @@ DEVICE unsigned long long mix(unsigned long long z)
 
 DEVICE unsigned long long row_key(const clipft_cuda_dropout &d, long long row)
 {
-    return mix(mix((unsigned long long)d.seed[0]) + (unsigned long long)(d.first + row) * 0x9e3779b97f4a7c15ull);
+    return mix(mix((unsigned long long)d.seed[0]) + (unsigned long long)row * 0x9e3779b97f4a7c15ull);
 }
 
 DEVICE bool is_kept(const clipft_cuda_dropout &d, unsigned long long key, long long col)
@@ -40,21 +46,32 @@ DEVICE bool is_kept(const clipft_cuda_dropout &d, unsigned long long key, long l
     return (int)h >= d.threshold;
 }
 
-/* The keys of ROWS rows, which the block may read after its next barrier. */
-template <class Keys> DEVICE void make_keys(const clipft_cuda_dropout &d, long long row0, Keys &keys)
-{
-    if (d.seed && threadIdx.x < ROWS) keys[threadIdx.x] = row_key(d, row0 + threadIdx.x);
-}
-
 /* ---- quick_gelu ---- */
 
-DEVICE float quick_gelu(float x) { return x * sigmoid(1.702f * x); }
+/* sigmoid(|z|) and 1 - sigmoid(|z|). The denominator lies in 1 .. 2, where a division of 2 ulps needs no slow path: that would be a call,
+ * and what the caller has in registers would go to memory. */
+struct Sigmoids {
+    float near, far;
+};
+
+DEVICE Sigmoids sigmoids(float z)
+{
+    const float e = expf(-fabsf(z)), near = __fdividef(1.0f, 1.0f + e);
+    return {near, e * near};
+}
+
+DEVICE float quick_gelu(float x)
+{
+    const float z = 1.702f * x;
+    const Sigmoids s = sigmoids(z);
+    return x * (z < 0.0f ? s.far : s.near);
+}
 
 DEVICE float quick_gelu_slope(float x)
 {
-    const float z = 1.702f * x, e = expf(-fabsf(z));
-    const float near = 1.0f / (1.0f + e), far = e * near; /* sigmoid(|z|) and 1 - sigmoid(|z|) */
-    return (z < 0.0f ? far : near) + z * (near * far);
+    const float z = 1.702f * x;
+    const Sigmoids s = sigmoids(z);
+    return (z < 0.0f ? s.far : s.near) + z * (s.near * s.far);
 }
 
 /* Rows of a matrix that a grid of fewer rows takes turns with. */
@@ -78,163 +95,367 @@ KERNEL(CLIPFT_CUDA_THREADS) lora_dropout_mask(clipft_cuda_dropout_mask_args a)
 
 /* ---- products ---- */
 
-/* ROWS x COLS of the branch from (row0, col0), zeros from row `rows` on. */
-template <class Tile, class Keys> DEVICE void load_branch(const clipft_cuda_branch &b, int row0, int rows, int col0, Keys &keys, Tile &tile)
+/* Quads of one column that a warp goes through, WARP_ROWS and then those after the other warps', some of them always on their way: `Bytes`
+ * of them. Zeros from row `end` on. */
+template <int Path, int Bytes, int Warps> struct Rows {
+    enum { AHEAD = Path == CLIPFT_CUDA_ANY_LAYOUT ? 2 : Path == CLIPFT_CUDA_FLOAT32 ? Bytes / 16 : Bytes / 8 };
+    Quad quads[AHEAD];
+    long long at;
+    int row, end, inside;
+};
+
+template <int Path, int Bytes, int Warps>
+DEVICE void fetch_next(const clipft_cuda_matrix &m, Rows<Path, Bytes, Warps> &rows, int r, int slot)
 {
-    for (int at = threadIdx.x; at < ROWS * COLS; at += THREADS) {
-        const int r = at / COLS, row = row0 + r, col = col0 + at % COLS;
-        float value = 0.0f;
-        if (row < rows && col < b.cols && (!b.dropout.seed || is_kept(b.dropout, keys[r], col))) {
-            value = load(b.x, row, col);
-            if (b.quick_gelu) value = quick_gelu(value);
-        }
-        tile[r * STRIDE + at % COLS] = value;
+    rows.quads[slot] = fetch<Path>(m, rows.at, rows.row < rows.end ? rows.inside : 0);
+    const int by = r % WARP_ROWS == WARP_ROWS - 1 ? (Warps - 1) * WARP_ROWS + 1 : 1;
+    rows.row += by, rows.at += by * m.row_stride;
+}
+
+template <int Path, int Bytes, int Warps>
+DEVICE void start_rows(const clipft_cuda_matrix &m, int row, int end, int col, int cols, Rows<Path, Bytes, Warps> &rows)
+{
+    rows.at = element_at(m, row, col), rows.row = row, rows.end = end, rows.inside = cols - col;
+#pragma unroll
+    for (int r = 0; r < Rows<Path, Bytes, Warps>::AHEAD; ++r) fetch_next(m, rows, r, r);
+}
+
+/* Row r of the step, from slot r % AHEAD, where another takes its place. */
+template <int Path, int Bytes, int Warps> DEVICE Quad take_row(const clipft_cuda_matrix &m, Rows<Path, Bytes, Warps> &rows, int r, int slot)
+{
+    const Quad taken = rows.quads[slot];
+    fetch_next(m, rows, r + Rows<Path, Bytes, Warps>::AHEAD, slot);
+    return taken;
+}
+
+/* What the branch takes of a quad at (row of `key`, col). */
+template <int Path, class Key> DEVICE void unpack_branch(const clipft_cuda_branch &b, const Quad &q, const Key &key, int col, Floats &v)
+{
+    unpack<Path>(q, v);
+    if (b.quick_gelu)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v[k] = quick_gelu(v[k]);
+    if (b.dropout.seed)
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            if (!is_kept(b.dropout, key, col + k)) v[k] = 0.0f;
+}
+
+/* RANK x COLS of a panel [rank, cols], two quads of ranks a thread: neighbours in a warp are neighbours in memory. */
+struct PanelPlace {
+    int col, rank;
+};
+
+DEVICE PanelPlace place_in_panel(const clipft_cuda_matrix &panel, int which)
+{
+    const int at = threadIdx.x + which * THREADS;
+    if (panel.col_stride == 1) return {at % COLS, at / COLS * 4};
+    return {at / (RANK / 4), at % (RANK / 4) * 4};
+}
+
+typedef Floats PanelPart[RANK * COLS / 4 / THREADS];
+
+DEVICE void fetch_panel(const clipft_cuda_matrix &panel, int rank0, int rank, int col0, int cols, PanelPart &part)
+{
+#pragma unroll
+    for (int which = 0; which < RANK * COLS / 4 / THREADS; ++which) {
+        const PanelPlace p = place_in_panel(panel, which);
+        const long long k = rank0 + p.rank, col = col0 + p.col;
+        load_apart(panel, k * panel.row_stride + col * panel.col_stride, panel.row_stride, col < cols ? rank - k : 0, part[which]);
     }
 }
 
-/* A lane's 4 x 4 of ROWS x RANK; each warp its own columns of a tile, and the warps' sums are added in the end. */
-KERNEL(CLIPFT_CUDA_THREADS) lora_down(clipft_cuda_lora_down_args a)
+/* A block's DOWN_ROWS x COLS of x: a warp a row in WARPS, a lane a quad of it. */
+typedef Quad DownQuads[DOWN_ROWS / WARPS];
+
+template <int Path> DEVICE void fetch_down(const clipft_cuda_branch &b, int row0, int col0, DownQuads &quads)
 {
-    SHARED(float, x, ROWS *STRIDE);
-    SHARED(float, panel, RANK *STRIDE);
-    SHARED(float, sums, WARPS *ROWS *RANK);
-    SHARED(unsigned long long, keys, ROWS);
-    const int row0 = blockIdx.x * ROWS, rank0 = blockIdx.y * RANK, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int own_row = lane / 4 * 4, own_rank = lane % 4 * 4;
-    float sum[4][4] = {};
-    make_keys(a.branch.dropout, row0, keys);
-    for (int col0 = 0; col0 < a.branch.cols; col0 += COLS) {
-        __syncthreads();
-        load_branch(a.branch, row0, a.branch.rows, col0, keys, x);
-        for (int at = threadIdx.x; at < RANK * COLS; at += THREADS) {
-            const int k = at / COLS, j = at % COLS;
-            const bool inside = rank0 + k < a.rank && col0 + j < a.branch.cols;
-            panel[k * STRIDE + j] = inside ? load(a.panel, col0 + j, rank0 + k) : 0.0f;
-        }
-        __syncthreads();
-        for (int j = warp * (COLS / WARPS); j < (warp + 1) * (COLS / WARPS); ++j) {
-            float left[4], right[4];
+    int row = row0 + threadIdx.x / 32;
+    const int col = col0 + threadIdx.x % 32 * 4;
+    long long at = element_at(b.x, row, col);
 #pragma unroll
-            for (int k = 0; k < 4; ++k) left[k] = x[(own_row + k) * STRIDE + j], right[k] = panel[(own_rank + k) * STRIDE + j];
+    for (int i = 0; i < DOWN_ROWS / WARPS; ++i, row += WARPS, at += WARPS * b.x.row_stride)
+        quads[i] = fetch<Path>(b.x, at, row < b.rows ? b.cols - col : 0);
+}
+
+/* A lane has rows lane / 2 + 16 r, and half of the rank; each warp its own columns of the step, and the warps' sums are added in the end.
+ */
+template <class X, class Panel> DEVICE void multiply_down(X &x, Panel &panel, float (&sum)[4][8])
+{
+    const int lane = threadIdx.x % 32, own_row = lane / 2, own_rank = lane % 2 * 8, begin = threadIdx.x / 32 * (COLS / WARPS);
+#pragma unroll 1
+    for (int col = begin; col < begin + COLS / WARPS; col += 4) {
+        Floats left[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) read_floats(x, (own_row + 16 * r) * STRIDE + col, left[r]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            Floats right[2];
+            read_floats(panel, (col + j) * RANK_STRIDE + own_rank, right[0]);
+            read_floats(panel, (col + j) * RANK_STRIDE + own_rank + 4, right[1]);
 #pragma unroll
             for (int r = 0; r < 4; ++r)
 #pragma unroll
-                for (int k = 0; k < 4; ++k) sum[r][k] = fmaf(left[r], right[k], sum[r][k]);
+                for (int k = 0; k < 8; ++k) sum[r][k] = fmaf(left[r][j], right[k / 4][k % 4], sum[r][k]);
         }
     }
+}
+
+/* Each warp's DOWN_ROWS x RANK, which take x's place, into v. */
+template <class X>
+DEVICE void add_down(const clipft_cuda_lora_down_args &a, int row0, int rank0, int part, X &sums, const float (&sum)[4][8])
+{
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    __syncthreads();
 #pragma unroll
     for (int r = 0; r < 4; ++r)
 #pragma unroll
-        for (int k = 0; k < 4; ++k) sums[(warp * ROWS + own_row + r) * RANK + own_rank + k] = sum[r][k];
+        for (int k = 0; k < 8; k += 4)
+            write_floats(sums, (warp * DOWN_ROWS + lane / 2 + 16 * r) * RANK + lane % 2 * 8 + k,
+                         {sum[r][k], sum[r][k + 1], sum[r][k + 2], sum[r][k + 3]});
     __syncthreads();
-    for (int at = threadIdx.x; at < ROWS * RANK; at += THREADS) {
+    for (int at = threadIdx.x; at < DOWN_ROWS * RANK; at += THREADS) {
         const int row = row0 + at / RANK, k = rank0 + at % RANK;
         float total = 0.0f;
-        for (int w = 0; w < WARPS; ++w) total += sums[w * ROWS * RANK + at];
-        if (row < a.branch.rows) a.v[(long long)row * a.padded + k] = k < a.rank ? a.scale * total : 0.0f;
+        for (int w = 0; w < WARPS; ++w) total += sums[w * DOWN_ROWS * RANK + at];
+        if (row < a.branch.rows) a.v[((long long)part * a.branch.rows + row) * a.padded + k] = k < a.rank ? a.scale * total : 0.0f;
     }
 }
 
-/* A warp's 4 rows, a lane's 4 columns of them. */
-KERNEL(CLIPFT_CUDA_THREADS) lora_up(clipft_cuda_lora_up_args a)
+template <int Path> DEVICE void down(const clipft_cuda_lora_down_args &a)
 {
-    SHARED(float, v, ROWS *RANK_STRIDE);
-    SHARED(float, panel, RANK *UP_COLS);
-    SHARED(unsigned long long, keys, ROWS);
-    const int row0 = blockIdx.x * ROWS, col0 = blockIdx.y * UP_COLS, own_row = threadIdx.x / 32 * 4, lane = threadIdx.x % 32;
-    float sum[4][4] = {};
-    make_keys(a.dropout, row0, keys);
-    for (int rank0 = 0; rank0 < a.rank; rank0 += RANK) {
-        __syncthreads();
-        for (int at = threadIdx.x; at < ROWS * RANK; at += THREADS) {
-            const int r = at / RANK, k = at % RANK;
-            v[r * RANK_STRIDE + k] = row0 + r < a.rows ? a.v[(long long)(row0 + r) * a.padded + rank0 + k] : 0.0f;
-        }
-        for (int at = threadIdx.x; at < RANK * UP_COLS; at += THREADS) {
-            const int k = at / UP_COLS, col = col0 + at % UP_COLS;
-            panel[at] = rank0 + k < a.rank && col < a.cols ? load(a.panel, rank0 + k, col) : 0.0f;
-        }
-        __syncthreads();
-#pragma unroll 4
-        for (int k = 0; k < RANK; ++k) {
-            float left[4], right[4];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) left[c] = v[(own_row + c) * RANK_STRIDE + k], right[c] = panel[k * UP_COLS + lane + 32 * c];
-#pragma unroll
-            for (int r = 0; r < 4; ++r)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) sum[r][c] = fmaf(left[r], right[c], sum[r][c]);
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-        const int row = row0 + own_row + r;
-        if (row >= a.rows) break;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int col = col0 + lane + 32 * c;
-            if (col >= a.cols) break;
-            float value = load(a.base, row, col);
-            if (!a.dropout.seed || is_kept(a.dropout, keys[own_row + r], col)) value = fmaf(a.scale, sum[r][c], value);
-            if (has_data(a.x)) value *= quick_gelu_slope(load(a.x, row, col));
-            store(a.out, (long long)row * a.cols + col, value);
-        }
-    }
-}
-
-/* A lane's 4 x 8 of RANK x COLS; each warp its own rows of a tile, and the warps' sums are added in the end. */
-KERNEL(CLIPFT_CUDA_THREADS) lora_outer(clipft_cuda_lora_outer_args a)
-{
-    SHARED(float, x, ROWS *STRIDE);
-    SHARED(float, v, ROWS *RANK_STRIDE);
-    SHARED(float, sums, WARPS *RANK *COLS);
-    SHARED(unsigned long long, keys, ROWS);
-    const int ranks = (a.rank + RANK - 1) / RANK, rank0 = (int)(blockIdx.x % ranks) * RANK, col0 = (int)(blockIdx.x / ranks) * COLS;
-    const int begin = (int)((long long)a.branch.rows * blockIdx.y / a.parts),
-              end = (int)((long long)a.branch.rows * (blockIdx.y + 1) / a.parts);
-    const int warp = threadIdx.x / 32, own_rank = threadIdx.x % 4 * 4, own_col = threadIdx.x % 32 / 4;
+    SHARED(float, x, DOWN_ROWS *STRIDE);
+    SHARED(float, panel, COLS *RANK_STRIDE);
+    SHARED(unsigned long long, keys, DOWN_ROWS);
+    const int ranks = a.padded / RANK, part = (int)blockIdx.y / ranks, rank0 = (int)blockIdx.y % ranks * RANK,
+              row0 = blockIdx.x * DOWN_ROWS;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, cols = a.branch.cols;
+    const long long steps = ((long long)cols + COLS - 1) / COLS;
+    const int last = (int)(steps * (part + 1) / a.parts);
     float sum[4][8] = {};
-    for (int row0 = begin; row0 < end; row0 += ROWS) {
-        make_keys(a.branch.dropout, row0, keys);
+    DownQuads quads;
+    PanelPart next;
+    int step = (int)(steps * part / a.parts);
+    if (a.branch.dropout.seed && threadIdx.x < DOWN_ROWS) keys[threadIdx.x] = row_key(a.branch.dropout, row0 + (int)threadIdx.x);
+    fetch_down<Path>(a.branch, row0, step * COLS, quads);
+    fetch_panel(a.panel, rank0, a.rank, step * COLS, cols, next);
+    for (; step < last; ++step) {
         __syncthreads();
-        load_branch(a.branch, row0, end, col0, keys, x);
-        for (int at = threadIdx.x; at < ROWS * RANK; at += THREADS) {
-            const int row = row0 + at / RANK, k = rank0 + at % RANK;
-            const bool inside = row < end && k < a.rank;
-            v[at / RANK * RANK_STRIDE + at % RANK] = !inside ? 0.0f : a.v ? a.v[(long long)row * a.padded + k] : 1.0f;
+#pragma unroll
+        for (int i = 0; i < DOWN_ROWS / WARPS; ++i) {
+            const int row = warp + WARPS * i;
+            Floats v;
+            unpack_branch<Path>(a.branch, quads[i], a.branch.dropout.seed ? (unsigned long long)keys[row] : 0ull, step * COLS + lane * 4,
+                                v);
+            write_floats(x, row * STRIDE + lane * 4, v);
+        }
+#pragma unroll
+        for (int i = 0; i < RANK * COLS / 4 / THREADS; ++i) {
+            const PanelPlace p = place_in_panel(a.panel, i);
+            write_floats(panel, p.col * RANK_STRIDE + p.rank, next[i]);
         }
         __syncthreads();
-        for (int i = warp * (ROWS / WARPS); i < (warp + 1) * (ROWS / WARPS); ++i) {
-            float left[4], right[8];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) left[k] = v[i * RANK_STRIDE + own_rank + k];
-#pragma unroll
-            for (int c = 0; c < 8; ++c) right[c] = x[i * STRIDE + own_col + 8 * c];
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-#pragma unroll
-                for (int c = 0; c < 8; ++c) sum[k][c] = fmaf(left[k], right[c], sum[k][c]);
+        if (step + 1 < last) {
+            fetch_down<Path>(a.branch, row0, (step + 1) * COLS, quads);
+            fetch_panel(a.panel, rank0, a.rank, (step + 1) * COLS, cols, next);
         }
+        multiply_down(x, panel, sum);
     }
+    add_down(a, row0, rank0, part, x, sum);
+}
+
+KERNEL(CLIPFT_CUDA_THREADS, 2) lora_down_f32(clipft_cuda_lora_down_args a) { down<CLIPFT_CUDA_FLOAT32>(a); }
+KERNEL(CLIPFT_CUDA_THREADS, 2) lora_down_bf16(clipft_cuda_lora_down_args a) { down<CLIPFT_CUDA_BFLOAT16>(a); }
+KERNEL(CLIPFT_CUDA_THREADS, 2) lora_down_f16(clipft_cuda_lora_down_args a) { down<CLIPFT_CUDA_FLOAT16>(a); }
+KERNEL(CLIPFT_CUDA_THREADS, 2) lora_down_any(clipft_cuda_lora_down_args a) { down<CLIPFT_CUDA_ANY_LAYOUT>(a); }
+
+/* ---- */
+
+/* A lane's quad of v: its warp's WARP_ROWS x RANK of it, zeros from row `end` on. */
+DEVICE Quad fetch_v(const clipft_cuda_lora_v &v, int row, int end, int rank0)
+{
+    const int lane = threadIdx.x % 32;
+    const long long own = row + lane / (RANK / 4);
+    if (own >= end) return {0u, 0u, 0u, 0u};
+    if (!v.data) return {0x3f800000u, 0x3f800000u, 0x3f800000u, 0x3f800000u};
+    return read_quad(v.data, own * v.padded + rank0 + lane % (RANK / 4) * 4);
+}
+
+/* Puts it where the whole warp reads it. */
+template <class V> DEVICE void share_v(V &v, const Quad &own)
+{
+    __syncwarp();
+    write_quad(v, (long long)threadIdx.x * 4, own);
+    __syncwarp();
+}
+
+template <class V, class Panel> DEVICE void multiply_up(V &v, Panel &panel, float (&sum)[WARP_ROWS][4])
+{
+    const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * (WARP_ROWS * RANK);
+#pragma unroll 1
+    for (int k = 0; k < RANK; k += 4) {
+        Floats left[WARP_ROWS];
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
+        for (int r = 0; r < WARP_ROWS; ++r) read_floats(v, own + r * RANK + k, left[r]);
 #pragma unroll
-        for (int c = 0; c < 8; ++c) sums[(warp * RANK + own_rank + k) * COLS + own_col + 8 * c] = sum[k][c];
-    __syncthreads();
-    for (int at = threadIdx.x; at < RANK * COLS; at += THREADS) {
-        const int k = rank0 + at / COLS, col = col0 + at % COLS;
-        float total = 0.0f;
-        for (int w = 0; w < WARPS; ++w) total += sums[w * RANK * COLS + at];
-        if (k < a.rank && col < a.branch.cols) a.part[((long long)blockIdx.y * a.rank + k) * a.branch.cols + col] = total;
+        for (int j = 0; j < 4; ++j) {
+            Floats right;
+            read_floats(panel, (k + j) * STRIDE + lane * 4, right);
+#pragma unroll
+            for (int r = 0; r < WARP_ROWS; ++r)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) sum[r][c] = fmaf(left[r][j], right[c], sum[r][c]);
+        }
     }
 }
 
+template <class Panel> DEVICE void share_panel(const clipft_cuda_lora_up_args &a, int rank0, int col0, Panel &panel)
+{
+    PanelPart part;
+    fetch_panel(a.panel, rank0, a.rank, col0, a.cols, part);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < RANK * COLS / 4 / THREADS; ++i) {
+        const PanelPlace p = place_in_panel(a.panel, i);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) panel[(p.rank + k) * STRIDE + p.col] = part[i][k];
+    }
+    __syncthreads();
+}
+
+/* A row's quad: base + the branch, times the activation's slope. */
+template <int Path>
+DEVICE void finish_up(const clipft_cuda_lora_up_args &a, int row, int col, const Quad &base, const float (&sum)[4], unsigned long long key)
+{
+    Floats v, x;
+    unpack<Path>(base, v);
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+        if (!a.dropout.seed || is_kept(a.dropout, key, col + c)) v[c] = fmaf(a.scale, sum[c], v[c]);
+    if (has_data(a.x)) {
+        unpack<Path>(fetch<Path>(a.x, element_at(a.x, row, col), row < a.rows ? a.cols - col : 0), x);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) v[c] *= quick_gelu_slope(x[c]);
+    }
+    if (row < a.rows) store_quad(a.out, (long long)row * a.cols + col, a.cols - col, v);
+}
+
+template <int Path> DEVICE void up(const clipft_cuda_lora_up_args &a)
+{
+    SHARED(float, v, STEP_ROWS *RANK);
+    SHARED(float, panel, RANK *STRIDE);
+    SHARED(unsigned long long, keys, UP_ROWS);
+    const int row0 = blockIdx.x * UP_ROWS, end = a.rows - row0 < UP_ROWS ? a.rows : row0 + UP_ROWS, warp = threadIdx.x / 32;
+    const int col0 = blockIdx.y * COLS, col = col0 + threadIdx.x % 32 * 4, own = row0 + warp * WARP_ROWS;
+    Rows<Path, 64, WARPS> base;
+    Quad next = fetch_v(a.v, own, end, 0);
+    if (a.dropout.seed) keys[threadIdx.x] = row_key(a.dropout, row0 + (int)threadIdx.x);
+    start_rows(a.base, own, end, col, a.cols, base);
+    for (int step = 0; row0 + step < end; step += STEP_ROWS) {
+        const int row = own + step;
+        float sum[WARP_ROWS][4] = {};
+        for (int rank0 = 0; rank0 < a.rank; rank0 += RANK) {
+            const bool more = rank0 + RANK < a.rank;
+            if (step == 0 || a.rank > RANK) share_panel(a, rank0, col0, panel);
+            share_v(v, next);
+            next = fetch_v(a.v, more ? row : row + STEP_ROWS, end, more ? rank0 + RANK : 0);
+            multiply_up(v, panel, sum);
+        }
+#pragma unroll
+        for (int r = 0; r < WARP_ROWS; ++r) {
+            const unsigned long long key = a.dropout.seed ? (unsigned long long)keys[row + r - row0] : 0ull;
+            finish_up<Path>(a, row + r, col, take_row(a.base, base, r, r % base.AHEAD), sum[r], key);
+        }
+    }
+}
+
+/* A warp's WARP_ROWS at a time, a lane's quad of each. */
+KERNEL(CLIPFT_CUDA_THREADS, 2) lora_up_f32(clipft_cuda_lora_up_args a) { up<CLIPFT_CUDA_FLOAT32>(a); }
+KERNEL(CLIPFT_CUDA_THREADS, 2) lora_up_bf16(clipft_cuda_lora_up_args a) { up<CLIPFT_CUDA_BFLOAT16>(a); }
+KERNEL(CLIPFT_CUDA_THREADS, 2) lora_up_f16(clipft_cuda_lora_up_args a) { up<CLIPFT_CUDA_FLOAT16>(a); }
+KERNEL(CLIPFT_CUDA_THREADS, 2) lora_up_any(clipft_cuda_lora_up_args a) { up<CLIPFT_CUDA_ANY_LAYOUT>(a); }
+
+/* The warps' RANK x COLS into the part, four of the rank at a time. */
+template <class Sums>
+DEVICE void add_outer(const clipft_cuda_lora_outer_args &a, int rank0, int col0, Sums &sums, const float (&sum)[RANK][4])
+{
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k0 = 0; k0 < RANK; k0 += 4) {
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) write_floats(sums, (warp * 4 + k) * COLS + lane * 4, sum[k0 + k]);
+        __syncthreads();
+        for (int at = threadIdx.x; at < 4 * COLS; at += OUTER_THREADS) {
+            const int k = rank0 + k0 + at / COLS, col = col0 + at % COLS;
+            float total = 0.0f;
+            for (int w = 0; w < OUTER_WARPS; ++w) total += sums[w * 4 * COLS + at];
+            if (k < a.rank && col < a.branch.cols) a.part[((long long)blockIdx.y * a.rank + k) * a.branch.cols + col] = total;
+        }
+    }
+}
+
+template <int Path> DEVICE void outer(const clipft_cuda_lora_outer_args &a)
+{
+    SHARED(float, v, OUTER_ROWS *RANK);
+    SHARED(float, sums, OUTER_WARPS * 4 * COLS);
+    SHARED(unsigned long long, keys, OUTER_ROWS);
+    const int ranks = (a.rank + RANK - 1) / RANK, rank0 = (int)(blockIdx.x % ranks) * RANK;
+    const int col0 = (int)(blockIdx.x / ranks) * COLS, cols = a.branch.cols, warp = threadIdx.x / 32, lane = threadIdx.x % 32,
+              col = col0 + lane * 4;
+    const int end = (int)((long long)a.branch.rows * (blockIdx.y + 1) / a.parts);
+    int row = (int)((long long)a.branch.rows * blockIdx.y / a.parts) + warp * WARP_ROWS;
+    float sum[RANK][4] = {};
+    Rows<Path, 64, OUTER_WARPS> x;
+    Quad next = fetch_v(a.v, row, end, rank0);
+    start_rows(a.branch.x, row, end, col, cols, x);
+    for (; row < end; row += OUTER_ROWS) {
+        if (a.branch.dropout.seed) {
+            __syncwarp();
+            if (lane < WARP_ROWS) keys[warp * WARP_ROWS + lane] = row_key(a.branch.dropout, row + lane);
+        }
+        share_v(v, next);
+        next = fetch_v(a.v, row + OUTER_ROWS, end, rank0);
+#pragma unroll 1
+        for (int begin = 0; begin < WARP_ROWS; begin += x.AHEAD)
+#pragma unroll
+            for (int slot = 0; slot < x.AHEAD; ++slot) {
+                const int r = begin + slot;
+                Floats right;
+                const unsigned long long key = a.branch.dropout.seed ? (unsigned long long)keys[warp * WARP_ROWS + r] : 0ull;
+                unpack_branch<Path>(a.branch, take_row(a.branch.x, x, r, slot), key, col, right);
+#pragma unroll
+                for (int k = 0; k < RANK; k += 4) {
+                    Floats left;
+                    read_floats(v, (warp * WARP_ROWS + r) * RANK + k, left);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j)
+#pragma unroll
+                        for (int c = 0; c < 4; ++c) sum[k + j][c] = fmaf(left[j], right[c], sum[k + j][c]);
+                }
+            }
+    }
+    add_outer(a, rank0, col0, sums, sum);
+}
+
+/* A lane's RANK x 4; each warp its own rows, and the warps' sums are added in the end. */
+KERNEL(CLIPFT_CUDA_LORA_OUTER_THREADS) lora_outer_f32(clipft_cuda_lora_outer_args a) { outer<CLIPFT_CUDA_FLOAT32>(a); }
+KERNEL(CLIPFT_CUDA_LORA_OUTER_THREADS) lora_outer_bf16(clipft_cuda_lora_outer_args a) { outer<CLIPFT_CUDA_BFLOAT16>(a); }
+KERNEL(CLIPFT_CUDA_LORA_OUTER_THREADS) lora_outer_f16(clipft_cuda_lora_outer_args a) { outer<CLIPFT_CUDA_FLOAT16>(a); }
+KERNEL(CLIPFT_CUDA_LORA_OUTER_THREADS) lora_outer_any(clipft_cuda_lora_outer_args a) { outer<CLIPFT_CUDA_ANY_LAYOUT>(a); }
+
+/* A lane a column, a warp every eighth part of it. */
 KERNEL(CLIPFT_CUDA_THREADS) lora_sum(clipft_cuda_lora_sum_args a)
 {
-    const int k = blockIdx.y;
-    const long long col = (long long)blockIdx.x * THREADS + threadIdx.x, size = (long long)a.rank * a.cols;
+    SHARED(float, sums, THREADS);
+    const int k = blockIdx.y, lane = threadIdx.x % 32;
+    const long long col = (long long)blockIdx.x * 32 + lane, size = (long long)a.rank * a.cols;
     float total = 0.0f;
-    if (col >= a.cols) return;
-    for (int part = 0; part < a.parts; ++part) total += a.part[part * size + (long long)k * a.cols + col];
+    if (col < a.cols)
+        for (int part = threadIdx.x / 32; part < a.parts; part += WARPS) total += a.part[part * size + (long long)k * a.cols + col];
+    sums[threadIdx.x] = total;
+    __syncthreads();
+    if (threadIdx.x >= 32 || col >= a.cols) return;
+    for (int warp = 1; warp < WARPS; ++warp) total += sums[warp * 32 + lane];
     store(a.out, k * a.rank_stride + col * a.col_stride, a.scale * total);
 }

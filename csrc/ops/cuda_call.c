@@ -67,14 +67,24 @@ bool cuda_multiply(cuda_call *call, clipft_view c, const clipft_tensor *start, b
     return ok || cuda_torch_failed(call, "a matrix product");
 }
 
+/* See args.h. */
+static int path_of(const clipft_view *view)
+{
+    const uintptr_t bytes = view->kind == CLIPFT_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    const bool quads = view->col_stride == 1 && view->cols % 4 == 0 && (view->rows == 1 || view->row_stride % 4 == 0) &&
+                       (uintptr_t)view->data % (4 * bytes) == 0;
+    return quads ? (int)view->kind : CLIPFT_CUDA_ANY_LAYOUT;
+}
+
 clipft_cuda_matrix cuda_matrix(const clipft_view *view)
 {
     const bool wide = view->kind == CLIPFT_FLOAT32;
-    return (clipft_cuda_matrix){wide ? view->data : NULL, wide ? NULL : view->data, view->row_stride, view->col_stride, (int)view->kind};
+    return (clipft_cuda_matrix){wide ? view->data : NULL, wide ? NULL : view->data, view->row_stride,
+                                view->col_stride,         (int)view->kind,          path_of(view)};
 }
 
 clipft_cuda_target cuda_target(const clipft_view *view)
 {
     const bool wide = view->kind == CLIPFT_FLOAT32;
-    return (clipft_cuda_target){wide ? view->data : NULL, wide ? NULL : view->data, (int)view->kind};
+    return (clipft_cuda_target){wide ? view->data : NULL, wide ? NULL : view->data, (int)view->kind, path_of(view)};
 }

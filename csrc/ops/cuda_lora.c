@@ -1,18 +1,19 @@
 /* lora_linear, its gradients, dropout_mask and quick_gelu on CUDA: the products with W are torch's, the others cuda/lora.cu; see
  * kernels/lora.h for the mathematics.
  *
- * Rows go through in blocks: what the large product reads and writes is in the L2 cache when the rank products come to it, and act(x) is
- * never there as a whole (but for W's own gradient). The branch is added in float32 to what the large product rounded. */
+ * Each product is one launch over all rows: blocks of rows that the L2 cache holds would spare reads, but leave most of a GPU idle. Only
+ * act(x) goes through in such blocks, and so is never there as a whole (but for W's own gradient). The branch is added in float32 to what
+ * the large product rounded. */
 #include "cuda_call.h"
 #include "lora_inputs.h"
 #include "ops.h"
 
-enum { MIN_ROWS = 512, MAX_GRID_Y = 32768 };
+enum { MIN_ROWS = 512, ROW_ALIGN = 32, MAX_GRID_Y = 32768 };
 
 typedef struct lora_job {
     lora_inputs in;
     cuda_call call;
-    int64_t block_rows;
+    int64_t act_rows; /* that act(x) has room for */
 } lora_job;
 
 static bool begin(lora_job *job)
@@ -22,31 +23,35 @@ static bool begin(lora_job *job)
     if (in->rows > INT32_MAX || in->in > INT32_MAX || in->out > INT32_MAX || in->rank > INT32_MAX)
         return clipft_fail(job->call.error, "on CUDA rows, features and rank must be below 2^31");
     if (!cuda_begin(&job->call, &in->input)) return false;
-    const int64_t fit = clipft_cuda_l2_bytes(in->input.index) / 2 / (item * (in->in + in->out));
-    job->block_rows = fit < MIN_ROWS ? MIN_ROWS : fit / CLIPFT_CUDA_LORA_ROWS * CLIPFT_CUDA_LORA_ROWS;
+    const int64_t fit = clipft_cuda_l2_bytes(in->input.index) / 2 / (item * in->in);
+    job->act_rows = fit < MIN_ROWS ? MIN_ROWS : fit / ROW_ALIGN * ROW_ALIGN;
+    if (job->act_rows > in->rows) job->act_rows = in->rows;
     return true;
 }
 
-/* Calls `visit` for one block of rows after another. */
-static bool in_blocks(lora_job *job, bool (*visit)(lora_job *job, int64_t begin, int64_t end, void *ctx), void *ctx)
+/* Into how many parts a sum goes, at most `most`, for about `wanted` blocks. */
+static int64_t parts_of(int64_t blocks, int64_t wanted, int64_t most)
 {
-    for (int64_t row = 0; row < job->in.rows; row += job->block_rows)
-        if (!visit(job, row, row + job->block_rows < job->in.rows ? row + job->block_rows : job->in.rows, ctx)) return false;
-    return true;
+    const int64_t parts = blocks > 0 ? wanted / blocks : 1;
+    return parts > most ? most : parts < 1 ? 1 : parts;
 }
+
+/* Which of four kernels, one a path, in that order. */
+static clipft_cuda_kernel by_path(clipft_cuda_kernel first, int path) { return (clipft_cuda_kernel)((int)first + path); }
 
 /* ---- kernels ---- */
 
-static clipft_cuda_dropout dropout_from(const lora_job *job, int64_t first)
+static clipft_cuda_dropout dropout(const lora_job *job)
 {
     const clipft_dropout *d = &job->in.lora.dropout;
-    return (clipft_cuda_dropout){d->active ? job->in.seed.data : NULL, d->threshold, first};
+    return (clipft_cuda_dropout){d->active ? job->in.seed.data : NULL, d->threshold};
 }
 
-/* x, whose first row is row `first` of the input, as the branch takes it; or dy as it is. */
-static clipft_cuda_branch branch_of(const lora_job *job, const clipft_view *x, int64_t first)
+/* x as the branch takes it; or dy as it is. */
+static clipft_cuda_branch branch_of(const lora_job *job)
 {
-    return (clipft_cuda_branch){cuda_matrix(x), dropout_from(job, first), (int)x->rows, (int)x->cols, job->in.lora.quick_gelu};
+    const clipft_view *x = &job->in.x;
+    return (clipft_cuda_branch){cuda_matrix(x), dropout(job), (int)x->rows, (int)x->cols, job->in.lora.quick_gelu};
 }
 
 static clipft_cuda_branch plain(const clipft_view *m)
@@ -54,47 +59,61 @@ static clipft_cuda_branch plain(const clipft_view *m)
     return (clipft_cuda_branch){.x = cuda_matrix(m), .rows = (int)m->rows, .cols = (int)m->cols};
 }
 
-/* v [rows, padded] = scale * branch panel, panel [cols, rank]. */
+/* out = scale * (sum of parts [parts, rank, cols]), a view of a contiguous tensor. */
+static bool sum(lora_job *job, const float *part, int64_t parts, float scale, const clipft_view *out)
+{
+    clipft_cuda_lora_sum_args args = {part,  cuda_target(out), (int)parts,     (int)out->rows, (int)out->cols,
+                                      scale, out->row_stride,  out->col_stride};
+    return cuda_launch(&job->call, CLIPFT_CUDA_lora_sum, cuda_blocks(out->cols, 32), out->rows, CLIPFT_CUDA_THREADS, &args);
+}
+
+/* v [rows, padded] = scale * branch panel^T, panel [rank, cols]. */
 static bool down(lora_job *job, clipft_cuda_branch branch, const clipft_view *panel, float scale, float *v)
 {
-    clipft_cuda_lora_down_args args = {branch, cuda_matrix(panel), v, (int)job->in.rank, (int)job->in.padded, scale};
-    return cuda_launch(&job->call, CLIPFT_CUDA_lora_down, cuda_blocks(branch.rows, CLIPFT_CUDA_LORA_ROWS),
-                       job->in.padded / CLIPFT_CUDA_LORA_RANK, CLIPFT_CUDA_THREADS, &args);
+    const int64_t padded = job->in.padded, blocks = cuda_blocks(branch.rows, CLIPFT_CUDA_LORA_DOWN_ROWS), size = branch.rows * padded;
+    const int64_t ranks = padded / CLIPFT_CUDA_LORA_RANK;
+    const int64_t parts = parts_of(blocks * ranks, CLIPFT_CUDA_LORA_DOWN_BLOCKS, cuda_blocks(branch.cols, CLIPFT_CUDA_LORA_COLS));
+    float *to = parts > 1 ? cuda_work(&job->call, clipft_torch.aoti_torch_dtype_float32(), parts * size) : v;
+    clipft_cuda_lora_down_args args = {branch,     cuda_matrix(panel),      to, (int)job->in.rank, (int)padded,
+                                       (int)parts, parts > 1 ? 1.0F : scale};
+    const clipft_view whole = {v, 1, size, size, 1, CLIPFT_FLOAT32};
+    return to &&
+           cuda_launch(&job->call, by_path(CLIPFT_CUDA_lora_down_f32, branch.x.path), blocks, ranks * parts, CLIPFT_CUDA_THREADS, &args) &&
+           (parts == 1 || sum(job, to, parts, scale, &whole));
 }
 
 /* Sets all but the activation's input. */
 static clipft_cuda_lora_up_args up_args(const lora_job *job, const float *v, const clipft_view *panel, const clipft_view *out, float scale)
 {
-    return (clipft_cuda_lora_up_args){.v = v,
+    return (clipft_cuda_lora_up_args){.v = {v, (int)job->in.padded},
                                       .panel = cuda_matrix(panel),
                                       .base = cuda_matrix(out),
                                       .out = cuda_target(out),
                                       .rows = (int)out->rows,
                                       .cols = (int)out->cols,
                                       .rank = (int)job->in.rank,
-                                      .padded = (int)job->in.padded,
                                       .scale = scale};
 }
 
 static bool up(lora_job *job, clipft_cuda_lora_up_args *args)
 {
-    return cuda_launch(&job->call, CLIPFT_CUDA_lora_up, cuda_blocks(args->rows, CLIPFT_CUDA_LORA_ROWS),
-                       cuda_blocks(args->cols, CLIPFT_CUDA_LORA_UP_COLS), CLIPFT_CUDA_THREADS, args);
+    const bool activation = args->x.data32 || args->x.data16;
+    const int path = activation && args->x.path != args->base.path ? CLIPFT_CUDA_ANY_LAYOUT : args->base.path;
+    return cuda_launch(&job->call, by_path(CLIPFT_CUDA_lora_up_f32, path), cuda_blocks(args->rows, CLIPFT_CUDA_LORA_UP_ROWS),
+                       cuda_blocks(args->cols, CLIPFT_CUDA_LORA_COLS), CLIPFT_CUDA_THREADS, args);
 }
 
 /* out [rank, cols] = scale * v^T branch, a view of a contiguous tensor; v NULL: of ones, and rank 1. */
 static bool outer(lora_job *job, const float *v, clipft_cuda_branch branch, float scale, const clipft_view *out)
 {
-    const int64_t rank = out->rows, fit = cuda_blocks(branch.rows, (int64_t)8 * CLIPFT_CUDA_LORA_ROWS);
-    const int64_t parts = fit < 1 ? 1 : fit > CLIPFT_CUDA_LORA_PARTS ? CLIPFT_CUDA_LORA_PARTS : fit;
+    const int64_t rank = out->rows, blocks = cuda_blocks(branch.cols, CLIPFT_CUDA_LORA_COLS) * cuda_blocks(rank, CLIPFT_CUDA_LORA_RANK);
+    const int64_t parts = parts_of(blocks, CLIPFT_CUDA_LORA_OUTER_BLOCKS, cuda_blocks(branch.rows, CLIPFT_CUDA_LORA_PART_ROWS));
     float *part = cuda_work(&job->call, clipft_torch.aoti_torch_dtype_float32(), parts * rank * out->cols);
-    clipft_cuda_lora_outer_args args = {v, branch, part, (int)rank, (int)job->in.padded, (int)parts};
-    clipft_cuda_lora_sum_args sum = {part, cuda_target(out), (int)parts, (int)rank, branch.cols, scale, out->row_stride, out->col_stride};
+    clipft_cuda_lora_outer_args args = {{v, (int)job->in.padded}, branch, part, (int)rank, (int)parts};
     return part &&
-           cuda_launch(&job->call, CLIPFT_CUDA_lora_outer,
-                       cuda_blocks(branch.cols, CLIPFT_CUDA_LORA_COLS) * cuda_blocks(rank, CLIPFT_CUDA_LORA_RANK), parts,
-                       CLIPFT_CUDA_THREADS, &args) &&
-           cuda_launch(&job->call, CLIPFT_CUDA_lora_sum, cuda_blocks(branch.cols, CLIPFT_CUDA_THREADS), rank, CLIPFT_CUDA_THREADS, &sum);
+           cuda_launch(&job->call, by_path(CLIPFT_CUDA_lora_outer_f32, branch.x.path), blocks, parts, CLIPFT_CUDA_LORA_OUTER_THREADS,
+                       &args) &&
+           sum(job, part, parts, scale, out);
 }
 
 /* out = quick_gelu(x), or grad * its derivative. */
@@ -108,23 +127,35 @@ static bool quick_gelu(cuda_call *call, const clipft_view *x, const clipft_view 
 
 /* ---- forward ---- */
 
-typedef struct forward_to {
-    clipft_view y, act; /* act: room for a block, without data where there is no activation */
-    float *rank;
-} forward_to;
-
-static bool forward_block(lora_job *job, int64_t begin, int64_t end, void *ctx)
+/* y = act(x) W^T + bias. */
+static bool multiply(lora_job *job, clipft_view y, clipft_view act)
 {
-    const forward_to *to = ctx;
     const lora_inputs *in = &job->in;
-    const clipft_view x = clipft_view_rows(in->x, begin, end), y = clipft_view_rows(to->y, begin, end);
-    const clipft_view act = to->act.data ? clipft_view_rows(to->act, 0, end - begin) : x;
-    const clipft_view a_t = clipft_view_transposed(in->lora.lora_a), b_t = clipft_view_transposed(in->lora.lora_b);
-    float *v = to->rank + begin * in->padded;
-    clipft_cuda_lora_up_args args = up_args(job, v, &b_t, &y, in->lora.scale);
-    return (!to->act.data || quick_gelu(&job->call, &x, NULL, &act)) &&
-           cuda_multiply(&job->call, y, in->bias_row.data ? &in->bias : NULL, false, act, clipft_view_transposed(in->w)) &&
-           down(job, branch_of(job, &x, begin), &a_t, 1.0F, v) && up(job, &args);
+    return cuda_multiply(&job->call, y, in->bias_row.data ? &in->bias : NULL, false, act, clipft_view_transposed(in->w));
+}
+
+/* The same through room for some of act(x)'s rows. */
+static bool multiply_activated(lora_job *job, clipft_view y)
+{
+    const lora_inputs *in = &job->in;
+    const int64_t step = job->act_rows;
+    const clipft_view room = {cuda_work(&job->call, in->input.dtype, step * in->in), step, in->in, in->in, 1, in->x.kind};
+    if (!room.data) return false;
+    for (int64_t begin = 0, end; begin < in->rows; begin = end) {
+        end = begin + step < in->rows ? begin + step : in->rows;
+        const clipft_view x = clipft_view_rows(in->x, begin, end), act = clipft_view_rows(room, 0, end - begin);
+        if (!quick_gelu(&job->call, &x, NULL, &act) || !multiply(job, clipft_view_rows(y, begin, end), act)) return false;
+    }
+    return true;
+}
+
+static bool forward(lora_job *job, const clipft_view *y, float *v)
+{
+    const lora_inputs *in = &job->in;
+    const clipft_view b_t = clipft_view_transposed(in->lora.lora_b);
+    clipft_cuda_lora_up_args args = up_args(job, v, &b_t, y, in->lora.scale);
+    return in->rows == 0 || ((in->lora.quick_gelu ? multiply_activated(job, *y) : multiply(job, *y, in->x)) &&
+                             down(job, branch_of(job), &in->lora.lora_a, 1.0F, v) && up(job, &args));
 }
 
 void clipft_cuda_lora_linear(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
@@ -133,20 +164,13 @@ void clipft_cuda_lora_linear(StableIValue *stack, uint64_t num_inputs, uint64_t 
     clipft_error error = {.op = "lora_linear"};
     lora_job job = {.call.error = &error};
     clipft_tensor output = {0}, rank = {0};
-    forward_to to = {0};
+    clipft_view y;
 
-    if (!lora_take_forward(&job.in, stack, &error) || !begin(&job) || !lora_make_output(&job.in, &output, &to.y, &rank, &error)) goto done;
-    to.rank = rank.data;
-    if (job.in.lora.quick_gelu) {
-        const int64_t rows = job.in.rows < job.block_rows ? job.in.rows : job.block_rows;
-        to.act = (clipft_view){cuda_work(&job.call, job.in.input.dtype, rows * job.in.in), rows, job.in.in, job.in.in, 1, job.in.x.kind};
-        if (!to.act.data) goto done;
-    }
-    if (in_blocks(&job, forward_block, &to)) {
+    if (lora_take_forward(&job.in, stack, &error) && begin(&job) && lora_make_output(&job.in, &output, &y, &rank, &error) &&
+        forward(&job, &y, rank.data)) {
         stack[0] = clipft_box(&output);
         stack[1] = clipft_box(&rank);
     }
-done:
     clipft_release(&output);
     clipft_release(&rank);
     cuda_end(&job.call);
@@ -156,25 +180,18 @@ done:
 
 /* ---- backward ---- */
 
-typedef struct backward_to {
-    const clipft_view *dy;
-    lora_gradients g;
-} backward_to;
-
 /* u, and dx around its large product. */
-static bool backward_block(lora_job *job, int64_t begin, int64_t end, void *ctx)
+static bool input_gradient(lora_job *job, const clipft_view *dy, const lora_gradients *g)
 {
-    const backward_to *to = ctx;
     const lora_inputs *in = &job->in;
-    const clipft_view dy = clipft_view_rows(*to->dy, begin, end), x = clipft_view_rows(in->x, begin, end);
-    float *u = (float *)to->g.u.data + begin * in->padded;
-    if (!down(job, plain(&dy), &in->lora.lora_b, in->lora.scale, u)) return false;
-    if (!to->g.d_x.data) return true;
-    const clipft_view d_x = clipft_view_rows(to->g.d_x, begin, end);
-    clipft_cuda_lora_up_args args = up_args(job, u, &in->lora.lora_a, &d_x, 1.0F);
-    args.dropout = dropout_from(job, begin);
-    if (in->lora.quick_gelu) args.x = cuda_matrix(&x);
-    return cuda_multiply(&job->call, d_x, NULL, false, dy, in->w) && up(job, &args);
+    const clipft_view b_t = clipft_view_transposed(in->lora.lora_b);
+    float *u = g->u.data;
+    if (!down(job, plain(dy), &b_t, in->lora.scale, u)) return false;
+    if (!g->d_x.data) return true;
+    clipft_cuda_lora_up_args args = up_args(job, u, &in->lora.lora_a, &g->d_x, 1.0F);
+    args.dropout = dropout(job);
+    if (in->lora.quick_gelu) args.x = cuda_matrix(&in->x);
+    return cuda_multiply(&job->call, g->d_x, NULL, false, *dy, in->w) && up(job, &args);
 }
 
 static bool weight_gradient(lora_job *job, const clipft_view *dy, const lora_gradients *g)
@@ -184,17 +201,14 @@ static bool weight_gradient(lora_job *job, const clipft_view *dy, const lora_gra
     return cuda_multiply(&job->call, g->d_w, NULL, false, clipft_view_transposed(*dy), g->act.data ? g->act : *x);
 }
 
-static bool backward(lora_job *job, const lora_saved *saved, backward_to *to)
+static bool backward(lora_job *job, const lora_saved *saved, const lora_gradients *g)
 {
     const lora_inputs *in = &job->in;
-    lora_gradients *g = &to->g;
-    const clipft_view d_b = clipft_view_transposed(g->d_b);
-    to->dy = &saved->dy;
-    return (!g->u.data || in_blocks(job, backward_block, to)) &&
-           (!g->d_a.data || outer(job, g->u.data, branch_of(job, &in->x, 0), 1.0F, &g->d_a)) &&
-           (!g->d_b.data || outer(job, saved->rank.data, plain(&saved->dy), in->lora.scale, &d_b)) &&
-           (!g->d_bias.data || outer(job, NULL, plain(&saved->dy), 1.0F, &g->d_bias)) &&
-           (!g->d_w.data || weight_gradient(job, &saved->dy, g));
+    const clipft_view d_b = clipft_view_transposed(g->d_b), *dy = &saved->dy;
+    return (!g->u.data || in->rows == 0 || input_gradient(job, dy, g)) &&
+           (!g->d_a.data || outer(job, g->u.data, branch_of(job), 1.0F, &g->d_a)) &&
+           (!g->d_b.data || outer(job, saved->rank.data, plain(dy), in->lora.scale, &d_b)) &&
+           (!g->d_bias.data || outer(job, NULL, plain(dy), 1.0F, &g->d_bias)) && (!g->d_w.data || weight_gradient(job, dy, g));
 }
 
 void clipft_cuda_lora_linear_backward(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
@@ -203,12 +217,12 @@ void clipft_cuda_lora_linear_backward(StableIValue *stack, uint64_t num_inputs, 
     clipft_error error = {.op = "lora_linear_backward"};
     lora_job job = {.call.error = &error};
     lora_saved saved = {0};
-    backward_to to = {0};
+    lora_gradients g = {0};
 
-    if (lora_take_backward(&job.in, &saved, stack, &error) && begin(&job) && lora_make_gradients(&to.g, &job.in, stack + 10, &error) &&
-        backward(&job, &saved, &to))
-        lora_box_gradients(&to.g, stack);
-    lora_free_gradients(&to.g);
+    if (lora_take_backward(&job.in, &saved, stack, &error) && begin(&job) && lora_make_gradients(&g, &job.in, stack + 10, &error) &&
+        backward(&job, &saved, &g))
+        lora_box_gradients(&g, stack);
+    lora_free_gradients(&g);
     cuda_end(&job.call);
     lora_free_inputs(&job.in);
     lora_free_saved(&saved);
@@ -230,7 +244,7 @@ void clipft_cuda_dropout_mask(StableIValue *stack, uint64_t num_inputs, uint64_t
         !lora_check_mask(sizes, &error) || !cuda_begin(&call, &seed) ||
         !clipft_empty_beside(&seed, clipft_torch.aoti_torch_dtype_float32(), 2, sizes, &mask, &error))
         goto done;
-    clipft_cuda_dropout_mask_args args = {{dropout.active ? seed.data : NULL, dropout.threshold, 0}, mask.data, sizes[0], sizes[1]};
+    clipft_cuda_dropout_mask_args args = {{dropout.active ? seed.data : NULL, dropout.threshold}, mask.data, sizes[0], sizes[1]};
     if (cuda_launch(&call, CLIPFT_CUDA_lora_dropout_mask, cuda_blocks(sizes[1], CLIPFT_CUDA_THREADS),
                     sizes[0] < MAX_GRID_Y ? sizes[0] : MAX_GRID_Y, CLIPFT_CUDA_THREADS, &args))
         stack[0] = clipft_box(&mask);

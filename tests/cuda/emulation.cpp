@@ -150,6 +150,11 @@ void access_aligned(const void *pointer, long long index, size_t size, size_t by
         fault("misaligned: " + std::to_string(bytes) + " bytes at once from element " + std::to_string(index));
 }
 
+void check_quad(bool aligned)
+{
+    if (!aligned) fault("misaligned: four elements at once");
+}
+
 void access_shared(const void *owner, long long index, long long count, bool write)
 {
     SharedShadow &shadow = shared_shadow[owner];

@@ -37,6 +37,9 @@ void access_aligned(const void *pointer, long long index, size_t size, size_t by
 // The same for element `index` of `count` of a block's own memory, which `owner` names.
 void access_shared(const void *owner, long long index, long long count, bool write);
 
+// A fault unless four elements at once are aligned.
+void check_quad(bool aligned);
+
 void meet_block();
 // Gives the lane's value, returns that of lane ^ mask once all 32 lanes have given theirs.
 uint64_t meet_warp(uint64_t value, int mask);
@@ -70,6 +73,8 @@ template <class T> class Global {
     explicit operator bool() const { return pointer; }
     void aligned(long long index, size_t bytes) const { access_aligned(pointer, index, sizeof(T), bytes); }
     unsigned long long address() const { return (unsigned long long)pointer; }
+    bool quad_at(long long index) const { return (uintptr_t)(pointer + index) % (4 * sizeof(T)) == 0; }
+    using Item = std::remove_const_t<T>;
 };
 
 template <class T, long long Count> class Shared {
@@ -81,8 +86,38 @@ template <class T, long long Count> class Shared {
         return Element(data + (index >= 0 && index < Count ? index : 0),
                        [=, this](bool write) { access_shared(this, index, Count, write); });
     }
+    bool quad_at(long long index) const { return index % 4 == 0; }
+    using Item = T;
 };
 } // namespace emulation
+
+// Four elements at once, as common.cuh has them for a GPU: here one by one, so that each is checked.
+struct Quad {
+    unsigned word[4];
+};
+
+template <class From> static inline Quad read_quad(From &from, long long at)
+{
+    Quad quad = {};
+    emulation::check_quad(from.quad_at(at));
+    for (int k = 0; k < 4; ++k) {
+        const typename std::remove_cv_t<From>::Item item = from[at + k];
+        memcpy((char *)quad.word + k * sizeof item, &item, sizeof item);
+    }
+    return quad;
+}
+
+template <class To> static inline void write_quad(To &to, long long at, const Quad &quad)
+{
+    emulation::check_quad(to.quad_at(at));
+    for (int k = 0; k < 4; ++k) {
+        typename std::remove_cv_t<To>::Item item;
+        memcpy(&item, (const char *)quad.word + k * sizeof item, sizeof item);
+        to[at + k] = item;
+    }
+}
+
+static inline void __syncwarp() { emulation::meet_warp(0, 0); }
 
 static inline void __syncthreads() { emulation::meet_block(); }
 
@@ -146,6 +181,8 @@ static inline float __uint_as_float(unsigned bits)
     memcpy(&value, &bits, sizeof value);
     return value;
 }
+
+static inline float __fdividef(float a, float b) { return a / b; }
 
 extern "C" void clipft_float16_to_float(const uint16_t *src, float *dst, int64_t n); // csrc/kernels/convert.c
 extern "C" void clipft_float_to_float16(const float *src, uint16_t *dst, int64_t n);
