@@ -161,18 +161,20 @@ typedef struct clipft_cuda_sum_args {
 
 /* ---- quantized.cu ---- */
 
-enum { CLIPFT_CUDA_INT8_COLS = 4 * CLIPFT_CUDA_THREADS }; /* of a row: what a block of int8_finish works on */
+/* A thread holds INT8_HELD quads of the row that is quantized; a block of int8_finish works on FINISH_ROWS x FINISH_COLS. */
+enum { CLIPFT_CUDA_INT8_HELD = 8, CLIPFT_CUDA_INT8_FINISH_ROWS = 8 * CLIPFT_CUDA_WARPS, CLIPFT_CUDA_INT8_FINISH_COLS = 32 * 4 };
 
 /* Rows in int8, levels minus the row's zero point, four to a word. */
 typedef struct clipft_cuda_int8_rows {
     CLIPFT_GLOBAL(unsigned) q;  /* [rows, words], zeros from `in` on */
     CLIPFT_GLOBAL(float) scale; /* [rows] */
     int rows, in, words;
+    int team; /* warps to a row: 1, 2, 4 or 8 */
 } clipft_cuda_int8_rows;
 
 /* What a layer's results are made of: act(sum * row_scale * col_scale + bias). */
 typedef struct clipft_cuda_int8_sums {
-    CLIPFT_GLOBAL(const int) sums; /* [rows, out], rows `stride` apart */
+    CLIPFT_GLOBAL(const int) sums; /* [rows, out], rows `stride` apart, a multiple of 4 */
     CLIPFT_GLOBAL(const float) row_scale;
     clipft_cuda_matrix col_scale, bias; /* [1, out]; the bias may lack data */
     int stride, activation;             /* 0, 1: quick_gelu, 2: gelu */
@@ -194,7 +196,7 @@ typedef struct clipft_cuda_int8_finish_args {
     clipft_cuda_int8_sums layer;
     clipft_cuda_matrix residual; /* [rows, cols] or without data */
     clipft_cuda_target out;      /* [rows, cols] */
-    int cols;
+    int rows, cols;
 } clipft_cuda_int8_finish_args;
 
 /* ---- lora.cu ---- */
@@ -203,7 +205,7 @@ typedef struct clipft_cuda_int8_finish_args {
  * into parts until there are about as many blocks as an H100 runs at once: on every GPU, so that results are the same. */
 enum {
     CLIPFT_CUDA_LORA_DOWN_ROWS = 64,
-    CLIPFT_CUDA_LORA_UP_ROWS = CLIPFT_CUDA_THREADS,
+    CLIPFT_CUDA_LORA_UP_ROWS = 128,
     CLIPFT_CUDA_LORA_COLS = 128,
     CLIPFT_CUDA_LORA_RANK = 16,
     CLIPFT_CUDA_LORA_PART_ROWS = 128,     /* of a sum over rows, at least */

@@ -349,7 +349,7 @@ template <int Path> DEVICE void up(const clipft_cuda_lora_up_args &a)
     const int col0 = blockIdx.y * COLS, col = col0 + threadIdx.x % 32 * 4, own = row0 + warp * WARP_ROWS;
     Rows<Path, 64, WARPS> base;
     Quad next = fetch_v(a.v, own, end, 0);
-    if (a.dropout.seed) keys[threadIdx.x] = row_key(a.dropout, row0 + (int)threadIdx.x);
+    if (a.dropout.seed && threadIdx.x < UP_ROWS) keys[threadIdx.x] = row_key(a.dropout, row0 + (int)threadIdx.x);
     start_rows(a.base, own, end, col, a.cols, base);
     for (int step = 0; row0 + step < end; step += STEP_ROWS) {
         const int row = own + step;

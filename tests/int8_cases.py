@@ -64,7 +64,7 @@ class Int8Case:
 SHAPES = [(1, 1, 1), (2, 3, 5), (5, 4, 16), (7, 63, 17), (13, 64, 64), (12, 65, 130), (50, 768, 768), (26, 1030, 100)]
 CASES = [Int8Case(*shape, activation=a) for shape in SHAPES for a in (None, "quick_gelu", "gelu")]
 CASES += [Int8Case(9, 100, 40, values=v) for v in ("positive", "outliers", "halves")]
-CASES += [Int8Case(9, 1029, 40, "gelu", dtype=t) for t in (torch.bfloat16, torch.float16)]
+CASES += [Int8Case(9, n, 40, "gelu", dtype=t) for n in (1029, 1032) for t in (torch.bfloat16, torch.float16)]
 CASES += [
     Int8Case(11, 70, 50, layout=x, dtype=t)
     for x in ("transposed", "strided", "offset")
@@ -187,6 +187,18 @@ def check_surroundings(rows: int, dtype: torch.dtype, device: str = "cpu") -> No
         assert rows == 0 or (got.float() - want).norm() <= step * want.norm()
     if dtype == torch.float32:
         assert torch.equal(first(x, None, x, second), second(first(x)) + x)
+
+
+def check_long_rows(features: int, device: str = "cpu") -> None:
+    """Norm and a second layer on rows that a GPU's warps share."""
+    torch.manual_seed(7)
+    first = QuantizedLinear.from_linear(torch.nn.Linear(features, 16)).to(device)
+    up = QuantizedLinear.from_linear(torch.nn.Linear(16, features), "gelu").to(device)
+    norm = torch.nn.LayerNorm(features).requires_grad_(False).to(device)
+    torch.nn.init.normal_(norm.weight)
+    x = (3.0 * torch.randn(5, features) + 1.0).to(device)
+    for got, want in ((first(x, norm), first(norm(x))), (up(x[:, :16], None, None, first), first(up(x[:, :16])))):
+        assert (got - want).norm() <= 1e-2 * want.norm()
 
 
 def check_bad_rows_in_a_chain(device: str = "cpu") -> None:

@@ -168,6 +168,7 @@ SIXTEEN = [
     for lora in (None, F32)
     for p, act in ((0.0, False), (0.3, False), (0.3, True))
 ]
+SIXTEEN += [LoraCase((70, 36), 132, 20, 0.3, act, dtype=dtype) for dtype in (BF16, F16) for act in (False, True)]
 REAL = [LoraCase((16, 50, 768), 768, 16, p) for p in (0.0, 0.1)] + [LoraCase((64, 768), 3072, 16, 0.1)]
 CASES = SHAPES + LAYOUTS + SIXTEEN + REAL
 

@@ -16,6 +16,7 @@ from int8_cases import (
     check_extreme_levels,
     check_float32_bias,
     check_leading_shape,
+    check_long_rows,
     check_sums,
     check_surroundings,
     check_zero_huge_and_tiny_rows,
@@ -48,6 +49,8 @@ def test_cuda_int8_special_rows(cuda: EmulatedCuda) -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             check_bad_rows(activation, dtype)
     check_bad_rows_in_a_chain()
+    for features in (1500, 3000, 8200, 9000):
+        check_long_rows(features)
     check_zero_huge_and_tiny_rows()
     check_float32_bias()
 

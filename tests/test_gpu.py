@@ -17,6 +17,7 @@ from int8_cases import (
     check_extreme_levels,
     check_float32_bias,
     check_leading_shape,
+    check_long_rows,
     check_sums,
     check_surroundings,
     check_zero_huge_and_tiny_rows,
@@ -232,6 +233,8 @@ def test_int8_special_rows() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             check_bad_rows(activation, dtype, "cuda")
     check_bad_rows_in_a_chain("cuda")
+    for features in (1500, 3000, 8200, 9000):
+        check_long_rows(features, "cuda")
     check_zero_huge_and_tiny_rows("cuda")
     check_float32_bias("cuda")
     for lead in LEADS:

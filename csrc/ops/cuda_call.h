@@ -27,6 +27,9 @@ void *cuda_work(cuda_call *call, int32_t dtype, int64_t count);
 static inline int64_t cuda_blocks(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
 
 bool cuda_launch(cuda_call *call, clipft_cuda_kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads, void *args);
+/* Of four kernels, one a path of a matrix, in that order. */
+static inline clipft_cuda_kernel cuda_by_path(clipft_cuda_kernel first, int path) { return (clipft_cuda_kernel)((int)first + path); }
+
 /* A thread for each of `count` items. */
 bool cuda_launch_items(cuda_call *call, clipft_cuda_kernel kernel, int64_t count, void *args);
 

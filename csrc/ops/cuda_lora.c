@@ -36,9 +36,6 @@ static int64_t parts_of(int64_t blocks, int64_t wanted, int64_t most)
     return parts > most ? most : parts < 1 ? 1 : parts;
 }
 
-/* Which of four kernels, one a path, in that order. */
-static clipft_cuda_kernel by_path(clipft_cuda_kernel first, int path) { return (clipft_cuda_kernel)((int)first + path); }
-
 /* ---- kernels ---- */
 
 static clipft_cuda_dropout dropout(const lora_job *job)
@@ -78,7 +75,8 @@ static bool down(lora_job *job, clipft_cuda_branch branch, const clipft_view *pa
                                        (int)parts, parts > 1 ? 1.0F : scale};
     const clipft_view whole = {v, 1, size, size, 1, CLIPFT_FLOAT32};
     return to &&
-           cuda_launch(&job->call, by_path(CLIPFT_CUDA_lora_down_f32, branch.x.path), blocks, ranks * parts, CLIPFT_CUDA_THREADS, &args) &&
+           cuda_launch(&job->call, cuda_by_path(CLIPFT_CUDA_lora_down_f32, branch.x.path), blocks, ranks * parts, CLIPFT_CUDA_THREADS,
+                       &args) &&
            (parts == 1 || sum(job, to, parts, scale, &whole));
 }
 
@@ -99,7 +97,7 @@ static bool up(lora_job *job, clipft_cuda_lora_up_args *args)
 {
     const bool activation = args->x.data32 || args->x.data16;
     const int path = activation && args->x.path != args->base.path ? CLIPFT_CUDA_ANY_LAYOUT : args->base.path;
-    return cuda_launch(&job->call, by_path(CLIPFT_CUDA_lora_up_f32, path), cuda_blocks(args->rows, CLIPFT_CUDA_LORA_UP_ROWS),
+    return cuda_launch(&job->call, cuda_by_path(CLIPFT_CUDA_lora_up_f32, path), cuda_blocks(args->rows, CLIPFT_CUDA_LORA_UP_ROWS),
                        cuda_blocks(args->cols, CLIPFT_CUDA_LORA_COLS), CLIPFT_CUDA_THREADS, args);
 }
 
@@ -111,7 +109,7 @@ static bool outer(lora_job *job, const float *v, clipft_cuda_branch branch, floa
     float *part = cuda_work(&job->call, clipft_torch.aoti_torch_dtype_float32(), parts * rank * out->cols);
     clipft_cuda_lora_outer_args args = {{v, (int)job->in.padded}, branch, part, (int)rank, (int)parts};
     return part &&
-           cuda_launch(&job->call, by_path(CLIPFT_CUDA_lora_outer_f32, branch.x.path), blocks, parts, CLIPFT_CUDA_LORA_OUTER_THREADS,
+           cuda_launch(&job->call, cuda_by_path(CLIPFT_CUDA_lora_outer_f32, branch.x.path), blocks, parts, CLIPFT_CUDA_LORA_OUTER_THREADS,
                        &args) &&
            sum(job, part, parts, scale, out);
 }

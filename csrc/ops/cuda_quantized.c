@@ -69,10 +69,16 @@ static bool multiply(int8_job *job, const operand *o, int64_t rows)
     return ok || cuda_torch_failed(&job->call, "an integer matrix product");
 }
 
+/* With as many warps to a row as hold it. */
 static clipft_cuda_int8_rows rows_for(const int8_job *job, const operand *o, int64_t rows)
 {
-    return (clipft_cuda_int8_rows){job->q, job->scale, (int)rows, (int)o->layer->in, (int)o->in / 4};
+    const int words = (int)o->in / 4;
+    int team = 1;
+    while (team < CLIPFT_CUDA_WARPS && words > team * 32 * CLIPFT_CUDA_INT8_HELD) team *= 2;
+    return (clipft_cuda_int8_rows){job->q, job->scale, (int)rows, (int)o->layer->in, words, team};
 }
+
+static int64_t blocks_for(const clipft_cuda_int8_rows *rows) { return cuda_blocks(rows->rows, CLIPFT_CUDA_WARPS / rows->team); }
 
 static clipft_cuda_int8_sums sums_of(const int8_job *job, const operand *o)
 {
@@ -85,19 +91,23 @@ static bool run_block(int8_job *job, int64_t begin, int64_t end)
 {
     const clipft_int8_chain *chain = &job->in->chain;
     const operand *first = job->layers, *last = &job->layers[chain->count - 1];
-    const int64_t rows = end - begin, warps = cuda_blocks(rows, CLIPFT_CUDA_WARPS);
+    const int64_t rows = end - begin;
     const clipft_view x = clipft_view_rows(job->in->x, begin, end), y = clipft_view_rows(job->y, begin, end);
     const clipft_view residual = chain->residual.data ? clipft_view_rows(chain->residual, begin, end) : (clipft_view){0};
     clipft_cuda_int8_quantize_args quantize = {cuda_matrix(&x), cuda_matrix(&chain->norm_weight), cuda_matrix(&chain->norm_bias),
                                                chain->norm_eps, rows_for(job, first, rows)};
-    bool ok = cuda_launch(&job->call, CLIPFT_CUDA_int8_quantize, warps, 1, CLIPFT_CUDA_THREADS, &quantize) && multiply(job, first, rows);
+    bool ok = cuda_launch(&job->call, cuda_by_path(CLIPFT_CUDA_int8_quantize_f32, quantize.x.path), blocks_for(&quantize.out), 1,
+                          CLIPFT_CUDA_THREADS, &quantize) &&
+              multiply(job, first, rows);
     if (ok && last != first) {
         clipft_cuda_int8_requantize_args requantize = {sums_of(job, first), rows_for(job, last, rows)};
-        ok = cuda_launch(&job->call, CLIPFT_CUDA_int8_requantize, warps, 1, CLIPFT_CUDA_THREADS, &requantize) && multiply(job, last, rows);
+        ok = cuda_launch(&job->call, CLIPFT_CUDA_int8_requantize, blocks_for(&requantize.out), 1, CLIPFT_CUDA_THREADS, &requantize) &&
+             multiply(job, last, rows);
     }
-    clipft_cuda_int8_finish_args finish = {sums_of(job, last), cuda_matrix(&residual), cuda_target(&y), (int)y.cols};
-    return ok &&
-           cuda_launch(&job->call, CLIPFT_CUDA_int8_finish, cuda_blocks(y.cols, CLIPFT_CUDA_INT8_COLS), rows, CLIPFT_CUDA_THREADS, &finish);
+    clipft_cuda_int8_finish_args finish = {sums_of(job, last), cuda_matrix(&residual), cuda_target(&y), (int)rows, (int)y.cols};
+    const int path = residual.data && finish.residual.path != finish.out.path ? CLIPFT_CUDA_ANY_LAYOUT : finish.out.path;
+    return ok && cuda_launch(&job->call, cuda_by_path(CLIPFT_CUDA_int8_finish_f32, path), cuda_blocks(y.cols, CLIPFT_CUDA_INT8_FINISH_COLS),
+                             cuda_blocks(rows, CLIPFT_CUDA_INT8_FINISH_ROWS), CLIPFT_CUDA_THREADS, &finish);
 }
 
 static bool prepare(int8_job *job, const clipft_tensor *input)
