@@ -271,6 +271,8 @@ typedef struct clipft_cuda_lora_sum_args {
     long long rank_stride, col_stride;
 } clipft_cuda_lora_sum_args;
 
+enum { CLIPFT_CUDA_GELU_COLS = 256, CLIPFT_CUDA_GELU_ROWS = 4 * CLIPFT_CUDA_THREADS / CLIPFT_CUDA_GELU_COLS };
+
 /* out = quick_gelu(x), or grad * quick_gelu'(x) */
 typedef struct clipft_cuda_quick_gelu_args {
     clipft_cuda_matrix x;    /* [rows, cols] */

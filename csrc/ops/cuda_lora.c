@@ -119,8 +119,9 @@ static bool quick_gelu(cuda_call *call, const clipft_view *x, const clipft_view 
 {
     clipft_cuda_quick_gelu_args args = {cuda_matrix(x), grad ? cuda_matrix(grad) : (clipft_cuda_matrix){0}, cuda_target(out), x->rows,
                                         x->cols};
-    return cuda_launch(call, CLIPFT_CUDA_lora_quick_gelu, cuda_blocks(x->cols, CLIPFT_CUDA_THREADS),
-                       x->rows < MAX_GRID_Y ? x->rows : MAX_GRID_Y, CLIPFT_CUDA_THREADS, &args);
+    const int64_t rows = cuda_blocks(x->rows, CLIPFT_CUDA_GELU_ROWS);
+    return cuda_launch(call, CLIPFT_CUDA_lora_quick_gelu, cuda_blocks(x->cols, CLIPFT_CUDA_GELU_COLS),
+                       rows < MAX_GRID_Y ? rows : MAX_GRID_Y, CLIPFT_CUDA_THREADS, &args);
 }
 
 /* ---- forward ---- */
