@@ -70,7 +70,7 @@ def competitors() -> tuple[dict[str, dict[str, Loss]], dict[str, str]]:
         absent["open_clip"] = repr(error)
     try:
         flash = importlib.import_module("inf_cl").cal_flash_loss
-        losses["contrastive"]["inf-cl"] = lambda i, t, s: (flash(i, t, scale=s) + flash(t, i, scale=s)) / 2
+        losses["contrastive"]["inf-cl"] = lambda i, t, s: (flash(i, t, scale=s) + flash(t, i, scale=s)).mean() / 2
     except Exception as error:
         absent["inf-cl"] = repr(error)
     try:
