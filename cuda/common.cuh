@@ -13,33 +13,9 @@
 
 #include "args.h"
 
-/* ---- four elements at once ---- */
+/* ---- fast exponentials ---- */
 
 #ifdef __CUDACC__
-DEVICE void load4(const float *from, long long at, float (&x)[4])
-{
-    const float4 v = *reinterpret_cast<const float4 *>(from + at);
-    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-}
-
-DEVICE void load4(const unsigned short *from, long long at, unsigned (&pairs)[2])
-{
-    const uint2 v = *reinterpret_cast<const uint2 *>(from + at);
-    pairs[0] = v.x, pairs[1] = v.y;
-}
-
-DEVICE void store4(float *to, long long at, const float (&x)[4])
-{
-    *reinterpret_cast<float4 *>(to + at) = make_float4(x[0], x[1], x[2], x[3]);
-}
-
-DEVICE void store4(unsigned short *to, long long at, const unsigned (&pairs)[2])
-{
-    *reinterpret_cast<uint2 *>(to + at) = make_uint2(pairs[0], pairs[1]);
-}
-
-template <class T> DEVICE unsigned long long address_of(T *pointer) { return reinterpret_cast<unsigned long long>(pointer); }
-
 /* One instruction each, of an error of 2 ulp; what is below 2^-126 is zero. */
 DEVICE float exp2_fast(float x)
 {
@@ -113,42 +89,6 @@ DEVICE unsigned bfloat16_pair(float first, float second)
 #else
     return float_to_bfloat16(first) | (unsigned)float_to_bfloat16(second) << 16;
 #endif
-}
-
-/* Whether every row's elements 4 k .. 4 k + 3 can be loaded at once. */
-DEVICE bool loads_four(const clipft_cuda_matrix &m)
-{
-    const unsigned long long address = m.kind == CLIPFT_CUDA_FLOAT32 ? address_of(m.data32) / 2 : address_of(m.data16);
-    return m.col_stride == 1 && m.row_stride % 4 == 0 && address % 8 == 0;
-}
-
-DEVICE void load_four(const clipft_cuda_matrix &m, long long at, float (&x)[4])
-{
-    unsigned pairs[2];
-    if (m.kind == CLIPFT_CUDA_FLOAT32) {
-        load4(m.data32, at, x);
-        return;
-    }
-    load4(m.data16, at, pairs);
-    if (m.kind == CLIPFT_CUDA_FLOAT16) {
-        for (int k = 0; k < 4; ++k) x[k] = float16_to_float((unsigned short)(pairs[k / 2] >> 16 * (k % 2)));
-    } else {
-        for (int k = 0; k < 4; ++k) x[k] = __uint_as_float(k % 2 ? pairs[k / 2] & 0xffff0000u : pairs[k / 2] << 16);
-    }
-}
-
-DEVICE void store_four(const clipft_cuda_target &m, long long at, const float (&x)[4])
-{
-    if (m.kind == CLIPFT_CUDA_FLOAT32) {
-        store4(m.data32, at, x);
-    } else if (m.kind == CLIPFT_CUDA_FLOAT16) {
-        const unsigned pairs[2] = {float_to_float16(x[0]) | (unsigned)float_to_float16(x[1]) << 16,
-                                   float_to_float16(x[2]) | (unsigned)float_to_float16(x[3]) << 16};
-        store4(m.data16, at, pairs);
-    } else {
-        const unsigned pairs[2] = {bfloat16_pair(x[0], x[1]), bfloat16_pair(x[2], x[3])};
-        store4(m.data16, at, pairs);
-    }
 }
 
 /* ---- quads: four elements of a row in one access ---- */
@@ -241,21 +181,39 @@ template <int Path> DEVICE void unpack(const Quad &q, Floats &v)
     }
 }
 
+/* An aligned quad of the matrix's own kind. */
+DEVICE void load_aligned(const clipft_cuda_matrix &m, long long at, Floats &v)
+{
+    if (m.kind == CLIPFT_CUDA_FLOAT32)
+        read_floats(m.data32, at, v);
+    else if (m.kind == CLIPFT_CUDA_FLOAT16)
+        unpack<CLIPFT_CUDA_FLOAT16>(read_quad(m.data16, at), v);
+    else
+        unpack<CLIPFT_CUDA_BFLOAT16>(read_quad(m.data16, at), v);
+}
+
+DEVICE void store_aligned(const clipft_cuda_target &m, long long at, const Floats &v)
+{
+    if (m.kind == CLIPFT_CUDA_FLOAT32)
+        write_floats(m.data32, at, v);
+    else if (m.kind == CLIPFT_CUDA_FLOAT16)
+        write_quad(m.data16, at,
+                   {float_to_float16(v[0]) | (unsigned)float_to_float16(v[1]) << 16,
+                    float_to_float16(v[2]) | (unsigned)float_to_float16(v[3]) << 16, 0u, 0u});
+    else
+        write_quad(m.data16, at, {bfloat16_pair(v[0], v[1]), bfloat16_pair(v[2], v[3]), 0u, 0u});
+}
+
 /* The first `inside` of four elements. */
 DEVICE void store_quad(const clipft_cuda_target &m, long long at, long long inside, const Floats &v)
 {
-    if (m.path == CLIPFT_CUDA_ANY_LAYOUT) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-            if (k < inside) store(m, at + k, v[k]);
-    } else if (inside > 0 && m.kind == CLIPFT_CUDA_FLOAT32) {
-        write_floats(m.data32, at, v);
-    } else if (inside > 0) {
-        unsigned bits[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) bits[k] = m.kind == CLIPFT_CUDA_FLOAT16 ? float_to_float16(v[k]) : float_to_bfloat16(v[k]);
-        write_quad(m.data16, at, {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, 0u, 0u});
+    if (m.path != CLIPFT_CUDA_ANY_LAYOUT) {
+        if (inside > 0) store_aligned(m, at, v);
+        return;
     }
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        if (k < inside) store(m, at + k, v[k]);
 }
 
 DEVICE bool has_data(const clipft_cuda_matrix &m) { return m.data32 || m.data16; }
@@ -325,13 +283,13 @@ DEVICE void load_elements(const clipft_cuda_tile &tile, const Place &at, Element
     const int first = at.row * tile.stride + at.col, rows = at.col < tile.cols ? tile.rows - at.row : 0;
     if (at.whole) {
 #pragma unroll
-        for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r) load4(tile.x, first + r * tile.stride, x[r]);
+        for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r) read_floats(tile.x, first + r * tile.stride, x[r]);
         return;
     }
 #pragma unroll
     for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r) {
         x[r][0] = x[r][1] = x[r][2] = x[r][3] = 0.0f;
-        if (r < rows) load4(tile.x, first + r * tile.stride, x[r]);
+        if (r < rows) read_floats(tile.x, first + r * tile.stride, x[r]);
     }
 }
 

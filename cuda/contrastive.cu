@@ -382,7 +382,7 @@ DEVICE void make_coefficients(const clipft_cuda_contrastive_grad_args &a, const 
 #pragma unroll
         for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k)
             coefficients[k] = !Whole && at.col + k == at.pair + r ? 0.0f : coefficients[k] * a.unit;
-        store_four(a.out, row * tile.stride + at.col, coefficients); /* maybe into the room after a row too */
+        store_aligned(a.out, row * tile.stride + at.col, coefficients); /* maybe into the room after a row too */
     }
 }
 

@@ -8,11 +8,11 @@ KERNEL(CLIPFT_CUDA_THREADS) gradient_add(clipft_cuda_gradient_add_args a)
     const long long at = 4 * ((long long)blockIdx.x * CLIPFT_CUDA_THREADS + threadIdx.x);
     float sum[4], part[4];
     if (at + 4 <= a.count) {
-        load4(a.sum, at, sum);
-        load4(a.part, at, part);
+        read_floats(a.sum, at, sum);
+        read_floats(a.part, at, part);
 #pragma unroll
         for (int k = 0; k < 4; ++k) sum[k] += part[k];
-        store4(a.sum, at, sum);
+        write_floats(a.sum, at, sum);
     } else {
         for (long long k = at; k < a.count; ++k) a.sum[k] += a.part[k];
     }
@@ -49,12 +49,12 @@ DEVICE float finish_fours(const clipft_cuda_gradient_finish_args &a, const Finis
 #pragma unroll 2
     for (long long k = 4 * lane; k < a.dim; k += 128) {
         float sum[4] = {}, other[4] = {}, value[4];
-        if (a.sum) load4(a.sum, at.row * a.dim + k, sum);
-        if (at.has_pair) load_four(a.other, at.other * a.other.row_stride + k, other);
-        load_four(a.value, at.row * a.value.row_stride + k, value);
+        if (a.sum) read_floats(a.sum, at.row * a.dim + k, sum);
+        if (at.has_pair) load_aligned(a.other, at.other * a.other.row_stride + k, other);
+        load_aligned(a.value, at.row * a.value.row_stride + k, value);
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[i] = at.factor * finish_element(at, sum[i], other[i], value[i], dot);
-        store_four(a.out, at.row * a.dim + k, sum);
+        store_aligned(a.out, at.row * a.dim + k, sum);
     }
     return dot;
 }
@@ -65,7 +65,8 @@ KERNEL(CLIPFT_CUDA_THREADS) gradient_finish(clipft_cuda_gradient_finish_args a)
     const int lane = threadIdx.x % 32;
     const long long row = (long long)blockIdx.x * CLIPFT_CUDA_WARPS + threadIdx.x / 32, pair = row - a.pair_first;
     if (row >= a.rows) return;
-    const bool has_pair = pair >= 0 && pair < a.pairs, fours = a.dim % 4 == 0 && loads_four(a.value) && loads_four(a.other);
+    const bool has_pair = pair >= 0 && pair < a.pairs,
+               fours = a.value.path != CLIPFT_CUDA_ANY_LAYOUT && a.other.path != CLIPFT_CUDA_ANY_LAYOUT;
     const float factor = (float)(a.factor * (double)a.grad[0] * (double)a.scale[0]);
     const FinishRow at = {row, pair + a.other_first, has_pair ? a.pair[pair] : 0.0f, 1.0f / a.unit, factor, has_pair};
     const double total = warp_sum((double)(fours ? finish_fours(a, at, lane) : finish_scattered(a, at, lane)));

@@ -79,7 +79,7 @@ struct Coefficients {
             sum[k] += coefficient;
             out[k] = coefficient * a.unit;
         }
-        store_four(a.out, element, out); /* maybe into the room after a row too */
+        store_aligned(a.out, element, out); /* maybe into the room after a row too */
     }
     DEVICE_MEMBER double total() const { return (double)(sum[0] + sum[1] + (sum[2] + sum[3])); }
     DEVICE_MEMBER double pair(long long row, double z) const

@@ -144,12 +144,6 @@ void access_global(const void *pointer, long long index, size_t size, bool write
     note(region.shadow[cell], write, "global", index);
 }
 
-void access_aligned(const void *pointer, long long index, size_t size, size_t bytes)
-{
-    if (((uintptr_t)pointer + (uintptr_t)(index * (long long)size)) % bytes != 0)
-        fault("misaligned: " + std::to_string(bytes) + " bytes at once from element " + std::to_string(index));
-}
-
 void check_quad(bool aligned)
 {
     if (!aligned) fault("misaligned: four elements at once");

@@ -32,8 +32,6 @@ struct Region;
 
 // Checks `index` (in elements of `size` bytes) relative to `pointer` and notes the access.
 void access_global(const void *pointer, long long index, size_t size, bool write);
-// Whether `index` lies where an access of `bytes` at once may.
-void access_aligned(const void *pointer, long long index, size_t size, size_t bytes);
 // The same for element `index` of `count` of a block's own memory, which `owner` names.
 void access_shared(const void *owner, long long index, long long count, bool write);
 
@@ -71,8 +69,6 @@ template <class T> class Global {
             return Element(base + index, [=](bool write) { access_global(base, index, sizeof(T), write); });
     }
     explicit operator bool() const { return pointer; }
-    void aligned(long long index, size_t bytes) const { access_aligned(pointer, index, sizeof(T), bytes); }
-    unsigned long long address() const { return (unsigned long long)pointer; }
     bool quad_at(long long index) const { return (uintptr_t)(pointer + index) % (4 * sizeof(T)) == 0; }
     using Item = std::remove_const_t<T>;
 };
@@ -134,34 +130,6 @@ template <class T> static inline T __shfl_sync(unsigned mask, T value, int lane)
 {
     return __shfl_xor_sync(mask, value, (int)(threadIdx.x % 32) ^ lane);
 }
-
-// Accesses of four elements at once.
-template <class Float> static inline void load4(emulation::Global<Float> from, long long at, float (&x)[4])
-{
-    static_assert(std::is_same_v<std::remove_const_t<Float>, float>);
-    from.aligned(at, 16);
-    for (int k = 0; k < 4; ++k) x[k] = from[at + k];
-}
-
-static inline void load4(emulation::Global<const unsigned short> from, long long at, unsigned (&pairs)[2])
-{
-    from.aligned(at, 8);
-    for (int k = 0; k < 2; ++k) pairs[k] = from[at + 2 * k] | (unsigned)from[at + 2 * k + 1] << 16;
-}
-
-static inline void store4(emulation::Global<float> to, long long at, const float (&x)[4])
-{
-    to.aligned(at, 16);
-    for (int k = 0; k < 4; ++k) to[at + k] = x[k];
-}
-
-static inline void store4(emulation::Global<unsigned short> to, long long at, const unsigned (&pairs)[2])
-{
-    to.aligned(at, 8);
-    for (int k = 0; k < 4; ++k) to[at + k] = (unsigned short)(pairs[k / 2] >> 16 * (k % 2));
-}
-
-template <class T> static inline unsigned long long address_of(emulation::Global<T> pointer) { return pointer.address(); }
 
 // A GPU's own instructions, which make zero of what is below 2^-126.
 static inline float flushed(float value) { return std::fabs(value) < 0x1p-126f ? 0.0f : value; }
