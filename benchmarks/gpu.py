@@ -8,8 +8,8 @@ SigLipLoss, and the Triton kernels inf-cl, memeff (whose scale is a constant) an
 that runs out of memory or fails has its error in the results. Runs are interleaved, each timed by CUDA events. "of
 products" is the time that the loss's matrix products (8 N^2 D operations) take at the rate of torch's own product of
 two [4096, 4096] matrices of that dtype in this run, over the loss's time; "of bandwidth" is the time that a float32
-tile's trip out of and into the kernels would take from the GPU's memory, 12 bytes a logit (it should stay in the
-cache), at the rate of a copy in this run. Memory is the growth of the peak over one step, gradients included. Goals on
+tile's trip out of and into the kernels takes from the GPU's memory, 12 bytes a logit, at the rate of a copy in this
+run. Memory is the growth of the peak over one step, gradients included. Goals on
 an H100 at N = 32768, D = 768, bfloat16: half of eager's time, no slower than the fastest Triton kernel, below 1 GB.
 """
 

@@ -34,7 +34,7 @@ DEVICE float reciprocal(float x)
 
 #define LOG2_E 1.44269504f
 
-/* Where exp(x) is a term of a sum that is near 1 or more. */
+/* Of a relative error of |x| / 10^7: for terms of sums, the smaller ones of which count for less. */
 DEVICE float exp_fast(float x) { return exp2_fast(x * LOG2_E); }
 
 /* ---- 16-bit floats ---- */
@@ -217,13 +217,6 @@ DEVICE void store_quad(const clipft_cuda_target &m, long long at, long long insi
 }
 
 DEVICE bool has_data(const clipft_cuda_matrix &m) { return m.data32 || m.data16; }
-
-/* 1 / (1 + e) or e / (1 + e) with e = exp(-|z|), which cannot overflow. */
-DEVICE float sigmoid(float z)
-{
-    const float e = expf(-fabsf(z));
-    return (z < 0.0f ? e : 1.0f) / (1.0f + e);
-}
 
 /* ---- reductions, in an order that is always the same ---- */
 

@@ -47,7 +47,7 @@ struct Softplus {
             if (!is_counted<Whole>(counted, r, k)) continue;
             const float e = exp_fast(-fabsf(z[k]));
             product[k] = fmaf(product[k], e, product[k] + e);
-            linear[k] = fmaf(0.0f, z[k], linear[k] + fmaxf(z[k], 0.0f)); /* fmaxf passes over NaN; of Inf comes NaN too */
+            linear[k] = fmaf(0.0f, z[k], linear[k] + fmaxf(z[k], 0.0f)); /* Inf makes it NaN */
         }
     }
     DEVICE_MEMBER double total() const
