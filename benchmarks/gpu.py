@@ -161,6 +161,7 @@ def measure(kind: str, losses: dict[str, Loss], n: int, dim: int, dtype: torch.d
 
 
 def table(rows: list[dict[str, Any]], kind: str) -> Table:
+    rows = [row for row in rows if row["kind"] == kind]
     out = Table(title=f"{kind} loss, forward + backward: time of clipft / time of the peer (median)")
     peers = list(dict.fromkeys(name for row in rows for name in (*row["ratio"], *row["failed"])))
     for column in ("N", "D", "ms", *(f"/ {p}" for p in peers), "of products", "of bandwidth", "MB", "MB, eager"):
@@ -199,12 +200,10 @@ def main() -> int:
     }
     slug = "".join(c if c.isalnum() else "-" for c in results["machine"]["gpu"]).lower()
     for kind, kernels in losses.items():
-        rows = []
         for n, dim in itertools.product(options.sizes, options.dims):
-            rows.append(measure(kind, kernels, n, dim, getattr(torch, options.dtype), options.repeats))
-            results["rows"].append(rows[-1])
+            results["rows"].append(measure(kind, kernels, n, dim, getattr(torch, options.dtype), options.repeats))
             save(f"gpu-{slug}", results)  # a run that is stopped leaves what it has
-        console.print(table(rows, kind))
+        console.print(table(results["rows"], kind))
     results["layers"] = measure_layers(getattr(torch, options.dtype), options.repeats)
     for kind in ("lora", "int8"):
         console.print(layer_table(results["layers"], kind))

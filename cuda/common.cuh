@@ -204,6 +204,15 @@ DEVICE void store_aligned(const clipft_cuda_target &m, long long at, const Float
         write_quad(m.data16, at, {bfloat16_pair(v[0], v[1]), bfloat16_pair(v[2], v[3]), 0u, 0u});
 }
 
+/* The first `inside`, 1 or more, of four elements of a row, then zeros. */
+DEVICE void load_quad(const clipft_cuda_matrix &m, long long at, long long inside, Floats &v)
+{
+    if (m.path != CLIPFT_CUDA_ANY_LAYOUT)
+        load_aligned(m, at, v);
+    else
+        load_apart(m, at, m.col_stride, inside, v);
+}
+
 /* The first `inside` of four elements. */
 DEVICE void store_quad(const clipft_cuda_target &m, long long at, long long inside, const Floats &v)
 {

@@ -74,20 +74,6 @@ DEVICE float quick_gelu_slope(float x)
     return (z < 0.0f ? s.far : s.near) + z * (s.near * s.far);
 }
 
-/* Four elements of a row on their matrix's path. */
-DEVICE void load_quad(const clipft_cuda_matrix &m, long long row, long long col, long long inside, Floats &v)
-{
-    const long long at = element_at(m, row, col);
-    if (m.path == CLIPFT_CUDA_FLOAT32)
-        unpack<CLIPFT_CUDA_FLOAT32>(fetch<CLIPFT_CUDA_FLOAT32>(m, at, inside), v);
-    else if (m.path == CLIPFT_CUDA_BFLOAT16)
-        unpack<CLIPFT_CUDA_BFLOAT16>(fetch<CLIPFT_CUDA_BFLOAT16>(m, at, inside), v);
-    else if (m.path == CLIPFT_CUDA_FLOAT16)
-        unpack<CLIPFT_CUDA_FLOAT16>(fetch<CLIPFT_CUDA_FLOAT16>(m, at, inside), v);
-    else
-        load_apart(m, at, m.col_stride, inside, v);
-}
-
 /* GELU_ROWS x GELU_COLS at a time, rows that a grid of fewer takes turns with. */
 KERNEL(CLIPFT_CUDA_THREADS) lora_quick_gelu(clipft_cuda_quick_gelu_args a)
 {
@@ -97,8 +83,8 @@ KERNEL(CLIPFT_CUDA_THREADS) lora_quick_gelu(clipft_cuda_quick_gelu_args a)
     const long long first = (long long)blockIdx.y * CLIPFT_CUDA_GELU_ROWS + threadIdx.x / quads;
     for (long long row = first; row < a.rows; row += (long long)gridDim.y * CLIPFT_CUDA_GELU_ROWS) {
         Floats x, grad;
-        load_quad(a.x, row, col, inside, x);
-        if (has_data(a.grad)) load_quad(a.grad, row, col, inside, grad);
+        load_quad(a.x, element_at(a.x, row, col), inside, x);
+        if (has_data(a.grad)) load_quad(a.grad, element_at(a.grad, row, col), inside, grad);
 #pragma unroll
         for (int k = 0; k < 4; ++k) x[k] = has_data(a.grad) ? grad[k] * quick_gelu_slope(x[k]) : quick_gelu(x[k]);
         store_quad(a.out, row * a.cols + col, inside, x);

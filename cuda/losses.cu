@@ -6,7 +6,7 @@
 KERNEL(CLIPFT_CUDA_THREADS) gradient_add(clipft_cuda_gradient_add_args a)
 {
     const long long at = 4 * ((long long)blockIdx.x * CLIPFT_CUDA_THREADS + threadIdx.x);
-    float sum[4], part[4];
+    Floats sum, part;
     if (at + 4 <= a.count) {
         read_floats(a.sum, at, sum);
         read_floats(a.part, at, part);
@@ -43,12 +43,12 @@ DEVICE float finish_scattered(const clipft_cuda_gradient_finish_args &a, const F
     return dot;
 }
 
-DEVICE float finish_fours(const clipft_cuda_gradient_finish_args &a, const FinishRow &at, int lane)
+DEVICE float finish_quads(const clipft_cuda_gradient_finish_args &a, const FinishRow &at, int lane)
 {
     float dot = 0.0f;
 #pragma unroll 2
     for (long long k = 4 * lane; k < a.dim; k += 128) {
-        float sum[4] = {}, other[4] = {}, value[4];
+        Floats sum = {}, other = {}, value;
         if (a.sum) read_floats(a.sum, at.row * a.dim + k, sum);
         if (at.has_pair) load_aligned(a.other, at.other * a.other.row_stride + k, other);
         load_aligned(a.value, at.row * a.value.row_stride + k, value);
@@ -66,10 +66,10 @@ KERNEL(CLIPFT_CUDA_THREADS) gradient_finish(clipft_cuda_gradient_finish_args a)
     const long long row = (long long)blockIdx.x * CLIPFT_CUDA_WARPS + threadIdx.x / 32, pair = row - a.pair_first;
     if (row >= a.rows) return;
     const bool has_pair = pair >= 0 && pair < a.pairs,
-               fours = a.value.path != CLIPFT_CUDA_ANY_LAYOUT && a.other.path != CLIPFT_CUDA_ANY_LAYOUT;
+               quads = a.value.path != CLIPFT_CUDA_ANY_LAYOUT && a.other.path != CLIPFT_CUDA_ANY_LAYOUT;
     const float factor = (float)(a.factor * (double)a.grad[0] * (double)a.scale[0]);
     const FinishRow at = {row, pair + a.other_first, has_pair ? a.pair[pair] : 0.0f, 1.0f / a.unit, factor, has_pair};
-    const double total = warp_sum((double)(fours ? finish_fours(a, at, lane) : finish_scattered(a, at, lane)));
+    const double total = warp_sum((double)(quads ? finish_quads(a, at, lane) : finish_scattered(a, at, lane)));
     if (lane == 0 && a.dot) a.dot[row] = total;
 }
 

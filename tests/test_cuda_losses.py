@@ -235,9 +235,9 @@ def test_cuda_bad_input_is_named(change: dict, message: str, cuda: EmulatedCuda)
 def test_cuda_memory_does_not_grow_with_the_square(
     loss: Callable, cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No allocation of more elements than a tile has: N^2 would be five times that."""
+    """No allocation of more elements than a tile has: N^2 would be twenty times that."""
     monkeypatch.setenv("EMULATED_MEMORY", str(256 * 512))
-    run(loss, LossCase(800, 16, 20.0))
+    run(loss, LossCase(1600, 16, 20.0))
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

@@ -155,7 +155,7 @@ def test_captions_keep_the_name_first() -> None:
     assert {"tiger face", "tiger face, cat", "tiger face, stripes, cat"} <= drawn
 
 
-class Edges(torch.nn.Module):
+class Means(torch.nn.Module):
     """A stand-in for the teacher: the mean of each cell, and of the picture, as every feature."""
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,7 +169,7 @@ def test_pretraining_learns_captions_and_features() -> None:
     drawings, crops = pictures()
     batch = Collator(read_emoji()[:12], processor)([0, 1, 2, SCENE, 3, 4, SCENE, 5, 6, 7])
     assert len(batch["labels"]) == len(batch["input_ids"]) == 8
-    student = Student(build_model(processor.tokenizer), processor, Views(drawings, crops), Edges())  # type: ignore[arg-type]
+    student = Student(build_model(processor.tokenizer), processor, Views(drawings, crops), Means())  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     losses = []
     for _ in range(16):

@@ -31,7 +31,7 @@ class Teacher(nn.Module):
     def __init__(self, example: Tensor) -> None:
         super().__init__()
         self.maps = Maps().to(example.device).to(memory_format=torch.channels_last)
-        self.requires_grad_(False).train()
+        self.requires_grad_(False).eval()
         parts = [self.features(part) for part in example.split(128)]
         local, whole = (torch.cat(part) for part in zip(*parts, strict=True))
         self.local, self.whole = Components(local.flatten(0, 1), LOCAL), Components(whole, GLOBAL)
