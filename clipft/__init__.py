@@ -9,8 +9,11 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from clipft import _moved
+
 if TYPE_CHECKING:
     from clipft import nn as nn
+    from clipft import ops as ops
     from clipft import reference as reference
     from clipft.data import CLIPDataCollator as CLIPDataCollator
     from clipft.embedding import embed as embed
@@ -49,6 +52,8 @@ if importlib.util.find_spec("clipft._C") is None:
         "and import it from another directory, or build in place with: python setup.py build_ext --inplace"
     )
 
+_moved.install()
+
 _MODULE_OF = {
     "contrastive_loss": "clipft.ops",
     "sigmoid_loss": "clipft.ops",
@@ -79,7 +84,7 @@ _MODULE_OF = {
     "evaluate_zero_shot": "clipft.evaluation",
     "wise_ft": "clipft.forgetting",
 }
-_SUBMODULES = ("nn", "reference")
+_SUBMODULES = ("nn", "ops", "reference")
 
 __all__ = [*_MODULE_OF, *_SUBMODULES]  # noqa: PLE0604  (names, all of them)
 

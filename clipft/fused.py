@@ -107,7 +107,7 @@ class FusedCLIPModel(CLIPModel):
         scale = self.logit_scale.exp().reshape(())  # sharded, it is [1]
         loss = logits = None
         if return_loss:
-            from clipft.ops import contrastive_loss
+            from clipft.ops.losses import contrastive_loss
 
             loss = contrastive_loss(image_embeds, text_embeds, scale)
         if return_logits:
@@ -222,8 +222,8 @@ class FusedQuickGELU(QuickGELUActivation):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the parameter's name in transformers)
         """Any shape, kept."""
-        from clipft.devices import problem
         from clipft.ops import quick_gelu
+        from clipft.ops.kernels import problem
 
         if problem(input.device) is not None or input.dtype not in _FLOATS or not 1 <= input.dim() <= _MAX_DIM:
             return super().forward(input)

@@ -79,7 +79,7 @@ class _Fused:
                     "return_logits=False"
                 )
             if return_loss:
-                from clipft.ops import sigmoid_loss
+                from clipft.ops.losses import sigmoid_loss
 
                 loss = sigmoid_loss(image_embeds, text_embeds, scale, bias)
             if return_logits:

@@ -15,7 +15,7 @@ from clipft.families import family_of
 from clipft.heads import LABEL, ClassificationHead, add_head, head_logits, heads_of
 from clipft.losses import MISSING, balanced_class_weights, head_loss
 from clipft.metrics import Classification
-from clipft.ops import with_other_ranks
+from clipft.ops.distributed import with_other_ranks
 from clipft.training_args import CLIPTrainingArguments
 
 __all__ = ["HeadTraining"]

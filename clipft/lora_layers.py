@@ -16,9 +16,9 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPMLP
 
-from clipft.devices import autocasts, problem
 from clipft.fused import FusedQuickGELU
 from clipft.ops import lora_linear, quick_gelu_lora_linear
+from clipft.ops.kernels import autocasts, problem
 
 __all__ = ["FusedLoraLinear", "FusedMLP", "fuse_lora", "has_lora", "why_not"]
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, Siglip2Model, SiglipModel
 
-from clipft.nn import QuantizedLinear
-from clipft.quantized import quantize_weight, quantized_linear
+from clipft.ops.int8 import quantize_weight, quantized_linear
+from clipft.ops.nn import QuantizedLinear
 from clipft.quantized_clip import QuantizedCLIPModel, QuantizedPatchEmbedding, fused_activation, install
 
 __all__ = ["pictures_and_captions", "plain_model", "quantize"]

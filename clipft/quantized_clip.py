@@ -32,11 +32,11 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from clipft.attention import attention
 from clipft.fused import records
 from clipft.heads import restore_heads
 from clipft.models import QUANT_METHOD
-from clipft.nn import QuantizedLinear
+from clipft.ops.attention import attention
+from clipft.ops.nn import QuantizedLinear
 
 __all__ = ["WEIGHTS", "QuantizedCLIPModel", "QuantizedPatchEmbedding", "install", "load_quantized"]
 

@@ -37,7 +37,7 @@ from clipft.head_training import HeadTraining
 from clipft.heads import heads_of
 from clipft.metrics import retrieval_metrics
 from clipft.models import fuse
-from clipft.ops import contrastive_loss, sigmoid_loss
+from clipft.ops.losses import contrastive_loss, sigmoid_loss
 from clipft.precision import bf16_speedup
 from clipft.sampling import ClassBalancedSampler, HardNegativeSampler, labels_of, positives_of_each_other
 from clipft.schedules import GradualUnfreezing, WeightAverage, split_by_depth

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipft.attention import attention
+from clipft.ops.attention import attention
 
 U = 2.0**-24
 HALF_ULP = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -31,7 +31,7 @@ import clipft
 import clipft.ops  # registers the fake kernels that opcheck runs
 from clipft import _C
 from clipft.nn import QuantizedLinear
-from clipft.quantized import quantize_weight
+from clipft.ops.int8 import quantize_weight
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -221,8 +221,8 @@ def test_without_kernels_plain_torch_and_why(monkeypatch: pytest.MonkeyPatch) ->
     half, narrow, narrow2 = x.bfloat16(), copy.deepcopy(first).bfloat16(), copy.deepcopy(second).bfloat16()
     norms = norm, copy.deepcopy(norm).bfloat16()  # of either dtype that goes with the input
     want_half = [narrow(half, some_norm, half, narrow2) for some_norm in norms]
-    monkeypatch.setattr("clipft.devices._WARNED", set())
-    monkeypatch.setattr("clipft.devices.problem", lambda device: "as the test wants it")
+    monkeypatch.setattr("clipft.ops.kernels._WARNED", set())
+    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device: "as the test wants it")
     monkeypatch.delenv("CLIPFT_STRICT", raising=False)
     with pytest.warns(UserWarning, match=r"quantized_linear: the kernels do not run here: as the test wants it. Plain"):
         torch.testing.assert_close(clipft.quantized_linear(*args), want)

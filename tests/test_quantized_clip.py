@@ -18,8 +18,8 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 import clipft
-from clipft.attention import attention
 from clipft.nn import QuantizedLinear
+from clipft.ops.attention import attention
 
 WEIGHTS = "clipft_int8.safetensors"
 

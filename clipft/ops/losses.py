@@ -1,9 +1,8 @@
-"""The losses as functions over ``torch.ops.clipft.*``: argument checks, fake kernels, autograd, and processes in a
-group.
+"""The losses as functions over ``torch.ops.clipft.*``: argument checks, fake kernels, autograd.
 
 The C ops compute a loss and what its backward pass needs; ``torch.library`` connects them to autograd and
 torch.compile. Inside a process group each rank works on the rows of its own images against the texts of all ranks: see
-:class:`_GroupContrastive`.
+``clipft.ops.distributed``.
 """
 
 from __future__ import annotations
@@ -14,23 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipft import reference
-from clipft.devices import autocasts, call, has_kernel, without_autocast
-from clipft.linear import dropout_mask, lora_linear, quick_gelu, quick_gelu_lora_linear
-from clipft.quantized import quantize_weight, quantized_linear
+from clipft.ops import reference
+from clipft.ops.distributed import GroupContrastive, GroupSigmoid, gather_rows, no_labels, row_counts
+from clipft.ops.kernels import FLOATS, autocasts, call, dtype_name, has_kernel, no_second_derivative, without_autocast
 
-__all__ = [
-    "contrastive_loss",
-    "dropout_mask",
-    "lora_linear",
-    "quantize_weight",
-    "quantized_linear",
-    "quick_gelu",
-    "quick_gelu_lora_linear",
-    "sigmoid_loss",
-]
+__all__ = ["contrastive_loss", "sigmoid_loss"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 1024  # CLIPFT_TILE in csrc/kernels/kernels.h
 _KEEP = 40 * 1024 * 1024 // 4  # CLIPFT_KEEP in csrc/ops/loss_inputs.h
 
@@ -85,9 +73,9 @@ def contrastive_loss(
         with without_autocast(image_embeds.device):
             return reference.contrastive_loss(*embeds, scale, labels=labels, label_smoothing=label_smoothing)
     if group is not None:
-        return _GroupContrastive.apply(image_embeds, text_embeds, scale, labels, float(label_smoothing), group)
+        return GroupContrastive.apply(image_embeds, text_embeds, scale, labels, float(label_smoothing), group)
     if labels is None:
-        labels = _no_labels(image_embeds)
+        labels = no_labels(image_embeds)
     keep = _needs_grad(image_embeds, text_embeds, scale)
     smoothing = float(label_smoothing)
     return call(torch.ops.clipft.contrastive_loss, image_embeds, text_embeds, scale, labels, smoothing, keep)[0]
@@ -121,7 +109,7 @@ def sigmoid_loss(
         with without_autocast(image_embeds.device):
             return reference.sigmoid_loss(image_embeds.float(), text_embeds.float(), scale, bias, labels=labels)
     if group is not None:
-        loss = _GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, group)
+        loss = GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, group)
     else:
         keep = _needs_grad(image_embeds, text_embeds, scale, bias)
         loss = call(torch.ops.clipft.sigmoid_loss, image_embeds, text_embeds, scale, bias, keep)[0]
@@ -134,8 +122,8 @@ def _further_positives(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, labels: Tensor, group: dist.ProcessGroup | None
 ) -> Tensor:
     """Sum over the pairs i != j of equal label of the logit s <I_i, T_j> + b, divided by N; 0-d float64."""
-    counts = [len(labels)] if group is None else _row_counts(len(labels), image, group)
-    every = labels if group is None else _gather_rows(labels, counts, group)
+    counts = [len(labels)] if group is None else row_counts(len(labels), image, group)
+    every = labels if group is None else gather_rows(labels, counts, group)
     n = len(every)
     classes = torch.searchsorted(every.sort().values, labels)  # in 0 ... n - 1
     sizes = torch.zeros(n, dtype=torch.int64, device=image.device).index_add(0, classes, torch.ones_like(classes))
@@ -167,15 +155,7 @@ def _has_kernel(op: str, embeds: Tensor, group: dist.ProcessGroup | None) -> boo
     return has_kernel(op, embeds, instead, None if group is None else "a process group")
 
 
-def _no_labels(like: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.int64, device=like.device)
-
-
 # ---- checks: the messages equal those of csrc/ops/loss_inputs.c ----
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -188,15 +168,15 @@ def _check_embeds(op: str, image: Tensor, text: Tensor, rank_may_be_empty: bool)
             raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if autocasts(image.device) and image.dtype != text.dtype:
         # as autocast does for torch's own losses
-        image, text = (t.float() if t.dtype in _FLOATS else t for t in (image, text))
+        image, text = (t.float() if t.dtype in FLOATS else t for t in (image, text))
     for name, tensor in (("image_embeds", image), ("text_embeds", text)):
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"clipft.{op}: {name} must be float32, bfloat16 or float16, got {_dtype(tensor)}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"clipft.{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(tensor)}")
         if tensor.dim() != 2:
             raise ValueError(f"clipft.{op}: {name} must be [N, D], got shape {list(tensor.shape)}")
     if text.dtype != image.dtype:
         raise TypeError(
-            f"clipft.{op}: text_embeds must have the dtype of image_embeds, {_dtype(image)}, got {_dtype(text)}"
+            f"clipft.{op}: text_embeds must have the dtype of image_embeds, {dtype_name(image)}, got {dtype_name(text)}"
         )
     if text.device != image.device:
         raise ValueError(
@@ -217,7 +197,7 @@ def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """0-d float32 on the embeddings' device, differentiable if a tensor came."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
-            raise TypeError(f"clipft.{op}: {name} must be a float or a float tensor, got {_dtype(value)}")
+            raise TypeError(f"clipft.{op}: {name} must be a float or a float tensor, got {dtype_name(value)}")
         if value.numel() != 1:
             raise ValueError(f"clipft.{op}: {name} must have one element, got shape {list(value.shape)}")
         if value.device != like.device:
@@ -240,7 +220,7 @@ def _check_targets(op: str, labels: Tensor | None, label_smoothing: float, image
     if not isinstance(labels, Tensor):
         raise TypeError(f"clipft.{op}: labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
-        raise TypeError(f"clipft.{op}: labels must be int64, got {_dtype(labels)}")
+        raise TypeError(f"clipft.{op}: labels must be int64, got {dtype_name(labels)}")
     if labels.shape != image.shape[:1]:
         raise ValueError(
             f"clipft.{op}: labels must have one entry per pair, [{image.shape[0]}], got shape {list(labels.shape)}"
@@ -397,150 +377,9 @@ def _sigmoid_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     )
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("clipft's losses have no second derivative: do not call their backward with create_graph=True")
-
-
 torch.library.register_autograd("clipft::contrastive_loss", _contrastive_gradients, setup_context=_contrastive_context)
 torch.library.register_autograd("clipft::sigmoid_loss", _sigmoid_gradients, setup_context=_sigmoid_context)
 for _op in ("contrastive_loss_backward", "sigmoid_loss_backward"):
-    torch.library.register_autograd(f"clipft::{_op}", _no_second_derivative)
+    torch.library.register_autograd(f"clipft::{_op}", no_second_derivative)
 for _op in ("contrastive_loss", "sigmoid_loss"):
     torch.library.register_autocast(f"clipft::{_op}", "cpu", torch.float32)
-
-
-# ---- processes in a group ----
-
-
-def _row_counts(rows: int, like: Tensor, group: dist.ProcessGroup) -> list[int]:
-    counts = [torch.zeros(1, dtype=torch.int64, device=like.device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=like.device), group=group)
-    return [int(c) for c in counts]
-
-
-def _gather_rows(tensor: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows of all ranks, in rank order; ranks may hold different numbers of them."""
-    most = max(counts)
-    padded = tensor.new_zeros((most, *tensor.shape[1:]))
-    padded[: tensor.shape[0]] = tensor
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def with_other_ranks(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows of all ranks, in rank order; the gradient is that of this rank's own."""
-    counts = _row_counts(len(tensor), tensor, group)
-    begin = sum(counts[: dist.get_rank(group)])
-    every = _gather_rows(tensor.detach(), counts, group)
-    return torch.cat([every[:begin], tensor, every[begin + len(tensor) :]])
-
-
-def _joined(op: str, image: Tensor, text: Tensor, group: dist.ProcessGroup) -> tuple[list[int], int, Tensor]:
-    """Rows per rank, where this rank's begin, and the texts of all ranks."""
-    counts = _row_counts(image.shape[0], image, group)
-    if sum(counts) == 0:
-        raise ValueError(f"clipft.{op}: image_embeds must hold at least one pair and one feature, got none on any rank")
-    return counts, sum(counts[: dist.get_rank(group)]), _gather_rows(text, counts, group)
-
-
-def _own_text_gradient(d_texts: Tensor, counts: list[int], offset: int, group: dist.ProcessGroup) -> Tensor:
-    """This rank's rows of the sum over ranks; summed in float32."""
-    total = d_texts.float()
-    dist.all_reduce(total, group=group)
-    return total[offset : offset + counts[dist.get_rank(group)]].to(d_texts.dtype)
-
-
-class _GroupContrastive(torch.autograd.Function):
-    """Rank k holds the images of rows k and gathers all texts: its rows of logits are whole, and its columns are merged
-    over the ranks by one all-gather of their logsumexps. Its image gradients are then complete; its text gradients are
-    summed over the ranks. Two gathers and one reduction of [N, D] or less, and every logit is computed on one rank
-    only.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        labels: Tensor | None,
-        smoothing: float,
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        counts, offset, texts = _joined("contrastive_loss", image, text, group)
-        n = sum(counts)
-        labels = _no_labels(image) if labels is None else _gather_rows(labels, counts, group)
-        keep = any(ctx.needs_input_grad[:3])
-        _, row_lse, col_lse, target, tiles = call(
-            torch.ops.clipft.contrastive_loss_shard, image, texts, scale, labels, smoothing, keep, offset
-        )
-        columns = [torch.empty_like(col_lse) for _ in counts]
-        dist.all_gather(columns, col_lse, group=group)
-        col_lse = torch.logsumexp(torch.stack(columns), dim=0)
-        rows = row_lse.sum() - 2.0 * target
-        dist.all_reduce(rows, group=group)
-        ctx.save_for_backward(image, texts, scale, labels, row_lse, col_lse, tiles)
-        ctx.counts, ctx.offset, ctx.smoothing, ctx.group = counts, offset, smoothing, group
-        return ((rows + col_lse.sum()) / (2 * n)).float()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        image, texts, scale, labels, row_lse, col_lse, tiles = ctx.saved_tensors
-        needs_image, needs_text = ctx.needs_input_grad[:2]
-        d_image, d_texts, d_scale = call(
-            torch.ops.clipft.contrastive_loss_backward,
-            grad,
-            image,
-            texts,
-            scale,
-            labels,
-            ctx.smoothing,
-            ctx.offset,
-            row_lse,
-            col_lse,
-            tiles,
-            needs_image,
-            needs_text,
-        )
-        dist.all_reduce(d_scale, group=ctx.group)
-        d_text = _own_text_gradient(d_texts, ctx.counts, ctx.offset, ctx.group) if needs_text else None
-        return d_image if needs_image else None, d_text, d_scale, None, None, None
-
-
-class _GroupSigmoid(torch.autograd.Function):
-    """As :class:`_GroupContrastive`; the loss is a sum over pairs, so nothing but sums crosses ranks besides the
-    texts."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup
-    ) -> Tensor:
-        counts, offset, texts = _joined("sigmoid_loss", image, text, group)
-        keep = any(ctx.needs_input_grad[:4])
-        loss, tiles = call(torch.ops.clipft.sigmoid_loss_shard, image, texts, scale, bias, keep, offset)
-        dist.all_reduce(loss, group=group)
-        ctx.save_for_backward(image, texts, scale, bias, tiles)
-        ctx.counts, ctx.offset, ctx.group = counts, offset, group
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        image, texts, scale, bias, tiles = ctx.saved_tensors
-        needs_image, needs_text = ctx.needs_input_grad[:2]
-        d_image, d_texts, d_scale, d_bias = call(
-            torch.ops.clipft.sigmoid_loss_backward,
-            grad,
-            image,
-            texts,
-            scale,
-            bias,
-            ctx.offset,
-            tiles,
-            needs_image,
-            needs_text,
-        )
-        scalars = torch.stack([d_scale, d_bias])
-        dist.all_reduce(scalars, group=ctx.group)
-        d_text = _own_text_gradient(d_texts, ctx.counts, ctx.offset, ctx.group) if needs_text else None
-        return d_image if needs_image else None, d_text, scalars[0], scalars[1], None

@@ -1,7 +1,4 @@
-"""The linear layers as functions over ``torch.ops.clipft.*``: LoRA, and the activation between CLIP's layers.
-
-``clipft.ops`` gives these names out.
-"""
+"""The LoRA linear layer as a function over ``torch.ops.clipft.lora_linear``."""
 
 from __future__ import annotations
 
@@ -12,13 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipft import reference
-from clipft.devices import autocasts, call, has_kernel, without_autocast
+from clipft.ops import reference
+from clipft.ops.kernels import (
+    FLOATS,
+    MAX_DIM,
+    PLAIN,
+    autocasts,
+    call,
+    check_float,
+    dtype_name,
+    has_kernel,
+    no_second_derivative,
+    shape_of,
+    without_autocast,
+)
 
-__all__ = ["dropout_mask", "lora_linear", "quick_gelu", "quick_gelu_lora_linear"]
+__all__ = ["dropout_mask", "lora_linear", "quick_gelu_lora_linear"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_DIM = 8  # CLIPFT_MAX_DIM in csrc/tensor.h
 _RANK_PAD = 16  # CLIPFT_RANK_PAD in csrc/kernels/kernels.h
 
 
@@ -84,26 +91,6 @@ def quick_gelu_lora_linear(
     return _lora_linear(input, weight, bias, lora_a, lora_b, scaling, dropout if training else 0.0, dropout, True)
 
 
-def quick_gelu(input: Tensor) -> Tensor:  # noqa: A002
-    """CLIP's activation ``x · sigmoid(1.702 x)``, one pass forward and one backward, which keeps ``input`` only.
-
-    Args:
-        input: float32, bfloat16 or float16, 1 to 8 dimensions.
-
-    Returns:
-        The same shape and dtype; 16-bit floats are computed in float32 and rounded once.
-
-    Raises:
-        TypeError: another dtype. ValueError: no dimensions, or more than 8.
-    """
-    _check_float("quick_gelu", "input", input)
-    if not 1 <= input.dim() <= _MAX_DIM:
-        raise ValueError(f"clipft.quick_gelu: input must have 1 to {_MAX_DIM} dimensions, got shape {_shape(input)}")
-    if not has_kernel("quick_gelu", input, _PLAIN):
-        return reference.quick_gelu(input.float()).to(input.dtype)
-    return call(torch.ops.clipft.quick_gelu, input.contiguous())
-
-
 def dropout_mask(seed: int | Tensor, rows: int, cols: int, dropout: float) -> Tensor:
     """[rows, cols] float32: 1 where ``lora_linear`` with this seed keeps an element of its input, as [rows, cols], else
     0.
@@ -126,7 +113,7 @@ def _lora_linear(
     if isinstance(x, Tensor) and autocasts(x.device):
         x, weight, bias = _autocast(x, weight, bias)
     _check_lora(x, weight, bias, lora_a, lora_b, scaling, dropout)
-    if not has_kernel("lora_linear", x, _PLAIN):
+    if not has_kernel("lora_linear", x, PLAIN):
         return _plain(x, weight, bias, lora_a, lora_b, scaling, active_dropout, activation)
     if x.dim() > 2:
         x = x.contiguous()
@@ -136,9 +123,6 @@ def _lora_linear(
     scaling, active_dropout = float(scaling), float(active_dropout)
     op = torch.ops.clipft.lora_linear
     return call(op, x, weight, bias, lora_a, lora_b, seed, scaling, active_dropout, activation)[0]
-
-
-_PLAIN = "Plain torch computes it"
 
 
 def _plain(
@@ -168,27 +152,9 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(tensor: Any) -> Any:
-        return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in _FLOATS else tensor
+        return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in FLOATS else tensor
 
     return cast(x), cast(weight), cast(bias)
-
-
-# ---- checks: the messages equal those of csrc/ops/lora_inputs.c ----
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
-def _check_float(op: str, name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(f"clipft.{op}: {name} must be float32, bfloat16 or float16, got {_dtype(tensor)}")
 
 
 def _check_like(name: str, tensor: Any, x: Tensor, or_float32: bool) -> None:
@@ -197,7 +163,7 @@ def _check_like(name: str, tensor: Any, x: Tensor, or_float32: bool) -> None:
     if tensor.dtype != x.dtype and not (or_float32 and tensor.dtype == torch.float32):
         also = ", or float32" if or_float32 else ""
         raise TypeError(
-            f"clipft.lora_linear: {name} must have the dtype of input, {_dtype(x)}{also}, got {_dtype(tensor)}"
+            f"clipft.lora_linear: {name} must have the dtype of input, {dtype_name(x)}{also}, got {dtype_name(tensor)}"
         )
     if tensor.device != x.device:
         raise ValueError(
@@ -214,7 +180,7 @@ def _check_matrix(name: str, tensor: Tensor, layout: str, rows: int | None, cols
         return
     size = f"with in = {cols}" if rows is None else f"[{rows}, {cols}]"
     joint = " " if rows is None else ", "
-    raise ValueError(f"clipft.lora_linear: {name} must be {layout}{joint}{size}, got shape {_shape(tensor)}")
+    raise ValueError(f"clipft.lora_linear: {name} must be {layout}{joint}{size}, got shape {shape_of(tensor)}")
 
 
 def _check_dropout(op: str, dropout: Any) -> None:
@@ -227,11 +193,11 @@ def _check_dropout(op: str, dropout: Any) -> None:
 def _check_lora(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: float
 ) -> None:
-    _check_float("lora_linear", "input", x)
-    if not 1 <= x.dim() <= _MAX_DIM or x.shape[-1] == 0:
+    check_float("lora_linear", "input", x)
+    if not 1 <= x.dim() <= MAX_DIM or x.shape[-1] == 0:
         raise ValueError(
-            f"clipft.lora_linear: input must be [..., in] with in > 0 and at most {_MAX_DIM} dimensions, "
-            f"got shape {_shape(x)}"
+            f"clipft.lora_linear: input must be [..., in] with in > 0 and at most {MAX_DIM} dimensions, "
+            f"got shape {shape_of(x)}"
         )
     _check_like("weight", weight, x, False)
     _check_matrix("weight", weight, "[out, in]", None, x.shape[-1])
@@ -239,7 +205,7 @@ def _check_lora(
     if bias is not None:
         _check_like("bias", bias, x, False)
         if bias.dim() != 1 or bias.shape[0] != out:
-            raise ValueError(f"clipft.lora_linear: bias must be [out], [{out}], got shape {_shape(bias)}")
+            raise ValueError(f"clipft.lora_linear: bias must be [out], [{out}], got shape {shape_of(bias)}")
     _check_like("lora_a", lora_a, x, True)
     _check_matrix("lora_a", lora_a, "[r, in]", None, x.shape[-1])
     _check_like("lora_b", lora_b, x, True)
@@ -310,16 +276,6 @@ def _(seed: Tensor, rows: int, cols: int, dropout: float) -> Tensor:
     return seed.new_empty((rows, cols), dtype=torch.float32)
 
 
-@torch.library.register_fake("clipft::quick_gelu")
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("clipft::quick_gelu_backward")
-def _(grad: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 # ---- autograd ----
 
 
@@ -338,19 +294,5 @@ def _lora_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
-def _gelu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gelu_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    return call(torch.ops.clipft.quick_gelu_backward, grad.contiguous(), *ctx.saved_tensors)
-
-
-def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("clipft's ops have no second derivative: do not call their backward with create_graph=True")
-
-
 torch.library.register_autograd("clipft::lora_linear", _lora_gradients, setup_context=_lora_context)
-torch.library.register_autograd("clipft::quick_gelu", _gelu_gradient, setup_context=_gelu_context)
-for _op in ("lora_linear_backward", "quick_gelu_backward"):
-    torch.library.register_autograd(f"clipft::{_op}", _no_second_derivative)
+torch.library.register_autograd("clipft::lora_linear_backward", no_second_derivative)

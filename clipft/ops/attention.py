@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import clipft._C  # noqa: F401  (importing it registers torch.ops.clipft)
+from clipft.ops.kernels import FLOATS, dtype_name
 
 __all__ = ["attention"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_SIZE = 1 << 24  # MAX_SIZE in csrc/ops/attention.c
 
 
@@ -38,9 +37,8 @@ def attention(
     """
     if not isinstance(qkv, Tensor):
         raise TypeError(f"clipft.attention: qkv must be a tensor, got {type(qkv).__name__}")
-    if qkv.dtype not in _FLOATS:
-        got = str(qkv.dtype).removeprefix("torch.")
-        raise TypeError(f"clipft.attention: qkv must be float32, bfloat16 or float16, got {got}")
+    if qkv.dtype not in FLOATS:
+        raise TypeError(f"clipft.attention: qkv must be float32, bfloat16 or float16, got {dtype_name(qkv)}")
     if heads < 1:
         raise ValueError(f"clipft.attention: heads must be at least 1, got {heads}")
     width = qkv.shape[-1] if qkv.dim() == 3 else 0

@@ -1,4 +1,4 @@
-"""The int8 linear layer as a function over ``torch.ops.clipft.*``; ``clipft.ops`` gives its name out."""
+"""The int8 linear layer as a function over ``torch.ops.clipft.quantized_linear``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipft import reference
-from clipft.devices import call, has_kernel
+from clipft.ops import reference
+from clipft.ops.kernels import FLOATS, MAX_DIM, call, dtype_name, has_kernel, shape_of
 
 __all__ = ["quantize_weight", "quantized_linear"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_DIM = 8  # CLIPFT_MAX_DIM in csrc/tensor.h
 _MAX_IN, _MAX_OUT = 131072, 1 << 24  # CLIPFT_INT8_MAX_IN and _OUT in csrc/kernels/int8.h
 _HEADER, _PANEL = 64, 16  # clipft_int8_header and CLIPFT_INT8_PANEL
 _ACTIVATIONS = {None: 0, "quick_gelu": 1, "gelu": 2}  # clipft_activation in csrc/kernels/kernels.h
@@ -64,10 +62,10 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: not a float tensor. ValueError: not [out, in], or NaN or Inf in it.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        got = _dtype(weight) if isinstance(weight, Tensor) else type(weight).__name__
+        got = dtype_name(weight) if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"clipft.quantize_weight: weight must be a float tensor, got {got}")
     if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"clipft.quantize_weight: weight must be [out, in], not empty, got shape {_shape(weight)}")
+        raise ValueError(f"clipft.quantize_weight: weight must be [out, in], not empty, got shape {shape_of(weight)}")
     wide = weight.detach().float()
     if not torch.isfinite(wide).all():
         raise ValueError("clipft.quantize_weight: weight must be finite, got NaN or Inf in it")
@@ -98,14 +96,6 @@ def in_order(x: Tensor) -> Tensor:
 # ---- checks: the messages equal those of csrc/ops/quantized_inputs.c ----
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
 def _check_tensor(op: str, name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
@@ -121,17 +111,18 @@ def _check_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
 def check_input(op: str, x: Any) -> None:
     """Dtype and dimensions of a layer's input."""
     _check_tensor(op, "input", x)
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"clipft.{op}: input must be float32, bfloat16 or float16, got {_dtype(x)}")
-    if not 1 <= x.dim() <= _MAX_DIM or x.shape[-1] == 0:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"clipft.{op}: input must be float32, bfloat16 or float16, got {dtype_name(x)}")
+    if not 1 <= x.dim() <= MAX_DIM or x.shape[-1] == 0:
         raise ValueError(
-            f"clipft.{op}: input must be [..., in] with in > 0 and at most {_MAX_DIM} dimensions, got shape {_shape(x)}"
+            f"clipft.{op}: input must be [..., in] with in > 0 and at most {MAX_DIM} dimensions, "
+            f"got shape {shape_of(x)}"
         )
 
 
 def _check_out(op: str, name: str, tensor: Tensor, out: int) -> None:
     if tensor.dim() != 1 or tensor.shape[0] != out:
-        raise ValueError(f"clipft.{op}: {name} must be [out], [{out}], got shape {_shape(tensor)}")
+        raise ValueError(f"clipft.{op}: {name} must be [out], [{out}], got shape {shape_of(tensor)}")
 
 
 def activation_code(op: str, activation: Any) -> int:
@@ -149,15 +140,15 @@ def check_weight(op: str, weight: Any, scale: Any) -> None:
     """Dtypes and shapes of a layer's state."""
     _check_tensor(op, "weight_int8", weight)
     if weight.dtype != torch.int8:
-        raise TypeError(f"clipft.{op}: weight_int8 must be int8, got {_dtype(weight)}")
+        raise TypeError(f"clipft.{op}: weight_int8 must be int8, got {dtype_name(weight)}")
     if weight.dim() != 2 or not 0 < weight.shape[0] <= _MAX_OUT or not 0 < weight.shape[1] <= _MAX_IN:
         raise ValueError(
             f"clipft.{op}: weight_int8 must be [out, in] with 0 < out <= {_MAX_OUT} and 0 < in <= {_MAX_IN}, "
-            f"got shape {_shape(weight)}"
+            f"got shape {shape_of(weight)}"
         )
     _check_tensor(op, "weight_scale", scale)
     if scale.dtype != torch.float32:
-        raise TypeError(f"clipft.{op}: weight_scale must be float32, got {_dtype(scale)}")
+        raise TypeError(f"clipft.{op}: weight_scale must be float32, got {dtype_name(scale)}")
     _check_out(op, "weight_scale", scale, weight.shape[0])
     _check_device(op, "weight_scale", scale, weight)
 
@@ -169,13 +160,13 @@ def check_linear(op: str, x: Any, weight: Any, scale: Any, bias: Any, activation
     _check_device(op, "weight_int8", weight, x)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"clipft.{op}: input must have the weight's {weight.shape[1]} features last, got shape {_shape(x)}"
+            f"clipft.{op}: input must have the weight's {weight.shape[1]} features last, got shape {shape_of(x)}"
         )
     if bias is not None:
         _check_tensor(op, "bias", bias)
         if bias.dtype not in (x.dtype, torch.float32):
             raise TypeError(
-                f"clipft.{op}: bias must have the dtype of input, {_dtype(x)}, or float32, got {_dtype(bias)}"
+                f"clipft.{op}: bias must have the dtype of input, {dtype_name(x)}, or float32, got {dtype_name(bias)}"
             )
         _check_device(op, "bias", bias, x)
         _check_out(op, "bias", bias, weight.shape[0])
@@ -194,11 +185,13 @@ def check_surroundings(op: str, x: Tensor, norm: Any, residual: Any, out: int) -
     if residual is not None:
         _check_tensor(op, "residual", residual)
         if residual.dtype != x.dtype:
-            raise TypeError(f"clipft.{op}: residual must have the dtype of input, {_dtype(x)}, got {_dtype(residual)}")
+            raise TypeError(
+                f"clipft.{op}: residual must have the dtype of input, {dtype_name(x)}, got {dtype_name(residual)}"
+            )
         _check_device(op, "residual", residual, x)
         if residual.shape != (*x.shape[:-1], out):
             raise ValueError(
-                f"clipft.{op}: residual must have the result's shape, {[*x.shape[:-1], out]}, got {_shape(residual)}"
+                f"clipft.{op}: residual must have the result's shape, {[*x.shape[:-1], out]}, got {shape_of(residual)}"
             )
 
 

@@ -1,4 +1,5 @@
-"""Whether the kernels run on a device, what is done where they do not, autocast there, and errors of torch's C ABI."""
+"""What all ops share: whether the kernels run on a device and what is done where they do not, autocast there, errors of
+torch's C ABI, and checks of a tensor's kind."""
 
 from __future__ import annotations
 
@@ -10,9 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import clipft._C  # importing it registers torch.ops.clipft
+import clipft._C
 
-__all__ = ["autocasts", "call", "has_kernel", "problem", "without_autocast"]
+__all__ = [
+    "FLOATS",
+    "MAX_DIM",
+    "PLAIN",
+    "autocasts",
+    "call",
+    "check_float",
+    "dtype_name",
+    "has_kernel",
+    "no_second_derivative",
+    "problem",
+    "shape_of",
+    "without_autocast",
+]
 
 _WARNED: set[tuple[str, str]] = set()
 
@@ -63,3 +77,34 @@ def call(op: Any, *args: Any) -> Any:
         if "CUDA out of memory" not in str(error):
             raise
         raise torch.OutOfMemoryError(str(error)) from None
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_DIM = 8  # CLIPFT_MAX_DIM in csrc/tensor.h
+PLAIN = "Plain torch computes it"
+
+
+# ---- checks: the messages equal those of csrc/ops/lora_inputs.c ----
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """As error messages have it: "float32"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def shape_of(tensor: Tensor) -> list[int]:
+    """As error messages have it: [2, 3]."""
+    return list(tensor.shape)
+
+
+def check_float(op: str, name: str, tensor: Any) -> None:
+    """That an argument is a tensor of a dtype that the kernels have."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"clipft.{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(tensor)}")
+
+
+def no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    """The gradient of a backward op."""
+    raise RuntimeError("clipft's ops have no second derivative: do not call their backward with create_graph=True")

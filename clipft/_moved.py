@@ -1,0 +1,95 @@
+"""Where the names of clipft 0.1 are now, so that old imports and pickles go on working for one version.
+
+Modules became packages of the same name, and many were split, so the table goes by name: ``from clipft.data import
+tokenize`` and ``from clipft.vectors import VectorFile`` still work, with a DeprecationWarning. A package hands out its
+old names with ``__getattr__ = getattr_of(__name__)``; modules that are gone are found by :class:`_OldModules`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MOVED", "getattr_of", "install"]
+
+# Old module -> new module -> its names, all of them ("*"), or OLD=NEW where the name changed too; all below clipft.
+MOVED: dict[str, dict[str, str]] = {
+    "attention": {
+        "ops.attention": "*",
+    },
+    "devices": {
+        "ops.kernels": "*",
+    },
+    "linear": {
+        "ops.gelu": "quick_gelu",
+        "ops.lora": "dropout_mask lora_linear quick_gelu_lora_linear",
+    },
+    "nn": {
+        "ops.nn": "ContrastiveLoss QuantizedLinear SigmoidLoss",
+    },
+    "ops": {
+        "ops.distributed": "with_other_ranks",
+        "ops.losses": "contrastive_loss sigmoid_loss",
+    },
+    "quantized": {
+        "ops.int8": "*",
+    },
+    "reference": {
+        "ops.reference": "contrastive_loss contrastive_targets dropout_mask lora_linear quantize_rows quantized_linear "
+        "quick_gelu sigmoid_loss",
+    },
+}
+# ---- end of the table ----
+
+
+def getattr_of(module: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package that has taken an old module's name."""
+
+    def old_name(name: str) -> Any:
+        found = _found(module, name)
+        if found is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return found
+
+    return old_name
+
+
+def install() -> None:
+    """Let the modules that are gone be imported."""
+    if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
+        sys.meta_path.append(_OldModules())
+
+
+def _found(module: str, name: str) -> Any:
+    """An old module's name, with a warning that says where it is now."""
+    for new, names in MOVED.get(module.removeprefix("clipft."), {}).items():
+        renamed = dict(entry.partition("=")[::2] for entry in names.split())
+        if names == "*" or name in renamed:
+            place, own = f"clipft.{new}", renamed.get(name) or name
+            value = getattr(importlib.import_module(place), own, None)
+            if value is not None:
+                message = f"{module}.{name} is {place}.{own} now; the old name goes with the next version"
+                warnings.warn(message, DeprecationWarning, stacklevel=4)
+                return value
+    return None
+
+
+class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the modules of 0.1 that are gone, as empty ones with the old names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Asked last: a module that exists is found before."""
+        old = fullname.startswith("clipft.") and fullname.removeprefix("clipft.") in MOVED
+        return importlib.machinery.ModuleSpec(fullname, self) if old else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Its names are looked up as they are asked for."""
+        module.__getattr__ = getattr_of(module.__name__)  # type: ignore[method-assign]
