@@ -40,7 +40,7 @@ from sklearn.preprocessing import StandardScaler
 
 import clipft
 from clipft.cli.training import HELD_OUT
-from clipft.data import class_names_of
+from clipft.data.rows import class_names_of
 from clipft.demo import random_weights
 from clipft.metrics import Classification
 from clipft.report import save_model

@@ -28,8 +28,8 @@ from rich.table import Table
 from torchvision.transforms import v2
 from transformers import CLIPImageProcessor
 
-from clipft.data import PairRows
-from clipft.transforms import Augmentation, build_transform
+from clipft.data.rows import PairRows
+from clipft.data.transforms import Augmentation, build_transform
 
 SIDE = 224
 SIZES = ((256, 256), (640, 480), (1280, 960), (2560, 1920))

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from clipft import nn as nn
     from clipft import ops as ops
     from clipft import reference as reference
-    from clipft.data import CLIPDataCollator as CLIPDataCollator
+    from clipft.data.collate import CLIPDataCollator as CLIPDataCollator
+    from clipft.data.sources import load_pairs as load_pairs
     from clipft.embedding import embed as embed
     from clipft.evaluation import evaluate_heads as evaluate_heads
     from clipft.evaluation import evaluate_knn as evaluate_knn
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from clipft.ops import lora_linear as lora_linear
     from clipft.ops import quantized_linear as quantized_linear
     from clipft.ops import sigmoid_loss as sigmoid_loss
-    from clipft.pairs import load_pairs as load_pairs
     from clipft.quantization import quantize as quantize
     from clipft.training import CLIPTrainer as CLIPTrainer
     from clipft.training import CLIPTrainingArguments as CLIPTrainingArguments

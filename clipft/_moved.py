@@ -23,12 +23,34 @@ MOVED: dict[str, dict[str, str]] = {
     "attention": {
         "ops.attention": "*",
     },
+    "data": {
+        "data.collate": "CLIPDataCollator FrozenFeatures model_inputs most_tokens tokenize",
+        "data.rows": "DEFAULT_TEMPLATES PairRows class_names_of class_targets class_text column_names column_values "
+        "read_row read_stored render stored_pictures",
+        "data.sampling": "EpochSampler mix_seed",
+    },
+    "demo.pictures": {
+        "data.drawings": "*",
+    },
     "devices": {
         "ops.kernels": "*",
+    },
+    "evaluation": {
+        "data.rows": "index_texts",
+    },
+    "families": {
+        "families.family": "Family Tower",
+        "families.registry": "FAMILIES MODEL_NAMES MOST_TOKENS base_model check_model family_of family_of_processor",
     },
     "linear": {
         "ops.gelu": "quick_gelu",
         "ops.lora": "dropout_mask lora_linear quick_gelu_lora_linear",
+    },
+    "losses": {
+        "data.rows": "MISSING",
+    },
+    "naflex": {
+        "families.naflex": "*",
     },
     "nn": {
         "ops.nn": "ContrastiveLoss QuantizedLinear SigmoidLoss",
@@ -37,12 +59,29 @@ MOVED: dict[str, dict[str, str]] = {
         "ops.distributed": "with_other_ranks",
         "ops.losses": "contrastive_loss sigmoid_loss",
     },
+    "pairs": {
+        "data.columns": "CAPTION_COLUMNS IMAGE_COLUMNS LABEL_COLUMNS checked_attributes",
+        "data.reading": "Reading",
+        "data.sources": "load_pairs load_reading read_pairs",
+    },
+    "pixels": {
+        "data.pictures": "*",
+    },
     "quantized": {
         "ops.int8": "*",
     },
     "reference": {
         "ops.reference": "contrastive_loss contrastive_targets dropout_mask lora_linear quantize_rows quantized_linear "
         "quick_gelu sigmoid_loss",
+    },
+    "sampling": {
+        "data.sampling": "*",
+    },
+    "shards": {
+        "data.shards": "*",
+    },
+    "transforms": {
+        "data.transforms": "*",
     },
 }
 # ---- end of the table ----

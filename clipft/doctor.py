@@ -21,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipft.data import PairRows, class_names_of, most_tokens, read_stored, stored_pictures
-from clipft.families import FAMILIES, family_of
-from clipft.pairs import Reading, read_pairs
-from clipft.pixels import UNREADABLE, to_rgb, upright
-from clipft.sampling import UNEVEN
+from clipft.data.collate import most_tokens
+from clipft.data.pictures import UNREADABLE, to_rgb, upright
+from clipft.data.reading import Reading
+from clipft.data.rows import PairRows, class_names_of, read_stored, stored_pictures
+from clipft.data.sampling import UNEVEN
+from clipft.data.sources import read_pairs
+from clipft.families.registry import FAMILIES, family_of
 
 __all__ = ["Finding", "examine"]
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipft.pixels import UNREADABLE, open_picture
+from clipft.data.pictures import UNREADABLE, open_picture
 
 __all__ = ["Encoder", "embed", "encode_pictures", "encoder_of", "load_encoder"]
 
@@ -81,7 +81,7 @@ def embed(
 def _dim(model: Any) -> int:
     if info := getattr(model, "info", None):
         return int(info["dim"])
-    from clipft.families import family_of
+    from clipft.families.registry import family_of
 
     return family_of(model).dim(model.config)
 
@@ -114,8 +114,8 @@ def encoder_of(model: Any, processor: Any, batch_size: int) -> Encoder:
             lambda texts: cast(Array, model.encode_texts(texts, batch_size)),
             lambda: _digest([json.dumps(model.info, sort_keys=True).encode(), model.identity().encode()]),
         )
+    from clipft.data.transforms import build_transform, stack_pictures
     from clipft.evaluation import embed_texts, evaluating
-    from clipft.transforms import build_transform, stack_pictures
 
     if processor is None:
         raise ValueError("processor: expected the model's processor, got None")

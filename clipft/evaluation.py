@@ -15,23 +15,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from clipft.data import (
+from clipft.data.collate import tokenize
+from clipft.data.rows import (
     DEFAULT_TEMPLATES,
+    MISSING,
     PairRows,
     class_names_of,
     class_targets,
     column_names,
     column_values,
+    index_texts,
     read_row,
     render,
-    tokenize,
 )
+from clipft.data.transforms import build_transform, stack_pictures
 from clipft.heads import heads_of
-from clipft.losses import MISSING
 from clipft.metrics import RESAMPLES, Classification, Retrieval
-from clipft.transforms import build_transform, stack_pictures
 
-__all__ = ["evaluate_heads", "evaluate_knn", "evaluate_linear_probe", "evaluate_retrieval", "evaluate_zero_shot"]
+__all__ = [
+    "Pictures",
+    "check_class_names",
+    "class_embeddings",
+    "embed_images",
+    "embed_texts",
+    "evaluate_heads",
+    "evaluate_knn",
+    "evaluate_linear_probe",
+    "evaluate_retrieval",
+    "evaluate_zero_shot",
+    "evaluating",
+    "heads_found",
+    "labels_of",
+]
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -339,16 +354,6 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-# ---- texts and labels ----
-
-
-def index_texts(captions: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[str]]:
-    """For each image the indices of its texts, and the distinct texts in order of first appearance."""
-    number: dict[str, int] = {}
-    texts_of = [sorted({number.setdefault(text, len(number)) for text in own}) for own in captions]
-    return texts_of, list(number)
 
 
 def check_class_names(class_names: Sequence[str]) -> None:

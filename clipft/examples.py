@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipft.data import read_row
+from clipft.data.rows import read_row
 from clipft.metrics import Retrieval
 from clipft.scoring import Found
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
-from clipft.evaluation import embed_images, embed_texts, index_texts
+from clipft.data.rows import index_texts
+from clipft.evaluation import embed_images, embed_texts
 from clipft.fused import fuse_last_layer
 from clipft.metrics import retrieval_metrics
 from clipft.quantization import pictures_and_captions, plain_model, quantize
@@ -188,7 +189,7 @@ def _write(
 
 def _info(model: CLIPModel, processor: Any) -> dict[str, Any]:
     from clipft import __version__
-    from clipft.pixels import check_preprocessing
+    from clipft.data.pictures import check_preprocessing
 
     preprocessing = json.loads(json.dumps(processor.image_processor.to_dict(), default=dict))
     check_preprocessing(preprocessing, "processor")

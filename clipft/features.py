@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from clipft.data import PairRows, read_stored, stored_pictures, tokenize
+from clipft.data.collate import tokenize
+from clipft.data.rows import PairRows, read_stored, stored_pictures
+from clipft.data.transforms import build_transform, stack_pictures
 from clipft.evaluation import evaluating
-from clipft.families import base_model
-from clipft.transforms import build_transform, stack_pictures
+from clipft.families.registry import base_model
 
 __all__ = ["FrozenTowers", "frozen_towers"]
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipft.data import model_inputs
-from clipft.families import check_model
+from clipft.data.collate import model_inputs
+from clipft.families.registry import check_model
 from clipft.metrics import Classification, Retrieval
 from clipft.models import check_float, unfuse
 

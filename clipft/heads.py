@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipft.families import base_model, check_model
+from clipft.families.registry import base_model, check_model
 
 __all__ = ["ClassificationHead", "add_head", "classify", "heads_of", "restore_heads", "with_heads"]
 
@@ -61,7 +61,7 @@ def heads_of(model: Any) -> dict[str, ClassificationHead]:
 
 def default_templates(name: str) -> tuple[str, ...]:
     """Texts of a head's classes, where nobody gives any: of the attribute "color", "a photo, color: red."."""
-    from clipft.data import DEFAULT_TEMPLATES, class_text
+    from clipft.data.rows import DEFAULT_TEMPLATES, class_text
 
     return DEFAULT_TEMPLATES if name == LABEL else (f"a photo, {class_text(name)}: {{}}.",)
 
@@ -158,7 +158,7 @@ def _attach(model: Any, head: ClassificationHead) -> None:
 
 def restore_heads(model: Any) -> None:
     """Give a model the heads that its configuration names, without their weights, which are loaded next."""
-    from clipft.families import family_of
+    from clipft.families.registry import family_of
 
     for stored in getattr(model.config, CONFIG, None) or []:
         weight = torch.empty(len(stored["classes"]), family_of(model).dim(model.config))

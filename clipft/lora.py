@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from clipft.families import check_model
+from clipft.families.registry import check_model
 
 __all__ = ["add_lora", "is_adapter_folder", "load_merged"]
 

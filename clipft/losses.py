@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["MISSING", "balanced_class_weights", "dice_loss", "focal_loss", "head_loss"]
+from clipft.data.rows import MISSING
 
-MISSING = -100  # torch's ignore_index
+__all__ = ["HEAD_LOSSES", "balanced_class_weights", "dice_loss", "focal_loss", "head_loss"]
+
 HEAD_LOSSES = ("cross_entropy", "focal", "dice")
 
 

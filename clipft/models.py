@@ -18,7 +18,8 @@ from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.utils.hub import cached_file
 
-from clipft.families import FAMILIES, MODEL_NAMES, MOST_TOKENS, Family, Tower, base_model, check_model, family_of
+from clipft.families.family import Family, Tower
+from clipft.families.registry import FAMILIES, MODEL_NAMES, MOST_TOKENS, base_model, check_model, family_of
 from clipft.fused import FusedCLIPModel, FusedQuickGELU, fuse_last_layer
 from clipft.fused_siglip import FusedSiglip2Model, FusedSiglipModel
 from clipft.heads import CONFIG as HEADS

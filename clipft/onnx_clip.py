@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from clipft.pixels import check_preprocessing, open_picture, to_pixels
+from clipft.data.pictures import check_preprocessing, open_picture, to_pixels
 
 try:
     import onnxruntime

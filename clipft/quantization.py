@@ -171,8 +171,8 @@ def _measure_on(model: CLIPModel, data: Any, processor: Any) -> tuple[dict[str, 
             "pictures": source,
             "texts": f"{_PICTURES} of random tokens",
         }
-    from clipft.data import tokenize
-    from clipft.transforms import build_transform
+    from clipft.data.collate import tokenize
+    from clipft.data.transforms import build_transform
 
     transform = build_transform(processor.image_processor)
     pixels = torch.stack([transform(picture) for picture in pictures])
@@ -186,12 +186,12 @@ def _measure_on(model: CLIPModel, data: Any, processor: Any) -> tuple[dict[str, 
 def pictures_and_captions(data: Any, most: int) -> tuple[list[Any], list[list[str]], str]:
     """At most so many rows of a data set, or of the embedded drawings, at equal distances, and what they are."""
     if data is None:
-        from clipft.demo.pictures import decode, on_white, read_pictures
+        from clipft.data.drawings import decode, on_white, read_pictures
 
         drawings = _spread(read_pictures(), min(most, _DRAWINGS))
         named = [[row["name"]] for row in drawings]
         return [on_white(decode(row)) for row in drawings], named, f"{len(drawings)} embedded drawings"
-    from clipft.data import PairRows
+    from clipft.data.rows import PairRows
 
     rows = PairRows(data)
     pairs = [rows[index] for index in _spread(range(len(rows)), most)]

@@ -11,16 +11,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipft.data import PairRows, class_names_of, class_targets, class_text, column_names
-from clipft.evaluation import (
-    Pictures,
-    class_embeddings,
-    embed_images,
-    embed_texts,
-    heads_found,
-    index_texts,
-    labels_of,
-)
+from clipft.data.rows import PairRows, class_names_of, class_targets, class_text, column_names, index_texts
+from clipft.evaluation import Pictures, class_embeddings, embed_images, embed_texts, heads_found, labels_of
 from clipft.heads import LABEL, heads_of
 from clipft.metrics import Classification, Retrieval, interval
 
@@ -132,7 +124,7 @@ def control_drawings() -> Any:
     """Every sixth of the package's drawings with its caption: 310 pictures that few models are tuned on."""
     import datasets
 
-    from clipft.demo.pictures import decode, on_white, read_pictures
+    from clipft.data.drawings import decode, on_white, read_pictures
 
     rows = read_pictures()[::6]
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})

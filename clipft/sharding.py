@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import CLIPModel
 
-from clipft.families import base_model
+from clipft.families.registry import base_model
 
 __all__ = ["as_saved", "check_enabled", "check_version", "gather_for_features", "make_shardable"]
 

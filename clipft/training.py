@@ -25,9 +25,18 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from clipft.auto_batch import fitting_chunk
 from clipft.checkpoints import StagedCheckpoints, check_checkpoint, kept, last_checkpoint
-from clipft.data import CLIPDataCollator, EpochSampler, FrozenFeatures, PairRows, column_names, model_inputs
-from clipft.evaluation import embed_texts, index_texts
-from clipft.families import base_model, family_of, family_of_processor
+from clipft.data.collate import CLIPDataCollator, FrozenFeatures, model_inputs
+from clipft.data.rows import PairRows, column_names, index_texts
+from clipft.data.sampling import (
+    ClassBalancedSampler,
+    EpochSampler,
+    HardNegativeSampler,
+    labels_of,
+    positives_of_each_other,
+)
+from clipft.data.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_set
+from clipft.evaluation import embed_texts
+from clipft.families.registry import base_model, family_of, family_of_processor
 from clipft.faults import all_finite, non_finite_message, worker_deaths
 from clipft.features import FrozenTowers, frozen_towers
 from clipft.forgetting import StartingPoint
@@ -39,11 +48,9 @@ from clipft.metrics import retrieval_metrics
 from clipft.models import fuse
 from clipft.ops.losses import contrastive_loss, sigmoid_loss
 from clipft.precision import bf16_speedup
-from clipft.sampling import ClassBalancedSampler, HardNegativeSampler, labels_of, positives_of_each_other
 from clipft.schedules import GradualUnfreezing, WeightAverage, split_by_depth
 from clipft.sharding import as_saved, check_enabled, gather_for_features, make_shardable
 from clipft.training_args import CLIPTrainingArguments, check_arguments, check_loss, default_learning_rate, loss_of
-from clipft.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_set
 
 __all__ = ["CLIPTrainer", "CLIPTrainingArguments", "default_learning_rate"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from clipft.data import DEFAULT_TEMPLATES
-from clipft.families import base_model, family_of
+from clipft.data.rows import DEFAULT_TEMPLATES
+from clipft.families.registry import base_model, family_of
 from clipft.losses import HEAD_LOSSES
 from clipft.sharding import check_version
 
@@ -26,7 +26,7 @@ class CLIPTrainingArguments(TrainingArguments):
     """``TrainingArguments`` with the defaults of CLIP fine-tuning, and what only CLIP needs.
 
     ``label_smoothing_factor`` smooths the targets of the contrastive loss and of the heads' cross-entropy. Runs of many
-    epochs crop pictures a little; ``clipft.transforms.Augmentation`` says when each random change harms.
+    epochs crop pictures a little; ``clipft.data.transforms.Augmentation`` says when each random change harms.
     """
 
     learning_rate: float = field(

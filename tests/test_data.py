@@ -18,8 +18,9 @@ from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 import clipft
 from clipft.cli.training import AugmentationSet
-from clipft.data import EpochSampler, PairRows
-from clipft.transforms import AUGMENTATIONS, Augmentation, EncodedPicture, augmentation_set, build_transform
+from clipft.data.rows import PairRows
+from clipft.data.sampling import EpochSampler
+from clipft.data.transforms import AUGMENTATIONS, Augmentation, EncodedPicture, augmentation_set, build_transform
 
 
 @pytest.fixture(scope="module")

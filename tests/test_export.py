@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import clipft
 from clipft.cli import app
-from clipft.pixels import to_pixels
-from clipft.transforms import build_transform
+from clipft.data.pictures import to_pixels
+from clipft.data.transforms import build_transform
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import clipft
 from clipft.checkpoints import last_checkpoint
 from clipft.cli import app
-from clipft.data import CLIPDataCollator
+from clipft.data.collate import CLIPDataCollator
 
 STEPS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 

@@ -15,7 +15,7 @@ from tiny_trainer import losses, trainer_of
 from torch.utils.data import Dataset
 
 import clipft
-from clipft.transforms import augmentation_set
+from clipft.data.transforms import augmentation_set
 
 
 def run(
@@ -164,7 +164,7 @@ def test_only_an_adapter_on_one_tower_leaves_the_other_frozen(tmp_path: Path) ->
 def test_equal_captions_of_a_batch_are_encoded_once(tmp_path: Path) -> None:
     model, processor = tiny_clip()
     rows = [{"image": picture(index)[0], "captions": [f"caption {index % 3}"]} for index in range(7)]
-    batch = clipft.data.CLIPDataCollator(processor)(rows)
+    batch = clipft.data.collate.CLIPDataCollator(processor)(rows)
     assert batch["input_ids"].shape[0] == 3 and batch["text_index"].tolist() == [0, 1, 2, 0, 1, 2, 0]
     fused = clipft.fuse(model)
     features = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -172,4 +172,4 @@ def test_equal_captions_of_a_batch_are_encoded_once(tmp_path: Path) -> None:
     plain = {name: batch[name][batch["text_index"]] for name in ("input_ids", "attention_mask")}
     want = fused(pixel_values=batch["pixel_values"], **plain, return_logits=True)
     torch.testing.assert_close(output.logits_per_image, want.logits_per_image)
-    assert "text_index" not in clipft.data.CLIPDataCollator(processor)(rows[:3])
+    assert "text_index" not in clipft.data.collate.CLIPDataCollator(processor)(rows[:3])

@@ -17,7 +17,7 @@ from tiny_trainer import StopAfter, losses, same, trainer_of
 from torch import Tensor
 
 import clipft
-from clipft.sampling import HardNegativeSampler, hardest, positives_of_each_other
+from clipft.data.sampling import HardNegativeSampler, hardest, positives_of_each_other
 
 
 def clusters(count: int, size: int, dim: int = 8) -> tuple[Tensor, Tensor]:

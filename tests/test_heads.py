@@ -25,8 +25,9 @@ from typer.testing import CliRunner
 
 import clipft
 from clipft.cli import app
+from clipft.data.rows import MISSING
 from clipft.heads import heads_of
-from clipft.losses import MISSING, balanced_class_weights, head_loss
+from clipft.losses import balanced_class_weights, head_loss
 
 NAMES = list(COLOURS)
 

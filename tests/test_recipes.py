@@ -15,7 +15,7 @@ from tiny_trainer import StopAfter, losses, same, trainer_of
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 import clipft
-from clipft.sampling import ClassBalancedSampler, classes_are_uneven
+from clipft.data.sampling import ClassBalancedSampler, classes_are_uneven
 from clipft.schedules import depth_from_top
 
 # ---- class-balanced batches ----

@@ -15,7 +15,8 @@ from tiny_clip import encoded, picture, tiny_clip
 from torch.utils.data import DataLoader
 
 import clipft
-from clipft.data import EpochSampler, PairRows
+from clipft.data.rows import PairRows
+from clipft.data.sampling import EpochSampler
 
 
 @pytest.fixture(scope="module")

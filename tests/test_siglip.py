@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 
 import clipft
 from clipft.cli import app
-from clipft.data import CLIPDataCollator, PairRows, tokenize
+from clipft.data.collate import CLIPDataCollator, tokenize
+from clipft.data.rows import PairRows
+from clipft.data.transforms import Augmentation
 from clipft.features import frozen_towers
-from clipft.transforms import Augmentation
 
 pytest.importorskip("sentencepiece")
 

@@ -98,7 +98,7 @@ def chosen_metric(metric: str | None, head: Head, attributes: Iterable[str]) -> 
 
 def check_test_set(trainer: Any, test: Any) -> None:
     """That the run's heads know the classes of the test set, before an hour of training."""
-    from clipft.data import class_targets
+    from clipft.data.rows import class_targets
 
     for name, classes in trainer.head_classes.items():
         class_targets(test, name, classes)

@@ -146,7 +146,7 @@ def _write_sheet(path: Path, queries: list[Any], found: list[list[tuple[str, flo
         from clipft.sheet import Row, draw_sheet
     except ImportError as error:
         raise ImportError(f"the sheet needs {error.name}: pip install 'clipft[search]'") from error
-    from clipft.pixels import open_picture
+    from clipft.data.pictures import open_picture
 
     picture = _pictures_of(source)
     rows = [
@@ -162,7 +162,7 @@ def _write_sheet(path: Path, queries: list[Any], found: list[list[tuple[str, flo
 
 def _pictures_of(source: str) -> Callable[[str], Any]:
     """From an id to its picture, or None where that is not to be had any more."""
-    from clipft.pixels import UNREADABLE, open_picture
+    from clipft.data.pictures import UNREADABLE, open_picture
 
     def from_folder(name: str) -> Any:
         try:

@@ -75,7 +75,7 @@ class Loss(StrEnum):
 
 
 class AugmentationSet(StrEnum):
-    """Sets of random changes, ``clipft.transforms.AUGMENTATIONS``, which says when each harms."""
+    """Sets of random changes, ``clipft.data.transforms.AUGMENTATIONS``, which says when each harms."""
 
     auto = "auto"
     none = "none"
@@ -382,7 +382,7 @@ def evaluate(
     """Zero-shot classification where the data has classes, retrieval where it has captions; the model's heads."""
     console = prepare()
     from clipft import load_pairs, report
-    from clipft.data import DEFAULT_TEMPLATES
+    from clipft.data.rows import DEFAULT_TEMPLATES
     from clipft.evaluation import evaluate_knn, evaluate_linear_probe
     from clipft.models import load
     from clipft.scoring import Scorer
@@ -447,7 +447,9 @@ def _load_sets(
     allow_outside: bool,
     attribute_columns: list[str],
 ) -> Sets:
-    from clipft.pairs import Reading, checked_attributes, load_reading
+    from clipft.data.columns import checked_attributes
+    from clipft.data.reading import Reading
+    from clipft.data.sources import load_reading
 
     skipped: dict[str, list[str]] = {}
 
@@ -477,7 +479,7 @@ def _load_sets(
 
 def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """A split that depends on the data and the seed alone, with each class's share where there are classes."""
-    from clipft.data import class_names_of
+    from clipft.data.rows import class_names_of
 
     by = "label" if class_names_of(dataset) else None
     try:
@@ -510,7 +512,7 @@ def _training_arguments(output: Path, **options: Any) -> Any:
 
 def _balanced(asked: bool | None, rows: datasets.Dataset, arguments: Any, console: Console) -> bool:
     """Where nobody asked, uneven classes are drawn evenly, unless the loss sees to rare ones or batches are mined."""
-    from clipft.sampling import classes_are_uneven
+    from clipft.data.sampling import classes_are_uneven
 
     others = arguments.class_weights is not None or arguments.head_loss != "cross_entropy" or arguments.hard_negatives
     if asked is not None:

@@ -38,8 +38,8 @@ def run(output: str | Path, console: Console) -> dict[str, Any]:
     """
     from transformers import CLIPModel
 
-    from clipft.demo.drawings import noto, openmoji, split_by_name
     from clipft.demo.gallery import draw_queries
+    from clipft.demo.styles import noto, openmoji, split_by_name
     from clipft.evaluation import evaluate_retrieval
     from clipft.models import load, unfuse
     from clipft.report import save_model, write_json

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from fontTools.ttLib import TTFont
 from PIL import Image
 
+from clipft.data.drawings import PICTURES
 from clipft.demo.glyphs import sequence_glyphs
-from clipft.demo.pictures import PICTURES
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 CLDR = Path("/usr/share/unicode/cldr/common")

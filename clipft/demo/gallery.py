@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from matplotlib.figure import Figure
 
-from clipft.data import PairRows
+from clipft.data.rows import PairRows
 from clipft.evaluation import embed_images, embed_texts
 
 HITS = 5

@@ -25,13 +25,14 @@ from transformers import CLIPProcessor, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import clipft
-from clipft.data import mix_seed, tokenize
-from clipft.demo.drawings import noto
+from clipft.data.collate import tokenize
+from clipft.data.sampling import mix_seed
 from clipft.demo.pretrain import sources
 from clipft.demo.pretrain.model import build_model, build_processor, train_tokenizer
 from clipft.demo.pretrain.sources import Drawing
 from clipft.demo.pretrain.teacher import GLOBAL, LOCAL, Teacher
 from clipft.demo.pretrain.views import SCENE, Views, crop
+from clipft.demo.styles import noto
 from clipft.models import DEMO_MODEL
 from clipft.report import ProgressReport, save_model
 

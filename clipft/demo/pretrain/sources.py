@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipft.demo.pictures import decode, read_pictures
+from clipft.data.drawings import decode, read_pictures
 
 SIZE = 96  # pixels of a drawing's side, and of what the model sees
 FASHION_COUNT = 6000

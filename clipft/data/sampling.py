@@ -4,6 +4,7 @@ hence equal on all ranks and after a resume.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,45 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from clipft.data import class_names_of, class_targets, column_names, column_values, mix_seed
-from clipft.losses import MISSING
+from clipft.data.rows import MISSING, class_names_of, class_targets, column_names, column_values
 
 __all__ = [
     "UNEVEN",
     "ClassBalancedSampler",
+    "EpochSampler",
     "HardNegativeSampler",
     "classes_are_uneven",
     "hardest",
     "labels_of",
+    "mix_seed",
     "positives_of_each_other",
 ]
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields (epoch, index) in an order that depends on seed and epoch alone, hence equal on all ranks and after a
+    resume.
+    """
+
+    def __init__(self, length: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.length, self.seed, self.epoch = length, seed, epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.epoch()
+        order = torch.randperm(
+            self.length, generator=torch.Generator().manual_seed(mix_seed(self.seed, epoch, "order"))
+        )
+        return ((epoch, index) for index in order.tolist())
+
+
+def mix_seed(*parts: Any) -> int:
+    """A 64-bit seed from any values, the same on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
 
 UNEVEN = 1.5  # largest over smallest class
 _MOST_TIMES = 10

@@ -71,7 +71,7 @@ def samples(shard: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     continue
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"{member.name} is cut off")
-                own, extension = _split(member.name)
+                own, extension = _key_and_ending(member.name)
                 if own != key and fields:
                     yield key, fields
                     fields = {}
@@ -83,7 +83,7 @@ def samples(shard: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield key, fields
 
 
-def _split(name: str) -> tuple[str, str]:
+def _key_and_ending(name: str) -> tuple[str, str]:
     folder, _, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return f"{folder}/{stem}" if folder else stem, extension.lower()

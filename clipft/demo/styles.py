@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from PIL import Image, ImageDraw, ImageFont
 
-from clipft.demo.pictures import decode, on_white, read_pictures
+from clipft.data.drawings import decode, on_white, read_pictures
 
 TEST_SHARE = 0.165  # of the names: about 300
 _OPENMOJI_SIZE = 96

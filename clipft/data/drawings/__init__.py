@@ -9,6 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image
 
+__all__ = ["PICTURES", "decode", "on_white", "read_pictures"]
+
 PICTURES = Path(__file__).with_name("pictures.parquet")
 
 

@@ -1,4 +1,4 @@
-"""From rows to batches: rows of a data set, the order of an epoch, the collator.
+"""Rows of a data set as training and evaluation see them.
 
 A data set has the columns ``image``, ``caption`` (a string or a list of them) and / or ``label``. Every random choice
 of a training row (which caption, which crop) is drawn from (seed, epoch, index) alone, so a resumed run sees what the
@@ -7,26 +7,45 @@ unbroken one would have seen, with any number of workers.
 
 from __future__ import annotations
 
-import copy
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from clipft.families import MOST_TOKENS, family_of_processor
-from clipft.losses import MISSING
-from clipft.pixels import UNREADABLE
-from clipft.shards import read_slice, shard_of
-from clipft.transforms import Augmentation, EncodedPicture, build_transform, stack_pictures
+from clipft.data.pictures import UNREADABLE
+from clipft.data.shards import read_slice, shard_of
+from clipft.data.transforms import EncodedPicture
 
-__all__ = ["DEFAULT_TEMPLATES", "CLIPDataCollator", "PairRows", "class_text"]
+__all__ = [
+    "DEFAULT_TEMPLATES",
+    "MISSING",
+    "PairRows",
+    "class_names_of",
+    "class_targets",
+    "class_text",
+    "column_names",
+    "index_texts",
+    "read_row",
+    "read_stored",
+    "stored_pictures",
+]
+
+MISSING = -100  # torch's ignore_index
+
+
+# ---- texts and labels ----
+
+
+def index_texts(captions: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[str]]:
+    """For each image the indices of its texts, and the distinct texts in order of first appearance."""
+    number: dict[str, int] = {}
+    texts_of = [sorted({number.setdefault(text, len(number)) for text in own}) for own in captions]
+    return texts_of, list(number)
+
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -46,9 +65,10 @@ class PairRows(Dataset[dict[str, Any]]):
     An index may be a pair (epoch, i), or (epoch, i, repeat): the row then carries it as ``draw``, which makes it a
     training row. A data set without captions gets them from its class names through ``templates``. With
     ``images=False`` rows come without their pictures, for a collator that has features of them, and carry ``index``
-    instead. With ``encoded=True`` the pictures are not decoded yet (:class:`clipft.transforms.EncodedPicture`), where
-    the data set has their files. With ``captions=False`` rows come without them, for a loss that needs none.
-    ``heads`` names data columns with the classes of each: rows then carry ``targets``, the class in each of them.
+    instead. With ``encoded=True`` the pictures are not decoded yet
+    (:class:`clipft.data.transforms.EncodedPicture`), where the data set has their files. With ``captions=False`` rows
+    come without them, for a loss that needs none. ``heads`` names data columns with the classes of each: rows then
+    carry ``targets``, the class in each of them.
     """
 
     def __init__(
@@ -220,150 +240,3 @@ def render(templates: Sequence[str], name: str) -> list[str]:
         if template.count("{}") != 1:
             raise ValueError(f"templates: expected exactly one {{}} in each, got {template!r}")
     return [template.replace("{}", class_text(name)) for template in templates]
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields (epoch, index) in an order that depends on seed and epoch alone, hence equal on all ranks and after a
-    resume.
-    """
-
-    def __init__(self, length: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.length, self.seed, self.epoch = length, seed, epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch()
-        order = torch.randperm(
-            self.length, generator=torch.Generator().manual_seed(mix_seed(self.seed, epoch, "order"))
-        )
-        return ((epoch, index) for index in order.tolist())
-
-
-def mix_seed(*parts: Any) -> int:
-    """A 64-bit seed from any values, the same on every machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
-
-
-# ---- collator ----
-
-
-@dataclass(frozen=True)
-class FrozenFeatures:
-    """``pooler_output`` of frozen towers for one data set, from ``clipft.features``; None for a tower that trains.
-
-    Attributes:
-        images: [N, D], in the order of the rows.
-        texts: [M, D], and ``text_rows``, the row of each caption.
-    """
-
-    images: Tensor | None = None
-    texts: Tensor | None = None
-    text_rows: dict[str, int] | None = None
-
-
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a collator's batch, what the model's forward takes."""
-    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
-
-
-class CLIPDataCollator:
-    """Rows to a batch: ``pixel_values``, ``input_ids``, ``attention_mask``, ``labels``.
-
-    Captions are cut at the model's maximum (77 for CLIP, 64 for SigLIP) and padded to the batch's longest, for SigLIP
-    to the maximum. ``labels`` [N] int64 tell which pairs are positives of each other: the row's ``label`` if it has
-    one, else equal captions. A row with ``draw = (epoch, index)`` is a training row: one of its captions and its
-    augmentation are drawn from (seed, epoch, index). Any other row is taken as it is: first caption, no augmentation.
-    Rows without captions give no text inputs.
-
-    Args:
-        processor: with the torchvision image processor, as ``clipft.load`` gives it.
-        augmentation: random changes to training rows.
-        seed: of the draws.
-        max_length: most tokens of a caption; default: the tokenizer's own maximum.
-    """
-
-    def __init__(
-        self,
-        processor: Any,
-        *,
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
-        max_length: int | None = None,
-    ) -> None:
-        self.processor = processor
-        self.seed = seed
-        self.max_length = max_length
-        self.augmentation = augmentation or Augmentation()
-        self.features: FrozenFeatures | None = None
-        self._plain = build_transform(processor.image_processor)
-        self._random = build_transform(processor.image_processor, self.augmentation)
-
-    def with_features(self, features: FrozenFeatures | None) -> CLIPDataCollator:
-        """The same for a data set whose frozen towers' outputs are known; they take the place of inputs."""
-        other = copy.copy(self)
-        other.features = features
-        return other
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch of N rows with U distinct captions: ``pixel_values`` [N, 3, H, W], ``input_ids`` and
-        ``attention_mask`` [U, L], ``text_index`` [N] where U < N, ``labels`` [N]; ``image_pooler_output`` [N, D] and
-        ``text_pooler_output`` [U, D] instead where features are known; ``targets`` [N, K] of K heads. NaFlex models get
-        patches (see ``clipft.naflex``), SigLIP's an ``attention_mask`` only where their tokenizer gives one."""
-        pictures, captions = zip(*map(self._draw, rows), strict=True)
-        known = self.features or FrozenFeatures()
-        batch: dict[str, Tensor] = {}
-        if known.images is not None:
-            batch["image_pooler_output"] = known.images[[row["index"] for row in rows]]
-        else:
-            batch |= stack_pictures(self.processor.image_processor, pictures)
-        if all(caption is not None for caption in captions):
-            batch |= self._texts(list(captions), known)
-        labels = [row.get("label", caption) for row, caption in zip(rows, captions, strict=True)]
-        if all(label is not None for label in labels):
-            batch["labels"] = torch.tensor(
-                [mix_seed(label) if isinstance(label, str) else int(label) for label in labels]
-            )
-        if all("targets" in row for row in rows):
-            batch["targets"] = torch.tensor([row["targets"] for row in rows])
-        return batch
-
-    def _texts(self, captions: list[str], known: FrozenFeatures) -> dict[str, Tensor]:
-        place = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-        batch: dict[str, Tensor] = {}
-        if known.texts is not None:
-            assert known.text_rows is not None
-            batch["text_pooler_output"] = known.texts[[known.text_rows[caption] for caption in place]]
-        else:
-            batch |= tokenize(self.processor, list(place), self.max_length)
-        if len(place) < len(captions):
-            batch["text_index"] = torch.tensor([place[caption] for caption in captions])
-        return batch
-
-    def _draw(self, row: dict[str, Any]) -> tuple[Tensor | None, str | None]:
-        captions = row.get("captions", row.get("caption"))
-        captions = [captions] if isinstance(captions, str) else captions
-        if "draw" not in row:
-            picture = self._plain(row["image"]) if "image" in row else None
-            return picture, captions[0] if captions else None
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.manual_seed(mix_seed(self.seed, *row["draw"]))
-            choice = int(torch.randint(len(captions), ())) if captions else 0
-            picture = self._random(row["image"]) if "image" in row else None
-            return picture, captions[choice] if captions else None
-
-
-def tokenize(processor: Any, captions: list[str], max_length: int | None = None) -> dict[str, Tensor]:
-    """``input_ids`` and, where the tokenizer gives it, ``attention_mask`` [N, L]: cut at ``max_length`` and the
-    tokenizer's maximum, and padded to the longest, for SigLIP to that length."""
-    padding, length = family_of_processor(processor).padding, most_tokens(processor, max_length)
-    tokens = processor.tokenizer(captions, padding=padding, truncation=True, max_length=length, return_tensors="pt")
-    return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
-
-
-def most_tokens(processor: Any, max_length: int | None = None) -> int:
-    """Where captions are cut: at ``max_length`` and the tokenizer's maximum or, if it has none, the family's."""
-    limits = [length for length in (max_length, processor.tokenizer.model_max_length) if length is not None]
-    return min(limits) if min(limits) <= MOST_TOKENS else family_of_processor(processor).text_length

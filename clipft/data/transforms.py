@@ -22,8 +22,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from transformers.image_utils import pil_torch_interpolation_mapping
 
-from clipft import naflex
-from clipft.pixels import UNREADABLE, to_rgb, upright
+from clipft.data.pictures import UNREADABLE, to_rgb, upright
+from clipft.families import naflex
 
 __all__ = [
     "AUGMENTATIONS",
@@ -102,8 +102,6 @@ AUGMENTATIONS = {
     # at the edge. Harms where the angle or absolute size is measured.
     "medical": Augmentation(random_resized_crop=0.85, rotation=7.0, noise=0.01),
 }
-
-
 AUGMENTATION_OPTIONS = tuple(field.name for field in fields(Augmentation))
 
 

@@ -1,8 +1,4 @@
-"""A picture as ``pixel_values`` without torch, to the bit what torchvision makes of it in training.
-
-torchvision resizes 8-bit pictures in fixed point: weights of a cubic that widens with the reduction (antialias),
-rounded to 16 bits, along the rows and then along the columns, each pass rounded to 8 bits. This is the same in numpy.
-"""
+"""TODO"""
 
 from __future__ import annotations
 
@@ -14,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-__all__ = ["UNREADABLE", "check_preprocessing", "open_picture", "to_pixels", "to_rgb", "upright"]
+__all__ = ["PICTURE_ENDINGS", "UNREADABLE", "check_preprocessing", "open_picture", "to_pixels", "to_rgb", "upright"]
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
-
 _ORIENTATION = 0x0112  # of EXIF
 _BICUBIC = 3  # PIL's number
 _CUBIC_A = -0.5  # the cubic's parameter where it antialiases
@@ -160,3 +155,6 @@ def _precision(largest: float) -> int:
     while bits < _MAX_BITS and int(0.5 + largest * (1 << (bits + 1))) < 1 << 15:
         bits += 1
     return bits
+
+
+PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}

@@ -1,0 +1,104 @@
+"""Columns of a data set: found by their usual names, captions checked, labels and attributes encoded as classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+
+from clipft.data.reading import Reading
+
+__all__ = [
+    "CAPTION_COLUMNS",
+    "LABEL_COLUMNS",
+    "attribute_value",
+    "check_attributes",
+    "checked_attributes",
+    "checked_captions",
+    "encode_attribute",
+    "encode_labels",
+    "find_columns",
+]
+
+IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "filepath", "file_path", "image_path", "path")
+CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "title")
+LABEL_COLUMNS = ("label", "class")
+
+
+# ---- captions and labels ----
+
+
+def checked_captions(value: Any, where: str) -> list[str]:
+    """A row's caption or captions as a list of one or more."""
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+        raise ValueError(f"{where}: expected a caption or a list of captions, got {value!r}")
+    return captions
+
+
+def encode_labels(values: list[Any]) -> tuple[list[int], Any]:
+    """Whole numbers stay as they are, since they may index names kept elsewhere; other values become named classes."""
+    if all(str(value).strip().isdecimal() for value in values):
+        return [int(value) for value in values], datasets.Value("int64")
+    names = sorted(set(map(str, values)))
+    number = {name: index for index, name in enumerate(names)}
+    return [number[str(value)] for value in values], datasets.ClassLabel(names=names)
+
+
+def attribute_value(value: Any) -> str | None:
+    """An attribute's value as text, None where it is not known."""
+    missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+    return None if missing else str(value).strip()
+
+
+def encode_attribute(values: list[str | None], name: str, where: str) -> tuple[list[int | None], Any]:
+    """As named classes."""
+    names = sorted({value for value in values if value is not None})
+    if not names:
+        raise ValueError(f"attribute_columns: {name!r}: expected values in this column of {where}, all are empty")
+    number = {value: index for index, value in enumerate(names)}
+    return [None if value is None else number[value] for value in values], datasets.ClassLabel(names=names)
+
+
+# ---- columns ----
+
+
+def checked_attributes(names: Sequence[str]) -> list[str]:
+    """Names of columns, each once, other than those that have a place of their own."""
+    taken = {"image", "caption", "label"}
+    if isinstance(names, str) or len(set(names)) < len(names) or taken & set(names):
+        raise ValueError(f"attribute_columns: expected a list of columns other than {sorted(taken)}, got {names!r}")
+    return list(names)
+
+
+def check_attributes(columns: Sequence[str], used: Sequence[str | None], where: str, reading: Reading) -> None:
+    """That the attributes that are asked for are columns, and none that serves another purpose."""
+    rest = [column for column in columns if column not in used]
+    wrong = [name for name in reading.attributes if name not in rest]
+    if wrong:
+        raise ValueError(f"attribute_columns: expected columns of {where} among {rest}, got {wrong}")
+
+
+def find_columns(columns: Sequence[str], where: str, named: Sequence[str | None]) -> list[str | None]:
+    """The columns of image, caption and label. The image is needed, and one of the others."""
+    found: list[str | None] = []
+    usual = (IMAGE_COLUMNS, CAPTION_COLUMNS, LABEL_COLUMNS)
+    for argument, name, known in zip(("image_column", "caption_column", "label_column"), named, usual, strict=True):
+        if name is not None and name not in columns:
+            raise ValueError(f"{where}: {argument}: expected one of its columns {list(columns)}, got {name!r}")
+        lower = {column.lower(): column for column in reversed(columns)}
+        found.append(name or next((lower[usual_name] for usual_name in known if usual_name in lower), None))
+    image, caption, label = found
+    if image is None:
+        raise ValueError(
+            f"{where}: expected a column with images ({', '.join(IMAGE_COLUMNS)}), found {list(columns)}; "
+            "name it with image_column"
+        )
+    if caption is None and label is None:
+        raise ValueError(
+            f"{where}: expected a column with captions ({', '.join(CAPTION_COLUMNS)}) or labels "
+            f"({', '.join(LABEL_COLUMNS)}), found {list(columns)}; name it with caption_column or label_column"
+        )
+    return found
