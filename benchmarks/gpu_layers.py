@@ -20,7 +20,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from rich.table import Table
 from torch import nn
 
-from clipft.lora_layers import FusedLoraLinear, why_not
+from clipft.models.lora_layers import FusedLoraLinear, why_not
 from clipft.nn import QuantizedLinear
 
 RANK, ALPHA = 16, 32

@@ -42,7 +42,7 @@ import clipft
 from clipft.cli.training import HELD_OUT
 from clipft.data.rows import class_names_of
 from clipft.demo import random_weights
-from clipft.metrics import Classification
+from clipft.evaluation.metrics import Classification
 from clipft.report import save_model
 
 SEEDS = (42, 43, 44, 45, 46)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 import clipft
-from clipft.lora_layers import FusedLoraLinear
+from clipft.models.lora_layers import FusedLoraLinear
 
 RANK, ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]

@@ -17,32 +17,32 @@ if TYPE_CHECKING:
     from clipft import reference as reference
     from clipft.data.collate import CLIPDataCollator as CLIPDataCollator
     from clipft.data.sources import load_pairs as load_pairs
-    from clipft.embedding import embed as embed
-    from clipft.evaluation import evaluate_heads as evaluate_heads
-    from clipft.evaluation import evaluate_knn as evaluate_knn
-    from clipft.evaluation import evaluate_linear_probe as evaluate_linear_probe
-    from clipft.evaluation import evaluate_retrieval as evaluate_retrieval
-    from clipft.evaluation import evaluate_zero_shot as evaluate_zero_shot
-    from clipft.export import export_onnx as export_onnx
+    from clipft.deploy.export import export_onnx as export_onnx
+    from clipft.deploy.quantize import quantize as quantize
+    from clipft.evaluation.tasks import evaluate_heads as evaluate_heads
+    from clipft.evaluation.tasks import evaluate_knn as evaluate_knn
+    from clipft.evaluation.tasks import evaluate_linear_probe as evaluate_linear_probe
+    from clipft.evaluation.tasks import evaluate_retrieval as evaluate_retrieval
+    from clipft.evaluation.tasks import evaluate_zero_shot as evaluate_zero_shot
     from clipft.forgetting import wise_ft as wise_ft
-    from clipft.heads import add_head as add_head
-    from clipft.heads import classify as classify
-    from clipft.lora import add_lora as add_lora
+    from clipft.inference.classify import add_head as add_head
+    from clipft.inference.classify import classify as classify
+    from clipft.inference.encode import embed as embed
+    from clipft.inference.onnx_clip import OnnxCLIP as OnnxCLIP
+    from clipft.inference.vectors import search as search
     from clipft.losses import dice_loss as dice_loss
     from clipft.losses import focal_loss as focal_loss
-    from clipft.models import freeze as freeze
-    from clipft.models import fuse as fuse
-    from clipft.models import load as load
-    from clipft.models import unfuse as unfuse
-    from clipft.onnx_clip import OnnxCLIP as OnnxCLIP
+    from clipft.models.freezing import freeze as freeze
+    from clipft.models.fusing import fuse as fuse
+    from clipft.models.fusing import unfuse as unfuse
+    from clipft.models.loading import load as load
+    from clipft.models.lora import add_lora as add_lora
     from clipft.ops import contrastive_loss as contrastive_loss
     from clipft.ops import lora_linear as lora_linear
     from clipft.ops import quantized_linear as quantized_linear
     from clipft.ops import sigmoid_loss as sigmoid_loss
-    from clipft.quantization import quantize as quantize
     from clipft.training import CLIPTrainer as CLIPTrainer
     from clipft.training import CLIPTrainingArguments as CLIPTrainingArguments
-    from clipft.vectors import search as search
 
 __version__ = "0.1.0"
 

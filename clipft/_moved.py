@@ -25,8 +25,8 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "data": {
         "data.collate": "CLIPDataCollator FrozenFeatures model_inputs most_tokens tokenize",
-        "data.rows": "DEFAULT_TEMPLATES PairRows class_names_of class_targets class_text column_names column_values "
-        "read_row read_stored render stored_pictures",
+        "data.rows": "DEFAULT_TEMPLATES PairRows class_names_of class_targets class_text column_names "
+        "column_values read_row read_stored render stored_pictures",
         "data.sampling": "EpochSampler mix_seed",
     },
     "demo.pictures": {
@@ -35,25 +35,68 @@ MOVED: dict[str, dict[str, str]] = {
     "devices": {
         "ops.kernels": "*",
     },
+    "embedding": {
+        "inference.encode": "*",
+    },
     "evaluation": {
-        "data.rows": "index_texts",
+        "data.rows": "check_class_names index_texts",
+        "evaluation.tasks": "evaluate_heads evaluate_knn evaluate_linear_probe evaluate_retrieval evaluate_zero_shot "
+        "heads_found labels_of=checked_labels",
+        "inference.encode": "Pictures Progress class_embeddings embed_images embed_texts evaluating",
+    },
+    "export": {
+        "deploy.export": "*",
     },
     "families": {
         "families.family": "Family Tower",
         "families.registry": "FAMILIES MODEL_NAMES MOST_TOKENS base_model check_model family_of family_of_processor",
     },
+    "fused": {
+        "models.fused": "*",
+    },
+    "fused_siglip": {
+        "models.fused": "*",
+    },
+    "heads": {
+        "inference.classify": "add_head classify default_templates",
+        "models.formats": "CONFIG=HEADS_KEY",
+        "models.heads": "ClassificationHead LABEL head_logits heads_of restore_heads with_heads",
+    },
     "linear": {
         "ops.gelu": "quick_gelu",
         "ops.lora": "dropout_mask lora_linear quick_gelu_lora_linear",
     },
+    "lora": {
+        "models.formats": "is_adapter_folder",
+        "models.loading": "load_merged",
+        "models.lora": "add_lora",
+    },
+    "lora_layers": {
+        "models.lora_layers": "*",
+    },
     "losses": {
         "data.rows": "MISSING",
+    },
+    "metrics": {
+        "evaluation.metrics": "*",
+    },
+    "models": {
+        "models.formats": "DEMO_MODEL QUANT_METHOD",
+        "models.freezing": "Model freeze",
+        "models.fusing": "check_float fuse unfuse",
+        "models.loading": "load",
     },
     "naflex": {
         "families.naflex": "*",
     },
     "nn": {
         "ops.nn": "ContrastiveLoss QuantizedLinear SigmoidLoss",
+    },
+    "onnx_clip": {
+        "inference.onnx_clip": "*",
+    },
+    "onnx_int8": {
+        "deploy.onnx_int8": "*",
     },
     "ops": {
         "ops.distributed": "with_other_ranks",
@@ -67,21 +110,37 @@ MOVED: dict[str, dict[str, str]] = {
     "pixels": {
         "data.pictures": "*",
     },
+    "quantization": {
+        "deploy.quantize": "*",
+    },
     "quantized": {
         "ops.int8": "*",
     },
+    "quantized_clip": {
+        "models.formats": "REPORT=INT8_REPORT WEIGHTS=INT8_WEIGHTS",
+        "models.int8": "QuantizedAttention QuantizedCLIPModel QuantizedEncoderLayer QuantizedLastLayer "
+        "QuantizedMLP QuantizedPatchEmbedding QuantizedVisionEmbeddings check_own_folder "
+        "fused_activation install load_quantized",
+    },
     "reference": {
-        "ops.reference": "contrastive_loss contrastive_targets dropout_mask lora_linear quantize_rows quantized_linear "
-        "quick_gelu sigmoid_loss",
+        "ops.reference": "contrastive_loss contrastive_targets dropout_mask lora_linear quantize_rows "
+        "quantized_linear quick_gelu sigmoid_loss",
     },
     "sampling": {
         "data.sampling": "*",
+    },
+    "scoring": {
+        "data.drawings": "control_drawings",
+        "evaluation.scoring": "Found Scorer gains",
     },
     "shards": {
         "data.shards": "*",
     },
     "transforms": {
         "data.transforms": "*",
+    },
+    "vectors": {
+        "inference.vectors": "Array Description Run=_Run SHARD VectorFile embed_to_file search",
     },
 }
 # ---- end of the table ----

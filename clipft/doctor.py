@@ -28,6 +28,7 @@ from clipft.data.rows import PairRows, class_names_of, read_stored, stored_pictu
 from clipft.data.sampling import UNEVEN
 from clipft.data.sources import read_pairs
 from clipft.families.registry import FAMILIES, family_of
+from clipft.models.loading import load
 
 __all__ = ["Finding", "examine"]
 
@@ -95,8 +96,6 @@ def examine(data: str, *, eval_data: str | None = None, model: str | None = None
 
 
 def _load(model: str | None) -> tuple[Any, Any]:
-    from clipft.models import load
-
     clip, processor = load("demo" if model is None else model)
     return (None, processor) if model is None else (clip, processor)
 

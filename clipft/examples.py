@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from clipft.data.rows import read_row
-from clipft.metrics import Retrieval
-from clipft.scoring import Found
+from clipft.evaluation.metrics import Retrieval
+from clipft.evaluation.scoring import Found
 
 __all__ = ["examples"]
 

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from clipft.data.collate import tokenize
 from clipft.data.rows import PairRows, read_stored, stored_pictures
 from clipft.data.transforms import build_transform, stack_pictures
-from clipft.evaluation import evaluating
 from clipft.families.registry import base_model
+from clipft.inference.encode import evaluating
 
 __all__ = ["FrozenTowers", "frozen_towers"]
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from clipft.data.collate import model_inputs
+from clipft.evaluation.metrics import Classification, Retrieval
 from clipft.families.registry import check_model
-from clipft.metrics import Classification, Retrieval
-from clipft.models import check_float, unfuse
+from clipft.models.fusing import check_float, unfuse
 
 __all__ = ["StartingPoint", "Sweep", "WeightLine", "sweep", "wise_ft"]
 

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipft.data.rows import MISSING, class_names_of, class_targets, column_names
+from clipft.evaluation.metrics import Classification
 from clipft.families.registry import family_of
-from clipft.heads import LABEL, ClassificationHead, add_head, head_logits, heads_of
+from clipft.inference.classify import add_head
 from clipft.losses import balanced_class_weights, head_loss
-from clipft.metrics import Classification
+from clipft.models.heads import LABEL, ClassificationHead, head_logits, heads_of
 from clipft.ops.distributed import with_other_ranks
 from clipft.training_args import CLIPTrainingArguments
 

@@ -35,17 +35,17 @@ from clipft.data.sampling import (
     positives_of_each_other,
 )
 from clipft.data.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_set
-from clipft.evaluation import embed_texts
+from clipft.evaluation.metrics import retrieval_metrics
 from clipft.families.registry import base_model, family_of, family_of_processor
 from clipft.faults import all_finite, non_finite_message, worker_deaths
 from clipft.features import FrozenTowers, frozen_towers
 from clipft.forgetting import StartingPoint
-from clipft.fused import loss_parameters
 from clipft.grad_cache import cached_backward, chunks
 from clipft.head_training import HeadTraining
-from clipft.heads import heads_of
-from clipft.metrics import retrieval_metrics
-from clipft.models import fuse
+from clipft.inference.encode import embed_texts
+from clipft.models.fused import loss_parameters
+from clipft.models.fusing import fuse
+from clipft.models.heads import heads_of
 from clipft.ops.losses import contrastive_loss, sigmoid_loss
 from clipft.precision import bf16_speedup
 from clipft.schedules import GradualUnfreezing, WeightAverage, split_by_depth

@@ -30,7 +30,7 @@ def tiny_batch() -> dict[str, Tensor]:
 
 def watch_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The inputs of the fused layers that run from now on."""
-    from clipft import lora_layers
+    from clipft.models import lora_layers
 
     seen: list[Tensor] = []
 

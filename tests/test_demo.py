@@ -25,7 +25,7 @@ from clipft.demo.pretrain.sources import SIZE, Drawing, read_emoji
 from clipft.demo.pretrain.teacher import GLOBAL, GRID, LOCAL, Components, Teacher
 from clipft.demo.pretrain.views import SCENE, Views, crop, scenes, scratched, single_views
 from clipft.demo.styles import noto, openmoji, split_by_name
-from clipft.models import DEMO_MODEL
+from clipft.models.formats import DEMO_MODEL
 
 
 def test_base_model_is_small_and_knows_its_drawings() -> None:

@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("clipft.export._compare", full)  # the encoders are there by then
+    monkeypatch.setattr("clipft.deploy.export._compare", full)  # the encoders are there by then
     with pytest.raises(OSError, match="No space left"):
         clipft.export_onnx(model, processor, tmp_path / "out", data=captioned(4))
     assert not list(tmp_path.iterdir())

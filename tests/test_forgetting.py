@@ -13,8 +13,8 @@ from tiny_clip import captioned, labelled, tiny_clip
 from tiny_trainer import StopAfter, arguments, losses, same, trainer_of
 
 import clipft
+from clipft.evaluation.metrics import Classification
 from clipft.forgetting import RULE, StartingPoint, WeightLine, sweep
-from clipft.metrics import Classification
 
 SGD: dict[str, Any] = {
     "optim": "sgd",

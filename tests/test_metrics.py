@@ -7,8 +7,9 @@ import pytest
 import sklearn.metrics
 import torch
 
-from clipft import evaluation, metrics
-from clipft.metrics import Classification, Retrieval, retrieval_metrics
+from clipft import evaluation
+from clipft.evaluation import metrics
+from clipft.evaluation.metrics import Classification, Retrieval, retrieval_metrics
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:

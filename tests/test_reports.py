@@ -17,8 +17,8 @@ from tiny_clip import captioned, labelled, tiny_clip
 
 import clipft
 from clipft.charts import _ticks, line_chart
+from clipft.evaluation.scoring import Scorer, gains
 from clipft.examples import examples
-from clipft.scoring import Scorer, gains
 
 QUICK = ["--epochs", 1, "--batch-size", 8, "--control-data", "none"]
 

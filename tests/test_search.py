@@ -213,8 +213,8 @@ KILLED = """
 import os, signal, sys
 import clipft.cli.search, clipft.embedding, clipft.vectors
 from clipft.cli import app
-clipft.vectors.SHARD = 4
-load, calls = clipft.embedding.load_encoder, []
+clipft.inference.vectors.SHARD = 4
+load, calls = clipft.inference.encode.load_encoder, []
 def dying(*args, **kwargs):
     encoder = load(*args, **kwargs)
     def images(pixels):
@@ -222,8 +222,8 @@ def dying(*args, **kwargs):
         if len(calls) > int(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGKILL)
         return encoder.images(pixels)
-    return clipft.embedding.Encoder(encoder.transform, images, encoder.texts, encoder.identity)
-clipft.embedding.load_encoder = dying
+    return clipft.inference.encode.Encoder(encoder.transform, images, encoder.texts, encoder.identity)
+clipft.inference.encode.load_encoder = dying
 app(sys.argv[2:], standalone_mode=False)
 print("calls", len(calls))
 """

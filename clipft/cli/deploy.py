@@ -32,7 +32,7 @@ def merge(
     output: Annotated[Path, typer.Option(help="Folder for the plain model.")],
 ) -> None:
     """Merge a LoRA adapter into its base model and save that as a plain CLIPModel."""
-    from clipft.lora import is_adapter_folder
+    from clipft.models.formats import is_adapter_folder
 
     if not is_adapter_folder(model):
         raise FileNotFoundError(f"--model: expected an adapter folder, with adapter_config.json, got {model}")
@@ -40,7 +40,7 @@ def merge(
         raise ValueError(f"--output: expected a folder other than the adapter's, got {output}")
     console = prepare()
     from clipft import report
-    from clipft.models import load
+    from clipft.models.loading import load
 
     report.save_model(*load(model), output)
     console.print(f"model in {output}")
@@ -63,9 +63,9 @@ def quantize(
     output_folder(output)
     console = prepare()
     from clipft import load_pairs, report
-    from clipft.models import load
-    from clipft.quantization import quantize as quantize_model
-    from clipft.quantized_clip import check_own_folder
+    from clipft.deploy.quantize import quantize as quantize_model
+    from clipft.models.int8 import check_own_folder
+    from clipft.models.loading import load
 
     check_own_folder(output)
     clip, processor = load(model)
@@ -117,7 +117,7 @@ def export(
     output_folder(output)
     console = prepare()
     from clipft import export_onnx, load_pairs
-    from clipft.models import load
+    from clipft.models.loading import load
 
     clip, processor = load(model)
     pairs = None if data is None else load_pairs(data)

@@ -106,7 +106,7 @@ def check_test_set(trainer: Any, test: Any) -> None:
 
 def check_attributes(model: Any, given: Iterable[str], console: Any) -> None:
     """That a model that is scored has heads for these columns; says which others it has."""
-    from clipft.heads import LABEL, heads_of
+    from clipft.models.heads import LABEL, heads_of
 
     heads, given = [name for name in heads_of(model) if name != LABEL], list(given)
     if wrong := [name for name in given if name not in heads]:

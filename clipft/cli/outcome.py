@@ -48,7 +48,7 @@ def control_set(control_data: str) -> tuple[Any, str] | None:
     if control_data == "none":
         return None
     if control_data == "drawings":
-        from clipft.scoring import control_drawings
+        from clipft.data.drawings import control_drawings
 
         return control_drawings(), "drawings of emoji in the package"
     from clipft import load_pairs
@@ -60,7 +60,8 @@ def control_set(control_data: str) -> tuple[Any, str] | None:
 class Outcome:
     """Scores by stage (``before``, ``fine_tuned`` with ``--wise-ft``, ``after``) on the test rows and the control set.
 
-    ``test``, ``control``: a ``clipft.scoring.Scorer`` each; ``skipped``: why rows of each source were left out.
+    ``test``, ``control``: a ``clipft.evaluation.scoring.Scorer`` each; ``skipped``: why rows of each source were left
+    out.
     """
 
     test: Any
@@ -88,7 +89,7 @@ class Outcome:
 
     def to_json(self, log_history: list[dict[str, Any]], versions: dict[str, Any]) -> dict[str, Any]:
         """report.json."""
-        from clipft.scoring import gains
+        from clipft.evaluation.scoring import gains
 
         stages = functools.partial(_stages, gains=gains)
         report: dict[str, Any] = stages(self.found)

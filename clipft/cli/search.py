@@ -41,9 +41,9 @@ def embed(
     if (data is None) == (texts is None):
         raise ValueError("--data, --texts: expected one of the two")
     console = prepare()
-    from clipft.embedding import load_encoder
+    from clipft.inference.encode import load_encoder
+    from clipft.inference.vectors import Description, embed_to_file
     from clipft.report import bar
-    from clipft.vectors import Description, embed_to_file
 
     rows, ids = _read_texts(texts) if texts is not None else _read_pictures(str(data))
     encoder = load_encoder(model, int8=int8, batch_size=batch_size)
@@ -107,9 +107,9 @@ def search(
     console = prepare()
     import numpy as np
 
-    from clipft.embedding import encode_pictures, load_encoder
-    from clipft.vectors import VectorFile
-    from clipft.vectors import search as search_vectors
+    from clipft.inference.encode import encode_pictures, load_encoder
+    from clipft.inference.vectors import VectorFile
+    from clipft.inference.vectors import search as search_vectors
 
     file = VectorFile.read(index)
     encoder = load_encoder(model, int8=int8)

@@ -244,14 +244,12 @@ def train(
         raise ValueError(f"--freeze: expected none with --lora-r, which freezes all but the adapter, got {freeze!r}")
     check_report_to(report_to or [])
     console = prepare()
-    from transformers import set_seed
-
     from clipft import report
+    from clipft.evaluation.scoring import Scorer
     from clipft.forgetting import WeightLine
-    from clipft.lora import add_lora
-    from clipft.models import freeze as freeze_model
-    from clipft.models import load, unfuse
-    from clipft.scoring import Scorer
+    from clipft.models.freezing import freeze as freeze_model
+    from clipft.models.fusing import unfuse
+    from clipft.models.loading import load
     from clipft.training import default_learning_rate
 
     arguments = _training_arguments(
@@ -310,14 +308,7 @@ def train(
     if lora_r is None:
         clip = freeze_model(base, freeze)
     else:
-        set_seed(seed)  # the adapter starts from random numbers
-        clip = add_lora(
-            base,
-            lora_r,
-            2 * lora_r if lora_alpha is None else lora_alpha,
-            lora_dropout,
-            lora_targets or ("vision", "text"),
-        )
+        clip = _with_adapter(base, lora_r, lora_alpha, lora_dropout, lora_targets, seed)
     arguments.learning_rate = default_learning_rate(base, lora=lora_r is not None) if lr is None else lr
     context.params["class_balanced"] = arguments.class_balanced = _balanced(
         class_balanced, sets.train, arguments, console
@@ -383,9 +374,9 @@ def evaluate(
     console = prepare()
     from clipft import load_pairs, report
     from clipft.data.rows import DEFAULT_TEMPLATES
-    from clipft.evaluation import evaluate_knn, evaluate_linear_probe
-    from clipft.models import load
-    from clipft.scoring import Scorer
+    from clipft.evaluation.scoring import Scorer
+    from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
+    from clipft.models.loading import load
 
     if probe_data == data:
         raise ValueError("--probe-data: expected other pictures than --data, which would be scored on themselves")
@@ -489,6 +480,17 @@ def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datas
             f"--data: {len(dataset)} rows are too few to hold some out ({error}); give --eval-data"
         ) from error
     return parts["train"], parts["test"]
+
+
+def _with_adapter(
+    base: Any, rank: int, alpha: float | None, dropout: float, targets: list[str] | None, seed: int
+) -> Any:
+    from transformers import set_seed
+
+    from clipft.models.lora import add_lora
+
+    set_seed(seed)  # the adapter starts from random numbers
+    return add_lora(base, rank, 2 * rank if alpha is None else alpha, dropout, targets or ("vision", "text"))
 
 
 def _training_arguments(output: Path, **options: Any) -> Any:

@@ -24,15 +24,25 @@ __all__ = [
     "DEFAULT_TEMPLATES",
     "MISSING",
     "PairRows",
+    "check_class_names",
     "class_names_of",
     "class_targets",
     "class_text",
     "column_names",
+    "column_values",
     "index_texts",
     "read_row",
     "read_stored",
+    "render",
     "stored_pictures",
 ]
+
+
+def check_class_names(class_names: Sequence[str]) -> None:
+    """Two or more."""
+    if isinstance(class_names, str) or len(class_names) < 2:
+        raise ValueError(f"class_names: expected at least two names, got {class_names!r}")
+
 
 MISSING = -100  # torch's ignore_index
 

@@ -28,10 +28,12 @@ from clipft.data.columns import (
     encode_labels,
     find_columns,
 )
-from clipft.data.pictures import PICTURE_ENDINGS
+from clipft.data.pictures import PICTURE_ENDINGS, UNREADABLE, to_rgb
 from clipft.data.reading import Reading
+from clipft.data.rows import read_stored, stored_pictures
 from clipft.data.shards import Address, samples, shard_paths
 from clipft.data.tables import add_row, dataset_of_pictures, from_table_rows, read_csv, read_jsonl, safe_path
+from clipft.data.transforms import EncodedPicture
 
 __all__ = ["load_pairs", "load_reading", "read_pairs"]
 
@@ -114,10 +116,6 @@ def read_pairs(path_or_name: str | Path, split: str, reading: Reading) -> datase
 
 def _drop_unreadable(dataset: datasets.Dataset, where: str, reading: Reading) -> datasets.Dataset:
     """Decode every picture, JPEGs at an eighth of their size, which reads the file to its end all the same."""
-    from clipft.data.pictures import UNREADABLE, to_rgb
-    from clipft.data.rows import read_stored, stored_pictures
-    from clipft.data.transforms import EncodedPicture
-
     stored = stored_pictures(dataset)
     assert stored is not None  # _decode_images has made it so
 

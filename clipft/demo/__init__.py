@@ -40,8 +40,9 @@ def run(output: str | Path, console: Console) -> dict[str, Any]:
 
     from clipft.demo.gallery import draw_queries
     from clipft.demo.styles import noto, openmoji, split_by_name
-    from clipft.evaluation import evaluate_retrieval
-    from clipft.models import load, unfuse
+    from clipft.evaluation.tasks import evaluate_retrieval
+    from clipft.models.fusing import unfuse
+    from clipft.models.loading import load
     from clipft.report import save_model, write_json
 
     folder = Path(output)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from clipft.data.rows import PairRows
-from clipft.evaluation import embed_images, embed_texts
+from clipft.inference.encode import embed_images, embed_texts
 
 HITS = 5
 _RIGHT, _OTHER = "#1a9850", "#d9d9d9"

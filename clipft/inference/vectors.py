@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipft.embedding import Encoder, encode_pictures
+from clipft.inference.encode import Encoder, encode_pictures
 
 __all__ = ["Description", "VectorFile", "embed_to_file", "search"]
 
@@ -147,7 +147,7 @@ def embed_to_file(
     parts = path.with_name(f".{path.name}.parts")
     if restart:
         shutil.rmtree(parts, ignore_errors=True)
-    _claim(parts, {**asdict(description), "rows": len(ids), "ids": _digest_of(ids)})
+    _claim_shards(parts, {**asdict(description), "rows": len(ids), "ids": _digest_of(ids)})
     shards = [parts / f"{number:06d}.npy" for number in range(-(-len(ids) // SHARD))]
     for number, shard in enumerate(shards):
         chosen = slice(number * SHARD, (number + 1) * SHARD)
@@ -155,9 +155,9 @@ def embed_to_file(
             done(len(ids[chosen]))
             continue
         part = rows[chosen] if isinstance(rows, list) else rows.select(range(len(ids))[chosen])
-        run = Run(batch_size, num_workers, skip, done)
+        run = _Run(batch_size, num_workers, skip, done)
         _save_shard(shard, _encode(encoder, part, ids[chosen], description.kind, run))
-    vectors = _join(shards)
+    vectors = _join_shards(shards)
     good: Any = ~np.isnan(vectors).all(axis=1)
     if not good.any():
         raise ValueError(f"{description.source}: expected at least one row that can be read, found none")
@@ -171,7 +171,7 @@ def _digest_of(ids: Sequence[str]) -> str:
     return hashlib.blake2b("\0".join(ids).encode(), digest_size=16).hexdigest()
 
 
-def _claim(parts: Path, work: dict[str, Any]) -> None:
+def _claim_shards(parts: Path, work: dict[str, Any]) -> None:
     """Make the folder of shards, or find it to be of the same work."""
     file = parts / "work.json"
     if file.exists():
@@ -187,7 +187,7 @@ def _claim(parts: Path, work: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Run:
+class _Run:
     """How pictures are gone through."""
 
     batch_size: int
@@ -196,7 +196,7 @@ class Run:
     done: Callable[[int], object]
 
 
-def _encode(encoder: Encoder, rows: Any, names: Sequence[str], kind: str, run: Run) -> Array:
+def _encode(encoder: Encoder, rows: Any, names: Sequence[str], kind: str, run: _Run) -> Array:
     """[rows, D]; NaN for what was left out."""
     if kind == "texts":
         vectors = encoder.texts(rows)
@@ -221,7 +221,7 @@ def _save_shard(path: Path, vectors: Array) -> None:
     temporary.replace(path)
 
 
-def _join(shards: Sequence[Path]) -> Array:
+def _join_shards(shards: Sequence[Path]) -> Array:
     found = []
     for shard in shards:
         try:

@@ -1,25 +1,22 @@
-"""LoRA for the models of ``clipft.families``: adapters by target, and adapter folders as plain models.
+"""Adding LoRA to the models of ``clipft.families``: adapters by target.
 
-peft is an optional dependency, imported where it is used. Its layers on clipft's op: ``clipft.lora_layers``.
+peft is an optional dependency, imported where it is used. Its layers on clipft's op: ``clipft.models.lora_layers``.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from clipft.families.registry import check_model
+from clipft.models.fusing import check_float, fuse
 
-__all__ = ["add_lora", "is_adapter_folder", "load_merged"]
+__all__ = ["add_lora", "import_peft"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAMES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 _TOWER = re.compile(r"(vision|text)(?:\.(?:last(?P<last>\d+)|(?P<first>\d+)(?:-(?P<end>\d+))?))?")
 
@@ -57,16 +54,16 @@ def add_lora(
         ImportError: peft is not installed.
         TypeError, ValueError: an argument that does not fit; a target that matches nothing lists what exists.
     """
-    peft = _import_peft()
+    peft = import_peft()
     _check_arguments(model, r, alpha, dropout)
     modules = _target_modules(model, targets)
     config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules)
-    from clipft.models import fuse
 
     return fuse(peft.get_peft_model(model, config).train(model.training))
 
 
-def _import_peft() -> Any:
+def import_peft() -> Any:
+    """The optional dependency."""
     try:
         import peft
     except ImportError as error:
@@ -76,7 +73,6 @@ def _import_peft() -> Any:
 
 def _check_arguments(model: Any, r: Any, alpha: Any, dropout: Any) -> None:
     check_model(model)
-    from clipft.models import check_float
 
     check_float(model)
     if hasattr(model, "peft_config"):
@@ -157,68 +153,3 @@ def _what_exists(model: Any, linears: list[str]) -> str:
     inside = dict.fromkeys(name.rpartition(".")[2] for name in linears if ".layers." in name)
     outside = [name for name in linears if ".layers." not in name]
     return f"there are {towers} with {', '.join(inside)}, and {', '.join(outside)}"
-
-
-# ---- adapter folders ----
-
-
-def is_adapter_folder(path: str | Path) -> bool:
-    """Whether this is a folder as peft's ``save_pretrained`` writes it."""
-    return (Path(path).expanduser() / _CONFIG).is_file()
-
-
-def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
-    """The base model that an adapter folder names, with the adapter merged into its weights, and the base's processor.
-
-    Args:
-        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        kwargs: as of :func:`clipft.load`, for the base model.
-
-    Raises:
-        ImportError: peft is not installed.
-        FileNotFoundError: no weights as safetensors, or no base model.
-        ValueError: not LoRA, no base model named, or weights that do not fit it.
-    """
-    peft = _import_peft()
-    base, revision = _base_of(folder)
-    from clipft.models import load
-
-    try:
-        model, processor = load(base, **({"revision": revision} if revision else {}) | kwargs)
-    except OSError as error:
-        raise FileNotFoundError(f"{folder / _CONFIG}: the base model {base!r} does not load: {error}") from error
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError) as error:
-        first = " ".join(str(error).split("\n")[:2])  # of a line per tensor
-        raise ValueError(f"{folder}: the adapter does not fit its base model {base!r}: {first}") from error
-    _check_keys(folder, base, set(peft.get_peft_model_state_dict(adapted)))
-    merged = adapted.merge_and_unload().requires_grad_(True).eval()
-    merged.name_or_path = str(folder)  # not the base's: these are other weights
-    return merged, processor
-
-
-def _base_of(folder: Path) -> tuple[str, str | None]:
-    path = folder / _CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind, base, revision = (config.get(key) for key in ("peft_type", "base_model_name_or_path", "revision"))
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a JSON object with the adapter's configuration ({error})") from error
-    if kind != "LORA":
-        raise ValueError(f"{path}: expected peft_type 'LORA', found {kind!r}")
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"{path}: expected base_model_name_or_path to name the base model, found {base!r}")
-    if not (folder / _WEIGHTS).is_file():
-        hint = "; adapter_model.bin is a pickle, which clipft does not open" * (folder / "adapter_model.bin").exists()
-        raise FileNotFoundError(f"{folder}: expected the adapter's weights in {_WEIGHTS}, which is missing{hint}")
-    return base, revision
-
-
-def _check_keys(folder: Path, base: str, expected: set[str]) -> None:
-    """peft only warns where an adapter's weights are not those that its configuration asks for."""
-    with safe_open(folder / _WEIGHTS, "pt") as file:
-        found = set(file.keys())
-    if found != expected:
-        odd = ", ".join(sorted(found ^ expected)[:4])
-        raise ValueError(f"{folder}: the adapter does not fit its base model {base!r}: missing or left over: {odd} ...")

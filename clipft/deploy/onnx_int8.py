@@ -12,12 +12,9 @@ import numpy as np
 import torch
 from onnxscript import FLOAT, INT8, opset20
 
-import clipft.quantized  # noqa: F401  (registers the op's shape)
-
 __all__ = ["TRANSLATIONS"]
 
 op: Any = opset20  # its types say that everything may be everything
-
 _LEVELS, _SMALLEST = 127.0, float(np.finfo(np.float32).tiny)
 _QUICK_GELU, _GELU = 1, 2
 

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipft.data.rows import PairRows, class_names_of, class_targets, class_text, column_names, index_texts
-from clipft.evaluation import Pictures, class_embeddings, embed_images, embed_texts, heads_found, labels_of
-from clipft.heads import LABEL, heads_of
-from clipft.metrics import Classification, Retrieval, interval
+from clipft.evaluation.metrics import Classification, Retrieval, interval
+from clipft.evaluation.tasks import checked_labels, heads_found
+from clipft.inference.encode import Pictures, class_embeddings, embed_images, embed_texts
+from clipft.models.heads import LABEL, heads_of
+from clipft.report import bar
 
-__all__ = ["Found", "Scorer", "control_drawings", "gains"]
+__all__ = ["Found", "Scorer", "gains"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,6 @@ class Scorer:
 
     def __call__(self, stage: str) -> Found:
         """Score the model as it is now; ``stage`` is shown beside the progress bar."""
-        from clipft.report import bar
-
         names, captioned = class_names_of(self.dataset), "caption" in column_names(self.dataset)
         if not (names or captioned):
             raise ValueError("--data: expected captions, or labels with names, found labels that are numbers only")
@@ -92,7 +92,7 @@ class Scorer:
         parts: dict[str, Any] = {"head": heads[LABEL]} if LABEL in heads else {}
         texts, texts_of, text_embeds = [], [], torch.empty(0)
         if names:
-            labels = labels_of(self.dataset, len(names))
+            labels = checked_labels(self.dataset, len(names))
             text_embeds = class_embeddings(self.clip, self.processor, names, self.templates, self.batch_size)
             parts["zero_shot"] = Classification(labels, (image_embeds @ text_embeds.t()).numpy(), names)
             if LABEL in heads:  # it is what has learnt
@@ -118,18 +118,3 @@ class Scorer:
             self.console.print(f"the model's head {name!r} knows other classes than this data has: not scored")
         rest = [name for name in column_names(self.dataset) if name not in others]
         return heads_found(self.clip, image_embeds, self.dataset, rest)
-
-
-def control_drawings() -> Any:
-    """Every sixth of the package's drawings with its caption: 310 pictures that few models are tuned on."""
-    import datasets
-
-    from clipft.data.drawings import decode, on_white, read_pictures
-
-    rows = read_pictures()[::6]
-    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    columns = {
-        "image": [on_white(decode(row)) for row in rows],
-        "caption": [", ".join([row["name"], *row["keywords"]]) for row in rows],
-    }
-    return datasets.Dataset.from_dict(columns, features=features)

@@ -1,54 +1,42 @@
 """Evaluation of a CLIP model: retrieval, zero-shot classification, a linear probe and nearest neighbours.
 
 Equal captions are one text: an image is right with any of its captions, and a caption with any image that carries it.
-The numbers and their intervals: ``clipft.metrics``.
+The numbers and their intervals: ``clipft.evaluation.metrics``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from clipft.data.collate import tokenize
 from clipft.data.rows import (
     DEFAULT_TEMPLATES,
     MISSING,
     PairRows,
+    check_class_names,
     class_names_of,
     class_targets,
     column_names,
     column_values,
     index_texts,
-    read_row,
-    render,
 )
-from clipft.data.transforms import build_transform, stack_pictures
-from clipft.heads import heads_of
-from clipft.metrics import RESAMPLES, Classification, Retrieval
+from clipft.evaluation.metrics import RESAMPLES, Classification, Retrieval
+from clipft.inference.encode import Pictures, Progress, class_embeddings, embed_images, embed_texts
+from clipft.models.heads import heads_of
 
 __all__ = [
-    "Pictures",
-    "check_class_names",
-    "class_embeddings",
-    "embed_images",
-    "embed_texts",
+    "checked_labels",
     "evaluate_heads",
     "evaluate_knn",
     "evaluate_linear_probe",
     "evaluate_retrieval",
     "evaluate_zero_shot",
-    "evaluating",
     "heads_found",
-    "labels_of",
 ]
-
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 def evaluate_retrieval(
@@ -122,7 +110,7 @@ def evaluate_zero_shot(
         over the pictures of each class.
     """
     check_class_names(class_names)
-    labels = labels_of(dataset, len(class_names))
+    labels = checked_labels(dataset, len(class_names))
     image_embeds = embed_images(
         model, processor, Pictures(dataset), batch_size=batch_size, num_workers=num_workers, progress=progress
     )
@@ -269,100 +257,7 @@ def _with_intervals(found: Retrieval | Classification, resamples: int, seed: int
     return {**metrics, "intervals": found.intervals(resamples, seed)} if resamples else metrics
 
 
-# ---- embeddings ----
-
-
-class Pictures(Dataset[Any]):
-    """The column ``image`` alone."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": read_row(self.dataset, index)["image"]}
-
-
-class _StackPictures:
-    def __init__(self, processor: Any) -> None:
-        self.image_processor = processor.image_processor
-        self.transform = build_transform(processor.image_processor)
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return stack_pictures(self.image_processor, [self.transform(row["image"]) for row in rows])
-
-
-def embed_images(
-    model: nn.Module,
-    processor: Any,
-    rows: Dataset[Any],
-    *,
-    batch_size: int,
-    num_workers: int = 0,
-    progress: Progress | None = None,
-) -> Tensor:
-    """[N, D] float32 on the CPU, L2-normalised."""
-    loader = DataLoader(rows, batch_size, num_workers=num_workers, collate_fn=_StackPictures(processor))
-    with evaluating(model) as device:
-        parts = [
-            _unit(model.get_image_features(**{name: tensor.to(device) for name, tensor in pictures.items()}))  # type: ignore[operator]
-            for pictures in (progress(loader) if progress else loader)
-        ]
-    return torch.cat(parts)
-
-
-def embed_texts(
-    model: nn.Module, processor: Any, texts: Sequence[str], batch_size: int, max_length: int | None = None
-) -> Tensor:
-    """[N, D] float32 on the CPU, L2-normalised. Texts of like length share a batch, so that few padding tokens are
-    computed.
-    """
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    with evaluating(model) as device:
-        parts = []
-        for start in range(0, len(order), batch_size):
-            tokens = tokenize(processor, [texts[index] for index in order[start : start + batch_size]], max_length)
-            features = model.get_text_features(**{name: ids.to(device) for name, ids in tokens.items()})  # type: ignore[operator]
-            parts.append(_unit(features))
-    embeds = torch.cat(parts)
-    return torch.empty_like(embeds).index_copy_(0, torch.tensor(order), embeds)
-
-
-def _unit(features: Any) -> Tensor:
-    return nn.functional.normalize(features.pooler_output.float(), dim=-1).cpu()
-
-
-def class_embeddings(
-    model: nn.Module, processor: Any, names: Sequence[str], templates: Sequence[str], batch_size: int
-) -> Tensor:
-    """[classes, D]: each class's mean over the templates, L2-normalised."""
-    texts = [text for name in names for text in render(templates, name)]
-    embeds = embed_texts(model, processor, texts, batch_size).view(len(names), len(templates), -1)
-    return nn.functional.normalize(embeds.mean(1), dim=-1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients, on the model's device; each module's own mode comes back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def check_class_names(class_names: Sequence[str]) -> None:
-    """Two or more."""
-    if isinstance(class_names, str) or len(class_names) < 2:
-        raise ValueError(f"class_names: expected at least two names, got {class_names!r}")
-
-
-def labels_of(dataset: Any, classes: int) -> np.ndarray[Any, Any]:
+def checked_labels(dataset: Any, classes: int) -> np.ndarray[Any, Any]:
     """[N] integers from 0 to ``classes`` - 1."""
     labels = np.asarray(column_values(dataset, "label"))
     if labels.dtype.kind not in "iu" or not len(labels) or labels.min() < 0 or labels.max() >= classes:
@@ -391,10 +286,10 @@ class _Features:
                 f"names in both, got {names} and {test_names}"
             )
         check_class_names(names)
-        labels = labels_of(train, len(names))
+        labels = checked_labels(train, len(names))
         if len(np.unique(labels)) < 2:
             raise ValueError("train_dataset: expected pictures of two classes or more, found those of one")
-        return names, (self._of(train), labels), (self._of(test), labels_of(test, len(names)))
+        return names, (self._of(train), labels), (self._of(test), checked_labels(test, len(names)))
 
     def _of(self, dataset: Any) -> np.ndarray[Any, Any]:
         return embed_images(self.model, self.processor, Pictures(dataset), **self.options).numpy()

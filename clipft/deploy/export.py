@@ -23,11 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
+from clipft import __version__
+from clipft.data.pictures import check_preprocessing
 from clipft.data.rows import index_texts
-from clipft.evaluation import embed_images, embed_texts
-from clipft.fused import fuse_last_layer
-from clipft.metrics import retrieval_metrics
-from clipft.quantization import pictures_and_captions, plain_model, quantize
+from clipft.deploy.quantize import pictures_and_captions, plain_model, quantize
+from clipft.evaluation.metrics import retrieval_metrics
+from clipft.inference.encode import embed_images, embed_texts
+from clipft.inference.onnx_clip import INFO, OnnxCLIP
+from clipft.models.fused import fuse_last_layer
 
 __all__ = ["export_onnx"]
 
@@ -163,7 +166,7 @@ def _write_encoders(model: CLIPModel, folder: Path, kind: str, info: dict[str, A
 def _write(
     encoder: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, Any], output: str, path: Path, info: dict[str, Any]
 ) -> None:
-    from clipft.onnx_int8 import TRANSLATIONS
+    from clipft.deploy.onnx_int8 import TRANSLATIONS
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name")  # torch's, of two inputs with the same axes
@@ -188,9 +191,6 @@ def _write(
 
 
 def _info(model: CLIPModel, processor: Any) -> dict[str, Any]:
-    from clipft import __version__
-    from clipft.data.pictures import check_preprocessing
-
     preprocessing = json.loads(json.dumps(processor.image_processor.to_dict(), default=dict))
     check_preprocessing(preprocessing, "processor")
     return {
@@ -205,8 +205,6 @@ def _info(model: CLIPModel, processor: Any) -> dict[str, Any]:
 
 
 def _write_info(folder: Path, info: dict[str, Any]) -> None:
-    from clipft.onnx_clip import INFO
-
     (folder / INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -216,8 +214,6 @@ def _write_info(folder: Path, info: dict[str, Any]) -> None:
 def _compare(
     model: CLIPModel, processor: Any, folder: Path, pairs: tuple[list[Any], list[list[str]]], int8: bool
 ) -> dict[str, Any]:
-    from clipft.onnx_clip import OnnxCLIP
-
     pictures, captions = pairs
     texts_of, texts = index_texts(captions)
     image = embed_images(model, processor, cast(Any, [{"image": picture} for picture in pictures]), batch_size=32)

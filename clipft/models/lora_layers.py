@@ -16,7 +16,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPMLP
 
-from clipft.fused import FusedQuickGELU
+from clipft.models.fused import FusedQuickGELU
 from clipft.ops import lora_linear, quick_gelu_lora_linear
 from clipft.ops.kernels import autocasts, problem
 

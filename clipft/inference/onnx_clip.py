@@ -14,12 +14,13 @@ from tokenizers import Tokenizer
 
 from clipft.data.pictures import check_preprocessing, open_picture, to_pixels
 
+__all__ = ["INFO", "OnnxCLIP"]
+
 try:
     import onnxruntime
 except ImportError as error:
     raise ImportError("ONNX needs onnxruntime: pip install 'clipft[onnx]'") from error
 
-__all__ = ["INFO", "OnnxCLIP"]
 
 INFO = "clipft_onnx.json"
 _LENGTH = 77  # tokens of a caption, where the tokenizer does not say

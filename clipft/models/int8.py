@@ -32,16 +32,14 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from clipft.fused import records
-from clipft.heads import restore_heads
-from clipft.models import QUANT_METHOD
+from clipft.models.formats import FLOAT_WEIGHTS, INT8_REPORT, INT8_WEIGHTS, QUANT_METHOD
+from clipft.models.fused import records
+from clipft.models.heads import restore_heads
 from clipft.ops.attention import attention
 from clipft.ops.nn import QuantizedLinear
 
-__all__ = ["WEIGHTS", "QuantizedCLIPModel", "QuantizedPatchEmbedding", "install", "load_quantized"]
+__all__ = ["QuantizedCLIPModel", "QuantizedPatchEmbedding", "check_own_folder", "install", "load_quantized"]
 
-WEIGHTS, REPORT = "clipft_int8.safetensors", "quantization_report.json"
-_FLOAT_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _FUSED_ACTIVATIONS = ("quick_gelu", "gelu")  # of Hugging Face's names, those that the op has
 
 
@@ -205,12 +203,12 @@ class QuantizedCLIPModel(CLIPModel):
         staging = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=folder))
         try:
             tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-            save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+            save_file(tensors, staging / INT8_WEIGHTS, metadata={"format": "pt"})
             report = json.dumps(self.quantization_report, indent=2, ensure_ascii=False)
-            (staging / REPORT).write_text(report + "\n", encoding="utf-8")
+            (staging / INT8_REPORT).write_text(report + "\n", encoding="utf-8")
             self.config.save_pretrained(staging)
             _mark(staging / "config.json", str(self.dtype).removeprefix("torch."))
-            for name in ("config.json", REPORT, WEIGHTS):
+            for name in ("config.json", INT8_REPORT, INT8_WEIGHTS):
                 (staging / name).chmod(0o644)
                 (staging / name).replace(folder / name)
         finally:
@@ -219,7 +217,7 @@ class QuantizedCLIPModel(CLIPModel):
 
 def check_own_folder(folder: Path) -> None:
     """That no float model lies where an int8 one is to be written."""
-    present = [name for name in _FLOAT_WEIGHTS if (folder / name).exists()]
+    present = [name for name in FLOAT_WEIGHTS if (folder / name).exists()]
     if present:
         raise ValueError(f"{folder}: expected a folder of its own for an int8 model, found {present[0]} in it")
 
@@ -296,7 +294,7 @@ def load_quantized(weights: Path, config: CLIPConfig) -> QuantizedCLIPModel:
     except (AttributeError, RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split("\n")[:2])
         raise ValueError(f"{weights}: expected the weights of the model in config.json ({reason})") from error
-    report = weights.with_name(REPORT)
+    report = weights.with_name(INT8_REPORT)
     model.quantization_report = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     return cast(QuantizedCLIPModel, model.requires_grad_(False).eval())
 

@@ -1,4 +1,4 @@
-"""``clipft.embed``: pictures and texts as vectors, by a model in torch or by ONNX Runtime.
+"""Pictures and texts as embeddings: by a model in torch or by ONNX Runtime (``clipft.embed``).
 
 An encoder is what both have in common: a transform of one picture, and functions from batches to L2-normalised rows.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +17,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from clipft.data.collate import tokenize
 from clipft.data.pictures import UNREADABLE, open_picture
+from clipft.data.rows import read_row, render
+from clipft.data.transforms import build_transform, stack_pictures
+from clipft.families.registry import family_of
+from clipft.inference.onnx_clip import OnnxCLIP
+from clipft.models.loading import load
 
-__all__ = ["Encoder", "embed", "encode_pictures", "encoder_of", "load_encoder"]
+__all__ = [
+    "Encoder",
+    "Pictures",
+    "Progress",
+    "class_embeddings",
+    "embed",
+    "embed_images",
+    "embed_texts",
+    "encode_pictures",
+    "encoder_of",
+    "evaluating",
+    "load_encoder",
+]
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Array = NDArray[np.float32]
@@ -81,7 +100,6 @@ def embed(
 def _dim(model: Any) -> int:
     if info := getattr(model, "info", None):
         return int(info["dim"])
-    from clipft.families.registry import family_of
 
     return family_of(model).dim(model.config)
 
@@ -95,12 +113,9 @@ def load_encoder(name: str, *, int8: bool = False, batch_size: int = 64) -> Enco
     """
     folder = Path(name).expanduser()
     if (folder / "clipft_onnx.json").is_file():
-        from clipft.onnx_clip import OnnxCLIP
-
         return encoder_of(OnnxCLIP(folder, int8=int8), None, batch_size)
     if int8:
         raise ValueError(f"--int8: chooses between the encoders of an ONNX folder, which {name!r} is not")
-    from clipft.models import load
 
     return encoder_of(*load(name), batch_size)
 
@@ -114,8 +129,6 @@ def encoder_of(model: Any, processor: Any, batch_size: int) -> Encoder:
             lambda texts: cast(Array, model.encode_texts(texts, batch_size)),
             lambda: _digest([json.dumps(model.info, sort_keys=True).encode(), model.identity().encode()]),
         )
-    from clipft.data.transforms import build_transform, stack_pictures
-    from clipft.evaluation import embed_texts, evaluating
 
     if processor is None:
         raise ValueError("processor: expected the model's processor, got None")
@@ -189,3 +202,93 @@ def encode_pictures(
             yield encoder.images([pixels for pixels in batch if pixels is not None]), good
         else:
             yield np.empty((0, 0), np.float32), good
+
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+# ---- embeddings ----
+
+
+class Pictures(Dataset[Any]):
+    """The column ``image`` alone."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": read_row(self.dataset, index)["image"]}
+
+
+class _StackPictures:
+    def __init__(self, processor: Any) -> None:
+        self.image_processor = processor.image_processor
+        self.transform = build_transform(processor.image_processor)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return stack_pictures(self.image_processor, [self.transform(row["image"]) for row in rows])
+
+
+def embed_images(
+    model: nn.Module,
+    processor: Any,
+    rows: Dataset[Any],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """[N, D] float32 on the CPU, L2-normalised."""
+    loader = DataLoader(rows, batch_size, num_workers=num_workers, collate_fn=_StackPictures(processor))
+    with evaluating(model) as device:
+        parts = [
+            _unit(model.get_image_features(**{name: tensor.to(device) for name, tensor in pictures.items()}))  # type: ignore[operator]
+            for pictures in (progress(loader) if progress else loader)
+        ]
+    return torch.cat(parts)
+
+
+def embed_texts(
+    model: nn.Module, processor: Any, texts: Sequence[str], batch_size: int, max_length: int | None = None
+) -> Tensor:
+    """[N, D] float32 on the CPU, L2-normalised. Texts of like length share a batch, so that few padding tokens are
+    computed.
+    """
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    with evaluating(model) as device:
+        parts = []
+        for start in range(0, len(order), batch_size):
+            tokens = tokenize(processor, [texts[index] for index in order[start : start + batch_size]], max_length)
+            features = model.get_text_features(**{name: ids.to(device) for name, ids in tokens.items()})  # type: ignore[operator]
+            parts.append(_unit(features))
+    embeds = torch.cat(parts)
+    return torch.empty_like(embeds).index_copy_(0, torch.tensor(order), embeds)
+
+
+def _unit(features: Any) -> Tensor:
+    return nn.functional.normalize(features.pooler_output.float(), dim=-1).cpu()
+
+
+def class_embeddings(
+    model: nn.Module, processor: Any, names: Sequence[str], templates: Sequence[str], batch_size: int
+) -> Tensor:
+    """[classes, D]: each class's mean over the templates, L2-normalised."""
+    texts = [text for name in names for text in render(templates, name)]
+    embeds = embed_texts(model, processor, texts, batch_size).view(len(names), len(templates), -1)
+    return nn.functional.normalize(embeds.mean(1), dim=-1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients, on the model's device; each module's own mode comes back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -10,25 +10,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, Siglip2Model, SiglipModel
 
-from clipft.ops.int8 import quantize_weight, quantized_linear
+from clipft.data.collate import tokenize
+from clipft.data.drawings import decode, on_white, read_pictures
+from clipft.data.rows import PairRows
+from clipft.data.transforms import build_transform
+from clipft.models.fusing import unfuse
+from clipft.models.int8 import QuantizedCLIPModel, install
+from clipft.models.rounding import QKV, patch_layer, quantize_layer
 from clipft.ops.nn import QuantizedLinear
-from clipft.quantized_clip import QuantizedCLIPModel, QuantizedPatchEmbedding, fused_activation, install
 
 __all__ = ["pictures_and_captions", "plain_model", "quantize"]
 
-_QKV = ("q_proj", "k_proj", "v_proj")
 _PICTURES = 32  # that the errors are measured on
 _DRAWINGS = 300  # embedded ones to compare on, at most
 _ROWS = 512  # of a layer's input
-_CLIPS = (1.0, 0.97, 0.94, 0.91, 0.87, 0.82, 0.76, 0.7)  # shares of a channel's range that the search tries
-_SMOOTHINGS = (0.35, 0.5, 0.65)  # SmoothQuant's alpha
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
@@ -82,7 +83,7 @@ def quantize(
     layers: dict[str, QuantizedLinear] = {}
     errors: dict[str, dict[str, Any]] = {}
     for name, sources in plan.items():
-        layers[name], errors_of = _quantize_layer(plain, name, sources, rows.pop(name), calibrate)
+        layers[name], errors_of = quantize_layer(plain, name, sources, rows.pop(name), calibrate)
         errors |= errors_of
     quantized = install(plain, layers)
     after = _embeddings(quantized, batch)
@@ -101,8 +102,6 @@ def quantize(
 
 def plain_model(model: Any, inplace: bool) -> CLIPModel:
     """The float ``CLIPModel`` itself or a copy, unfused, adapters merged, in evaluation mode."""
-    from clipft.models import unfuse
-
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(inner, QuantizedCLIPModel):
         raise ValueError("model: expected a float model, got one that has int8 layers already")
@@ -148,8 +147,8 @@ def _plan(names: list[str]) -> dict[str, list[str]]:
     plan: dict[str, list[str]] = {}
     for name in names:
         path, _, own = name.rpartition(".")
-        together = [f"{path}.{part}" for part in _QKV]
-        if own in _QKV and all(part in names for part in together):
+        together = [f"{path}.{part}" for part in QKV]
+        if own in QKV and all(part in names for part in together):
             plan[f"{path}.qkv_proj"] = together
         else:
             plan[name] = [name]
@@ -171,8 +170,6 @@ def _measure_on(model: CLIPModel, data: Any, processor: Any) -> tuple[dict[str, 
             "pictures": source,
             "texts": f"{_PICTURES} of random tokens",
         }
-    from clipft.data.collate import tokenize
-    from clipft.data.transforms import build_transform
 
     transform = build_transform(processor.image_processor)
     pixels = torch.stack([transform(picture) for picture in pictures])
@@ -186,12 +183,9 @@ def _measure_on(model: CLIPModel, data: Any, processor: Any) -> tuple[dict[str, 
 def pictures_and_captions(data: Any, most: int) -> tuple[list[Any], list[list[str]], str]:
     """At most so many rows of a data set, or of the embedded drawings, at equal distances, and what they are."""
     if data is None:
-        from clipft.data.drawings import decode, on_white, read_pictures
-
         drawings = _spread(read_pictures(), min(most, _DRAWINGS))
         named = [[row["name"]] for row in drawings]
         return [on_white(decode(row)) for row in drawings], named, f"{len(drawings)} embedded drawings"
-    from clipft.data.rows import PairRows
 
     rows = PairRows(data)
     pairs = [rows[index] for index in _spread(range(len(rows)), most)]
@@ -249,7 +243,7 @@ def _hooks(model: nn.Module, names: dict[str, str], keep: Callable[[str, Tensor]
     def hook(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
         x = args[0]
         if isinstance(module, nn.Conv2d):
-            x = _patch_layer(module).patches(x)
+            x = patch_layer(module).patches(x)
         flat = x.detach().reshape(-1, x.shape[-1])
         keep(name, flat[torch.linspace(0, len(flat) - 1, min(len(flat), _ROWS)).long()].float())
 
@@ -262,121 +256,3 @@ def _hooks(model: nn.Module, names: dict[str, str], keep: Callable[[str, Tensor]
     finally:
         for handle in handles:
             handle.remove()
-
-
-# ---- a layer ----
-
-
-@dataclass
-class _Rounded:
-    """Weights in int8 for inputs that are divided by ``divisor``, and the relative error on the judging rows."""
-
-    int8: Tensor  # [out, in]
-    scale: Tensor  # [out]
-    error: float
-    clipped: bool = False
-    smoothing: float | None = None
-    divisor: Tensor | None = None  # [in]
-
-
-def _quantize_layer(
-    model: CLIPModel, name: str, sources: list[str], rows: Tensor, calibrate: bool
-) -> tuple[QuantizedLinear, dict[str, dict[str, Any]]]:
-    modules: list[Any] = [model.get_submodule(source) for source in sources]
-    weight = torch.cat([module.weight.detach().flatten(1).float() for module in modules])
-    search, judge = rows[::2], rows[1::2]
-    try:
-        best = _round(weight, judge)
-        if calibrate:
-            norm = _norm_before(model, name)
-            best = min(_candidates(weight, search, judge, norm is not None, best), key=lambda one: one.error)
-            if norm is not None and best.divisor is not None:
-                norm.weight.data /= best.divisor
-                norm.bias.data /= best.divisor
-    except ValueError as error:
-        raise ValueError(f"model: {name}: {error}") from error
-    layer = _layer(model, name, modules, best)
-    found = {"clipped": best.clipped, "smoothing": best.smoothing} if calibrate else {}
-    errors = _errors(weight, best, judge, len(sources))
-    return layer, {source: {"error": error, **found} for source, error in zip(sources, errors, strict=True)}
-
-
-def _layer(model: CLIPModel, name: str, modules: list[Any], rounded: _Rounded) -> QuantizedLinear:
-    first, out = modules[0], len(rounded.scale)
-    layer: QuantizedLinear
-    if isinstance(first, nn.Conv2d):
-        layer = _patch_layer(first)
-    else:
-        activation = fused_activation(model, name)
-        layer = QuantizedLinear(first.in_features, out, first.bias is not None, activation, device="meta")
-    layer.weight_int8, layer.weight_scale = rounded.int8, rounded.scale
-    if first.bias is not None:
-        layer.bias = torch.cat([module.bias.detach() for module in modules])
-    return layer
-
-
-def _patch_layer(conv: nn.Conv2d) -> QuantizedPatchEmbedding:
-    side, bias = conv.kernel_size[0], conv.bias is not None
-    return QuantizedPatchEmbedding(conv.in_channels, side, conv.out_channels, bias, device="meta")
-
-
-def _norm_before(model: CLIPModel, name: str) -> nn.LayerNorm | None:
-    """The norm whose output this layer, and nothing else, takes in."""
-    path, _, own = name.rpartition(".")
-    if own == "qkv_proj":
-        return cast(nn.LayerNorm, model.get_submodule(path.rpartition(".")[0]).layer_norm1)
-    if own == "fc1":
-        return cast(nn.LayerNorm, model.get_submodule(path.rpartition(".")[0]).layer_norm2)
-    return None
-
-
-# ---- rounding, and the searches ----
-
-
-def _round(weight: Tensor, judge: Tensor, scale: Tensor | None = None) -> _Rounded:
-    if scale is None:
-        int8, scale = quantize_weight(weight)
-    else:
-        int8 = (weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-    rounded = _Rounded(int8, scale, 0.0, clipped=False)
-    rounded.error = _errors(weight, rounded, judge, 1)[0]
-    return rounded
-
-
-def _errors(weight: Tensor, rounded: _Rounded, judge: Tensor, parts: int) -> list[float]:
-    """Relative errors of the layer's output on these rows, for each of so many equal parts of its channels. ``weight``
-    is the float layer's, for inputs as they were before smoothing."""
-    x = judge if rounded.divisor is None else judge / rounded.divisor
-    with torch.no_grad():
-        want, got = judge @ weight.t(), quantized_linear(x, rounded.int8, rounded.scale)
-    pairs = zip(want.chunk(parts, dim=1), (got - want).chunk(parts, dim=1), strict=True)
-    return [float(wrong.norm() / right.norm().clamp_min(1e-30)) for right, wrong in pairs]
-
-
-def _candidates(weight: Tensor, search: Tensor, judge: Tensor, smooth: bool, plain: _Rounded) -> Iterator[_Rounded]:
-    yield plain
-    for alpha in (None, *(_SMOOTHINGS if smooth else ())):
-        divisor = None if alpha is None else _smoothing(weight, search, alpha)
-        moved = weight if divisor is None else weight * divisor
-        x = search if divisor is None else search / divisor
-        for clipped, scale in ((False, None), (True, _clip(moved, x))):
-            one = _round(moved, judge if divisor is None else judge / divisor, scale)
-            yield _Rounded(one.int8, one.scale, one.error, clipped, alpha, divisor)
-
-
-def _smoothing(weight: Tensor, rows: Tensor, alpha: float) -> Tensor:
-    """[in]: what inputs are divided by, max|x|^alpha / max|w|^(1 - alpha), of mean 1."""
-    divisor = rows.abs().amax(dim=0).clamp_min(1e-5) ** alpha / weight.abs().amax(dim=0).clamp_min(1e-5) ** (1 - alpha)
-    return divisor / divisor.log().mean().exp()
-
-
-def _clip(weight: Tensor, rows: Tensor) -> Tensor:
-    """[out]: for each channel the scale with the least squared error of the output on these rows."""
-    full = quantize_weight(weight)[1]
-    best, least = full, torch.full_like(full, float("inf"))
-    for share in _CLIPS:
-        scale = full * share
-        wrong = (weight / scale[:, None]).round_().clamp_(-127, 127) * scale[:, None] - weight
-        error = (rows @ wrong.t()).square().sum(dim=0)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
