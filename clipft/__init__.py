@@ -24,14 +24,11 @@ if TYPE_CHECKING:
     from clipft.evaluation.tasks import evaluate_linear_probe as evaluate_linear_probe
     from clipft.evaluation.tasks import evaluate_retrieval as evaluate_retrieval
     from clipft.evaluation.tasks import evaluate_zero_shot as evaluate_zero_shot
-    from clipft.forgetting import wise_ft as wise_ft
     from clipft.inference.classify import add_head as add_head
     from clipft.inference.classify import classify as classify
     from clipft.inference.encode import embed as embed
     from clipft.inference.onnx_clip import OnnxCLIP as OnnxCLIP
     from clipft.inference.vectors import search as search
-    from clipft.losses import dice_loss as dice_loss
-    from clipft.losses import focal_loss as focal_loss
     from clipft.models.freezing import freeze as freeze
     from clipft.models.fusing import fuse as fuse
     from clipft.models.fusing import unfuse as unfuse
@@ -41,8 +38,11 @@ if TYPE_CHECKING:
     from clipft.ops import lora_linear as lora_linear
     from clipft.ops import quantized_linear as quantized_linear
     from clipft.ops import sigmoid_loss as sigmoid_loss
-    from clipft.training import CLIPTrainer as CLIPTrainer
     from clipft.training import CLIPTrainingArguments as CLIPTrainingArguments
+    from clipft.training.head_losses import dice_loss as dice_loss
+    from clipft.training.head_losses import focal_loss as focal_loss
+    from clipft.training.trainer import CLIPTrainer as CLIPTrainer
+    from clipft.training.wise_ft import wise_ft as wise_ft
 
 __version__ = "0.1.0"
 

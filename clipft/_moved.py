@@ -23,6 +23,15 @@ MOVED: dict[str, dict[str, str]] = {
     "attention": {
         "ops.attention": "*",
     },
+    "auto_batch": {
+        "training.auto_batch": "*",
+    },
+    "charts": {
+        "report.charts": "*",
+    },
+    "checkpoints": {
+        "training.checkpoints": "*",
+    },
     "data": {
         "data.collate": "CLIPDataCollator FrozenFeatures model_inputs most_tokens tokenize",
         "data.rows": "DEFAULT_TEMPLATES PairRows class_names_of class_targets class_text column_names "
@@ -35,6 +44,9 @@ MOVED: dict[str, dict[str, str]] = {
     "devices": {
         "ops.kernels": "*",
     },
+    "doctor": {
+        "recipes.doctor": "*",
+    },
     "embedding": {
         "inference.encode": "*",
     },
@@ -44,6 +56,9 @@ MOVED: dict[str, dict[str, str]] = {
         "heads_found labels_of=checked_labels",
         "inference.encode": "Pictures Progress class_embeddings embed_images embed_texts evaluating",
     },
+    "examples": {
+        "report.examples": "*",
+    },
     "export": {
         "deploy.export": "*",
     },
@@ -51,16 +66,35 @@ MOVED: dict[str, dict[str, str]] = {
         "families.family": "Family Tower",
         "families.registry": "FAMILIES MODEL_NAMES MOST_TOKENS base_model check_model family_of family_of_processor",
     },
+    "faults": {
+        "training.faults": "*",
+    },
+    "features": {
+        "training.feature_cache": "*",
+    },
+    "forgetting": {
+        "training.regularizers": "StartingPoint",
+        "training.wise_ft": "ALPHAS Found RULE Sweep WeightLine check_alpha sweep wise_ft",
+    },
     "fused": {
         "models.fused": "*",
     },
     "fused_siglip": {
         "models.fused": "*",
     },
+    "grad_cache": {
+        "training.grad_cache": "*",
+    },
+    "head_training": {
+        "training.head_training": "*",
+    },
     "heads": {
         "inference.classify": "add_head classify default_templates",
         "models.formats": "CONFIG=HEADS_KEY",
         "models.heads": "ClassificationHead LABEL head_logits heads_of restore_heads with_heads",
+    },
+    "html_report": {
+        "report.html": "*",
     },
     "linear": {
         "ops.gelu": "quick_gelu",
@@ -76,9 +110,13 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "losses": {
         "data.rows": "MISSING",
+        "training.head_losses": "HEAD_LOSSES balanced_class_weights dice_loss focal_loss head_loss",
     },
     "metrics": {
         "evaluation.metrics": "*",
+    },
+    "model_card": {
+        "report.model_card": "*",
     },
     "models": {
         "models.formats": "DEMO_MODEL QUANT_METHOD",
@@ -110,6 +148,9 @@ MOVED: dict[str, dict[str, str]] = {
     "pixels": {
         "data.pictures": "*",
     },
+    "precision": {
+        "training.precision": "*",
+    },
     "quantization": {
         "deploy.quantize": "*",
     },
@@ -126,21 +167,41 @@ MOVED: dict[str, dict[str, str]] = {
         "ops.reference": "contrastive_loss contrastive_targets dropout_mask lora_linear quantize_rows "
         "quantized_linear quick_gelu sigmoid_loss",
     },
+    "report": {
+        "console": "bar by_class number show title_of",
+        "files": "save_model write_json write_text",
+        "training.progress": "ProgressReport",
+    },
     "sampling": {
         "data.sampling": "*",
+    },
+    "schedules": {
+        "training.schedules": "*",
     },
     "scoring": {
         "data.drawings": "control_drawings",
         "evaluation.scoring": "Found Scorer gains",
     },
+    "sharding": {
+        "training.fsdp": "*",
+    },
     "shards": {
         "data.shards": "*",
+    },
+    "sheet": {
+        "report.sheet": "*",
+    },
+    "training": {
+        "training.trainer": "CLIPTrainer",
+    },
+    "training_args": {
+        "training.arguments": "*",
     },
     "transforms": {
         "data.transforms": "*",
     },
     "vectors": {
-        "inference.vectors": "Array Description Run=_Run SHARD VectorFile embed_to_file search",
+        "inference.vectors": "*",
     },
 }
 # ---- end of the table ----
@@ -173,13 +234,15 @@ def _found(module: str, name: str) -> Any:
             value = getattr(importlib.import_module(place), own, None)
             if value is not None:
                 message = f"{module}.{name} is {place}.{own} now; the old name goes with the next version"
-                warnings.warn(message, DeprecationWarning, stacklevel=4)
+                warnings.warn(message, DeprecationWarning, stacklevel=3)
                 return value
     return None
 
 
 class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of 0.1 that are gone, as empty ones with the old names."""
+    """Finds the modules of 0.1 that are gone. What moved whole is the new module under both names, so that setting an
+    attribute of it goes on working; of what was split there is an empty module that looks names up.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -188,6 +251,21 @@ class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         old = fullname.startswith("clipft.") and fullname.removeprefix("clipft.") in MOVED
         return importlib.machinery.ModuleSpec(fullname, self) if old else None
 
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """The new module, if there is one for the whole."""
+        places = MOVED[spec.name.removeprefix("clipft.")]
+        if list(places.values()) != ["*"]:
+            return None
+        new = f"clipft.{next(iter(places))}"
+        warnings.warn(f"{spec.name} is {new} now; the old name goes with the next version", DeprecationWarning, 2)
+        module = importlib.import_module(new)
+        spec.loader_state = module.__spec__
+        return module
+
     def exec_module(self, module: ModuleType) -> None:
-        """Its names are looked up as they are asked for."""
-        module.__getattr__ = getattr_of(module.__name__)  # type: ignore[method-assign]
+        """Nothing to run: names are there already, or looked up as they are asked for."""
+        own = module.__spec__.loader_state if module.__spec__ else None
+        if own is None:
+            module.__getattr__ = getattr_of(module.__name__)  # type: ignore[method-assign]
+        else:
+            module.__spec__ = own  # the import has put that of the old name in its place

@@ -14,7 +14,7 @@ from PIL import Image
 from test_cli import run
 from tiny_clip import class_folders, tiny_clip
 
-from clipft.doctor import examine
+from clipft.recipes.doctor import examine
 
 
 def photograph(seed: int) -> Image.Image:

@@ -25,9 +25,9 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 import clipft
-from clipft.checkpoints import last_checkpoint
 from clipft.cli import app
 from clipft.data.collate import CLIPDataCollator
+from clipft.training.checkpoints import last_checkpoint
 
 STEPS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 

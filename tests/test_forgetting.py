@@ -14,7 +14,8 @@ from tiny_trainer import StopAfter, arguments, losses, same, trainer_of
 
 import clipft
 from clipft.evaluation.metrics import Classification
-from clipft.forgetting import RULE, StartingPoint, WeightLine, sweep
+from clipft.training.regularizers import StartingPoint
+from clipft.training.wise_ft import RULE, WeightLine, sweep
 
 SGD: dict[str, Any] = {
     "optim": "sgd",

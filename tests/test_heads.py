@@ -26,8 +26,8 @@ from typer.testing import CliRunner
 import clipft
 from clipft.cli import app
 from clipft.data.rows import MISSING
-from clipft.losses import balanced_class_weights, head_loss
 from clipft.models.heads import heads_of
+from clipft.training.head_losses import balanced_class_weights, head_loss
 
 NAMES = list(COLOURS)
 

@@ -7,7 +7,7 @@ import pytest
 import sklearn.metrics
 import torch
 
-from clipft import evaluation
+from clipft.data.rows import index_texts
 from clipft.evaluation import metrics
 from clipft.evaluation.metrics import Classification, Retrieval, retrieval_metrics
 
@@ -53,7 +53,7 @@ def test_ranks_equal_scikit_learn_whatever_the_tile(monkeypatch: pytest.MonkeyPa
 
 
 def test_equal_captions_are_one_text() -> None:
-    texts_of, texts = evaluation.index_texts([["a cat"], ["a dog", "a cat"], ["a cat"]])
+    texts_of, texts = index_texts([["a cat"], ["a dog", "a cat"], ["a cat"]])
     assert (texts_of, texts) == ([[0], [0, 1], [0]], ["a cat", "a dog"])
     image = torch.eye(3)
     text = torch.tensor([[0.6, 0.0, 0.8], [0.9, 0.1, 0.0]])

@@ -197,7 +197,7 @@ def test_the_last_layer_computes_the_class_token_alone(batch: dict[str, Tensor])
 
 def test_attention_is_ours_but_under_a_mask(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both give what eager attention gives, for pictures, texts of one length, and texts that padding makes equal."""
-    import clipft.quantized_clip as module
+    import clipft.models.int8 as module
 
     calls: list[bool] = []
 

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 import clipft
 from clipft.data.sampling import ClassBalancedSampler, classes_are_uneven
-from clipft.schedules import depth_from_top
+from clipft.training.schedules import depth_from_top
 
 # ---- class-balanced batches ----
 

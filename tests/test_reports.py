@@ -16,9 +16,9 @@ from test_cli import base, colours, run, table  # noqa: F401  (fixtures)
 from tiny_clip import captioned, labelled, tiny_clip
 
 import clipft
-from clipft.charts import _ticks, line_chart
 from clipft.evaluation.scoring import Scorer, gains
-from clipft.examples import examples
+from clipft.report.charts import _ticks, line_chart
+from clipft.report.examples import examples
 
 QUICK = ["--epochs", 1, "--batch-size", 8, "--control-data", "none"]
 

@@ -211,7 +211,7 @@ def test_a_model_with_other_weights_is_refused(base: Path, folder: Path, tmp_pat
 
 KILLED = """
 import os, signal, sys
-import clipft.cli.search, clipft.embedding, clipft.vectors
+import clipft.cli.search, clipft.inference.encode, clipft.inference.vectors
 from clipft.cli import app
 clipft.inference.vectors.SHARD = 4
 load, calls = clipft.inference.encode.load_encoder, []

@@ -20,7 +20,7 @@ from tiny_trainer import trainer_of
 from transformers import CLIPModel
 
 import clipft
-from clipft.checkpoints import last_checkpoint
+from clipft.training.checkpoints import last_checkpoint
 
 WORKER = """
 import json, sys

@@ -22,7 +22,7 @@ from clipft.cli import app
 from clipft.data.collate import CLIPDataCollator, tokenize
 from clipft.data.rows import PairRows
 from clipft.data.transforms import Augmentation
-from clipft.features import frozen_towers
+from clipft.training.feature_cache import frozen_towers
 
 pytest.importorskip("sentencepiece")
 

@@ -19,7 +19,7 @@ from tiny_trainer import StopAfter, arguments, losses, same, trainer_of
 from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import clipft
-from clipft.checkpoints import last_checkpoint
+from clipft.training.checkpoints import last_checkpoint
 
 
 def test_the_default_rate_follows_the_models_size() -> None:

@@ -31,8 +31,8 @@ def doctor(
 ) -> None:
     """Look for what spoils a training run: bad rows, duplicates, leakage, cut captions, drift. Status 1 on problems."""
     console = prepare()
-    from clipft.doctor import examine
-    from clipft.report import write_json
+    from clipft.files import write_json
+    from clipft.recipes.doctor import examine
 
     result = examine(data, eval_data=eval_data, model=model, allow_outside=allow_outside)
     _show(result, console)

@@ -39,10 +39,10 @@ def merge(
     if output_folder(output).resolve() == model.resolve():
         raise ValueError(f"--output: expected a folder other than the adapter's, got {output}")
     console = prepare()
-    from clipft import report
+    from clipft.files import save_model
     from clipft.models.loading import load
 
-    report.save_model(*load(model), output)
+    save_model(*load(model), output)
     console.print(f"model in {output}")
 
 
@@ -62,8 +62,9 @@ def quantize(
     """Turn a model's linear layers to int8, and show what that changed."""
     output_folder(output)
     console = prepare()
-    from clipft import load_pairs, report
+    from clipft import load_pairs
     from clipft.deploy.quantize import quantize as quantize_model
+    from clipft.files import save_model
     from clipft.models.int8 import check_own_folder
     from clipft.models.loading import load
 
@@ -81,7 +82,7 @@ def quantize(
                 f"--min-cosine: expected at least {min_cosine}, the {kind} tower has "
                 f"{found[f'{kind}_cosine']['mean']:.5f}; nothing is written. Try --calibrate, or --skip layers"
             )
-    report.save_model(quantized, processor, output)
+    save_model(quantized, processor, output)
     console.print(f"int8 model and quantization_report.json in {output}")
 
 

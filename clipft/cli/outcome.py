@@ -81,7 +81,7 @@ class Outcome:
 
     def sweep(self, line: Any, held_out: Any) -> None:
         """Score the fine-tuned model, then set its weights to the best point of the line. ``held_out``: a Scorer."""
-        from clipft.forgetting import sweep
+        from clipft.training.wise_ft import sweep
 
         self.measure("fine_tuned")
         control = None if self.control is None else lambda: self.control("WiSE-FT, control set").main
@@ -110,10 +110,10 @@ class Outcome:
         """report.json, report.html, config.yaml and model cards beside the weights in ``output``."""
         from clipft.cli.config import options_of, to_yaml
         from clipft.environment import environment
-        from clipft.examples import examples
-        from clipft.html_report import write_html
-        from clipft.model_card import write_model_card
-        from clipft.report import write_json, write_text
+        from clipft.files import write_json, write_text
+        from clipft.report.examples import examples
+        from clipft.report.html import write_html
+        from clipft.report.model_card import write_model_card
 
         versions, settings = environment(), options_of(context)
         report = self.to_json(log_history, versions)
@@ -133,18 +133,18 @@ class Outcome:
 
     def show(self, console: Console) -> None:
         """The tables."""
-        from clipft import report
+        from clipft.console import show
 
         tuned: tuple[str, ...] = ("before", "after")
         if self.swept is not None:
-            from clipft.forgetting import RULE
+            from clipft.training.wise_ft import RULE
 
             console.print(f"\nWiSE-FT: alpha {self.swept.alpha:g}, {RULE}", highlight=False)
             tuned = ("before", "fine_tuned", "after")
         if self.controls:
             name = f"control set: {len(self.control.dataset)} pictures of {self.control_name}"
-            report.show({stage: self.controls[stage].to_json() for stage in tuned}, name, console, classes=False)
-        report.show({stage: self.found[stage].to_json() for stage in tuned}, self.test_name, console)
+            show({stage: self.controls[stage].to_json() for stage in tuned}, name, console, classes=False)
+        show({stage: self.found[stage].to_json() for stage in tuned}, self.test_name, console)
 
 
 def _is_metric(name: str) -> bool:

@@ -41,9 +41,9 @@ def embed(
     if (data is None) == (texts is None):
         raise ValueError("--data, --texts: expected one of the two")
     console = prepare()
+    from clipft.console import bar
     from clipft.inference.encode import load_encoder
     from clipft.inference.vectors import Description, embed_to_file
-    from clipft.report import bar
 
     rows, ids = _read_texts(texts) if texts is not None else _read_pictures(str(data))
     encoder = load_encoder(model, int8=int8, batch_size=batch_size)
@@ -143,7 +143,7 @@ def _print_hits(queries: list[str], found: list[list[tuple[str, float]]], consol
 
 def _write_sheet(path: Path, queries: list[Any], found: list[list[tuple[str, float]]], source: str) -> None:
     try:
-        from clipft.sheet import Row, draw_sheet
+        from clipft.report.sheet import Row, draw_sheet
     except ImportError as error:
         raise ImportError(f"the sheet needs {error.name}: pip install 'clipft[search]'") from error
     from clipft.data.pictures import open_picture

@@ -244,13 +244,13 @@ def train(
         raise ValueError(f"--freeze: expected none with --lora-r, which freezes all but the adapter, got {freeze!r}")
     check_report_to(report_to or [])
     console = prepare()
-    from clipft import report
     from clipft.evaluation.scoring import Scorer
-    from clipft.forgetting import WeightLine
+    from clipft.files import save_model
     from clipft.models.freezing import freeze as freeze_model
     from clipft.models.fusing import unfuse
     from clipft.models.loading import load
     from clipft.training import default_learning_rate
+    from clipft.training.wise_ft import WeightLine
 
     arguments = _training_arguments(
         output,
@@ -339,9 +339,9 @@ def train(
         outcome.sweep(line, scorer(sets.validation))
     outcome.measure("after")
     if trainer.is_world_process_zero():
-        report.save_model(unfuse(clip), processor, output)
+        save_model(unfuse(clip), processor, output)
         if lora_r is not None:
-            report.save_model(clip.merge_and_unload(), processor, output / "merged")
+            save_model(clip.merge_and_unload(), processor, output / "merged")
         outcome.write(output, trainer.state.log_history, context, merged=lora_r is not None)
         outcome.show(console)
         what = "model" if lora_r is None else "adapter, the model with it merged in (merged)"
@@ -372,10 +372,12 @@ def evaluate(
 ) -> None:
     """Zero-shot classification where the data has classes, retrieval where it has captions; the model's heads."""
     console = prepare()
-    from clipft import load_pairs, report
+    from clipft import load_pairs
+    from clipft.console import show
     from clipft.data.rows import DEFAULT_TEMPLATES
     from clipft.evaluation.scoring import Scorer
     from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
+    from clipft.files import write_json
     from clipft.models.loading import load
 
     if probe_data == data:
@@ -399,15 +401,15 @@ def evaluate(
         for name, probe in probes.items():
             result[name] = probe(clip, processor, neighbours, dataset, batch_size=batch_size, num_workers=workers)
     title = f"{model} on {len(dataset)} pictures of {data}"
-    report.show({"score": result}, title, console)
+    show({"score": result}, title, console)
     if output is not None:
         from clipft.environment import environment
-        from clipft.examples import examples
-        from clipft.html_report import write_html
+        from clipft.report.examples import examples
+        from clipft.report.html import write_html
 
         output.parent.mkdir(parents=True, exist_ok=True)
         page = output.with_suffix(".html")
-        report.write_json(output, result)
+        write_json(output, result)
         versions = {"score": result, "environment": environment()}
         write_html(page, versions, title=title, examples=examples(found, dataset))
         console.print(f"{output}, and {page} to look at")
@@ -531,7 +533,7 @@ def _chosen(precision: Precision, console: Console) -> Precision:
         return precision
     import torch
 
-    from clipft.precision import bf16_speedup, fastest_precision
+    from clipft.training.precision import bf16_speedup, fastest_precision
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator else "cpu"
@@ -552,8 +554,8 @@ def _trainer(clip: Any, processor: Any, arguments: Any, *, sets: Sets, patience:
     from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback
 
-    from clipft.report import ProgressReport
-    from clipft.training import CLIPTrainer
+    from clipft.training.progress import ProgressReport
+    from clipft.training.trainer import CLIPTrainer
 
     trainer = CLIPTrainer(
         clip,
@@ -573,7 +575,7 @@ def _trainer(clip: Any, processor: Any, arguments: Any, *, sets: Sets, patience:
 
 
 def _resume_point(output: Path, console: Console) -> str | None:
-    from clipft.checkpoints import last_checkpoint
+    from clipft.training.checkpoints import last_checkpoint
 
     if not any((output / "checkpoints").glob("checkpoint-*")):
         console.print(f"--resume: no checkpoint in {output} yet, starting from the beginning")

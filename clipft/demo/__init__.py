@@ -41,9 +41,9 @@ def run(output: str | Path, console: Console) -> dict[str, Any]:
     from clipft.demo.gallery import draw_queries
     from clipft.demo.styles import noto, openmoji, split_by_name
     from clipft.evaluation.tasks import evaluate_retrieval
+    from clipft.files import save_model, write_json
     from clipft.models.fusing import unfuse
     from clipft.models.loading import load
-    from clipft.report import save_model, write_json
 
     folder = Path(output)
     train, test = split_by_name(openmoji())
@@ -89,8 +89,9 @@ def fine_tune(model: Any, processor: Any, train: datasets.Dataset, folder: Path,
     import torch
     from transformers.trainer_callback import PrinterCallback
 
-    from clipft.report import ProgressReport
-    from clipft.training import CLIPTrainer, CLIPTrainingArguments
+    from clipft.training import CLIPTrainingArguments
+    from clipft.training.progress import ProgressReport
+    from clipft.training.trainer import CLIPTrainer
 
     arguments = CLIPTrainingArguments(
         output_dir=str(folder),

@@ -11,12 +11,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from clipft.console import bar
 from clipft.data.rows import PairRows, class_names_of, class_targets, class_text, column_names, index_texts
 from clipft.evaluation.metrics import Classification, Retrieval, interval
 from clipft.evaluation.tasks import checked_labels, heads_found
 from clipft.inference.encode import Pictures, class_embeddings, embed_images, embed_texts
 from clipft.models.heads import LABEL, heads_of
-from clipft.report import bar
 
 __all__ = ["Found", "Scorer", "gains"]
 

@@ -204,9 +204,6 @@ def encode_pictures(
             yield np.empty((0, 0), np.float32), good
 
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
-
 # ---- embeddings ----
 
 

@@ -28,13 +28,12 @@ from clipft.data.collate import tokenize
 from clipft.data.rows import PairRows, read_stored, stored_pictures
 from clipft.data.transforms import build_transform, stack_pictures
 from clipft.families.registry import base_model
-from clipft.inference.encode import evaluating
+from clipft.inference.encode import Progress, evaluating
 
 __all__ = ["FrozenTowers", "frozen_towers"]
 
 _DIGEST = 16  # bytes
 _TOWERS = {"vision": "vision_model", "text": "text_model"}
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 def frozen_towers(model: Any) -> frozenset[str]:

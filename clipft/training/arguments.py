@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 
 from clipft.data.rows import DEFAULT_TEMPLATES
 from clipft.families.registry import base_model, family_of
-from clipft.losses import HEAD_LOSSES
-from clipft.sharding import check_version
+from clipft.training.fsdp import check_version
+from clipft.training.head_losses import HEAD_LOSSES
 
 __all__ = ["CLIPTrainingArguments", "check_arguments", "check_loss", "default_learning_rate", "loss_of"]
 

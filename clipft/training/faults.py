@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipft.report import write_json
+from clipft.files import write_json
 
 __all__ = ["NON_FINITE", "all_finite", "non_finite_message", "worker_deaths"]
 

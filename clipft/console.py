@@ -1,20 +1,14 @@
-"""What a run shows and leaves behind: before / after tables, a progress bar for training, files that appear whole."""
+"""What commands show on the terminal: tables of metrics by stage, bars."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import TrainerCallback
 
-__all__ = ["ProgressReport", "bar", "save_model", "show", "write_json"]
+__all__ = ["bar", "show"]
 
 _TITLES = {"zero_shot": "zero-shot"}
 _CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "top5")
@@ -105,51 +99,6 @@ def _per_class_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-# ---- progress ----
-
-
-class ProgressReport(TrainerCallback):
-    """One bar for the run, with the last loss, in place of Trainer's printed dictionaries."""
-
-    def __init__(self, console: Console, title: str = "training") -> None:
-        self.progress = bar(console)
-        self.title = title
-        self.task: Any = None
-
-    def track(self, loop: Iterable[Any]) -> Iterable[Any]:
-        """A bar for the frozen towers' features, above that of the training."""
-        self.progress.start()
-        return self.progress.track(loop, description="frozen towers")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the bar; a resumed run starts where it was."""
-        self.progress.start()
-        self.task = self.progress.add_task(self.title, total=state.max_steps, completed=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step further."""
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Show the loss."""
-        if logs and "loss" in logs:
-            self.progress.update(
-                self.task, description=f"{self.title}  epoch {state.epoch:.1f}  loss {logs['loss']:.4f}"
-            )
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
-        """Print what early stopping looks at."""
-        shown = {"eval_loss", args.metric_for_best_model} & (metrics or {}).keys()
-        values = "  ".join(f"{name.removeprefix('eval_')} {(metrics or {})[name]:.4f}" for name in sorted(shown))
-        self.progress.console.print(f"epoch {state.epoch:.0f} on the rows held out for it: {values}", highlight=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the finished bar on the screen."""
-        self.progress.stop()
-
-
 def bar(console: Console) -> Progress:
     """A progress bar with counts and times."""
     columns = (
@@ -160,31 +109,3 @@ def bar(console: Console) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console)
-
-
-# ---- files ----
-
-
-def write_json(path: Path, value: Any) -> None:
-    """As :func:`write_text`."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def save_model(model: Any, processor: Any, folder: Path) -> None:
-    """``save_pretrained`` of both into a temporary folder, then file by file into place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=folder))
-    try:
-        model.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        for file in staging.iterdir():
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(staging)

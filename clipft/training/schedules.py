@@ -22,7 +22,6 @@ from transformers import TrainerCallback
 __all__ = ["GradualUnfreezing", "WeightAverage", "depth_from_top", "split_by_depth"]
 
 _logger = logging.getLogger(__name__)
-
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 _LAYER = re.compile(r"\b(text|vision)_model\.encoder\.layers\.(\d+)\.")
 _INPUT = re.compile(r"\b(text|vision)_model\.(embeddings|pre_layrnorm)\b")

@@ -58,13 +58,13 @@ def step_bytes(model: nn.Module, forward: Callable[[int], Any], pairs: int, chec
     """Bytes of a step's peak that grow with the pairs: what is kept for the backward pass, and one layer's gradients;
     with checkpointing also that layer's forward pass made again, and its temporaries.
     """
-    kept = _kept(model, forward, pairs)
+    kept = _saved_bytes(model, forward, pairs)
     layer = kept / _layers(model)
     if not checkpointing:
         return kept + layer
     model.gradient_checkpointing_enable()  # type: ignore[operator]
     try:
-        return _kept(model, forward, pairs) + 3 * layer
+        return _saved_bytes(model, forward, pairs) + 3 * layer
     finally:
         model.gradient_checkpointing_disable()  # type: ignore[operator]
 
@@ -79,7 +79,7 @@ def available_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _kept(model: nn.Module, forward: Callable[[int], Any], pairs: int) -> int:
+def _saved_bytes(model: nn.Module, forward: Callable[[int], Any], pairs: int) -> int:
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
 

@@ -14,10 +14,10 @@ from clipft.data.rows import MISSING, class_names_of, class_targets, column_name
 from clipft.evaluation.metrics import Classification
 from clipft.families.registry import family_of
 from clipft.inference.classify import add_head
-from clipft.losses import balanced_class_weights, head_loss
 from clipft.models.heads import LABEL, ClassificationHead, head_logits, heads_of
 from clipft.ops.distributed import with_other_ranks
-from clipft.training_args import CLIPTrainingArguments
+from clipft.training.arguments import CLIPTrainingArguments
+from clipft.training.head_losses import balanced_class_weights, head_loss
 
 __all__ = ["HeadTraining"]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from clipft.report import number, write_text
+from clipft.console import number
+from clipft.files import write_text
 
 __all__ = ["write_model_card"]
 

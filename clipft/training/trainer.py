@@ -23,8 +23,6 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from clipft.auto_batch import fitting_chunk
-from clipft.checkpoints import StagedCheckpoints, check_checkpoint, kept, last_checkpoint
 from clipft.data.collate import CLIPDataCollator, FrozenFeatures, model_inputs
 from clipft.data.rows import PairRows, column_names, index_texts
 from clipft.data.sampling import (
@@ -37,22 +35,24 @@ from clipft.data.sampling import (
 from clipft.data.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_set
 from clipft.evaluation.metrics import retrieval_metrics
 from clipft.families.registry import base_model, family_of, family_of_processor
-from clipft.faults import all_finite, non_finite_message, worker_deaths
-from clipft.features import FrozenTowers, frozen_towers
-from clipft.forgetting import StartingPoint
-from clipft.grad_cache import cached_backward, chunks
-from clipft.head_training import HeadTraining
 from clipft.inference.encode import embed_texts
 from clipft.models.fused import loss_parameters
 from clipft.models.fusing import fuse
 from clipft.models.heads import heads_of
 from clipft.ops.losses import contrastive_loss, sigmoid_loss
-from clipft.precision import bf16_speedup
-from clipft.schedules import GradualUnfreezing, WeightAverage, split_by_depth
-from clipft.sharding import as_saved, check_enabled, gather_for_features, make_shardable
-from clipft.training_args import CLIPTrainingArguments, check_arguments, check_loss, default_learning_rate, loss_of
+from clipft.training.arguments import CLIPTrainingArguments, check_arguments, check_loss, loss_of
+from clipft.training.auto_batch import fitting_chunk
+from clipft.training.checkpoints import StagedCheckpoints, check_checkpoint, kept, last_checkpoint
+from clipft.training.faults import all_finite, non_finite_message, worker_deaths
+from clipft.training.feature_cache import FrozenTowers, frozen_towers
+from clipft.training.fsdp import as_saved, check_enabled, gather_for_features, make_shardable
+from clipft.training.grad_cache import cached_backward, chunks
+from clipft.training.head_training import HeadTraining
+from clipft.training.precision import bf16_speedup
+from clipft.training.regularizers import StartingPoint
+from clipft.training.schedules import GradualUnfreezing, WeightAverage, split_by_depth
 
-__all__ = ["CLIPTrainer", "CLIPTrainingArguments", "default_learning_rate"]
+__all__ = ["CLIPTrainer"]
 
 _logger = logging.getLogger(__name__)
 _FEW_EPOCHS = 5

@@ -39,7 +39,7 @@ class StagedCheckpoints(Trainer):
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        with _reported(staging, folder / name):
+        with _named_errors(staging, folder / name):
             self._staging = staging
             try:
                 self._write_checkpoint(staging / name, model, trial)
@@ -76,7 +76,7 @@ class StagedCheckpoints(Trainer):
 
 
 @contextmanager
-def _reported(staging: Path, final: Path) -> Iterator[None]:
+def _named_errors(staging: Path, final: Path) -> Iterator[None]:
     """A full disk and the like: the unfinished files make room, and the error names what is kept."""
     try:
         yield
@@ -94,7 +94,7 @@ def _reported(staging: Path, final: Path) -> Iterator[None]:
 
 def kept(folder: str | Path) -> str:
     """What is left of a run that ends before its time, in words."""
-    whole = next((path for path in _by_step(folder) if not _fault(path)), None)
+    whole = next((path for path in _by_step(folder) if not _fault_of_file(path)), None)
     return f"the last whole checkpoint is {whole}" if whole else f"there is no checkpoint in {folder}"
 
 
@@ -105,7 +105,7 @@ def last_checkpoint(folder: str | Path) -> Path:
         ValueError: there is none.
     """
     for path in _by_step(folder):
-        fault = _fault(path)
+        fault = _fault_of_file(path)
         if not fault:
             return path
         _logger.warning("%s is not a whole checkpoint (%s): resuming from an earlier one", path, fault)
@@ -118,7 +118,7 @@ def check_checkpoint(path: str | Path) -> None:
     Raises:
         ValueError: it cannot.
     """
-    if fault := _fault(Path(path)):
+    if fault := _fault_of_file(Path(path)):
         raise ValueError(f"resume_from_checkpoint: {path} is not a whole checkpoint ({fault})")
 
 
@@ -128,7 +128,7 @@ def _by_step(folder: str | Path) -> list[Path]:
     return [path for _, path in sorted(((int(match[1]), path) for match, path in named if match), reverse=True)]
 
 
-def _fault(checkpoint: Path) -> str:
+def _fault_of_file(checkpoint: Path) -> str:
     """What stands in the way of an exact resume, or an empty string."""
     kinds = ("*model*.safetensors", "optimizer.*", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
     found = {kind: sorted(checkpoint.glob(kind)) for kind in kinds}  # FSDP's optimizer.bin, and one random state a rank

@@ -1,10 +1,7 @@
-"""Against forgetting: what keeps a fine-tune near where it started, and weights between the two ends.
+"""Weights between the start and the end of a fine-tune.
 
-- L2-SP (Li et al. 2018, arXiv:1802.01483): lambda / 2 * |w - w_start|^2 over the weights that train.
-- Distillation of embeddings: the mean squared distance of a batch's embeddings to those that the starting model gives
-  them, so that what stays put is the model's answers rather than its weights.
-- WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903): (1 - alpha) * start + alpha * tuned, often better than either end on
-  what the fine-tune did not see. For a LoRA adapter the same line is the scale that it is merged with.
+WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903): (1 - alpha) * start + alpha * tuned, often better than either end on
+what the fine-tune did not see. For a LoRA adapter the same line is the scale that it is merged with.
 """
 
 from __future__ import annotations
@@ -19,67 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipft.data.collate import model_inputs
 from clipft.evaluation.metrics import Classification, Retrieval
 from clipft.families.registry import check_model
 from clipft.models.fusing import check_float, unfuse
 
-__all__ = ["StartingPoint", "Sweep", "WeightLine", "sweep", "wise_ft"]
+__all__ = ["RULE", "Sweep", "WeightLine", "sweep", "wise_ft"]
 
 ALPHAS = tuple(number / 10 for number in range(11))
 RULE = "the smallest alpha whose score on held-out rows is within one standard error of the best (paired bootstrap)"
-
-
-# ---- penalties in training ----
-
-
-class StartingPoint:
-    """A model as it was when training began.
-
-    Args:
-        model: a fused model or a peft model of one; what does not train is shared with it, not copied.
-        l2_sp: lambda of L2-SP.
-        distillation: weight of the embeddings' distance.
-    """
-
-    def __init__(self, model: nn.Module, *, l2_sp: float, distillation: float) -> None:
-        self.l2_sp, self.distillation = l2_sp, distillation
-        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self._weights = {name: p.detach().clone() for name, p in model.named_parameters() if l2_sp and p.requires_grad}
-        self._model = copy.deepcopy(model, shared).requires_grad_(False).eval() if distillation else None
-        self._targets: tuple[Tensor, ...] = ()
-
-    def see(self, inputs: dict[str, Tensor], autocast: Callable[[], Any]) -> None:
-        """The batch that the next :meth:`distance` is about."""
-        if self._model is None:
-            return
-        with torch.no_grad(), autocast():
-            outputs = self._model(**model_inputs(inputs), return_logits=False)
-        embeds = (outputs.image_embeds, outputs.text_embeds)
-        self._targets = tuple(part.float() for part in embeds if part is not None)
-
-    def distance(self, *embeds: Tensor) -> Tensor | float:
-        """``distillation`` times the mean squared distance of [N, D] embeddings, L2-normalised, of pictures and, where
-        the batch has any, of texts, to the start's.
-        """
-        if not self._targets:
-            return 0.0
-        pairs = zip(embeds, self._targets, strict=True)
-        parts = [(own.float() - target).square().sum(1).mean() for own, target in pairs]
-        return self.distillation * torch.stack(parts).mean()
-
-    def forget_batch(self) -> None:
-        """No distance until :meth:`see`: evaluation's loss is without."""
-        self._targets = ()
-
-    @torch.no_grad()
-    def pull(self, model: nn.Module, scale: float) -> None:
-        """Add L2-SP's gradient, lambda (w - w_start), times ``scale``, to the gradients of ``model``."""
-        for name, parameter in model.named_parameters():
-            if name in self._weights and parameter.requires_grad:  # not a layer that waits
-                start = self._weights[name] = self._weights[name].to(parameter.device)
-                gradient = (parameter - start).mul_(self.l2_sp * scale)
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 # ---- weights between start and end ----
@@ -202,17 +146,19 @@ def sweep(
         found = score()
         resampled = found.resampled()
         samples.append(np.mean([resampled[name] for name in _compared(found)], axis=0))
-        points.append({"alpha": alpha, "held_out": _mean(found)} | ({"control": _mean(control())} if control else {}))
+        points.append(
+            {"alpha": alpha, "held_out": _mean_score(found)} | ({"control": _mean_score(control())} if control else {})
+        )
     best = max(range(len(points)), key=lambda index: points[index]["held_out"])
     for point, resampled in zip(points, samples, strict=True):
         point["difference"] = points[best]["held_out"] - point["held_out"]
         point["standard_error"] = float(np.std(samples[best] - resampled))
     chosen = next(p["alpha"] for p in points if p["difference"] <= p["standard_error"])
     line.move_to(chosen)
-    return Sweep(chosen, _metric(found), points)
+    return Sweep(chosen, _metric_name(found), points)
 
 
-def _metric(found: Found) -> str:
+def _metric_name(found: Found) -> str:
     return "balanced accuracy" if isinstance(found, Classification) else "mAP, mean of both directions"
 
 
@@ -221,6 +167,6 @@ def _compared(found: Found) -> tuple[str, ...]:
     return ("balanced_accuracy",) if isinstance(found, Classification) else ("image_to_text_mAP", "text_to_image_mAP")
 
 
-def _mean(found: Found) -> float:
+def _mean_score(found: Found) -> float:
     metrics = found.metrics()
     return math.fsum(metrics[name] for name in _compared(found)) / len(_compared(found))

@@ -7,8 +7,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from clipft.charts import interval_bar, line_chart
-from clipft.report import by_class, number, title_of, write_text
+from clipft.console import by_class, number, title_of
+from clipft.files import write_text
+from clipft.report.charts import interval_bar, line_chart
 
 __all__ = ["write_html"]
 
@@ -53,7 +54,7 @@ def write_html(
         "examples": examples,
         "settings": {name: value for name, value in (settings or {}).items() if value is not None},
     }
-    loader = PackageLoader("clipft", "templates")
+    loader = PackageLoader("clipft.report", "templates")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

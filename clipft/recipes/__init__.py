@@ -1,0 +1,1 @@
+"""What a user does, whole: each verb of the command line as a function."""
