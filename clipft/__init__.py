@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from clipft import _moved
+from clipft._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from clipft import nn as nn
@@ -38,13 +38,11 @@ if TYPE_CHECKING:
     from clipft.ops import lora_linear as lora_linear
     from clipft.ops import quantized_linear as quantized_linear
     from clipft.ops import sigmoid_loss as sigmoid_loss
-    from clipft.training import CLIPTrainingArguments as CLIPTrainingArguments
+    from clipft.training.arguments import CLIPTrainingArguments as CLIPTrainingArguments
     from clipft.training.head_losses import dice_loss as dice_loss
     from clipft.training.head_losses import focal_loss as focal_loss
     from clipft.training.trainer import CLIPTrainer as CLIPTrainer
     from clipft.training.wise_ft import wise_ft as wise_ft
-
-__version__ = "0.1.0"
 
 if importlib.util.find_spec("clipft._C") is None:
     raise ImportError(
@@ -52,37 +50,37 @@ if importlib.util.find_spec("clipft._C") is None:
         "and import it from another directory, or build in place with: python setup.py build_ext --inplace"
     )
 
-_moved.install()
+importlib.import_module("clipft._moved").install()
 
 _MODULE_OF = {
     "contrastive_loss": "clipft.ops",
     "sigmoid_loss": "clipft.ops",
     "lora_linear": "clipft.ops",
-    "add_lora": "clipft.lora",
+    "add_lora": "clipft.models.lora",
     "quantized_linear": "clipft.ops",
-    "quantize": "clipft.quantization",
-    "export_onnx": "clipft.export",
-    "OnnxCLIP": "clipft.onnx_clip",
-    "embed": "clipft.embedding",
-    "search": "clipft.vectors",
-    "add_head": "clipft.heads",
-    "classify": "clipft.heads",
-    "focal_loss": "clipft.losses",
-    "dice_loss": "clipft.losses",
-    "load": "clipft.models",
-    "freeze": "clipft.models",
-    "fuse": "clipft.models",
-    "unfuse": "clipft.models",
-    "load_pairs": "clipft.pairs",
-    "CLIPDataCollator": "clipft.data",
-    "CLIPTrainer": "clipft.training",
-    "CLIPTrainingArguments": "clipft.training",
-    "evaluate_heads": "clipft.evaluation",
-    "evaluate_knn": "clipft.evaluation",
-    "evaluate_linear_probe": "clipft.evaluation",
-    "evaluate_retrieval": "clipft.evaluation",
-    "evaluate_zero_shot": "clipft.evaluation",
-    "wise_ft": "clipft.forgetting",
+    "quantize": "clipft.deploy.quantize",
+    "export_onnx": "clipft.deploy.export",
+    "OnnxCLIP": "clipft.inference.onnx_clip",
+    "embed": "clipft.inference.encode",
+    "search": "clipft.inference.vectors",
+    "add_head": "clipft.inference.classify",
+    "classify": "clipft.inference.classify",
+    "focal_loss": "clipft.training.head_losses",
+    "dice_loss": "clipft.training.head_losses",
+    "load": "clipft.models.loading",
+    "freeze": "clipft.models.freezing",
+    "fuse": "clipft.models.fusing",
+    "unfuse": "clipft.models.fusing",
+    "load_pairs": "clipft.data.sources",
+    "CLIPDataCollator": "clipft.data.collate",
+    "CLIPTrainer": "clipft.training.trainer",
+    "CLIPTrainingArguments": "clipft.training.arguments",
+    "evaluate_heads": "clipft.evaluation.tasks",
+    "evaluate_knn": "clipft.evaluation.tasks",
+    "evaluate_linear_probe": "clipft.evaluation.tasks",
+    "evaluate_retrieval": "clipft.evaluation.tasks",
+    "evaluate_zero_shot": "clipft.evaluation.tasks",
+    "wise_ft": "clipft.training.wise_ft",
 }
 _SUBMODULES = ("nn", "ops", "reference")
 

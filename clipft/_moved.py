@@ -138,6 +138,9 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "ops": {
         "ops.distributed": "with_other_ranks",
+        "ops.gelu": "quick_gelu",
+        "ops.int8": "quantize_weight quantized_linear",
+        "ops.lora": "dropout_mask lora_linear quick_gelu_lora_linear",
         "ops.losses": "contrastive_loss sigmoid_loss",
     },
     "pairs": {
@@ -192,6 +195,7 @@ MOVED: dict[str, dict[str, str]] = {
         "report.sheet": "*",
     },
     "training": {
+        "training.arguments": "CLIPTrainingArguments default_learning_rate",
         "training.trainer": "CLIPTrainer",
     },
     "training_args": {

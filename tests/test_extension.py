@@ -108,7 +108,8 @@ def test_unknown_name() -> None:
 def test_source_tree_without_the_extension_says_what_to_do(tmp_path: Path) -> None:
     package = Path(sys.modules["clipft"].__file__).parent
     (tmp_path / "clipft").mkdir()
-    shutil.copy(package / "__init__.py", tmp_path / "clipft")
+    for name in ("__init__.py", "_version.py"):
+        shutil.copy(package / name, tmp_path / "clipft")
     done = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import clipft")
     assert "clipft's C extension is not built here" in done.stderr and "pip install ." in done.stderr
 

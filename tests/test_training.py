@@ -23,7 +23,7 @@ from clipft.training.checkpoints import last_checkpoint
 
 
 def test_the_default_rate_follows_the_models_size() -> None:
-    from clipft.training import default_learning_rate
+    from clipft.training.arguments import default_learning_rate
 
     sizes = {"b32": 151_277_313, "l14": 427_616_513, "small": 12_000_000, "tiny": 100_000}
     models = {name: torch.nn.ParameterList([torch.empty(size, device="meta")]) for name, size in sizes.items()}

@@ -249,7 +249,7 @@ def train(
     from clipft.models.freezing import freeze as freeze_model
     from clipft.models.fusing import unfuse
     from clipft.models.loading import load
-    from clipft.training import default_learning_rate
+    from clipft.training.arguments import default_learning_rate
     from clipft.training.wise_ft import WeightLine
 
     arguments = _training_arguments(
@@ -498,7 +498,7 @@ def _with_adapter(
 def _training_arguments(output: Path, **options: Any) -> Any:
     import torch
 
-    from clipft.training import CLIPTrainingArguments
+    from clipft.training.arguments import CLIPTrainingArguments
 
     defaults: dict[str, Any] = {
         "output_dir": str(output / "checkpoints"),

@@ -89,7 +89,7 @@ def fine_tune(model: Any, processor: Any, train: datasets.Dataset, folder: Path,
     import torch
     from transformers.trainer_callback import PrinterCallback
 
-    from clipft.training import CLIPTrainingArguments
+    from clipft.training.arguments import CLIPTrainingArguments
     from clipft.training.progress import ProgressReport
     from clipft.training.trainer import CLIPTrainer
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
-from clipft import __version__
+from clipft._version import __version__
 from clipft.data.pictures import check_preprocessing
 from clipft.data.rows import index_texts
 from clipft.deploy.quantize import pictures_and_captions, plain_model, quantize
