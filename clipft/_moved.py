@@ -64,7 +64,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "families": {
         "families.family": "Family Tower",
-        "families.registry": "FAMILIES MODEL_NAMES MOST_TOKENS base_model check_model family_of family_of_processor",
+        "families.registry": "FAMILIES MOST_TOKENS base_model check_model family_of family_of_processor",
     },
     "faults": {
         "training.faults": "*",
@@ -77,10 +77,13 @@ MOVED: dict[str, dict[str, str]] = {
         "training.wise_ft": "ALPHAS Found RULE Sweep WeightLine check_alpha sweep wise_ft",
     },
     "fused": {
-        "models.fused": "*",
+        "families.clip": "FusedCLIPOutput FusedLastLayer fuse_last_layer",
+        "families.forward": "loss_parameters normalised records",
+        "models.fused": "FusedCLIPModel FusedQuickGELU _new_fused_model",
     },
     "fused_siglip": {
-        "models.fused": "*",
+        "families.siglip": "FusedSiglipOutput",
+        "models.fused": "FusedSiglip2Model FusedSiglipModel _new_siglip _new_siglip2",
     },
     "grad_cache": {
         "training.grad_cache": "*",

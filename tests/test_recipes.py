@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 import clipft
 from clipft.data.sampling import ClassBalancedSampler, classes_are_uneven
+from clipft.families.clip import CLIP
 from clipft.training.schedules import depth_from_top
 
 # ---- class-balanced batches ----
@@ -96,7 +97,7 @@ def test_classes_are_uneven_where_the_largest_has_half_again_the_smallest_and_a_
 
 
 def test_depth_from_top() -> None:
-    layers = {"text": 3, "vision": 12}
+    layers: Any = {"text": 3, "vision": 12}
     for name, depth in (
         ("logit_scale", 0),
         ("visual_projection.weight", 0),
@@ -107,7 +108,7 @@ def test_depth_from_top() -> None:
         ("text_model.embeddings.token_embedding.weight", 4),
         ("vision_model.pre_layrnorm.weight", 13),
     ):
-        assert depth_from_top(name, layers) == depth, name
+        assert depth_from_top(name, layers, CLIP) == depth, name
 
 
 def test_rates_fall_with_depth_and_follow_the_schedule(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ from clipft.cli.outcome import (
     control_set,
 )
 from clipft.cli.panels import Grouped
+from clipft.families.losses import LOSSES
 
 if TYPE_CHECKING:
     import datasets
@@ -66,12 +67,10 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
-class Loss(StrEnum):
-    """What a model is trained with."""
-
-    auto = "auto"
-    contrastive = "contrastive"
-    sigmoid = "sigmoid"
+if TYPE_CHECKING:
+    Loss = str
+else:
+    Loss = StrEnum("Loss", ["auto", *LOSSES])
 
 
 class AugmentationSet(StrEnum):
@@ -158,7 +157,7 @@ def train(
     loss: Annotated[
         Loss,
         typer.Option(help="auto is the model's own: contrastive for CLIP, sigmoid for SigLIP, which takes either."),
-    ] = Loss.auto,
+    ] = Loss("auto"),  # noqa: B008  (an enum member)
     label_smoothing: Annotated[float, typer.Option(min=0.0, max=0.99, help="Smoothing of the loss's targets.")] = 0.0,
     head: Annotated[
         Head, typer.Option(help="text: train a classifier of the labels, started as zero-shot, in place of the pairs.")
@@ -260,7 +259,7 @@ def train(
         warmup_steps=warmup_ratio,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
-        loss=loss.value,
+        loss=str(loss),
         label_smoothing_factor=label_smoothing,
         head=head.value,
         attributes=attributes,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipft.data.sampling import mix_seed
 from clipft.data.transforms import Augmentation, build_transform, stack_pictures
+from clipft.families.family import Family
 from clipft.families.registry import MOST_TOKENS, family_of_processor
 
 __all__ = ["CLIPDataCollator", "FrozenFeatures", "model_inputs", "most_tokens", "tokenize"]
@@ -52,6 +53,7 @@ class CLIPDataCollator:
         augmentation: random changes to training rows.
         seed: of the draws.
         max_length: most tokens of a caption; default: the tokenizer's own maximum.
+        family: the model's; default: by the class of the processor, which families may share.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class CLIPDataCollator:
         augmentation: Augmentation | None = None,
         seed: int = 0,
         max_length: int | None = None,
+        family: Family | None = None,
     ) -> None:
         self.processor = processor
+        self.family = family or family_of_processor(processor)
         self.seed = seed
         self.max_length = max_length
         self.augmentation = augmentation or Augmentation()
@@ -106,7 +110,7 @@ class CLIPDataCollator:
             assert known.text_rows is not None
             batch["text_pooler_output"] = known.texts[[known.text_rows[caption] for caption in place]]
         else:
-            batch |= tokenize(self.processor, list(place), self.max_length)
+            batch |= tokenize(self.processor, list(place), self.max_length, family=self.family)
         if len(place) < len(captions):
             batch["text_index"] = torch.tensor([place[caption] for caption in captions])
         return batch
@@ -124,15 +128,21 @@ class CLIPDataCollator:
             return picture, captions[choice] if captions else None
 
 
-def tokenize(processor: Any, captions: list[str], max_length: int | None = None) -> dict[str, Tensor]:
+def tokenize(
+    processor: Any, captions: list[str], max_length: int | None = None, *, family: Family | None = None
+) -> dict[str, Tensor]:
     """``input_ids`` and, where the tokenizer gives it, ``attention_mask`` [N, L]: cut at ``max_length`` and the
-    tokenizer's maximum, and padded to the longest, for SigLIP to that length."""
-    padding, length = family_of_processor(processor).padding, most_tokens(processor, max_length)
-    tokens = processor.tokenizer(captions, padding=padding, truncation=True, max_length=length, return_tensors="pt")
+    tokenizer's maximum, and padded to the longest, for SigLIP to that length. ``family``: as in
+    :class:`CLIPDataCollator`."""
+    family = family or family_of_processor(processor)
+    length = most_tokens(processor, max_length, family=family)
+    tokens = processor.tokenizer(
+        captions, padding=family.padding, truncation=True, max_length=length, return_tensors="pt"
+    )
     return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
 
 
-def most_tokens(processor: Any, max_length: int | None = None) -> int:
+def most_tokens(processor: Any, max_length: int | None = None, *, family: Family | None = None) -> int:
     """Where captions are cut: at ``max_length`` and the tokenizer's maximum or, if it has none, the family's."""
     limits = [length for length in (max_length, processor.tokenizer.model_max_length) if length is not None]
-    return min(limits) if min(limits) <= MOST_TOKENS else family_of_processor(processor).text_length
+    return min(limits) if min(limits) <= MOST_TOKENS else (family or family_of_processor(processor)).text_length

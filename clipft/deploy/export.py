@@ -21,16 +21,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPProcessor
 
 from clipft._version import __version__
 from clipft.data.pictures import check_preprocessing
 from clipft.data.rows import index_texts
 from clipft.deploy.quantize import pictures_and_captions, plain_model, quantize
 from clipft.evaluation.metrics import retrieval_metrics
+from clipft.families.family import Family
+from clipft.families.registry import family_of
 from clipft.inference.encode import embed_images, embed_texts
 from clipft.inference.onnx_clip import INFO, OnnxCLIP
-from clipft.models.fused import fuse_last_layer
 
 __all__ = ["export_onnx"]
 
@@ -82,7 +83,10 @@ def export_onnx(
     _require_onnx()
     if not -1.0 <= min_cosine <= 1.0:
         raise ValueError(f"min_cosine: expected a cosine in [-1, 1], got {min_cosine}")
-    plain = plain_model(model, inplace=False).float()  # the encoders take and give float32
+    plain = plain_model(model, False, "onnx").float()  # the encoders take and give float32
+    family = family_of(plain)
+    if int8 and not family.int8:
+        raise ValueError(f"int8: expected a model that clipft.quantize takes, got a {type(plain).__name__}")
     pictures, captions, described = pictures_and_captions(data, _PAIRS)
     folder = Path(directory).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -92,11 +96,11 @@ def export_onnx(
     try:
         processor.save_pretrained(staging)
         info = _info(plain, processor)
-        fuse_last_layer(plain)
-        _write_encoders(plain, staging, "", info)
+        options = family.image_encoder(plain)
+        _write_encoders(plain, family, options, staging, "", info)
         if int8:
             quantized = quantize(plain, skip=skip, processor=processor)
-            _write_encoders(quantized, staging, ".int8", info)
+            _write_encoders(quantized, family, options, staging, ".int8", info)
         _write_info(staging, info)
         parity = {"data": described} | _compare(plain, processor, staging, (pictures, captions), int8)
         _check(parity, min_cosine, folder)
@@ -120,17 +124,17 @@ def _require_onnx() -> None:
 
 
 class _ImageEncoder(nn.Module):
-    def __init__(self, model: CLIPModel) -> None:
+    def __init__(self, model: Any, options: dict[str, Any]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.options = model, options
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        features: Any = self.model.get_image_features(pixel_values=pixel_values, class_token_only=True)
+        features: Any = self.model.get_image_features(pixel_values=pixel_values, **self.options)
         return nn.functional.normalize(features.pooler_output, dim=-1)
 
 
 class _TextEncoder(nn.Module):
-    def __init__(self, model: CLIPModel) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -139,14 +143,17 @@ class _TextEncoder(nn.Module):
         return nn.functional.normalize(features.pooler_output, dim=-1)
 
 
-def _write_encoders(model: CLIPModel, folder: Path, kind: str, info: dict[str, Any]) -> None:
+def _write_encoders(
+    model: Any, family: Family, options: dict[str, Any], folder: Path, kind: str, info: dict[str, Any]
+) -> None:
     config: Any = model.config
     side, channels = config.vision_config.image_size, config.vision_config.num_channels
     batch = torch.export.Dim("batch")
-    length = torch.export.Dim("length", min=2, max=config.text_config.max_position_embeddings)
-    tokens = (2, min(7, config.text_config.max_position_embeddings))
+    most = family.most_positions(config)
+    length = torch.export.Dim("length", min=2, max=most)
+    tokens = (2, min(7, most))
     _write(
-        _ImageEncoder(model),
+        _ImageEncoder(model, options),
         {"pixel_values": torch.zeros(2, channels, side, side)},
         {"pixel_values": {0: batch}},
         "image_embeds",
@@ -190,14 +197,14 @@ def _write(
 # ---- what stands beside them ----
 
 
-def _info(model: CLIPModel, processor: Any) -> dict[str, Any]:
+def _info(model: Any, processor: Any) -> dict[str, Any]:
     preprocessing = json.loads(json.dumps(processor.image_processor.to_dict(), default=dict))
     check_preprocessing(preprocessing, "processor")
     return {
         "clipft": __version__,
         "model": str(model.name_or_path),
         "opset": OPSET,
-        "dim": int(cast(Any, model.config).projection_dim),
+        "dim": family_of(model).dim(model.config),
         "logit_scale": float(model.logit_scale.detach().exp()),
         "preprocessing": preprocessing,
         "tokenizer": "tokenizer.json",
@@ -212,7 +219,7 @@ def _write_info(folder: Path, info: dict[str, Any]) -> None:
 
 
 def _compare(
-    model: CLIPModel, processor: Any, folder: Path, pairs: tuple[list[Any], list[list[str]]], int8: bool
+    model: Any, processor: Any, folder: Path, pairs: tuple[list[Any], list[list[str]]], int8: bool
 ) -> dict[str, Any]:
     pictures, captions = pairs
     texts_of, texts = index_texts(captions)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel, Siglip2Model, SiglipModel
+from transformers import CLIPModel
 
 from clipft.data.collate import tokenize
 from clipft.data.drawings import decode, on_white, read_pictures
 from clipft.data.rows import PairRows
 from clipft.data.transforms import build_transform
+from clipft.families.registry import family_of, find_family
 from clipft.models.fusing import unfuse
 from clipft.models.int8 import QuantizedCLIPModel, install
 from clipft.models.rounding import QKV, patch_layer, quantize_layer
@@ -71,7 +72,7 @@ def quantize(
         TypeError: not a ``CLIPModel``, or not on the CPU in a float type that the kernels have.
         ValueError: ``skip`` names nothing, ``data`` without ``processor``, weights with NaN or Inf.
     """
-    plain = plain_model(model, inplace)
+    plain = plain_model(model, inplace, "int8")
     names, skipped = _layers_of(plain), [skip] if isinstance(skip, str) else list(skip)
     left_out = _matching(names, skipped)
     if data is not None and processor is None:
@@ -100,15 +101,20 @@ def quantize(
 # ---- the float model ----
 
 
-def plain_model(model: Any, inplace: bool) -> CLIPModel:
-    """The float ``CLIPModel`` itself or a copy, unfused, adapters merged, in evaluation mode."""
+def plain_model(model: Any, inplace: bool, use: Literal["int8", "onnx"]) -> Any:
+    """The float model itself or a copy, unfused, adapters merged, in evaluation mode.
+
+    Raises:
+        TypeError, ValueError: not a model of a family that has this use, or not ready for it.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(inner, QuantizedCLIPModel):
         raise ValueError("model: expected a float model, got one that has int8 layers already")
-    if isinstance(inner, (SiglipModel, Siglip2Model)):
-        raise ValueError(f"model: int8 and ONNX take a CLIPModel so far, got a {type(inner).__name__}")
-    if not isinstance(inner, CLIPModel):
+    family = find_family(type(inner))
+    if family is None:
         raise TypeError(f"model: expected a CLIPModel or a peft model of one, got {type(inner).__qualname__}")
+    if not getattr(family, use):
+        raise ValueError(f"model: int8 and ONNX take a CLIPModel so far, got a {type(inner).__name__}")
     if inner.device.type != "cpu":
         raise TypeError(f"model: expected a model on the CPU, got one on {inner.device}: call model.cpu() first")
     if not inplace:
@@ -118,7 +124,7 @@ def plain_model(model: Any, inplace: bool) -> CLIPModel:
     plain = unfuse(model)
     if not model_has_adapters and getattr(plain, "peft_config", None):
         raise TypeError("model: expected a CLIPModel without injected adapters; merge them first, or give a PeftModel")
-    return cast(CLIPModel, plain.eval())
+    return plain.eval()
 
 
 def _layers_of(model: nn.Module) -> list[str]:
@@ -174,7 +180,7 @@ def _measure_on(model: CLIPModel, data: Any, processor: Any) -> tuple[dict[str, 
     transform = build_transform(processor.image_processor)
     pixels = torch.stack([transform(picture) for picture in pictures])
     texts = [own[0] for own in captions]
-    return {"pixel_values": pixels, **tokenize(processor, texts)}, {
+    return {"pixel_values": pixels, **tokenize(processor, texts, family=family_of(model))}, {
         "pictures": source,
         "texts": f"captions of the {source}",
     }

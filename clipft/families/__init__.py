@@ -1,4 +1,8 @@
-"""The model families: one description of what each is, and how it is found."""
+"""The model families, a file each.
+
+``family`` says what one is, ``registry`` how it is found, ``losses`` what they train with, ``forward`` what their fused
+models have in common.
+"""
 
 from clipft._moved import getattr_of
 

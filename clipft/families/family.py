@@ -1,16 +1,80 @@
-"""What a model family is: all in which CLIP, SigLIP and SigLIP 2 differ."""
+"""What a model family is: all in which CLIP, SigLIP and SigLIP 2 differ.
+
+A CLIP has a projection after each tower and a softmax over the batch; a SigLIP has a head inside each tower, a sigmoid
+over pairs with a bias of its own, and reads captions padded to their full length. What the rest of the package needs to
+know of that is a field here; a family is a file beside this one, and a row of ``registry``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from transformers import CLIPModel, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
-__all__ = ["Family", "Tower"]
+__all__ = ["TOWERS", "Family", "Tower", "TowerName"]
 
-Tower = Literal["vision", "text"]
+TowerName = Literal["vision", "text"]
+TOWERS: tuple[TowerName, ...] = ("vision", "text")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Where the parts of a tower are. Paths are those of submodules, from the model.
+
+    Attributes:
+        module: what gives ``pooler_output`` [N, D] of pixels or tokens.
+        layers: its list of layers.
+        projection: what turns a token or tokens to the embedding; trainable with ``freeze(model, "towers")``.
+        stem: what comes before the first layer, as far as the model has it.
+        linears: names of a layer's linear layers, which LoRA adapts.
+        dropouts: fields of the tower's configuration that make its output random in training.
+    """
+
+    module: str
+    layers: str
+    projection: str
+    stem: tuple[str, ...]
+    linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    dropouts: tuple[str, ...] = ("attention_dropout",)
+
+    def module_of(self, model: nn.Module) -> nn.Module:
+        """The tower itself."""
+        return model.get_submodule(self.module)
+
+    def layers_of(self, model: nn.Module) -> list[nn.Module]:
+        """From the input up."""
+        return list(model.get_submodule(self.layers).children())
+
+    def projection_of(self, model: nn.Module) -> nn.Module:
+        """What turns the tower's token or tokens to the embedding."""
+        return model.get_submodule(self.projection)
+
+    def body_of(self, model: nn.Module) -> list[nn.Module]:
+        """The tower without its projection."""
+        projection = self.projection_of(model)
+        return [part for part in self.module_of(model).children() if part is not projection]
+
+    def stem_of(self, model: nn.Module) -> list[nn.Module]:
+        """The tower before its first layer."""
+        parts = dict(model.named_modules())
+        return [parts[path] for path in self.stem if path in parts]
+
+    def is_frozen(self, model: nn.Module) -> bool:
+        """Whether it gives the same output for the same input throughout a training run."""
+        tower: Any = self.module_of(model)
+        random = any(getattr(tower.config, name) for name in self.dropouts)
+        return not random and not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def _no_layers(model: Any) -> None:
+    """For families whose layers clipft leaves as they are."""
+
+
+def _no_options(model: Any) -> dict[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -20,36 +84,42 @@ class Family:
     Attributes:
         model_type: as in ``config.json``.
         model, processor: Hugging Face's classes.
-        loss: what it was pre-trained with, hence what it is fine-tuned with.
+        forward: a mixin with the ``forward`` of the fused model, a :class:`clipft.families.forward.PairForward`.
+        loss: what it was pre-trained with, hence what it is fine-tuned with: a row of ``clipft.families.losses``.
         max_log_scale: ceiling of ``logit_scale`` in training, if it has one.
         padding: of captions. SigLIP pools the last token, padding or not, and saw full lengths only.
         text_length: tokens of a caption, where the tokenizer does not say.
-        projections: names of the last module of each tower, in the model; it stays trainable with ``"towers"``.
+        vision, text: the towers.
+        dim: from the configuration to the length of an embedding.
+        scale_shape: of the parameter ``logit_scale``.
+        fuse_layers: takes over layers of a model that compute less than Hugging Face's.
+        image_encoder: makes a plain model ready for export, and gives what its ``get_image_features`` then takes
+            besides pixels.
+        onnx, int8: whether ``clipft.export_onnx`` and ``clipft.quantize`` take it.
     """
 
     model_type: str
     model: type[PreTrainedModel]
     processor: type[ProcessorMixin]
-    loss: Literal["contrastive", "sigmoid"]
+    forward: type
+    loss: str
     max_log_scale: float | None
     padding: Literal["longest", "max_length"]
     text_length: int
-    projections: dict[Tower, str]
+    vision: Tower
+    text: Tower
+    dim: Callable[[Any], int]
+    scale_shape: tuple[int, ...] = ()
+    fuse_layers: Callable[[Any], None] = _no_layers
+    image_encoder: Callable[[Any], dict[str, Any]] = _no_options
+    onnx: bool = False
+    int8: bool = False
 
-    def projection(self, model: nn.Module, tower: Tower) -> nn.Module:
-        """What turns a tower's token or tokens to the embedding."""
-        return model.get_submodule(self.projections[tower])
+    @property
+    def towers(self) -> dict[TowerName, Tower]:
+        """Both, by name."""
+        return {"vision": self.vision, "text": self.text}
 
-    def body(self, model: nn.Module, tower: Tower) -> list[nn.Module]:
-        """A tower without its projection."""
-        projection = self.projection(model, tower)
-        return [part for part in model.get_submodule(f"{tower}_model").children() if part is not projection]
-
-    def stem(self, model: nn.Module, tower: Tower) -> list[nn.Module]:
-        """A tower before its first layer."""
-        inside = dict(model.get_submodule(f"{tower}_model").named_children())
-        return [inside[name] for name in ("embeddings", "pre_layrnorm") if name in inside]
-
-    def dim(self, config: Any) -> int:
-        """Of the embeddings."""
-        return int(config.projection_dim if self.model is CLIPModel else config.text_config.projection_size)
+    def most_positions(self, config: Any) -> int:
+        """Tokens that the text tower has positions for."""
+        return int(config.text_config.max_position_embeddings)

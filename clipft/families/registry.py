@@ -1,69 +1,42 @@
-"""The model families that clipft works with, and all in which they differ.
+"""The families that clipft works with, and how one is found.
 
-A CLIP has a projection after each tower and a softmax over the batch; a SigLIP has a head inside each tower, a sigmoid
-over pairs with a bias of its own, and reads captions padded to their full length. What the rest of the package needs to
-know of that stands here, found by a model's class, a configuration's ``model_type`` or a processor's class.
+By a model's class, a configuration's ``model_type`` or, by those who have no more, a processor's class.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from transformers import CLIPModel, CLIPProcessor, Siglip2Model, Siglip2Processor, SiglipModel, SiglipProcessor
+from clipft.families.clip import CLIP
+from clipft.families.family import Family
+from clipft.families.siglip import SIGLIP
+from clipft.families.siglip2 import SIGLIP2
 
-from clipft.families.family import Family, Tower
+__all__ = [
+    "FAMILIES",
+    "MOST_TOKENS",
+    "base_model",
+    "check_model",
+    "family_of",
+    "family_of_processor",
+    "family_of_type",
+    "find_family",
+    "model_names",
+]
 
-__all__ = ["FAMILIES", "MODEL_NAMES", "MOST_TOKENS", "base_model", "check_model", "family_of", "family_of_processor"]
-
+FAMILIES: list[Family] = [CLIP, SIGLIP, SIGLIP2]
 MOST_TOKENS = 1_000_000  # a tokenizer saved without a maximum reports 1e30
-_HEADS: dict[Tower, str] = {"vision": "vision_model.head", "text": "text_model.head"}
-FAMILIES = (
-    Family(
-        model_type="clip",
-        model=CLIPModel,
-        processor=CLIPProcessor,
-        loss="contrastive",
-        max_log_scale=math.log(100.0),  # beyond it training is unstable (arXiv:2103.00020, 2.5)
-        padding="longest",
-        text_length=77,
-        projections={"vision": "visual_projection", "text": "text_projection"},
-    ),
-    Family(  # also SigLIP 2 at a fixed resolution, which comes as a SiglipModel
-        model_type="siglip",
-        model=SiglipModel,
-        processor=SiglipProcessor,
-        loss="sigmoid",
-        max_log_scale=None,  # the checkpoints stand above 100
-        padding="max_length",
-        text_length=64,
-        projections=_HEADS,
-    ),
-    Family(  # SigLIP 2 NaFlex: pictures in their own aspect ratio, as patches
-        model_type="siglip2",
-        model=Siglip2Model,
-        processor=Siglip2Processor,
-        loss="sigmoid",
-        max_log_scale=None,
-        padding="max_length",
-        text_length=64,
-        projections=_HEADS,
-    ),
-)
-
-
-def _one_of(types: list[type]) -> str:
-    names = [kind.__name__ for kind in types]
-    return f"a {', '.join(names[:-1])} or {names[-1]}"
-
-
-MODEL_NAMES = _one_of([family.model for family in FAMILIES])
-_PROCESSOR_NAMES = _one_of([family.processor for family in FAMILIES])
 
 
 def base_model(model: Any) -> Any:
     """The model inside a peft model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def find_family(kind: type) -> Family | None:
+    """Of a class, fused or not: that of its nearest ancestor."""
+    families = {family.model: family for family in FAMILIES}
+    return next((families[ancestor] for ancestor in kind.__mro__ if ancestor in families), None)
 
 
 def family_of(model: Any) -> Family:
@@ -72,19 +45,36 @@ def family_of(model: Any) -> Family:
     Raises:
         TypeError: none of the families.
     """
-    inner = base_model(model)
-    check_model(inner)
-    return next(family for family in FAMILIES if isinstance(inner, family.model))
+    return check_model(base_model(model))
 
 
-def check_model(model: Any) -> None:
-    """That this is a model of one of the families, and not one inside a peft model."""
-    if not any(isinstance(model, family.model) for family in FAMILIES):
-        raise TypeError(f"model: expected {MODEL_NAMES}, got {type(model).__qualname__}")
+def check_model(model: Any) -> Family:
+    """The family of what must be a model of one, and not one inside a peft model.
+
+    Raises:
+        TypeError: it is not.
+    """
+    family = find_family(type(model))
+    if family is None:
+        raise TypeError(f"model: expected {model_names()}, got {type(model).__qualname__}")
+    return family
+
+
+def family_of_type(model_type: Any, where: str) -> Family:
+    """By a configuration's ``model_type``.
+
+    Raises:
+        ValueError: none of the families; ``where`` is what the message begins with.
+    """
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    known = " or ".join(f"{family.model_type!r} (a {family.model.__name__})" for family in FAMILIES)
+    raise ValueError(f"{where}: expected model_type {known}, found {model_type!r}")
 
 
 def family_of_processor(processor: Any) -> Family:
-    """By the class of the processor.
+    """By the class of the processor, for those who have no model; families may share one.
 
     Raises:
         TypeError: none of the families'.
@@ -92,6 +82,15 @@ def family_of_processor(processor: Any) -> Family:
     for family in FAMILIES:
         if isinstance(processor, family.processor):
             return family
-    raise TypeError(
-        f"processing_class: expected {_PROCESSOR_NAMES} (clipft.load gives one), got {type(processor).__name__}"
-    )
+    names = _one_of([family.processor for family in FAMILIES])
+    raise TypeError(f"processing_class: expected {names} (clipft.load gives one), got {type(processor).__name__}")
+
+
+def model_names() -> str:
+    """For messages: "a CLIPModel, SiglipModel or Siglip2Model"."""
+    return _one_of([family.model for family in FAMILIES])
+
+
+def _one_of(types: list[type]) -> str:
+    names = [kind.__name__ for kind in types]
+    return f"a {', '.join(names[:-1])} or {names[-1]}"

@@ -254,11 +254,13 @@ def embed_texts(
     """[N, D] float32 on the CPU, L2-normalised. Texts of like length share a batch, so that few padding tokens are
     computed.
     """
+    family = family_of(model)
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     with evaluating(model) as device:
         parts = []
         for start in range(0, len(order), batch_size):
-            tokens = tokenize(processor, [texts[index] for index in order[start : start + batch_size]], max_length)
+            batch = [texts[index] for index in order[start : start + batch_size]]
+            tokens = tokenize(processor, batch, max_length, family=family)
             features = model.get_text_features(**{name: ids.to(device) for name, ids in tokens.items()})  # type: ignore[operator]
             parts.append(_unit(features))
     embeds = torch.cat(parts)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar, cast
+from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import nn
 
-from clipft.families.family import Tower
-from clipft.families.registry import check_model, family_of
+from clipft.families.family import Family
+from clipft.families.registry import check_model
 from clipft.models.fusing import check_float
 
 __all__ = ["freeze"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-# ---- freezing ----
-
 _STRATEGIES = '"none", "text", "vision", "towers", "vision:N", "text:N" (N: last layers that stay trainable)'
 
 
@@ -38,33 +34,30 @@ def freeze(model: Model, strategy: str) -> Model:
     Raises:
         ValueError: an unknown strategy, or N outside 1 ... the tower's number of layers.
     """
-    check_model(model)
+    family = check_model(model)
     check_float(model)
-    frozen = _frozen_by(model, strategy)
+    frozen = _frozen_by(model, family, strategy)
     model.requires_grad_(True)
     for part in frozen:
         part.requires_grad_(False)
     return model
 
 
-def _frozen_by(model: nn.Module, strategy: str) -> list[nn.Module]:
-    family, towers = family_of(model), cast(tuple[Tower, ...], ("vision", "text"))
+def _frozen_by(model: nn.Module, family: Family, strategy: str) -> list[nn.Module]:
     if strategy == "none":
         return []
     if strategy == "towers":
-        return [part for tower in towers for part in family.body(model, tower)]
-    for tower in towers:
-        if strategy == tower:
-            return [*family.body(model, tower), family.projection(model, tower)]
-        count = str(strategy).removeprefix(f"{tower}:")
+        return [part for tower in family.towers.values() for part in tower.body_of(model)]
+    for name, tower in family.towers.items():
+        if strategy == name:
+            return [*tower.body_of(model), tower.projection_of(model)]
+        count = str(strategy).removeprefix(f"{name}:")
         if count != strategy and count.isdecimal():
-            layers = cast(nn.ModuleList, model.get_submodule(f"{tower}_model.encoder.layers"))
-            return [*family.stem(model, tower), *_all_but_last(layers, int(count), strategy)]
+            return [*tower.stem_of(model), *_all_but_last(tower.layers_of(model), int(count), strategy)]
     raise ValueError(f"strategy: expected one of {_STRATEGIES}, got {strategy!r}")
 
 
-def _all_but_last(layers: Iterable[nn.Module], count: int, strategy: str) -> list[nn.Module]:
-    layers = list(layers)
+def _all_but_last(layers: Sequence[nn.Module], count: int, strategy: str) -> Sequence[nn.Module]:
     if not 1 <= count <= len(layers):
         raise ValueError(f"strategy: expected N from 1 to {len(layers)}, the tower's layers, got {strategy!r}")
     return layers[: len(layers) - count]

@@ -9,20 +9,11 @@ import sys
 from typing import Any
 
 from torch import nn
-from transformers.activations import QuickGELUActivation
-from transformers.models.clip.modeling_clip import CLIPMLP
 
-from clipft.families.registry import MODEL_NAMES, base_model
-from clipft.models.fused import FusedCLIPModel, FusedQuickGELU, FusedSiglip2Model, FusedSiglipModel, fuse_last_layer
+from clipft.families.registry import FAMILIES, base_model, find_family, model_names
+from clipft.models.fused import fuse_activations, fused_class
 
 __all__ = ["check_float", "fuse", "unfuse"]
-
-_FUSED: dict[type, type] = {
-    cls._clipft_stands_in_for: cls for cls in (FusedCLIPModel, FusedSiglipModel, FusedSiglip2Model)
-}
-
-
-# ---- fusing ----
 
 
 def fuse(model: Any) -> Any:
@@ -50,15 +41,14 @@ def fuse(model: Any) -> Any:
     """
     clip, with_lora = base_model(model), _has_lora(model)
     check_float(clip)
-    if type(clip) in _FUSED:
-        clip.__class__ = _FUSED[type(clip)]
-    elif type(clip) not in _FUSED.values() and (isinstance(clip, tuple(_FUSED)) or not with_lora):
-        raise TypeError(f"model: expected {MODEL_NAMES} or a peft model of one, got {type(clip).__qualname__}")
-    for module in model.modules():
-        if isinstance(module, CLIPMLP) and type(module.activation_fn) is QuickGELUActivation:
-            module.activation_fn.__class__ = FusedQuickGELU
-    if isinstance(clip, FusedCLIPModel):
-        fuse_last_layer(clip)
+    family = find_family(type(clip))
+    if family is not None and type(clip) is family.model:
+        clip.__class__ = fused_class(family)
+    elif (family is not None and type(clip) is not fused_class(family)) or (family is None and not with_lora):
+        raise TypeError(f"model: expected {model_names()} or a peft model of one, got {type(clip).__qualname__}")
+    fuse_activations(model)
+    if family is not None:
+        family.fuse_layers(clip)
     if with_lora:
         from clipft.models.lora_layers import fuse_lora
 
@@ -93,6 +83,6 @@ def _has_lora(model: Any) -> bool:
 def _drop_wrapped_forward(module: nn.Module) -> None:
     """Mixed precision in accelerate leaves a wrapper of the class's forward, here the fused one, on the instance."""
     original = vars(module).get("_original_forward")
-    if getattr(original, "__func__", None) in {cls.forward for cls in _FUSED.values()}:  # type: ignore[attr-defined]
+    if getattr(original, "__func__", None) in {family.forward.forward for family in FAMILIES}:  # type: ignore[attr-defined]
         del module._original_forward
         module.__dict__.pop("forward", None)

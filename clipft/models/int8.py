@@ -32,8 +32,8 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from clipft.families.forward import records
 from clipft.models.formats import FLOAT_WEIGHTS, INT8_REPORT, INT8_WEIGHTS, QUANT_METHOD
-from clipft.models.fused import records
 from clipft.models.heads import restore_heads
 from clipft.ops.attention import attention
 from clipft.ops.nn import QuantizedLinear

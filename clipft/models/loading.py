@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors import safe_open
-from transformers import CLIPConfig, CLIPModel, PreTrainedConfig
+from transformers import CLIPConfig, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from clipft.families.family import Family
-from clipft.families.registry import FAMILIES, MOST_TOKENS
+from clipft.families.registry import MOST_TOKENS, family_of_type
 from clipft.models.formats import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -70,21 +70,13 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         source = str(name_or_path)
     revision = kwargs.get("revision", "main")
     config = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
-    family = _family_of_type(config.get("model_type"), source)
+    family = family_of_type(config.get("model_type"), source)
     processor = _load_processor(family, source, revision)
     model = _load_int8(family, source, kwargs) or _load_float(family, source, bool(config.get(HEADS_KEY)), kwargs)
     tokenizer = cast(Any, processor).tokenizer
     if tokenizer.model_max_length > MOST_TOKENS:
-        tokenizer.model_max_length = cast(Any, model.config).text_config.max_position_embeddings
+        tokenizer.model_max_length = family.most_positions(model.config)
     return model.eval(), processor
-
-
-def _family_of_type(model_type: Any, where: str) -> Family:
-    for family in FAMILIES:
-        if family.model_type == model_type:
-            return family
-    known = " or ".join(f"{family.model_type!r} (a {family.model.__name__})" for family in FAMILIES)
-    raise ValueError(f"{where}: expected model_type {known}, found {model_type!r}")
 
 
 def _load_processor(family: Family, source: str, revision: str) -> Any:
@@ -116,7 +108,7 @@ def _load_float(family: Family, source: str, has_heads: bool, kwargs: dict[str, 
 
 def _load_int8(family: Family, source: str, kwargs: dict[str, Any]) -> Any:
     """The int8 model, where the configuration says that it is one."""
-    if family.model is not CLIPModel:
+    if not family.int8:
         return None
     revision = kwargs.get("revision", "main")
     config = CLIPConfig.from_pretrained(source, revision=revision)
@@ -144,7 +136,7 @@ def _check_folder(folder: Path) -> None:
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"{config}: expected a JSON object with the model's configuration ({error})") from error
-    _family_of_type(kind, str(config))
+    family_of_type(kind, str(config))
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         hint = (
             "; pytorch_model.bin is a pickle, which clipft does not open: save it again with save_pretrained(...)"

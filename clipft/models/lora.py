@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from clipft.families.registry import check_model
+from clipft.families.family import Family, TowerName
+from clipft.families.registry import check_model, family_of
 from clipft.models.fusing import check_float, fuse
 
 __all__ = ["add_lora", "import_peft"]
 
-_NAMES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 _TOWER = re.compile(r"(vision|text)(?:\.(?:last(?P<last>\d+)|(?P<first>\d+)(?:-(?P<end>\d+))?))?")
 
 
@@ -56,7 +56,7 @@ def add_lora(
     """
     peft = import_peft()
     _check_arguments(model, r, alpha, dropout)
-    modules = _target_modules(model, targets)
+    modules = _target_modules(model, family_of(model), targets)
     config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules)
 
     return fuse(peft.get_peft_model(model, config).train(model.training))
@@ -91,7 +91,7 @@ def _check_arguments(model: Any, r: Any, alpha: Any, dropout: Any) -> None:
 # ---- targets ----
 
 
-def _target_modules(model: Any, targets: str | Iterable[str]) -> list[str]:
+def _target_modules(model: Any, family: Family, targets: str | Iterable[str]) -> list[str]:
     """Full names of the linear layers that the targets match, in the model's order."""
     entries = [targets] if isinstance(targets, str) else list(targets)
     if not entries:
@@ -101,38 +101,41 @@ def _target_modules(model: Any, targets: str | Iterable[str]) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     ]
-    chosen = {name for entry in entries for part in _parts(entry) for name in _matches(model, linears, *part)}
+    parts = [(entry, *part) for entry in entries for part in _parts(entry, family)]
+    chosen = {name for entry, where, own in parts for name in _matches(model, family, linears, entry, where, own)}
     return [name for name in linears if name in chosen]
 
 
-def _parts(entry: str) -> list[tuple[str, str, str]]:
-    """What an entry stands for, as (entry, tower and layers or an empty string, name) each."""
+def _parts(entry: str, family: Family) -> list[tuple[str, str]]:
+    """What an entry stands for, as (tower and layers or an empty string, name) each."""
     where, colon, names = str(entry).partition(":")
     if colon:
-        return [(entry, where.strip(), name.strip()) for name in names.split(",")]
+        return [(where.strip(), name.strip()) for name in names.split(",")]
     parts = []
     for part in map(str.strip, where.split(",")):
-        is_tower = part.startswith(("vision.", "text.")) or part in ("vision", "text")
-        parts += [(entry, part, name) for name in _NAMES] if is_tower else [(entry, "", part)]
+        tower = next((tower for name, tower in family.towers.items() if part.partition(".")[0] == name), None)
+        parts += [("", part)] if tower is None else [(part, name) for name in tower.linears]
     return parts
 
 
-def _matches(model: Any, linears: list[str], entry: str, where: str, name: str) -> list[str]:
-    prefixes = _layer_prefixes(model, entry, where) if where else ("",)
+def _matches(model: Any, family: Family, linears: list[str], entry: str, where: str, name: str) -> list[str]:
+    prefixes = _layer_prefixes(model, family, entry, where) if where else ("",)
     found = [linear for linear in linears if linear.startswith(prefixes) and linear.rpartition(".")[2] == name]
     if not found:
-        raise ValueError(f"targets: {entry!r}: {name!r} matches nothing; {_what_exists(model, linears)}")
+        raise ValueError(f"targets: {entry!r}: {name!r} matches nothing; {_what_exists(model, family, linears)}")
     return found
 
 
-def _layer_prefixes(model: Any, entry: str, where: str) -> tuple[str, ...]:
+def _layer_prefixes(model: Any, family: Family, entry: str, where: str) -> tuple[str, ...]:
     match = _TOWER.fullmatch(where)
     if match is None:
         raise ValueError(
             f"targets: {entry!r}: expected vision or text, vision.FIRST-LAST, vision.N or vision.lastN before the "
             f"names, got {where!r}"
         )
-    tower, count = match[1], _layer_count(model, match[1])
+    name = cast(TowerName, match[1])
+    tower = family.towers[name]
+    count = len(tower.layers_of(model))
     first, end = 0, count - 1
     if match["last"]:
         first = count - int(match["last"])
@@ -140,16 +143,14 @@ def _layer_prefixes(model: Any, entry: str, where: str) -> tuple[str, ...]:
         first = int(match["first"])
         end = int(match["end"] or first)
     if not 0 <= first <= end < count:
-        raise ValueError(f"targets: {entry!r}: expected layers from 0 to {count - 1}, which {tower} has, got {where!r}")
-    return tuple(f"{tower}_model.encoder.layers.{layer}." for layer in range(first, end + 1))
+        raise ValueError(f"targets: {entry!r}: expected layers from 0 to {count - 1}, which {name} has, got {where!r}")
+    return tuple(f"{tower.layers}.{layer}." for layer in range(first, end + 1))
 
 
-def _layer_count(model: Any, tower: str) -> int:
-    return len(getattr(model, f"{tower}_model").encoder.layers)
-
-
-def _what_exists(model: Any, linears: list[str]) -> str:
-    towers = " and ".join(f"{tower} (layers 0-{_layer_count(model, tower) - 1})" for tower in ("vision", "text"))
-    inside = dict.fromkeys(name.rpartition(".")[2] for name in linears if ".layers." in name)
-    outside = [name for name in linears if ".layers." not in name]
-    return f"there are {towers} with {', '.join(inside)}, and {', '.join(outside)}"
+def _what_exists(model: Any, family: Family, linears: list[str]) -> str:
+    towers = family.towers
+    counts = " and ".join(f"{name} (layers 0-{len(tower.layers_of(model)) - 1})" for name, tower in towers.items())
+    prefixes = tuple(f"{tower.layers}." for tower in towers.values())
+    inside = dict.fromkeys(name.rpartition(".")[2] for name in linears if name.startswith(prefixes))
+    outside = [name for name in linears if not name.startswith(prefixes)]
+    return f"there are {counts} with {', '.join(inside)}, and {', '.join(outside)}"

@@ -18,13 +18,11 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 
 from clipft.models.fused import FusedQuickGELU
 from clipft.ops import lora_linear, quick_gelu_lora_linear
-from clipft.ops.kernels import autocasts, problem
+from clipft.ops.kernels import FLOATS, MAX_DIM, autocasts, problem
 
 __all__ = ["FusedLoraLinear", "FusedMLP", "fuse_lora", "has_lora", "why_not"]
 
 _logger = logging.getLogger(__name__)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_DIM = 8  # of clipft.lora_linear's input
 _SHOWN = 3  # names in a line of the log
 
 
@@ -191,7 +189,7 @@ def _why_not_adapter(lora_b: Any, scaling: Any) -> str | None:
 
 
 def _why_not_dtype(layer: Any, weight: Tensor, lora_a: Any, lora_b: Any) -> str | None:
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in FLOATS:
         return f"clipft.lora_linear has no kernel for {weight.dtype} on {weight.device.type}"
     if (reason := problem(weight.device)) is not None:
         return f"clipft.lora_linear has no kernel on {weight.device.type}: {reason}"
@@ -205,6 +203,6 @@ def _why_not_dtype(layer: Any, weight: Tensor, lora_a: Any, lora_b: Any) -> str 
 def _fits(x: Tensor, layer: Any) -> bool:
     """Whether the input is one for which the fused forward gives what peft's gives; peft's also has the errors."""
     weight = layer.base_layer.weight
-    if x.device != weight.device or x.dtype not in _FLOATS or not 1 <= x.dim() <= _MAX_DIM:
+    if x.device != weight.device or x.dtype not in FLOATS or not 1 <= x.dim() <= MAX_DIM:
         return False
     return x.dtype == weight.dtype or autocasts(x.device)

@@ -27,7 +27,8 @@ from clipft.data.reading import Reading
 from clipft.data.rows import PairRows, class_names_of, read_stored, stored_pictures
 from clipft.data.sampling import UNEVEN
 from clipft.data.sources import read_pairs
-from clipft.families.registry import FAMILIES, family_of
+from clipft.families.clip import CLIP
+from clipft.families.registry import family_of
 from clipft.models.loading import load
 
 __all__ = ["Finding", "examine"]
@@ -246,9 +247,10 @@ def _check_captions(contents: _Contents, clip: Any, processor: Any) -> list[Find
             )
         )
     if clip is None:
-        limit = FAMILIES[0].text_length
+        limit = CLIP.text_length
     else:
-        limit = most_tokens(processor, clip.config.text_config.max_position_embeddings)
+        family = family_of(clip)
+        limit = most_tokens(processor, family.most_positions(clip.config), family=family)
     distinct = list(dict.fromkeys(caption for own in contents.captions for caption in own))
     lengths = [len(ids) for ids in processor.tokenizer(distinct)["input_ids"]] if distinct else []
     long = sorted(((n, text) for n, text in zip(lengths, distinct, strict=True) if n > limit), reverse=True)

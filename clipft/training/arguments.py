@@ -10,13 +10,13 @@ from torch import nn
 from transformers import TrainingArguments
 
 from clipft.data.rows import DEFAULT_TEMPLATES
+from clipft.families.losses import LOSSES, PairLoss
 from clipft.families.registry import base_model, family_of
 from clipft.training.fsdp import check_version
 from clipft.training.head_losses import HEAD_LOSSES
 
 __all__ = ["CLIPTrainingArguments", "check_arguments", "check_loss", "default_learning_rate", "loss_of"]
 
-_LOSSES = ("auto", "contrastive", "sigmoid")
 _HEADS = ("none", "text")
 _BASE_SIZE = 150e6  # parameters of ViT-B/32
 
@@ -136,8 +136,8 @@ class CLIPTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in _LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(_LOSSES)}, got {self.loss!r}")
+        if self.loss not in ("auto", *LOSSES):
+            raise ValueError(f"loss: expected one of {', '.join(('auto', *LOSSES))}, got {self.loss!r}")
         for name in ("l2_sp", "distillation"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
@@ -241,9 +241,9 @@ def check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
-def loss_of(args: CLIPTrainingArguments, model: Any) -> str:
-    """``"contrastive"`` or ``"sigmoid"``."""
-    return family_of(model).loss if args.loss == "auto" else args.loss
+def loss_of(args: CLIPTrainingArguments, model: Any) -> PairLoss:
+    """The loss over pairs that is named, or the model's own."""
+    return LOSSES[family_of(model).loss if args.loss == "auto" else args.loss]
 
 
 def check_loss(args: CLIPTrainingArguments, model: Any) -> None:
@@ -252,15 +252,17 @@ def check_loss(args: CLIPTrainingArguments, model: Any) -> None:
     Raises:
         ValueError: it cannot.
     """
-    if loss_of(args, model) != "sigmoid" or args.head != "none":
+    loss = loss_of(args, model)
+    if args.head != "none":
         return
-    if family_of(model).loss != "sigmoid":
+    if loss.needs_bias and not hasattr(base_model(model), "logit_bias"):
+        others = " or ".join(repr(other.name) for other in LOSSES.values() if not other.needs_bias)
         raise ValueError(
-            f"loss: 'sigmoid' needs the logit bias that a SigLIP has; a {type(base_model(model)).__name__} has none: "
-            "choose 'contrastive'"
+            f"loss: {loss.name!r} needs the logit bias that a SigLIP has; a {type(base_model(model)).__name__} has "
+            f"none: choose {others}"
         )
-    if args.label_smoothing_factor:
+    if args.label_smoothing_factor and not loss.smooths:
         raise ValueError(
-            "label_smoothing_factor: the sigmoid loss has no distribution to smooth, expected 0.0, got "
+            f"label_smoothing_factor: the {loss.name} loss has no distribution to smooth, expected 0.0, got "
             f"{args.label_smoothing_factor}"
         )

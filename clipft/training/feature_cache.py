@@ -21,19 +21,19 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipft.data.collate import tokenize
 from clipft.data.rows import PairRows, read_stored, stored_pictures
 from clipft.data.transforms import build_transform, stack_pictures
-from clipft.families.registry import base_model
+from clipft.families.family import TowerName
+from clipft.families.registry import base_model, family_of
 from clipft.inference.encode import Progress, evaluating
 
 __all__ = ["FrozenTowers", "frozen_towers"]
 
 _DIGEST = 16  # bytes
-_TOWERS = {"vision": "vision_model", "text": "text_model"}
 
 
 def frozen_towers(model: Any) -> frozenset[str]:
@@ -41,11 +41,8 @@ def frozen_towers(model: Any) -> frozenset[str]:
 
     A SigLIP tower whose head trains does not: what goes into the head is all tokens, too much to keep.
     """
-    return frozenset(name for name, part in _TOWERS.items() if _is_frozen(getattr(base_model(model), part)))
-
-
-def _is_frozen(tower: nn.Module) -> bool:
-    return not any(p.requires_grad for p in tower.parameters()) and not tower.config.attention_dropout  # type: ignore[union-attr]
+    clip = base_model(model)
+    return frozenset(name for name, tower in family_of(clip).towers.items() if tower.is_frozen(clip))
 
 
 class FrozenTowers:
@@ -74,7 +71,7 @@ class FrozenTowers:
         max_length: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.clip = base_model(model)
+        self.clip, self.family = base_model(model), family_of(model)
         self.processor, self.folder = processor, Path(folder)
         self.batch_size, self.num_workers, self.max_length = batch_size, num_workers, max_length
         self.precision, self.progress = precision, progress or (lambda loop: loop)
@@ -94,24 +91,27 @@ class FrozenTowers:
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """[M, D] float32 on the CPU, in the order of the captions."""
-        tokens = [tokenize(self.processor, [caption], self.max_length)["input_ids"][0] for caption in captions]
+        tokens = [self._tokens([caption])["input_ids"][0] for caption in captions]
         digests = [_digest(ids.numpy().tobytes()) for ids in tokens]
 
         def compute(missing: list[int]) -> Iterable[Tensor]:
             for start in range(0, len(missing), self.batch_size):
                 batch = [captions[index] for index in missing[start : start + self.batch_size]]
-                yield self._forward("text", **tokenize(self.processor, batch, self.max_length))
+                yield self._forward("text", **self._tokens(batch))
 
         return self._features("text", "", digests, compute)
 
-    def _forward(self, tower: str, **inputs: Tensor) -> Tensor:
-        model = getattr(self.clip, _TOWERS[tower])
+    def _tokens(self, captions: list[str]) -> dict[str, Tensor]:
+        return tokenize(self.processor, captions, self.max_length, family=self.family)
+
+    def _forward(self, tower: TowerName, **inputs: Tensor) -> Tensor:
+        model: Any = self.family.towers[tower].module_of(self.clip)
         with evaluating(model) as device, self.precision[1]():
             output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
         return output.pooler_output.float().cpu()
 
     def _features(
-        self, tower: str, preparation: str, digests: list[bytes], compute: Callable[[list[int]], Iterable[Tensor]]
+        self, tower: TowerName, preparation: str, digests: list[bytes], compute: Callable[[list[int]], Iterable[Tensor]]
     ) -> Tensor:
         path = self.folder / f"{tower}-{self._fingerprint(tower, preparation)}.safetensors"
         known, table = _read(path)
@@ -127,8 +127,8 @@ class FrozenTowers:
         assert table is not None  # a data set has rows
         return table[[known[digest] for digest in digests]]
 
-    def _fingerprint(self, tower: str, preparation: str) -> str:
-        model = getattr(self.clip, _TOWERS[tower])
+    def _fingerprint(self, tower: TowerName, preparation: str) -> str:
+        model: Any = self.family.towers[tower].module_of(self.clip)
         digest = hashlib.blake2b(
             f"{model.config.to_json_string()}/{preparation}/{self.precision[0]}".encode(), digest_size=_DIGEST
         )

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import CLIPModel
 
-from clipft.families.registry import base_model
+from clipft.families.registry import base_model, family_of
 
 __all__ = ["as_saved", "check_enabled", "check_version", "gather_for_features", "make_shardable"]
 
@@ -50,9 +49,8 @@ def make_shardable(model: Any) -> None:
 
 def as_saved(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """A whole state dict with the shapes that ``from_pretrained`` expects."""
-    if isinstance(base_model(model), CLIPModel):
-        return {name: value.reshape(()) if name.endswith("logit_scale") else value for name, value in state.items()}
-    return state
+    shape = family_of(model).scale_shape
+    return {name: value.reshape(shape) if name.endswith("logit_scale") else value for name, value in state.items()}
 
 
 def gather_for_features(model: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipft.models.fused import loss_parameters
+from clipft.families.forward import loss_parameters
 
 __all__ = ["cached_backward", "chunks"]
 

@@ -124,8 +124,8 @@ def _have_head(model: Any, processor: Any, name: str, dataset: Any, caption_temp
 
 
 def _freeze_text(model: Any) -> None:
-    family = family_of(model)
-    for part in (*family.body(model, "text"), family.projection(model, "text")):
+    text = family_of(model).text
+    for part in (*text.body_of(model), text.projection_of(model)):
         part.requires_grad_(False)
     for name in ("logit_scale", "logit_bias"):
         if hasattr(model, name):

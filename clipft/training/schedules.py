@@ -19,47 +19,48 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from clipft.families.family import Family, TowerName
+from clipft.families.registry import base_model, family_of
+
 __all__ = ["GradualUnfreezing", "WeightAverage", "depth_from_top", "split_by_depth"]
 
 _logger = logging.getLogger(__name__)
 TRAINED_WEIGHTS = "trained_weights.safetensors"
-_LAYER = re.compile(r"\b(text|vision)_model\.encoder\.layers\.(\d+)\.")
-_INPUT = re.compile(r"\b(text|vision)_model\.(embeddings|pre_layrnorm)\b")
 
 
 # ---- layer-wise learning-rate decay ----
 
 
-def depth_from_top(name: str, layers: dict[str, int]) -> int:
+def depth_from_top(name: str, layers: dict[TowerName, int], family: Family) -> int:
     """How far a parameter is below its tower's output: 0 for projections, last norms, the logit scale and what else is
     in no tower, 1 for the last layer, and one more than the number of layers for the embeddings.
 
     Args:
         name: the parameter's, with or without peft's prefix.
         layers: number of layers of "text" and "vision".
+        family: the model's.
     """
-    if match := _LAYER.search(name):
-        return layers[match[1]] - int(match[2])
-    if match := _INPUT.search(name):
-        return layers[match[1]] + 1
+    for tower_name, tower in family.towers.items():
+        if match := re.search(rf"\b{re.escape(tower.layers)}\.(\d+)\.", name):
+            return layers[tower_name] - int(match[1])
+        if any(re.search(rf"\b{re.escape(path)}\b", name) for path in tower.stem):
+            return layers[tower_name] + 1
     return 0
 
 
-def tower_layers(model: nn.Module) -> dict[str, int]:
-    """Number of layers of each tower, from the parameters' names."""
-    found = {"text": 0, "vision": 0}
-    for name, _ in model.named_parameters():
-        if match := _LAYER.search(name):
-            found[match[1]] = max(found[match[1]], int(match[2]) + 1)
-    return found
+def _depths(model: nn.Module) -> dict[str, int]:
+    """Of every parameter, by name."""
+    clip, family = base_model(model), family_of(model)
+    layers = {name: len(tower.layers_of(clip)) for name, tower in family.towers.items()}
+    return {name: depth_from_top(name, layers, family) for name, _ in model.named_parameters()}
 
 
 def split_by_depth(optimizer: torch.optim.Optimizer, model: nn.Module, layer_decay: float) -> None:
     """Give each group of the optimiser's parameters that lie k below the output the rate ``lr * layer_decay ** k``
     (arXiv:1801.06146, 3.1; as ``layer_decay`` in timm, BEiT and MAE). Before the first step.
     """
-    layers = tower_layers(model)
-    depth = {parameter: depth_from_top(name, layers) for name, parameter in model.named_parameters()}
+    depths = _depths(model)
+    depth = {parameter: depths[name] for name, parameter in model.named_parameters()}
     groups, optimizer.param_groups[:] = list(optimizer.param_groups), []
     for group in groups:
         for below in sorted({depth[parameter] for parameter in group["params"]}):
@@ -84,9 +85,9 @@ class GradualUnfreezing(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What the run trains, and how much of it now, which a resumed run knows by its epoch."""
-        layers = tower_layers(self.model())
-        depths = ((depth_from_top(name, layers), p) for name, p in self.model().named_parameters() if p.requires_grad)
-        self._layers = [(depth, parameter) for depth, parameter in depths if depth > 1]
+        depths = _depths(self.model())
+        trained = ((depths[name], p) for name, p in self.model().named_parameters() if p.requires_grad)
+        self._layers = [(depth, parameter) for depth, parameter in trained if depth > 1]
         if not self._layers:
             raise ValueError("gradual_unfreezing: expected layers that train below the top one, all are frozen")
         epochs = state.num_train_epochs if args.max_steps > 0 else args.num_train_epochs

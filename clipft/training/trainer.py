@@ -34,12 +34,11 @@ from clipft.data.sampling import (
 )
 from clipft.data.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_set
 from clipft.evaluation.metrics import retrieval_metrics
+from clipft.families.forward import loss_parameters
 from clipft.families.registry import base_model, family_of, family_of_processor
 from clipft.inference.encode import embed_texts
-from clipft.models.fused import loss_parameters
 from clipft.models.fusing import fuse
 from clipft.models.heads import heads_of
-from clipft.ops.losses import contrastive_loss, sigmoid_loss
 from clipft.training.arguments import CLIPTrainingArguments, check_arguments, check_loss, loss_of
 from clipft.training.auto_batch import fitting_chunk
 from clipft.training.checkpoints import StagedCheckpoints, check_checkpoint, kept, last_checkpoint
@@ -260,18 +259,13 @@ class CLIPTrainer(StagedCheckpoints):
         *,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
-        if loss_of(self.args, self.accelerator.unwrap_model(self.model)) == "sigmoid":
-            assert logit_bias is not None
-            return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, labels=labels, group=group)
-        loss = contrastive_loss(
-            image_embeds,
-            text_embeds,
-            logit_scale,
-            labels=labels,
-            label_smoothing=self.args.label_smoothing_factor,
-            group=group,
-        )
-        return loss if logit_bias is None else loss + 0.0 * logit_bias  # DDP waits for every parameter's gradient
+        row = loss_of(self.args, self.accelerator.unwrap_model(self.model))
+        bias = (logit_bias,) if row.needs_bias else ()
+        smoothing = {"label_smoothing": self.args.label_smoothing_factor} if row.smooths else {}
+        loss = row(image_embeds, text_embeds, logit_scale, *bias, labels=labels, group=group, **smoothing)
+        if logit_bias is None or row.needs_bias:
+            return cast(Tensor, loss)
+        return cast(Tensor, loss + 0.0 * logit_bias)  # DDP waits for every parameter's gradient
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; with ``grad_cache_chunk_size`` the towers see the batch in chunks, and ``l2_sp`` and
@@ -532,11 +526,13 @@ def _passes(args: CLIPTrainingArguments, rows: int) -> float:
 
 
 def _own_collator(model: Any, args: CLIPTrainingArguments, processor: Any, rows: int) -> CLIPDataCollator:
-    family_of_processor(processor)  # or an error
+    family = family_of_processor(processor) if model is None else family_of(model)
+    if not isinstance(processor, family.processor):
+        family_of_processor(processor)  # or an error
     kind = _default_augmentation(model, _passes(args, rows)) if args.augmentation == "auto" else args.augmentation
     augmentation = augmentation_set(kind, **{name: getattr(args, name) for name in AUGMENTATION_OPTIONS})
-    length = None if model is None else model.config.text_config.max_position_embeddings
-    return CLIPDataCollator(processor, augmentation=augmentation, seed=args.seed, max_length=length)
+    length = None if model is None else family.most_positions(model.config)
+    return CLIPDataCollator(processor, augmentation=augmentation, seed=args.seed, max_length=length, family=family)
 
 
 def _default_augmentation(model: Any, passes: float) -> str:

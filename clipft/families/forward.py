@@ -1,0 +1,117 @@
+"""``forward`` of a fused model: embeddings, the loss from clipft's op, and no matrix of logits unless it is asked for.
+
+A family's mixin has Hugging Face's signature and runs the towers; what comes after is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from clipft.families.losses import LOSSES
+
+if TYPE_CHECKING:
+    from clipft.families.family import Family
+
+__all__ = ["PairForward", "loss_parameters", "normalised", "records"]
+
+
+class PairForward:
+    """What the mixins of all families have in common.
+
+    Attributes:
+        output_class: a Hugging Face output with, last, ``logit_scale``, ``logit_bias`` if the model has one, and
+            ``head_weights``: what a loss outside the model needs.
+    """
+
+    accepts_loss_kwargs = False  # HF's Trainer asks: the loss is a mean over the batch it sees
+    output_class: type
+
+    if TYPE_CHECKING:  # transformers evaluates the annotations that are there when it runs
+        _clipft_family: Family
+        logit_scale: nn.Parameter
+
+        get_image_features: Callable[..., Any]
+        get_text_features: Callable[..., Any]
+
+    def _pairs(
+        self,
+        image_features: Tensor | None,
+        text_features: Tensor | None,
+        *,
+        return_loss: bool | None,
+        return_logits: bool,
+        text_index: Tensor | None = None,
+        vision_output: Any = None,
+        text_output: Any = None,
+    ) -> Any:
+        """The rest of ``forward``, from embeddings of any length.
+
+        Embeddings are L2-normalised in float32, whatever the towers compute in: at a scale of 100, bfloat16 embeddings
+        would move logits by tenths.
+
+        Args:
+            image_features: [N, D]; ``text_features`` [U, D].
+            return_loss: compute the loss of the family.
+            return_logits: form the matrix [N, N].
+            text_index: [N], the text of each picture, where texts that are equal come once.
+            vision_output, text_output: of the towers, for the result.
+        """
+        if (image_features is None or text_features is None) and (return_loss or return_logits):
+            raise ValueError(
+                "forward: expected pixel_values and input_ids; one of them alone gives embeddings (return_logits=False)"
+            )
+        image_embeds = None if image_features is None else normalised(image_features)
+        text_embeds = None if text_features is None else normalised(text_features)
+        if text_index is not None and text_embeds is not None:
+            text_embeds = text_embeds[text_index]
+        scale = self.logit_scale.exp().reshape(())  # sharded, it is [1]
+        bias = self.logit_bias.reshape(()) if hasattr(self, "logit_bias") else None
+        loss = logits = None
+        if return_loss:
+            row = LOSSES[self._clipft_family.loss]
+            loss = row(image_embeds, text_embeds, scale, *((bias,) if row.needs_bias else ()))
+        if return_logits:
+            assert image_embeds is not None and text_embeds is not None
+            logits = scale * image_embeds @ text_embeds.t()
+            logits = logits if bias is None else logits + bias
+        return self.output_class(
+            loss=loss,
+            logits_per_image=logits,
+            logits_per_text=None if logits is None else logits.t(),
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_output,
+            vision_model_output=vision_output,
+            logit_scale=scale,
+            **({} if bias is None else {"logit_bias": bias}),
+            head_weights=_head_weights(self),
+        )
+
+
+def loss_parameters(output: Any) -> tuple[Tensor, ...]:
+    """What losses take besides embeddings, of a fused model's output: the heads' weights, the scale, and the bias if
+    there is one.
+    """
+    bias = getattr(output, "logit_bias", None)
+    return (*(output.head_weights or ()), output.logit_scale, *(() if bias is None else (bias,)))
+
+
+def _head_weights(model: Any) -> tuple[Tensor, ...] | None:
+    """[C, D] each, as an output of forward: several processes share the gradients of what they find in its graph."""
+    weights = tuple(head.weight.view_as(head.weight) for head in getattr(model, "heads", ()))
+    return weights or None
+
+
+def records(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether hidden states or attentions of all tokens are asked for, by a tower's configuration or by a call."""
+    names = ("output_hidden_states", "output_attentions")
+    return any(kwargs.get(name) or getattr(config, name, False) for name in names)
+
+
+def normalised(embeds: Tensor) -> Tensor:
+    """[N, D], each row at length 1; float32 or wider."""
+    return embeds / torch.linalg.vector_norm(embeds, dim=-1, keepdim=True, dtype=torch.float32)

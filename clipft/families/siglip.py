@@ -1,0 +1,116 @@
+"""SigLIP (arXiv:2303.15343), and SigLIP 2 at a fixed resolution, which comes as one: Hugging Face's ``SiglipModel``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import SiglipModel, SiglipProcessor
+from transformers.models.siglip.modeling_siglip import SiglipOutput
+from transformers.utils.generic import can_return_tuple
+
+from clipft.families.family import Family, Tower
+from clipft.families.forward import PairForward
+
+__all__ = ["SIGLIP", "SiglipTowersForward", "embedding_dim", "siglip_tower"]
+
+
+@dataclass
+class FusedSiglipOutput(SiglipOutput):
+    """``SiglipOutput`` and, last, what the loss multiplies and adds to cosines, so that a loss outside the model can
+    use it.
+    """
+
+    logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
+    head_weights: tuple[Tensor, ...] | None = None
+
+
+class SiglipTowersForward(PairForward):
+    """What the fused SigLIP and SigLIP 2 have in common: a tower gives its embedding already, but for the length."""
+
+    output_class = FusedSiglipOutput
+
+    def _contrast(
+        self,
+        pictures: dict[str, Any],
+        texts: dict[str, Any],
+        *,
+        return_loss: bool | None,
+        return_logits: bool | None = None,
+        image_pooler_output: Tensor | None = None,
+        text_pooler_output: Tensor | None = None,
+        text_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> FusedSiglipOutput:
+        """The rest of ``forward``, after its own arguments: those of :class:`clipft.families.clip.CLIPForward`."""
+        vision = text = None
+        if image_pooler_output is None and pictures["pixel_values"] is not None:
+            vision = self.get_image_features(**pictures, **kwargs)
+            image_pooler_output = vision.pooler_output
+        if text_pooler_output is None and texts["input_ids"] is not None:
+            text = self.get_text_features(**texts, **kwargs)
+            text_pooler_output = text.pooler_output
+        return self._pairs(
+            image_pooler_output,
+            text_pooler_output,
+            return_loss=return_loss,
+            return_logits=not return_loss if return_logits is None else return_logits,
+            text_index=text_index,
+            vision_output=vision,
+            text_output=text,
+        )
+
+
+class SiglipForward(SiglipTowersForward):
+    """``forward`` of a fused ``SiglipModel``."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> FusedSiglipOutput:
+        """As ``SiglipModel.forward``, but with ``return_loss=True`` logits come only with ``return_logits=True``. More
+        arguments: see :class:`clipft.families.clip.CLIPForward`.
+        """
+        pictures = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return self._contrast(pictures, texts, return_loss=return_loss, **kwargs)
+
+
+def siglip_tower(name: str) -> Tower:
+    """Of either family: the head inside is the projection."""
+    return Tower(
+        module=f"{name}_model",
+        layers=f"{name}_model.encoder.layers",
+        projection=f"{name}_model.head",
+        stem=(f"{name}_model.embeddings",),
+    )
+
+
+def embedding_dim(config: Any) -> int:
+    """Of either family."""
+    return int(config.text_config.projection_size)
+
+
+SIGLIP = Family(
+    model_type="siglip",
+    model=SiglipModel,
+    processor=SiglipProcessor,
+    forward=SiglipForward,
+    loss="sigmoid",
+    max_log_scale=None,  # the checkpoints stand above 100
+    padding="max_length",
+    text_length=64,
+    vision=siglip_tower("vision"),
+    text=siglip_tower("text"),
+    dim=embedding_dim,
+    scale_shape=(1,),
+)
