@@ -131,7 +131,7 @@ def peak_memory(kind: str, name: str, n: int, dim: int) -> float:
 
 
 def print_peak_memory(kind: str, name: str, n: int, dim: int) -> None:
-    """Growth of the peak RSS over one step, in MB, less the two gradients. A small step first loads what every step
+    """Growth of the peak RSS over one step, in MiB, less the two gradients. A small step first loads what every step
     needs."""
     loss = competitors()[kind][name]
     step(loss, inputs(256, dim))
@@ -152,8 +152,8 @@ def table(results: list[dict], kind: str) -> Table:
         out.add_column(f"/ {peer}", justify="right")
     out.add_column("of limit", justify="right")
     out.add_column("GFLOP/s", justify="right")
-    out.add_column("MB, clipft", justify="right")
-    out.add_column("MB, eager", justify="right")
+    out.add_column("MiB, clipft", justify="right")
+    out.add_column("MiB, eager", justify="right")
     for row in results:
         cells = [f"{row['ratio'][peer]['median']:.2f} ({row['ratio'][peer]['min']:.2f})" for peer in peers]
         memories = [f"{row['memory_mb'][name]:.0f}" for name in ("clipft", "eager")]

@@ -115,7 +115,7 @@ def limits(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def usable(losses: dict[str, Loss], args: tuple[Tensor, Tensor, Tensor]) -> tuple[dict[str, float], dict[str, str]]:
-    """Peak memory in MB of a step of each loss that works here (warmed up), and the others' errors."""
+    """Peak memory in MiB of a step of each loss that works here (warmed up), and the others' errors."""
     memory, failed = {}, {}
     for name, loss in losses.items():
         try:
@@ -164,7 +164,7 @@ def table(rows: list[dict[str, Any]], kind: str) -> Table:
     rows = [row for row in rows if row["kind"] == kind]
     out = Table(title=f"{kind} loss, forward + backward: time of clipft / time of the peer (median)")
     peers = list(dict.fromkeys(name for row in rows for name in (*row["ratio"], *row["failed"])))
-    for column in ("N", "D", "ms", *(f"/ {p}" for p in peers), "of products", "of bandwidth", "MB", "MB, eager"):
+    for column in ("N", "D", "ms", *(f"/ {p}" for p in peers), "of products", "of bandwidth", "MiB", "MiB, eager"):
         out.add_column(column, justify="right")
     for row in rows:
         cells = [f"{row['ratio'][p]['median']:.2f}" if p in row["ratio"] else "failed" for p in peers]

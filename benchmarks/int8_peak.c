@@ -34,7 +34,8 @@ static void *work(void *out)
 #pragma GCC unroll 12
         for (int c = 0; c < CHAINS; ++c) {
             sum[c] = step(sum[c], x, w);
-            __asm__("" : "+v"(sum[c])); /* the compiler may not fold the rounds */
+            /* The compiler may neither fold the rounds nor, without VNNI, take the product of x and w out of the loop. */
+            __asm__ volatile("" : "+v"(sum[c]), "+v"(x));
         }
 #pragma GCC unroll 12
     for (int c = 0; c < CHAINS; ++c) ((vec *)out)[c] = sum[c];

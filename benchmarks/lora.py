@@ -196,7 +196,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
         if "memory" in row:
             frozen = row["memory"]["frozen"]["step_mb"]
             shares = [f"{row['memory'][name]['step_mb'] / frozen:.3f}" for name in COMPETITORS[1:]]
-            steps.add_row("  peak memory", f"{frozen:.0f} MB", *shares)
+            steps.add_row("  peak memory", f"{frozen:.0f} MiB", *shares)
     return [layers, steps] if results["layers"] else [steps]
 
 

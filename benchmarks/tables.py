@@ -1,0 +1,278 @@
+"""The tables of README.md and docs/, drawn from benchmarks/results/*.json.
+
+    python benchmarks/tables.py            # writes them in place
+    python benchmarks/tables.py --check    # says where a page differs, and exits with 1
+
+A page holds ``<!-- table: NAME -->`` and ``<!-- /table -->`` on lines of their own; all between them is drawn. A table
+is a function below, named as in the page, and reads one file of results: a new measurement of another machine changes
+no page until its file is named here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ZEN4 = "amd-epyc-family-25-model-17-avx512_vnni"
+NAMES = {
+    "AMD EPYC (family 25, model 17)": "AMD EPYC (Zen 4)",
+    "avx2": "AVX2",
+    "avx512": "AVX-512",
+    "avx512_vnni": "AVX-512 VNNI",
+}
+MARKED = re.compile(r"^<!-- table: (\S+) -->\n.*?^<!-- /table -->$", re.DOTALL | re.MULTILINE)
+
+
+# ---- what the tables share ----
+
+
+def results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return found
+
+
+def machine(found: dict[str, Any]) -> str:
+    """What it was measured on, as a line above the table."""
+    about = found["machine"]
+    torch = f"torch {about['versions']['torch']}"
+    if "gpu" in about:
+        return f"{about['gpu']}, CUDA {about['cuda']}, {torch}"
+    cpu, isa = (NAMES.get(about[key], about[key]) for key in ("cpu", "isa"))
+    threads = about["threads"]
+    return f"{cpu}, {isa}, {threads} thread{'s' * (threads > 1)}, {torch}"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], first: str = "---:") -> str:
+    head = list(head)
+    lines = [head, [first, *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(re.sub(" +", " ", f"| {' | '.join(line)} |") for line in lines)
+
+
+def ratios(row: dict[str, Any], peers: Iterable[str], of: str = "ratio") -> list[str]:
+    return [f"{row[of][peer]['median']:.2f}" for peer in peers]
+
+
+def size(mib: float) -> str:
+    return f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
+
+
+def significant(value: float, digits: int) -> str:
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
+def part(share: float, digits: int) -> str:
+    """Below 1, without the 0."""
+    return f"{share:.{digits}f}".replace("0.", ".", 1)
+
+
+def span(shares: Iterable[float]) -> str:
+    shares = list(shares)
+    return f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
+
+
+# ---- the tables ----
+
+
+def contrastive() -> str:
+    found = results(f"contrastive-{ZEN4}")
+    kinds = {kind: [row for row in found["rows"] if row["kind"] == kind] for kind in ("contrastive", "sigmoid")}
+    rows = kinds["contrastive"]
+    cells = [
+        [
+            str(row["n"]),
+            *ratios(row, ("eager", "compiled", "open_clip")),
+            *(size(row["memory_mb"][who]) for who in ("clipft", "eager")),
+        ]
+        for row in rows
+    ]
+    head = ("N", "/ eager (transformers)", "/ `torch.compile`", "/ open_clip", "memory", "eager's memory")
+    limits = [span(row["share_of_limit"] for row in kinds[kind]) for kind in kinds]
+    return (
+        f"{machine(found)}, D = {rows[0]['dim']}:\n\n{table(head, cells)}\n\n"
+        f"The loss takes {limits[0]} of the machine's limit, the sigmoid loss {limits[1]}."
+    )
+
+
+GPU = "gpu-nvidia-h200-intel-r-xeon-r-processor-family-6-model-207-avx512_vnni"
+
+
+def gpu_losses() -> str:
+    found = results(GPU)
+    losses = {(row["kind"], row["n"]): row for row in found["rows"]}
+    cells = []
+    for n in sorted({n for _, n in losses}):
+        clip, siglip = losses["contrastive", n], losses["sigmoid", n]
+        memory = [size(clip["memory_mb"][who]) for who in ("clipft", "eager")]
+        both = ("eager", "compiled", "open_clip")
+        cells.append([str(n), *ratios(clip, (*both, "memeff")), *memory, *ratios(siglip, (*both, "siglip-kernel"))])
+    peers = ("/ `torch.compile`", "/ open_clip")
+    head = ["N", "contrastive / eager", *peers, "/ memeff (Triton)", "memory", "eager's"]
+    head += ["sigmoid / eager", *peers, "/ siglip-kernel (Triton)"]
+    clip, siglip = losses["contrastive", 32768], losses["sigmoid", 32768]
+    whole = " and ".join(size(row["memory_mb"]["compiled"]) for row in (clip, siglip))
+    tiled = " and ".join(size(m) for m in (clip["memory_mb"]["memeff"], siglip["memory_mb"]["siglip-kernel"]))
+    return (
+        f"{machine(found)}, {clip['dtype']}, D = {clip['dim']}:\n\n{table(head, cells)}\n\n"
+        f"`torch.compile` keeps N x N matrices ({whole} at N = 32768), memeff and siglip-kernel none ({tiled})."
+    )
+
+
+def gpu_layers() -> str:
+    found = results(GPU)
+    layers = {(row["kind"], row["layer"]): row["seconds"] for row in found["layers"]}
+    cells = []
+    for layer in dict.fromkeys(layer for _, layer in layers):
+        lora, int8 = layers["lora", layer], layers["int8", layer]
+        pairs = [(lora, f"clipft p={p}", f"peft p={p}") for p in ("0", "0.1")]
+        pairs += [(int8, "clipft", peer) for peer in ("torchao, compiled", "plain", "plain, compiled")]
+        times = [f"{row[ours]['median_s'] / row[peer]['median_s']:.2f}" for row, ours, peer in pairs]
+        cells.append([f"ViT-{layer.replace(' ', ', ')}", *times])
+    head = ("", "LoRA / peft", "with dropout", "int8 / torchao, compiled", "/ the bfloat16 layer", "/ that compiled")
+    return table(head, cells, "---")
+
+
+def lora() -> str:
+    found = results("lora-amd-epyc-family-25-model-17-avx512")
+    who = ("peft p=0", "peft p=0.1", "clipft p=0", "clipft p=0.1")
+    cells = []
+    for row in found["steps"]:
+        name = row["model"].replace("vit-b-32", "ViT-B/32").replace("vit-l-14", "ViT-L/14")
+        memory = {key: value["step_mb"] for key, value in row["memory"].items()}
+        cells.append([f"{name}, batch {row['batch']}", *ratios(row, who, "of_frozen")])
+        cells.append(["its peak memory", *(f"{memory[name] / memory['frozen']:.2f}" for name in who)])
+    head = ("", "peft", "peft, dropout 0.1", "clipft", "clipft, dropout 0.1")
+    return f"{machine(found)}:\n\n{table(head, cells, '---')}"
+
+
+def training() -> str:
+    found = results(f"training-{ZEN4}")
+    what = {
+        "full": "everything",
+        "lora": "LoRA, r = 16, dropout 0.1, every linear layer",
+        "text": "the image tower (`--freeze text`)",
+        "towers": "the projections (`--freeze towers`), after the first epoch",
+    }
+
+    def rate(seconds: float) -> str:
+        return f"{1 / seconds:.1f}" if seconds > 0.01 else significant(1 / seconds, 3)
+
+    cells = [
+        [
+            what[row["scenario"]],
+            *(rate(row[who]["median_s"]) for who in ("clipft", "hf")),
+            significant(row["gain"]["median"], 2),
+        ]
+        for row in found["rows"]
+    ]
+    head = ("what trains", "clipft", "`Trainer`", "times as many")
+    return f"{machine(found)}, batch {found['settings']['batch']}:\n\n{table(head, cells, '---')}"
+
+
+def loader() -> str:
+    found = results(f"loader-{ZEN4}")
+    cells = []
+    for name, tasks in found["sets"].items():
+        if " x " not in name:
+            continue  # pictures that are not everyone's
+        use, crop = (tasks[task]["pictures_per_second"] for task in ("as in use", "random crop"))
+        rates = [use[who] for who in ("clipft", "processor", "torchvision")]
+        cells.append([name, *(f"{rate:.0f}" for rate in (*rates, crop["clipft"], crop["torchvision"]))])
+    head = ("JPEG files", "clipft", "processor", "torchvision", "random crops: clipft", "torchvision")
+    return f"{machine(found)}:\n\n{table(head, cells, '---')}"
+
+
+def int8() -> str:
+    found = results(f"quantized-{ZEN4}")
+    peers = {
+        "float32": "float32",
+        "torch.ao": "torch.ao",
+        "onnxruntime": "ONNX Runtime int8",
+        "openvino": "OpenVINO int8",
+    }
+    cells = [
+        [str(row["batch"]), *ratios(row, peers, "speedup_of_clipft"), f"{row['cosine']['clipft']:.4f}"]
+        for row in found["towers"]
+    ]
+    return f"{machine(found)}:\n\n{table(['batch', *peers.values(), 'cosine'], cells)}"
+
+
+def learning() -> str:
+    what = {
+        "chest_xray": "400 radiographs, 2 classes",
+        "clothing": "600 product photographs, 10 classes",
+        "elpv": "2223 solar cells, 2 classes",
+    }
+    sets = {name: results(f"learning-{name}-{ZEN4}") for name in what}
+    about = {machine(found) for found in sets.values()}
+
+    def cell(score: dict[str, Any]) -> str:
+        low, high = (part(end, 2) for end in score["interval"])
+        return f"{part(score['balanced_accuracy'], 3)} ({low} - {high})"
+
+    cells = [
+        [
+            f"{what[name]}, {found['epochs']} epochs",
+            part(found["start"]["balanced_accuracy"], 3),
+            *(cell(found[stage]) for stage in ("fine-tuned", "scratch", "HOG + LR", "over scratch")),
+        ]
+        for name, found in sets.items()
+    ]
+    head = ("", "start", "fine-tuned", "from scratch", "HOG + LR", "gain over scratch")
+    return f"{'; '.join(sorted(about))}:\n\n{table(head, cells, '---')}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "contrastive": contrastive,
+    "gpu_losses": gpu_losses,
+    "gpu_layers": gpu_layers,
+    "lora": lora,
+    "training": training,
+    "loader": loader,
+    "int8": int8,
+    "learning": learning,
+}
+
+
+# ---- pages ----
+
+
+def drawn(page: str) -> str:
+    """A page's text with every table as the results have it."""
+    new, found = MARKED.subn(lambda mark: f"<!-- table: {mark[1]} -->\n\n{TABLES[mark[1]]()}\n\n<!-- /table -->", page)
+    if not found == page.count("<!-- table: ") == page.count("<!-- /table -->"):
+        raise ValueError("every <!-- table: NAME --> needs a <!-- /table --> of its own, each on a line of its own")
+    return new
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page differs")
+    parser.add_argument("pages", nargs="*", type=Path, default=[ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+    options = parser.parse_args(arguments)
+    differs = False
+    for path in options.pages:
+        page = path.read_text()
+        try:
+            new = drawn(page)
+        except (KeyError, ValueError) as error:
+            sys.exit(f"{path}: {f'no table {error}' if isinstance(error, KeyError) else error}")
+        if new == page:
+            continue
+        differs = True
+        if options.check:
+            old, wanted = (text.splitlines(keepends=True) for text in (page, new))
+            sys.stdout.writelines(difflib.unified_diff(old, wanted, str(path), "benchmarks/results"))
+        else:
+            path.write_text(new)
+    return int(differs and options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
