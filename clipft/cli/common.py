@@ -25,6 +25,7 @@ __all__ = [
     "Data",
     "Model",
     "OnBadRow",
+    "Templates",
     "Workers",
     "app",
     "output_folder",
@@ -66,6 +67,9 @@ AllowOutside = Annotated[
     bool, typer.Option("--allow-outside-paths", help="Let the paths in a data file leave its folder.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pairs a step; all are negatives of each other.")]
+Templates = Annotated[
+    list[str] | None, typer.Option("--template", help="Caption of a class, with one {}; repeat for several.")
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load and augment pictures.")]
 
 

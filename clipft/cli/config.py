@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-__all__ = ["Config", "options_of", "to_yaml"]
+__all__ = ["Config", "options_of"]
 
 _LEFT_OUT = ("config", "resume", "help")  # of the invocation, not of the run
 
@@ -52,17 +52,6 @@ Config = Annotated[
 def options_of(context: typer.Context) -> dict[str, Any]:
     """Every option as the command has it, in plain types."""
     return {name: _plain(value) for name, value in context.params.items() if name not in _LEFT_OUT}
-
-
-def to_yaml(options: dict[str, Any], versions: dict[str, Any]) -> str:
-    """A file for ``--config``, under a comment with the versions."""
-    packages = {name: version for name, version in versions["packages"].items() if version}
-    head = {"clipft": versions["clipft"], "python": versions["python"], **packages}
-    return (
-        "# repeats the run: clipft train --config THIS_FILE\n"
-        + f"# with {', '.join(f'{name} {version}' for name, version in head.items())}\n"
-        + yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
-    )
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,6 @@ __all__ = [
     "HeadLoss",
     "attribute_weights",
     "check_attributes",
-    "check_test_set",
     "chosen_metric",
     "class_weight_values",
 ]
@@ -94,14 +93,6 @@ def chosen_metric(metric: str | None, head: Head, attributes: Iterable[str]) -> 
     if metric is not None and metric not in known:
         raise ValueError(f"--metric: expected one of {', '.join(known)}, got {metric!r}")
     return own[0] if metric is None else metric
-
-
-def check_test_set(trainer: Any, test: Any) -> None:
-    """That the run's heads know the classes of the test set, before an hour of training."""
-    from clipft.data.rows import class_targets
-
-    for name, classes in trainer.head_classes.items():
-        class_targets(test, name, classes)
 
 
 def check_attributes(model: Any, given: Iterable[str], console: Any) -> None:

@@ -1,15 +1,13 @@
-"""Commands that train and score: ``clipft demo``, ``clipft train``, ``clipft evaluate``."""
+"""Commands that train: ``clipft demo``, ``clipft train``."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from clipft.cli.common import (
     AllowOutside,
@@ -18,44 +16,30 @@ from clipft.cli.common import (
     Data,
     Model,
     OnBadRow,
+    Templates,
     Workers,
     app,
     output_folder,
     prepare,
     user_errors,
 )
-from clipft.cli.config import Config
+from clipft.cli.config import Config, options_of
+from clipft.cli.forgetting import L2SP, ControlData, Distillation, ReportTo, WiseFT
 from clipft.cli.heads import (
-    AttributeNames,
     Attributes,
     ClassWeights,
     FocalGamma,
     Head,
     HeadLoss,
     attribute_weights,
-    check_attributes,
-    check_test_set,
     chosen_metric,
     class_weight_values,
-)
-from clipft.cli.outcome import (
-    L2SP,
-    ControlData,
-    Distillation,
-    Outcome,
-    ReportTo,
-    WiseFT,
-    check_report_to,
-    control_set,
 )
 from clipft.cli.panels import Grouped
 from clipft.families.losses import LOSSES
 
 if TYPE_CHECKING:
-    import datasets
-
-HELD_OUT = 0.2  # share of the data tested on where no test data is given
-VALIDATION = 0.1  # share of the training data that early stopping looks at
+    pass
 
 
 class Precision(StrEnum):
@@ -83,11 +67,6 @@ class AugmentationSet(StrEnum):
     strong = "strong"
     industrial = "industrial"
     medical = "medical"
-
-
-Templates = Annotated[
-    list[str] | None, typer.Option("--template", help="Caption of a class, with one {}; repeat for several.")
-]
 
 
 @app.command()
@@ -241,8 +220,20 @@ def train(
         raise ValueError("--head, --attribute: not with --lora-r, whose adapter is saved without heads")
     if lora_r is not None and freeze != "none":
         raise ValueError(f"--freeze: expected none with --lora-r, which freezes all but the adapter, got {freeze!r}")
-    check_report_to(report_to or [])
     console = prepare()
+    from clipft.recipes.outcome import Outcome, check_report_to, control_set
+    from clipft.recipes.train import (
+        drawn_by_class,
+        early_stopping,
+        fastest_here,
+        load_sets,
+        resume_point,
+        trainer_of,
+        training_arguments,
+        with_adapter,
+    )
+
+    check_report_to(report_to or [])
     from clipft.evaluation.scoring import Scorer
     from clipft.files import save_model
     from clipft.models.freezing import freeze as freeze_model
@@ -251,7 +242,8 @@ def train(
     from clipft.training.arguments import default_learning_rate
     from clipft.training.wise_ft import WeightLine
 
-    arguments = _training_arguments(
+    chosen = Precision(fastest_here(console)) if precision is Precision.auto else precision
+    arguments = training_arguments(
         output,
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
@@ -273,7 +265,7 @@ def train(
         ema_decay=ema_decay,
         grad_cache_chunk_size=grad_cache_chunk_size,
         auto_batch=auto_batch,
-        bf16=_chosen(precision, console) is Precision.bf16,
+        bf16=chosen is Precision.bf16,
         fp16=precision is Precision.fp16,
         dataloader_num_workers=workers,
         augmentation=augmentation.value,
@@ -289,16 +281,15 @@ def train(
         report_to=report_to or "none",
         **({"caption_templates": template} if template else {}),
         **({"gradient_checkpointing": True} if gradient_checkpointing else {}),  # transformers warns of False too
-        **(_early_stopping(metric) if early_stopping_patience else {}),
+        **(early_stopping(metric) if early_stopping_patience else {}),
     )
-    validate = early_stopping_patience is not None or wise_ft
-    sets = _load_sets(
+    sets = load_sets(
         data,
         eval_data,
-        validate=validate,
+        validate=early_stopping_patience is not None or wise_ft,
         seed=seed,
         console=console,
-        on_bad_row=on_bad_row,
+        skip_bad_rows=on_bad_row is OnBadRow.skip,
         allow_outside=allow_outside,
         attribute_columns=[name for name in attributes if name != "label"],
     )
@@ -307,12 +298,12 @@ def train(
     if lora_r is None:
         clip = freeze_model(base, freeze)
     else:
-        clip = _with_adapter(base, lora_r, lora_alpha, lora_dropout, lora_targets, seed)
+        clip = with_adapter(base, lora_r, lora_alpha, lora_dropout, lora_targets, seed)
     arguments.learning_rate = default_learning_rate(base, lora=lora_r is not None) if lr is None else lr
-    context.params["class_balanced"] = arguments.class_balanced = _balanced(
+    context.params["class_balanced"] = arguments.class_balanced = drawn_by_class(
         class_balanced, sets.train, arguments, console
     )
-    trainer = _trainer(clip, processor, arguments, sets=sets, patience=early_stopping_patience, console=console)
+    trainer = trainer_of(clip, processor, arguments, sets=sets, patience=early_stopping_patience, console=console)
     scorer = functools.partial(
         Scorer,
         clip,
@@ -331,7 +322,7 @@ def train(
     )
     outcome.measure("before")
     line = WeightLine(clip) if wise_ft else None
-    trainer.train(resume_from_checkpoint=_resume_point(output, console) if resume else None)
+    trainer.train(resume_from_checkpoint=resume_point(output, console) if resume else None)
     if early_stopping_patience:
         console.print(f"kept the model of step {trainer.state.best_global_step} of {trainer.state.global_step}")
     if line is not None:
@@ -341,244 +332,8 @@ def train(
         save_model(unfuse(clip), processor, output)
         if lora_r is not None:
             save_model(clip.merge_and_unload(), processor, output / "merged")
-        outcome.write(output, trainer.state.log_history, context, merged=lora_r is not None)
+        outcome.write(output, trainer.state.log_history, options_of(context), merged=lora_r is not None)
         outcome.show(console)
         what = "model" if lora_r is None else "adapter, the model with it merged in (merged)"
         console.print(f"{what}, report.html, report.json and config.yaml in {output}")
     trainer.accelerator.end_training()  # leaves the process group while the interpreter still runs
-
-
-@app.command()
-@user_errors
-def evaluate(
-    *,
-    model: Model,
-    data: Data,
-    on_bad_row: BadRows = OnBadRow.error,
-    allow_outside: AllowOutside = False,
-    batch_size: BatchSize = 64,
-    workers: Workers = 0,
-    template: Templates = None,
-    probe_data: Annotated[
-        str | None,
-        typer.Option(help="Labelled pictures of the same classes that fit a linear probe and kNN."),
-    ] = None,
-    attribute: AttributeNames = None,
-    knn_k: Annotated[int, typer.Option("--knn-k", min=1, help="Neighbours of kNN.")] = 20,
-    output: Annotated[
-        Path | None, typer.Option(help="File for the numbers, as JSON; a page of the same name, .html, goes beside it.")
-    ] = None,
-) -> None:
-    """Zero-shot classification where the data has classes, retrieval where it has captions; the model's heads."""
-    console = prepare()
-    from clipft import load_pairs
-    from clipft.console import show
-    from clipft.data.rows import DEFAULT_TEMPLATES
-    from clipft.evaluation.scoring import Scorer
-    from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
-    from clipft.files import write_json
-    from clipft.models.loading import load
-
-    if probe_data == data:
-        raise ValueError("--probe-data: expected other pictures than --data, which would be scored on themselves")
-    if output is not None and output.suffix == ".html":
-        raise ValueError(f"--output: expected the name of the JSON file, the page goes beside it, got {output}")
-    dataset = load_pairs(
-        data, on_bad_row=on_bad_row.value, allow_outside=allow_outside, attribute_columns=attribute or ()
-    )
-    clip, processor = load(model)
-    check_attributes(clip, attribute or (), console)
-    score = Scorer(clip, processor, dataset, template or list(DEFAULT_TEMPLATES), batch_size, workers, console)
-    found = score("evaluating")
-    result = found.to_json()
-    if probe_data is not None:
-        probes: dict[str, Any] = {
-            "linear_probe": evaluate_linear_probe,
-            "knn": functools.partial(evaluate_knn, k=knn_k),
-        }
-        neighbours = load_pairs(probe_data)
-        for name, probe in probes.items():
-            result[name] = probe(clip, processor, neighbours, dataset, batch_size=batch_size, num_workers=workers)
-    title = f"{model} on {len(dataset)} pictures of {data}"
-    show({"score": result}, title, console)
-    if output is not None:
-        from clipft.environment import environment
-        from clipft.report.examples import examples
-        from clipft.report.html import write_html
-
-        output.parent.mkdir(parents=True, exist_ok=True)
-        page = output.with_suffix(".html")
-        write_json(output, result)
-        versions = {"score": result, "environment": environment()}
-        write_html(page, versions, title=title, examples=examples(found, dataset))
-        console.print(f"{output}, and {page} to look at")
-
-
-# ---- parts of train ----
-
-
-@dataclass(frozen=True)
-class Sets:
-    """The rows of a run. ``validation`` chooses the epoch, if early stopping is on, and is no part of ``test``."""
-
-    train: datasets.Dataset
-    validation: datasets.Dataset | None
-    test: datasets.Dataset
-    test_name: str
-    skipped: dict[str, list[str]]  # by source, why each row was left out
-
-
-def _load_sets(
-    data: str,
-    eval_data: str | None,
-    *,
-    validate: bool,
-    seed: int,
-    console: Console,
-    on_bad_row: OnBadRow,
-    allow_outside: bool,
-    attribute_columns: list[str],
-) -> Sets:
-    from clipft.data.columns import checked_attributes
-    from clipft.data.reading import Reading
-    from clipft.data.sources import load_reading
-
-    skipped: dict[str, list[str]] = {}
-
-    def load(source: str) -> datasets.Dataset:
-        how = Reading(
-            skip=on_bad_row is OnBadRow.skip,
-            allow_outside=allow_outside,
-            attributes=checked_attributes(attribute_columns),
-        )
-        rows, skipped[source] = load_reading(source, how), how.skipped
-        return rows
-
-    train, validation = load(data), None
-    if eval_data is None:
-        train, test = _hold_out(train, HELD_OUT, seed)
-        test_name = f"{len(test)} pictures of {data}, held out of training (seed {seed})"
-    else:
-        test = load(eval_data)
-        test_name = f"{len(test)} pictures of {eval_data}"
-    if validate:
-        train, validation = _hold_out(train, VALIDATION, seed)
-    console.print(f"training on {len(train)} pictures of {data}; testing on {test_name}")
-    if validation is not None:
-        console.print(f"{len(validation)} more pictures, held out of training, choose the epoch or the weights")
-    return Sets(train, validation, test, test_name, skipped if on_bad_row is OnBadRow.skip else {})
-
-
-def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """A split that depends on the data and the seed alone, with each class's share where there are classes."""
-    from clipft.data.rows import class_names_of
-
-    by = "label" if class_names_of(dataset) else None
-    try:
-        parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column=by)
-    except ValueError as error:
-        raise ValueError(
-            f"--data: {len(dataset)} rows are too few to hold some out ({error}); give --eval-data"
-        ) from error
-    return parts["train"], parts["test"]
-
-
-def _with_adapter(
-    base: Any, rank: int, alpha: float | None, dropout: float, targets: list[str] | None, seed: int
-) -> Any:
-    from transformers import set_seed
-
-    from clipft.models.lora import add_lora
-
-    set_seed(seed)  # the adapter starts from random numbers
-    return add_lora(base, rank, 2 * rank if alpha is None else alpha, dropout, targets or ("vision", "text"))
-
-
-def _training_arguments(output: Path, **options: Any) -> Any:
-    import torch
-
-    from clipft.training.arguments import CLIPTrainingArguments
-
-    defaults: dict[str, Any] = {
-        "output_dir": str(output / "checkpoints"),
-        "feature_cache": str(output / "features"),
-        "save_strategy": "epoch",
-        "save_total_limit": 2,
-        "logging_steps": 5,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),
-        "log_level": "error",
-    }
-    return CLIPTrainingArguments(**(defaults | options))
-
-
-def _balanced(asked: bool | None, rows: datasets.Dataset, arguments: Any, console: Console) -> bool:
-    """Where nobody asked, uneven classes are drawn evenly, unless the loss sees to rare ones or batches are mined."""
-    from clipft.data.sampling import classes_are_uneven
-
-    others = arguments.class_weights is not None or arguments.head_loss != "cross_entropy" or arguments.hard_negatives
-    if asked is not None:
-        return asked
-    if others or not classes_are_uneven(rows, arguments.train_batch_size):
-        return False
-    console.print("classes are uneven: batches have equally many pictures of each (--no-class-balanced: as they come)")
-    return True
-
-
-def _chosen(precision: Precision, console: Console) -> Precision:
-    """What ``auto`` stands for on this machine."""
-    if precision is not Precision.auto:
-        return precision
-    import torch
-
-    from clipft.training.precision import bf16_speedup, fastest_precision
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator.type if accelerator else "cpu"
-    chosen = Precision(fastest_precision(device))
-    console.print(f"--precision auto: {chosen}; bfloat16 takes {1 / bf16_speedup(device):.2f} of float32's time here")
-    return chosen
-
-
-def _early_stopping(metric: str) -> dict[str, Any]:
-    return {
-        "eval_strategy": "epoch",
-        "load_best_model_at_end": True,
-        "metric_for_best_model": f"eval_{metric}",
-    }
-
-
-def _trainer(clip: Any, processor: Any, arguments: Any, *, sets: Sets, patience: int | None, console: Console) -> Any:
-    from transformers import EarlyStoppingCallback
-    from transformers.trainer_callback import PrinterCallback
-
-    from clipft.training.progress import ProgressReport
-    from clipft.training.trainer import CLIPTrainer
-
-    trainer = CLIPTrainer(
-        clip,
-        arguments,
-        train_dataset=sets.train,
-        eval_dataset=sets.validation,
-        processing_class=processor,
-        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
-    )
-    check_test_set(trainer, sets.test)
-    trainer.remove_callback(PrinterCallback)
-    if trainer.is_world_process_zero():
-        report = ProgressReport(console)
-        trainer.add_callback(report)
-        trainer.progress = report.track
-    return trainer
-
-
-def _resume_point(output: Path, console: Console) -> str | None:
-    from clipft.training.checkpoints import last_checkpoint
-
-    if not any((output / "checkpoints").glob("checkpoint-*")):
-        console.print(f"--resume: no checkpoint in {output} yet, starting from the beginning")
-        return None
-    checkpoint = last_checkpoint(output / "checkpoints")
-    console.print(f"resuming from {checkpoint}")
-    return str(checkpoint)

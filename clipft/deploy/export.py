@@ -84,8 +84,7 @@ def export_onnx(
     if not -1.0 <= min_cosine <= 1.0:
         raise ValueError(f"min_cosine: expected a cosine in [-1, 1], got {min_cosine}")
     plain = plain_model(model, False, "onnx").float()  # the encoders take and give float32
-    family = family_of(plain)
-    if int8 and not family.int8:
+    if int8 and not family_of(plain).int8:
         raise ValueError(f"int8: expected a model that clipft.quantize takes, got a {type(plain).__name__}")
     pictures, captions, described = pictures_and_captions(data, _PAIRS)
     folder = Path(directory).expanduser()
@@ -94,14 +93,7 @@ def export_onnx(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
     try:
-        processor.save_pretrained(staging)
-        info = _info(plain, processor)
-        options = family.image_encoder(plain)
-        _write_encoders(plain, family, options, staging, "", info)
-        if int8:
-            quantized = quantize(plain, skip=skip, processor=processor)
-            _write_encoders(quantized, family, options, staging, ".int8", info)
-        _write_info(staging, info)
+        info = _write_model(plain, processor, staging, skip if int8 else None)
         parity = {"data": described} | _compare(plain, processor, staging, (pictures, captions), int8)
         _check(parity, min_cosine, folder)
         _write_info(staging, info | {"parity": parity})
@@ -112,6 +104,20 @@ def export_onnx(
     finally:
         shutil.rmtree(staging)
     return parity
+
+
+def _write_model(model: Any, processor: Any, folder: Path, skip: Sequence[str] | None) -> dict[str, Any]:
+    """Encoders, processor and description, which is returned; with ``skip`` the int8 encoders too."""
+    family = family_of(model)
+    processor.save_pretrained(folder)
+    info = _info(model, processor)
+    options = family.image_encoder(model)
+    _write_encoders(model, family, options, folder, "", info)
+    if skip is not None:
+        quantized = quantize(model, skip=skip, processor=processor)
+        _write_encoders(quantized, family, options, folder, ".int8", info)
+    _write_info(folder, info)
+    return info
 
 
 def _require_onnx() -> None:

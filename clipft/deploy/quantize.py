@@ -79,14 +79,9 @@ def quantize(
         raise ValueError("processor: expected the model's processor together with data, got None")
     batch, described = _measure_on(plain, data, processor)
     size = _bytes(plain)
-    plan = _plan([name for name in names if name not in left_out])
-    rows, before = _observe(plain, plan, batch)
-    layers: dict[str, QuantizedLinear] = {}
-    errors: dict[str, dict[str, Any]] = {}
-    for name, sources in plan.items():
-        layers[name], errors_of = quantize_layer(plain, name, sources, rows.pop(name), calibrate)
-        errors |= errors_of
-    quantized = install(plain, layers)
+    quantized, errors, before = _quantize_layers(
+        plain, [name for name in names if name not in left_out], batch, calibrate
+    )
     after = _embeddings(quantized, batch)
     quantized.quantization_report = {
         "layers": {name: errors[name] for name in names if name in errors},
@@ -96,6 +91,20 @@ def quantize(
         "bytes": {"float": size, "int8": _bytes(quantized)},
     }
     return quantized
+
+
+def _quantize_layers(
+    plain: CLIPModel, names: list[str], batch: dict[str, Tensor], calibrate: bool
+) -> tuple[QuantizedCLIPModel, dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """The model with these layers in int8, each layer's errors, and the float model's embeddings."""
+    plan = _plan(names)
+    rows, embeddings = _observe(plain, plan, batch)
+    layers: dict[str, QuantizedLinear] = {}
+    errors: dict[str, dict[str, Any]] = {}
+    for name, sources in plan.items():
+        layers[name], errors_of = quantize_layer(plain, name, sources, rows.pop(name), calibrate)
+        errors |= errors_of
+    return install(plain, layers), errors, embeddings
 
 
 # ---- the float model ----

@@ -9,8 +9,7 @@ index); a checkpoint appears under its name when whole.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,45 +18,35 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from clipft.data.collate import CLIPDataCollator, FrozenFeatures, model_inputs
-from clipft.data.rows import PairRows, column_names, index_texts
-from clipft.data.sampling import (
-    ClassBalancedSampler,
-    EpochSampler,
-    HardNegativeSampler,
-    labels_of,
-    positives_of_each_other,
-)
-from clipft.data.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_set
+from clipft.data.collate import model_inputs
+from clipft.data.rows import PairRows, index_texts
 from clipft.evaluation.metrics import retrieval_metrics
 from clipft.families.forward import loss_parameters
-from clipft.families.registry import base_model, family_of, family_of_processor
+from clipft.families.registry import base_model, family_of
 from clipft.inference.encode import embed_texts
 from clipft.models.fusing import fuse
 from clipft.models.heads import heads_of
 from clipft.training.arguments import CLIPTrainingArguments, check_arguments, check_loss, loss_of
 from clipft.training.auto_batch import fitting_chunk
-from clipft.training.checkpoints import StagedCheckpoints, check_checkpoint, kept, last_checkpoint
+from clipft.training.checkpoints import check_checkpoint, kept, last_checkpoint
 from clipft.training.faults import all_finite, non_finite_message, worker_deaths
-from clipft.training.feature_cache import FrozenTowers, frozen_towers
 from clipft.training.fsdp import as_saved, check_enabled, gather_for_features, make_shardable
 from clipft.training.grad_cache import cached_backward, chunks
 from clipft.training.head_training import HeadTraining
 from clipft.training.precision import bf16_speedup
 from clipft.training.regularizers import StartingPoint
+from clipft.training.row_loading import RowLoading, own_collator
 from clipft.training.schedules import GradualUnfreezing, WeightAverage, split_by_depth
 
 __all__ = ["CLIPTrainer"]
 
 _logger = logging.getLogger(__name__)
-_FEW_EPOCHS = 5
 
 
-class CLIPTrainer(StagedCheckpoints):
+class CLIPTrainer(RowLoading):
     """Used as ``transformers.Trainer``: ``CLIPTrainer(model, args, train_dataset=..., eval_dataset=...,
     processing_class=processor)``.
 
@@ -80,7 +69,7 @@ class CLIPTrainer(StagedCheckpoints):
             self._heads = _heads_of_run(args, model, kwargs)
         if kwargs.get("data_collator") is None:
             rows = getattr(kwargs.get("train_dataset"), "__len__", lambda: 1)()
-            kwargs["data_collator"] = _own_collator(model, args, kwargs.get("processing_class"), rows)
+            kwargs["data_collator"] = own_collator(model, args, kwargs.get("processing_class"), rows)
         super().__init__(model=model, args=args, **kwargs)
         check_enabled(args, self.is_fsdp_enabled)
         if self.is_fsdp_enabled and model is not None:
@@ -102,7 +91,6 @@ class CLIPTrainer(StagedCheckpoints):
 
     _average: WeightAverage | None = None
     _unfreezing: GradualUnfreezing | None = None
-    _heads: HeadTraining | None = None
 
     @property
     def head_classes(self) -> dict[str, list[str]]:
@@ -118,101 +106,6 @@ class CLIPTrainer(StagedCheckpoints):
         if self.args.fsdp:
             make_shardable(model)
         return cast(nn.Module, model)
-
-    # ---- data ----
-
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        rows_of = partial(PairRows, dataset, self.args.caption_templates)
-        if self._heads:
-            rows_of = partial(rows_of, captions=self._heads.pairs, heads=self._heads.classes)
-        rows = rows_of()
-        self._features = self._frozen_features(rows, kwargs.get("is_training", False))
-        if self._features and self._features.images is not None:
-            rows = rows_of(images=False)
-        elif kwargs.get("is_training") and isinstance(self.data_collator, CLIPDataCollator):
-            rows = rows_of(encoded=True)
-        return super()._get_dataloader(rows, *args, **kwargs)
-
-    _features: FrozenFeatures | None = None
-
-    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
-        """The collator of the loader that is being made. PairRows has left out what is not needed."""
-        return data_collator.with_features(self._features) if self._features else data_collator
-
-    def _frozen_features(self, rows: PairRows, is_training: bool) -> FrozenFeatures | None:
-        """What frozen towers say of these rows, where that saves forward passes."""
-        collator = self.data_collator
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded or not self.args.cache_frozen or not isinstance(collator, CLIPDataCollator):
-            return None
-        frozen = frozen_towers(self.model)
-        passes = _passes(self.args, len(rows)) if is_training else math.inf
-        has_texts = "text" in frozen and rows.has_captions
-        captions = sorted({caption for own in rows.captions() for caption in own}) if has_texts else []
-        cache_texts = 0 < len(captions) < passes * len(rows)
-        cache_images = (
-            "vision" in frozen and passes > 1 and (not is_training or collator.augmentation == Augmentation())
-        )
-        if not (cache_texts or cache_images):
-            return None
-        with self.args.main_process_first(desc="features of frozen towers"):
-            towers = self._frozen_towers()
-            return FrozenFeatures(
-                images=towers.images(rows) if cache_images else None,
-                texts=towers.texts(captions) if cache_texts else None,
-                text_rows={caption: row for row, caption in enumerate(captions)},
-            )
-
-    def _frozen_towers(self) -> FrozenTowers:
-        args = self.args
-        return FrozenTowers(
-            self.model,
-            self.processing_class,
-            args.feature_cache or Path(str(args.output_dir)) / "features",
-            batch_size=args.per_device_eval_batch_size,
-            num_workers=args.dataloader_num_workers,
-            precision=(self.accelerator.mixed_precision, self.compute_loss_context_manager),
-            max_length=cast(CLIPDataCollator, self.data_collator).max_length,
-            progress=self.progress or partial(tqdm, desc="frozen towers", disable=args.disable_tqdm),
-        )
-
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None  # around that loop, in place of tqdm
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-        def epoch() -> int:
-            return int(self.state.epoch or 0)
-
-        if self.args.class_balanced:
-            return ClassBalancedSampler(labels_of(getattr(rows, "dataset", rows)), seed, epoch)
-        if self.args.hard_negatives:
-            data = getattr(rows, "dataset", rows)
-            positives = positives_of_each_other(
-                PairRows(data, self.args.caption_templates).captions(),
-                labels_of(data) if "label" in column_names(data) else None,
-            )
-            batch_size = self.args.train_batch_size * self.args.world_size
-            embed = partial(self._embeddings, data)
-            self._mined = HardNegativeSampler(embed, positives, self.args.hard_negatives, batch_size, seed, epoch)
-            if self._resumed:
-                self._mined.load(self._resumed)
-            return self._mined
-        return EpochSampler(len(rows), seed, epoch)
-
-    _mined: HardNegativeSampler | None = None
-    _resumed: Path | None = None
-
-    def _embeddings(self, data: Any) -> tuple[Tensor, Tensor]:
-        """Of all rows, by the weights as they are, without augmentation; equal on all ranks."""
-        model = cast(nn.Module, self.model).eval()
-        parts = []
-        for batch in self.get_test_dataloader(data):
-            embeds = self.prediction_step(model, batch, prediction_loss_only=False)[1][:2]
-            parts.append(self.accelerator.gather_for_metrics(embeds))
-        images, texts = (torch.cat(side).float() for side in zip(*parts, strict=True))
-        return images, texts
 
     # ---- loss and optimiser ----
 
@@ -516,31 +409,6 @@ def _heads_of_run(args: CLIPTrainingArguments, model: Any, kwargs: dict[str, Any
     if args.fsdp:
         raise ValueError("head, attributes: not with FSDP, which shares out what it computes inside forward alone")
     return HeadTraining(args, model, kwargs.get("processing_class"), kwargs.get("train_dataset"))
-
-
-def _passes(args: CLIPTrainingArguments, rows: int) -> float:
-    """Epochs of the run, as planned."""
-    if args.max_steps <= 0:
-        return args.num_train_epochs
-    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / max(rows, 1)
-
-
-def _own_collator(model: Any, args: CLIPTrainingArguments, processor: Any, rows: int) -> CLIPDataCollator:
-    family = family_of_processor(processor) if model is None else family_of(model)
-    if not isinstance(processor, family.processor):
-        family_of_processor(processor)  # or an error
-    kind = _default_augmentation(model, _passes(args, rows)) if args.augmentation == "auto" else args.augmentation
-    augmentation = augmentation_set(kind, **{name: getattr(args, name) for name in AUGMENTATION_OPTIONS})
-    length = None if model is None else family.most_positions(model.config)
-    return CLIPDataCollator(processor, augmentation=augmentation, seed=args.seed, max_length=length, family=family)
-
-
-def _default_augmentation(model: Any, passes: float) -> str:
-    """Crops keep a tower from learning pictures by heart; in a few epochs it cannot, and they only slow it down. What a
-    frozen tower says of a picture is computed once, where the picture stays the same.
-    """
-    frozen = model is not None and "vision" in frozen_towers(model)
-    return "none" if frozen or passes <= _FEW_EPOCHS else "crop"
 
 
 def _times_world_size(embeds: Tensor, world_size: int) -> Tensor:

@@ -1,35 +1,29 @@
-"""What ``clipft train`` measures before, during and after a run: the test rows, what may be forgotten, and the weights
-between start and end.
+"""What a training run measures before, during and after: the test rows, what may be forgotten, and the weights between
+start and end.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import yaml
 from rich.console import Console
 
-__all__ = ["L2SP", "ControlData", "Distillation", "Outcome", "ReportTo", "WiseFT", "check_report_to", "control_set"]
+from clipft.console import show
+from clipft.data.drawings import control_drawings
+from clipft.data.sources import load_pairs
+from clipft.environment import environment
+from clipft.evaluation.scoring import gains
+from clipft.files import write_json, write_text
+from clipft.report.examples import examples
+from clipft.report.html import write_html
+from clipft.report.model_card import write_model_card
+from clipft.training.wise_ft import RULE, sweep
 
-ControlData = Annotated[
-    str,
-    typer.Option(help="What must not be forgotten, scored before and after: drawings (in the package), none, or data."),
-]
-L2SP = Annotated[float, typer.Option("--l2-sp", min=0.0, help="Pull to the starting weights, for instance 0.01.")]
-Distillation = Annotated[
-    float, typer.Option(min=0.0, help="Pull to the starting model's embeddings of the batch, for instance 1.")
-]
-WiseFT = Annotated[
-    bool,
-    typer.Option("--wise-ft", help="Choose among weights between start and end by rows held out of training."),
-]
-ReportTo = Annotated[
-    list[str] | None,
-    typer.Option(help="tensorboard, wandb or whatever else transformers reports to; repeat for several."),
-]
+__all__ = ["Outcome", "check_report_to", "control_set"]
+
 _KEPT = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
 
@@ -48,11 +42,7 @@ def control_set(control_data: str) -> tuple[Any, str] | None:
     if control_data == "none":
         return None
     if control_data == "drawings":
-        from clipft.data.drawings import control_drawings
-
         return control_drawings(), "drawings of emoji in the package"
-    from clipft import load_pairs
-
     return load_pairs(control_data), control_data
 
 
@@ -81,21 +71,16 @@ class Outcome:
 
     def sweep(self, line: Any, held_out: Any) -> None:
         """Score the fine-tuned model, then set its weights to the best point of the line. ``held_out``: a Scorer."""
-        from clipft.training.wise_ft import sweep
-
         self.measure("fine_tuned")
         control = None if self.control is None else lambda: self.control("WiSE-FT, control set").main
         self.swept = sweep(line, lambda: held_out("WiSE-FT").main, control)
 
     def to_json(self, log_history: list[dict[str, Any]], versions: dict[str, Any]) -> dict[str, Any]:
         """report.json."""
-        from clipft.evaluation.scoring import gains
-
-        stages = functools.partial(_stages, gains=gains)
-        report: dict[str, Any] = stages(self.found)
+        report: dict[str, Any] = _stages(self.found)
         if self.controls:
             about = {"data": self.control_name, "pictures": len(self.control.dataset)}
-            report["control"] = about | stages(self.controls)
+            report["control"] = about | _stages(self.controls)
         if self.swept is not None:
             report["wise_ft"] = self.swept.to_json()
         report["test"] = {"data": self.test_name, "pictures": len(self.test.dataset)}
@@ -106,19 +91,12 @@ class Outcome:
         report["environment"] = versions
         return report
 
-    def write(self, output: Path, log_history: list[dict[str, Any]], context: typer.Context, *, merged: bool) -> None:
+    def write(self, output: Path, log_history: list[dict[str, Any]], settings: dict[str, Any], *, merged: bool) -> None:
         """report.json, report.html, config.yaml and model cards beside the weights in ``output``."""
-        from clipft.cli.config import options_of, to_yaml
-        from clipft.environment import environment
-        from clipft.files import write_json, write_text
-        from clipft.report.examples import examples
-        from clipft.report.html import write_html
-        from clipft.report.model_card import write_model_card
-
-        versions, settings = environment(), options_of(context)
+        versions = environment()
         report = self.to_json(log_history, versions)
         write_json(output / "report.json", report)
-        write_text(output / "config.yaml", to_yaml(settings, versions))
+        write_text(output / "config.yaml", _to_yaml(settings, versions))
         title = f"{settings['model']} fine-tuned on {settings['data']}"
         write_html(
             output / "report.html",
@@ -133,12 +111,8 @@ class Outcome:
 
     def show(self, console: Console) -> None:
         """The tables."""
-        from clipft.console import show
-
         tuned: tuple[str, ...] = ("before", "after")
         if self.swept is not None:
-            from clipft.training.wise_ft import RULE
-
             console.print(f"\nWiSE-FT: alpha {self.swept.alpha:g}, {RULE}", highlight=False)
             tuned = ("before", "fine_tuned", "after")
         if self.controls:
@@ -151,7 +125,18 @@ def _is_metric(name: str) -> bool:
     return name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
 
 
-def _stages(found: dict[str, Any], gains: Any) -> dict[str, Any]:
+def _stages(found: dict[str, Any]) -> dict[str, Any]:
     """Each stage's numbers, and ``gain``: after - before."""
     report = {stage: scores.to_json() for stage, scores in found.items()}
     return {**report, "gain": gains(found["before"], found["after"])}
+
+
+def _to_yaml(options: dict[str, Any], versions: dict[str, Any]) -> str:
+    """A file for ``--config``, under a comment with the versions."""
+    packages = {name: version for name, version in versions["packages"].items() if version}
+    head = {"clipft": versions["clipft"], "python": versions["python"], **packages}
+    return (
+        "# repeats the run: clipft train --config THIS_FILE\n"
+        + f"# with {', '.join(f'{name} {version}' for name, version in head.items())}\n"
+        + yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+    )
