@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -85,3 +86,37 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("needs CLIPFT_DATA, a folder with chest_xray/ and clothing/, which is not shipped")
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny CLIP."""
+    from tiny_clip import tiny_clip  # needs torchvision, which not every environment of the tests has
+
+    folder = tmp_path_factory.mktemp("base")
+    model, processor = tiny_clip()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of 40 pictures."""
+    from tiny_clip import class_folders
+
+    return class_folders(tmp_path_factory.mktemp("colours"), 40)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of 30 pictures with two captions each."""
+    from tiny_clip import picture
+
+    folder = tmp_path_factory.mktemp("table")
+    rows = []
+    for index in range(30):
+        picture(index)[0].save(folder / f"{index}.png")
+        rows.append(json.dumps({"image": f"{index}.png", "captions": [f"{picture(index)[1]} {index}", f"no. {index}"]}))
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
+    return folder / "pairs.jsonl"

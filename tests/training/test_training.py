@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import import_paths
 from tiny_clip import captioned, labelled, tiny_clip
 from tiny_trainer import StopAfter, arguments, losses, same, trainer_of
 from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback, TrainingArguments
@@ -361,7 +362,7 @@ WORKER = """
 import json, sys
 from pathlib import Path
 import torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from ranks import leave
 from tiny_clip import captioned
 from tiny_trainer import losses, trainer_of
@@ -383,7 +384,7 @@ leave()
 def run_processes(folder: Path, count: int, batch: int, chunk: int = 0) -> Any:
     folder.mkdir()
     script = folder / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
+    script.write_text(WORKER.format(tests=import_paths(__file__)))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     command = [sys.executable, *launch, str(script), str(folder), str(batch), str(chunk)]

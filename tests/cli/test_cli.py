@@ -11,48 +11,14 @@ from typing import Any
 import pytest
 import torch
 import typer
-from tiny_clip import captioned, class_folders, picture, tiny_clip
+from commands import run
+from tiny_clip import captioned, class_folders
 from transformers import CLIPModel
 from typer.testing import CliRunner
 
 import clipft
 from clipft.cli import app
 from clipft.cli.heads import RETRIEVAL
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    model, processor = tiny_clip()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("colours"), 40)
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("table")
-    rows = []
-    for index in range(30):
-        picture(index)[0].save(folder / f"{index}.png")
-        rows.append(json.dumps({"image": f"{index}.png", "captions": [f"{picture(index)[1]} {index}", f"no. {index}"]}))
-    (folder / "pairs.jsonl").write_text("\n".join(rows))
-    return folder / "pairs.jsonl"
-
-
-def run(*arguments: Any) -> Any:
-    """With ``train``, no control set unless one is asked for: most tests have no need of it."""
-    if arguments[0] == "train" and not {"--control-data", "--config"} & set(arguments):
-        arguments = (*arguments, "--control-data", "none")
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def test_uneven_classes_are_balanced_unless_the_user_says_otherwise(base: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from scripts import import_paths
 from tiny_clip import captioned, class_folders, tiny_clip
 from tiny_trainer import StopAfter, same, trainer_of
 from transformers import TrainerCallback
@@ -90,7 +91,7 @@ RANKS = """
 import json, sys
 from pathlib import Path
 import torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from ranks import leave
 from test_faults import Poison
 from tiny_clip import captioned
@@ -108,7 +109,7 @@ leave()
 
 def test_nan_on_one_rank_stops_all_with_the_rows_of_all(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
-    script.write_text(RANKS.format(tests=str(Path(__file__).parent)))
+    script.write_text(RANKS.format(tests=import_paths(__file__)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(

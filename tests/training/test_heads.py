@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from scripts import import_paths
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.utils.class_weight import compute_class_weight
 from tiny_clip import COLOURS, SHAPES, class_folders, labelled, picture, tiny_clip
@@ -547,7 +548,7 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 import torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from ranks import leave
 from test_heads import attributed, shown
 from tiny_trainer import losses, trainer_of
@@ -576,7 +577,7 @@ leave()
 def run_processes(folder: Path, count: int, batch: int) -> Any:
     folder.mkdir()
     script = folder / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
+    script.write_text(WORKER.format(tests=import_paths(__file__)))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     line = [sys.executable, *launch, str(script), str(folder), str(batch)]

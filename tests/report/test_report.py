@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import run
 from huggingface_hub import ModelCard
-from test_cli import base, colours, run, table  # noqa: F401  (fixtures)
 from tiny_clip import captioned, labelled, tiny_clip
 
 import clipft
@@ -47,7 +47,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_a_run_leaves_reports_and_repeats_from_its_config(base: Path, colours: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_leaves_reports_and_repeats_from_its_config(base: Path, colours: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     out = tmp_path / "out"
     options = ["--model", base, "--data", colours, "--epochs", 2, "--batch-size", 8, "--lr", 1e-3]
@@ -110,7 +110,7 @@ def test_a_run_leaves_reports_and_repeats_from_its_config(base: Path, colours: P
     assert (tmp_path / "again" / "report.json").read_text() == (out / "report.json").read_text()
 
 
-def test_the_command_line_overrides_the_config(base: Path, table: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_line_overrides_the_config(base: Path, table: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     values = {"model": str(base), "data": str(table), "epochs": 9, "batch-size": 8, "lora-r": 2}
     config.write_text(yaml.safe_dump(values))
@@ -142,7 +142,7 @@ def test_a_config_that_does_not_fit(tmp_path: Path, text: str, message: str) -> 
     assert message in " ".join(result.stderr.split())
 
 
-def test_wise_ft_of_an_adapter(base: Path, table: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_wise_ft_of_an_adapter(base: Path, table: Path, tmp_path: Path) -> None:
     """The adapter's file holds the chosen scale: it, the merged model and the report say the same."""
     pytest.importorskip("peft")
     options = ["--model", base, "--data", table, "--output", tmp_path, "--eval-data", table, "--wise-ft"]
@@ -153,7 +153,7 @@ def test_wise_ft_of_an_adapter(base: Path, table: Path, tmp_path: Path) -> None:
         assert clipft.evaluate_retrieval(*clipft.load(folder), clipft.load_pairs(table)) == report["after"]["retrieval"]
 
 
-def test_evaluate_writes_a_page_and_probes(base: Path, colours: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_evaluate_writes_a_page_and_probes(base: Path, colours: Path, tmp_path: Path) -> None:
     data = tmp_path / "test"
     labelled(12).save_to_disk(str(data))
     other = tmp_path / "train"

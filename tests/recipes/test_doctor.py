@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run
 from PIL import Image
-from test_cli import run
 from tiny_clip import class_folders, tiny_clip
 
 from clipft.recipes.doctor import examine

@@ -16,7 +16,7 @@ from conftest import INT8_ONLY
 
 from clipft import _C
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

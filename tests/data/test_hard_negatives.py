@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from scripts import import_paths
 from tiny_clip import captioned, labelled, picture
 from tiny_trainer import StopAfter, losses, same, trainer_of
 from torch import Tensor
@@ -137,7 +138,7 @@ RANKS = """
 import json, sys
 from pathlib import Path
 import torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from ranks import leave
 from tiny_clip import captioned
 from tiny_trainer import losses, trainer_of
@@ -153,7 +154,7 @@ leave()
 
 def test_two_processes_mine_and_unfreeze_as_one(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
-    script.write_text(RANKS.format(tests=str(Path(__file__).parent)))
+    script.write_text(RANKS.format(tests=import_paths(__file__)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(

@@ -18,7 +18,7 @@ from clipft import _C
 KERNELS = sorted(path.stem for path in (ROOT / "cuda").glob("*.cu"))
 PROBLEM = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from pathlib import Path
 from emulated_cuda import EmulatedCuda
 gpu = EmulatedCuda(Path({folder!r}))
@@ -132,7 +132,7 @@ def test_cuda_without_a_gpu_has_a_cause() -> None:
 
 LOSS = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from pathlib import Path
 import torch, clipft
 from emulated_cuda import EmulatedCuda

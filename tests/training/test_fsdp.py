@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import import_paths
 from tiny_clip import captioned
 from tiny_trainer import trainer_of
 from transformers import CLIPModel
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import clipft
 from ranks import leave
 from tiny_clip import captioned, tiny_clip
@@ -88,7 +89,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("sharding")
     script = folder / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
+    script.write_text(WORKER.format(tests=import_paths(__file__)))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import import_paths
 from tiny_clip import captioned, tiny_clip, tiny_model
 from tiny_trainer import losses, trainer_of
 from transformers import CLIPConfig, CLIPModel
@@ -42,7 +43,7 @@ def forward_of(model: Any) -> Any:
 PEAK = """
 import re, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_auto_batch import auto_batch, clipft, forward_of, model_of
 def read(name):
     return int(re.findall(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
@@ -63,7 +64,7 @@ print(auto_batch.step_bytes(model, forward, 64, {checkpointing}), measured)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_count_is_what_a_step_takes(checkpointing: bool) -> None:
     """In a process of its own, whose allocator holds nothing back; of the installed package (-P)."""
-    script = PEAK.format(tests=str(Path(__file__).parent), checkpointing=checkpointing)
+    script = PEAK.format(tests=import_paths(__file__), checkpointing=checkpointing)
     done = subprocess.run(
         [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False, timeout=240
     )
