@@ -1,10 +1,10 @@
 #include "dispatch.h"
 
-#include "kernels/attention_kernels.h"
-#include "kernels/gemm_kernels.h"
-#include "kernels/int8_kernels.h"
-#include "kernels/lora_kernels.h"
-#include "kernels/loss_kernels.h"
+#include "kernels/attention/attention_kernels.h"
+#include "kernels/common/gemm_kernels.h"
+#include "kernels/int8/int8_kernels.h"
+#include "kernels/lora/lora_kernels.h"
+#include "kernels/loss/loss_kernels.h"
 
 clipft_kernels clipft_kernel_table;
 

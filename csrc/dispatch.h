@@ -16,7 +16,8 @@ enum {
 clipft_isa clipft_dispatch_isa(void);
 void clipft_dispatch(clipft_isa limit);
 
-/* Whether the losses' products are kernels/gemm.h's: where that was measured to beat torch's, which is AMD with AVX-512, by 1.15 to 1.2. */
+/* Whether the losses' products are kernels/common/gemm.h's: where that was measured to beat torch's, which is AMD with AVX-512, by 1.15
+ * to 1.2. */
 bool clipft_dispatch_own_gemm(void);
 
 /* For each slot, its name and the tier of the kernel in use. */

@@ -6,7 +6,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "cuda_driver.h"
+#include "cuda_runtime/driver.h"
 #include "dispatch.h"
 #include "ops/ops.h"
 
@@ -79,16 +79,16 @@ static bool register_ops(void)
     TorchLibraryHandle definitions = NULL, cpu = NULL, cuda = NULL;
     AOTITorchError bad = clipft_torch.aoti_torch_library_init_def("clipft", __FILE__, __LINE__, &definitions);
 #define OP(name, schema, entry) bad = bad ? bad : clipft_torch.aoti_torch_library_def(definitions, #name schema);
-#include "ops.inc"
+#include "ops/ops.inc"
 #undef OP
     bad = bad ? bad : clipft_torch.aoti_torch_library_init_impl("clipft", "CPU", __FILE__, __LINE__, &cpu);
 #define OP(name, schema, entry) bad = bad ? bad : clipft_torch.torch_library_impl(cpu, #name, entry, CLIPFT_TORCH_BUILD_VERSION);
-#include "ops.inc"
+#include "ops/ops.inc"
 #undef OP
     if (clipft_torch_has_cuda()) {
         bad = bad ? bad : clipft_torch.aoti_torch_library_init_impl("clipft", "CUDA", __FILE__, __LINE__, &cuda);
 #define OP_CUDA(name, entry) bad = bad ? bad : clipft_torch.torch_library_impl(cuda, #name, entry, CLIPFT_TORCH_BUILD_VERSION);
-#include "ops_cuda.inc"
+#include "ops/ops_cuda.inc"
 #undef OP_CUDA
     }
     if (bad) PyErr_SetString(PyExc_ImportError, "clipft could not register its ops with torch (is another library named clipft loaded?)");

@@ -1,7 +1,7 @@
 #include "tensor.h"
 
 #include "dispatch.h"
-#include "kernels/gemm.h"
+#include "kernels/common/gemm.h"
 
 #include <stdarg.h>
 #include <stdio.h>

@@ -1,5 +1,5 @@
-/* attention: self-attention from the projection of queries, keys and values. The work is kernels/attention.h. */
-#include "../kernels/attention.h"
+/* attention: self-attention from the projection of queries, keys and values. The work is kernels/attention/attention.h. */
+#include "../kernels/attention/attention.h"
 #include "../tensor.h"
 #include "ops.h"
 

@@ -1,4 +1,4 @@
-/* torch.ops.clipft.contrastive_loss and its parts: see kernels/contrastive.c for the mathematics. */
+/* torch.ops.clipft.contrastive_loss and its parts: see kernels/loss/contrastive.c for the mathematics. */
 #include "loss_inputs.h"
 #include "ops.h"
 

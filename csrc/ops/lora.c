@@ -1,4 +1,4 @@
-/* lora_linear: y = x W^T + b + s drop(act(x)) A^T B^T and its gradients. The products with W are torch's, the rest is kernels/lora.h.
+/* lora_linear: y = x W^T + b + s drop(act(x)) A^T B^T and its gradients. The products with W are torch's, the rest is kernels/lora/lora.h.
  *
  * In float32 the rank products go first: they write y with the bias in it (and dx), which the large product then adds to, as it would add
  * to a bias. In 16-bit floats they go last and add in float32 to what the large product rounded: merged into W they would vanish in its

@@ -2,7 +2,7 @@
 #ifndef CLIPFT_LORA_INPUTS_H
 #define CLIPFT_LORA_INPUTS_H
 
-#include "../kernels/lora.h"
+#include "../kernels/lora/lora.h"
 #include "../tensor.h"
 
 typedef struct lora_inputs {

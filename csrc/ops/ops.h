@@ -5,11 +5,11 @@
 #include "../torch_abi.h"
 
 #define OP(name, schema, cpu) void cpu(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs);
-#include "../ops.inc"
+#include "ops.inc"
 #undef OP
 
 #define OP_CUDA(name, entry) void entry(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs);
-#include "../ops_cuda.inc"
+#include "ops_cuda.inc"
 #undef OP_CUDA
 
 #endif

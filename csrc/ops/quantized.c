@@ -1,5 +1,5 @@
 /* quantized_linear: y = act(x W^T + b) with int8 weights as they are saved; quantized_chain: one or two layers packed by quantized_pack,
- * with the norm before and the residual behind them. The work is kernels/int8.h. */
+ * with the norm before and the residual behind them. The work is kernels/int8/int8.h. */
 #include "ops.h"
 #include "quantized_inputs.h"
 

@@ -2,7 +2,7 @@
 #ifndef CLIPFT_QUANTIZED_INPUTS_H
 #define CLIPFT_QUANTIZED_INPUTS_H
 
-#include "../kernels/int8.h"
+#include "../kernels/int8/int8.h"
 #include "../tensor.h"
 
 typedef struct int8_layer_tensors {

@@ -1,4 +1,4 @@
-/* torch.ops.clipft.sigmoid_loss and its parts: see kernels/sigmoid.c for the mathematics. */
+/* torch.ops.clipft.sigmoid_loss and its parts: see kernels/loss/sigmoid.c for the mathematics. */
 #include "loss_inputs.h"
 #include "ops.h"
 

@@ -2,8 +2,8 @@
  * buffers of exact size; results against float64. */
 #include "check.h"
 
-#include "../../csrc/kernels/int8.h"
-#include "../../csrc/kernels/int8_kernels.h"
+#include "../../csrc/kernels/int8/int8.h"
+#include "../../csrc/kernels/int8/int8_kernels.h"
 
 #include <float.h>
 #include <string.h>

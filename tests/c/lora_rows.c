@@ -3,7 +3,7 @@
  * Tolerances: u = 2^-24. A sum of n products in float, in any order, errs by at most (n + 1) u of the sum of magnitudes. */
 #include "check.h"
 
-#include "../../csrc/kernels/lora_kernels.h"
+#include "../../csrc/kernels/lora/lora_kernels.h"
 
 #include <string.h>
 
