@@ -3,14 +3,9 @@
 #define CLIPFT_DISPATCH_H
 
 #include "cpu.h"
-#include "kernels/kernels.h"
+#include "kernels/table.h"
 
-enum {
-#define SLOT(name) CLIPFT_SLOT_##name,
-    CLIPFT_KERNEL_SLOTS(SLOT)
-#undef SLOT
-        CLIPFT_SLOT_COUNT
-};
+enum { CLIPFT_SLOT_COUNT = sizeof(clipft_kernels) / sizeof(void *) }; /* every slot is a pointer */
 
 /* The tier in use. Chosen at start; clipft_dispatch lowers or raises it for tests and must not run beside an op. */
 clipft_isa clipft_dispatch_isa(void);
@@ -20,7 +15,7 @@ void clipft_dispatch(clipft_isa limit);
  * to 1.2. */
 bool clipft_dispatch_own_gemm(void);
 
-/* For each slot, its name and the tier of the kernel in use. */
+/* For each slot, its name, family and all, and the tier of the kernel in use. */
 const char *clipft_dispatch_slot(int slot, clipft_isa *isa);
 
 #endif

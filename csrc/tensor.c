@@ -1,6 +1,7 @@
 #include "tensor.h"
 
 #include "dispatch.h"
+#include "kernels/common/convert.h"
 #include "kernels/common/gemm.h"
 
 #include <stdarg.h>

@@ -2,8 +2,8 @@
 #ifndef CLIPFT_TENSOR_H
 #define CLIPFT_TENSOR_H
 
+#include "kernels/common/host.h"
 #include "kernels/common/views.h"
-#include "kernels/kernels.h"
 #include "torch_abi.h"
 
 /* The first thing that went wrong in an op. Nothing is thrown before everything is freed. */

@@ -2,6 +2,7 @@
 #ifndef CLIPFT_LOSS_INPUTS_H
 #define CLIPFT_LOSS_INPUTS_H
 
+#include "../kernels/loss/loss.h"
 #include "../tensor.h"
 
 /* Floats that a forward pass may keep for its backward pass: all tiles up to N = 3238. */

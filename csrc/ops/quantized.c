@@ -15,9 +15,8 @@ static bool multiply(const int8_inputs *in, clipft_tensor *output, clipft_error 
 
 static bool pack(const clipft_tensor *weight, uint8_t *packed, clipft_error *error)
 {
-    return clipft_int8_pack(&clipft_torch_host, weight->data, weight->size[0], weight->size[1], weight->stride[0], weight->stride[1],
-                            packed) ||
-           clipft_fail(error, "torch's threads failed");
+    const clipft_int8_weights w = {weight->data, weight->size[0], weight->size[1], weight->stride[0], weight->stride[1]};
+    return clipft_int8_pack(&clipft_torch_host, &w, packed) || clipft_fail(error, "torch's threads failed");
 }
 
 void clipft_op_quantized_linear(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)

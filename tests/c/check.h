@@ -3,6 +3,7 @@
 #define CLIPFT_TEST_CHECK_H
 
 #include "../../csrc/dispatch.h"
+#include "../../csrc/kernels/common/host.h"
 
 #include <math.h>
 #include <stdio.h>

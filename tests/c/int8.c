@@ -2,8 +2,8 @@
  * buffers of exact size; results against float64. */
 #include "check.h"
 
+#include "../../csrc/kernels/common/sizes.h"
 #include "../../csrc/kernels/int8/int8.h"
-#include "../../csrc/kernels/int8/int8_kernels.h"
 
 #include <float.h>
 #include <string.h>
@@ -29,28 +29,73 @@ static void fill_tile(uint8_t *x, int64_t n, int8_t *w, int64_t m, int values)
         w[k] = (int8_t)(values == RANDOM ? pick(-128, 127) : values == LARGEST ? 127 : values == SMALLEST || k % 2 ? -128 : 127);
 }
 
+/* Channels as they are saved, packed by the slot itself, so that this knows nothing of its layout. */
 static void test_dot(int64_t rows, int64_t panels, int64_t depth, int values)
 {
-    const int64_t stride = depth + 5, w_stride = depth * CLIPFT_INT8_PANEL + 64, x_size = rows > 0 ? (rows - 1) * stride + depth : 0;
-    const int64_t w_size = (panels - 1) * w_stride + depth * CLIPFT_INT8_PANEL;
-    const size_t bytes = (size_t)(rows * CLIPFT_INT8_COLS) * sizeof(int32_t);
+    const clipft_int8_dot *dot = clipft_kernel_table.int8.dot;
+    const int64_t stride = depth + 5, bytes = depth * CLIPFT_INT8_PANEL, w_stride = bytes + 64;
+    const int64_t channels = panels * CLIPFT_INT8_PANEL, x_size = rows > 0 ? (rows - 1) * stride + depth : 0;
+    const size_t sums_bytes = (size_t)(rows * CLIPFT_INT8_COLS) * sizeof(int32_t);
     uint8_t *x = check_alloc(x_size, 1);
-    int8_t *w = check_alloc(w_size, 1);
+    int8_t *w = check_alloc(channels * depth, 1), *packed = check_alloc((panels - 1) * w_stride + bytes, 1);
     int32_t *sums = check_alloc(rows * CLIPFT_INT8_COLS, sizeof *sums), *want = check_alloc(rows * CLIPFT_INT8_COLS, sizeof *want);
-    const clipft_int8_tile tile = {x, w, stride, w_stride, rows, panels, depth, w, rows % 3};
-    fill_tile(x, x_size, w, w_size, values);
-    memset(sums, 0x55, bytes);
-    memset(want, 0x55, bytes);
-    clipft_kernel_table.int8_dot(&tile, sums);
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t c = 0; c < panels * CLIPFT_INT8_PANEL; ++c) {
-            const int8_t *channel = w + c / CLIPFT_INT8_PANEL * w_stride + 4 * (c % CLIPFT_INT8_PANEL);
+    const clipft_int8_tile tile = {x, packed, stride, w_stride, rows, panels, depth, packed, rows % 3};
+    fill_tile(x, x_size, w, channels * depth, values);
+    for (int64_t p = 0; p < panels; ++p) {
+        const clipft_int8_weights part = {w + p * bytes, CLIPFT_INT8_PANEL, depth, depth, 1};
+        int32_t got[CLIPFT_INT8_PANEL] = {0};
+        memset(packed + p * w_stride, 0, (size_t)bytes);
+        dot->pack(&part, packed + p * w_stride, got);
+        for (int64_t c = 0; c < CLIPFT_INT8_PANEL; ++c) {
             int32_t sum = 0;
-            for (int64_t k = 0; k < depth; ++k) sum += x[i * stride + k] * channel[k / 4 * 4 * CLIPFT_INT8_PANEL + k % 4];
+            for (int64_t k = 0; k < depth; ++k) sum += part.data[c * depth + k];
+            check_near(got[c], sum, 0.0, "int8 channel's sum", depth);
+        }
+    }
+    memset(sums, 0x55, sums_bytes);
+    memset(want, 0x55, sums_bytes);
+    if (dot->enter) dot->enter();
+    dot->multiply(&tile, sums);
+    if (dot->leave) dot->leave();
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < channels; ++c) {
+            int32_t sum = 0;
+            for (int64_t k = 0; k < depth; ++k) sum += x[i * stride + k] * w[c * depth + k];
             want[i * CLIPFT_INT8_COLS + c] = sum;
         }
-    check_same(sums, want, bytes, "int8_dot", depth);
-    free(x), free(w), free(sums), free(want);
+    check_same(sums, want, sums_bytes, "int8_dot", depth);
+    free(x), free(w), free(packed), free(sums), free(want);
+}
+
+/* What lies on users' disks and in their caches: the bytes of the layout, panel by panel. */
+static void test_packed_bytes(void)
+{
+    enum { OUT = 17, IN = 6, DEPTH = 8, BYTES = DEPTH * CLIPFT_INT8_PANEL };
+    int8_t w[OUT * IN];
+    uint8_t packed[64 + 2 * (BYTES + 4 * CLIPFT_INT8_PANEL)];
+    int64_t header[8];
+    for (int k = 0; k < OUT * IN; ++k) w[k] = (int8_t)(k * 7 - 100);
+    const clipft_int8_weights weights = {w, OUT, IN, IN, 1};
+    if (clipft_kernel_table.int8.dot->layout != CLIPFT_INT8_QUADS) return;
+    check_near((double)clipft_int8_packed_size(OUT, IN), (double)sizeof packed, 0.0, "int8_packed_size", IN);
+    clipft_int8_pack(&check_host, &weights, packed);
+    memcpy(header, packed, sizeof header);
+    const int64_t want[8] = {0x38746e69, OUT, IN};
+    check_same(header, want, sizeof want, "packed header", IN);
+    for (int c = 0; c < 2 * CLIPFT_INT8_PANEL; ++c) {
+        int32_t sum = 0, got;
+        for (int k = 0; k < DEPTH; ++k) {
+            const int8_t held = (int8_t)packed[64 + c / CLIPFT_INT8_PANEL * BYTES + k / 4 * 64 + c % CLIPFT_INT8_PANEL * 4 + k % 4];
+            const int value = c < OUT && k < IN ? w[c * IN + k] : 0;
+            check_near(held, value, 0.0, "packed weight", c);
+            sum += value;
+        }
+        memcpy(&got, packed + 64 + 2 * BYTES + 4 * c, sizeof got);
+        check_near(got, sum, 0.0, "packed sum", c);
+    }
+    packed[24] = 1; /* another layout */
+    clipft_int8_header parsed;
+    check_near(clipft_int8_packed(packed, sizeof packed, &parsed), 0.0, 0.0, "int8_packed of another layout", IN);
 }
 
 static void test_range(int64_t n, float spread, int64_t special, float value)
@@ -59,8 +104,8 @@ static void test_range(int64_t n, float spread, int64_t special, float value)
     clipft_range got = {-0.5F, 0.25F, 0.0F}, want = got;
     for (int64_t j = 0; j < n; ++j) x[j] = uniform() * spread;
     if (special < n) x[special] = value;
-    clipft_kernel_table.row_range(x, n, &got);
-    clipft_row_range_ref(x, n, &want);
+    clipft_kernel_table.int8.row_range(x, n, &got);
+    clipft_int8_row_range_ref(x, n, &want);
     check_near((double)got.bad, (double)want.bad, 0.0, "row_range bad", n);
     if (special >= n) {
         check_near((double)got.low, (double)want.low, 0.0, "row_range low", n);
@@ -76,8 +121,8 @@ static void test_quantize(int64_t n, float inverse, int32_t zero)
     if (!x) abort();
     uint8_t *got = check_alloc(n, 1), *want = check_alloc(n, 1);
     for (int64_t j = 0; j < n; ++j) x[j] = (j % 3 ? uniform() * 80.0F : (float)pick(-300, 300) * 0.5F) / inverse;
-    clipft_kernel_table.row_quantize(x, n, inverse, zero, got);
-    clipft_row_quantize_ref(x, n, inverse, zero, want);
+    clipft_kernel_table.int8.row_quantize(x, n, inverse, zero, got);
+    clipft_int8_row_quantize_ref(x, n, inverse, zero, want);
     check_same(got, want, (size_t)n, "row_quantize", n);
     for (int64_t j = 0; j < n; ++j) {
         const double level = nearbyint((double)(float)((double)x[j] * (double)inverse)) + zero;
@@ -119,7 +164,7 @@ static void test_finish(int64_t rows, int64_t cols, clipft_activation activation
     const double before = residual ? 7.0 : 0.0;
     const clipft_int8_finish finish = {row_scale, row_zero, col_scale, col_sum, bias,   residual ? out : NULL,
                                        out,       rows,     cols,      stride,  stride, activation};
-    clipft_kernel_table.int8_finish(&finish, sums);
+    clipft_kernel_table.int8.finish(&finish, sums);
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < cols; ++j) {
             const double sum = sums[i * CLIPFT_INT8_COLS + j] - (double)row_zero[i] * col_sum[j];
@@ -154,7 +199,7 @@ static void test_finish_specials(void)
                                            .cols = CLIPFT_INT8_COLS,
                                            .out_stride = CLIPFT_INT8_COLS,
                                            .activation = (clipft_activation)activation};
-        clipft_kernel_table.int8_finish(&finish, sums);
+        clipft_kernel_table.int8.finish(&finish, sums);
         for (int k = 0; k < 5 * CLIPFT_INT8_COLS; ++k) {
             const double expected = want[activation][k / CLIPFT_INT8_COLS];
             check_near((double)out[k], expected, 1e-6 * fabs(expected), "int8_finish of specials", activation);
@@ -172,14 +217,14 @@ static void test_norm(int64_t n, float offset, float eps)
     const double mean = sum / (double)n;
     for (int64_t j = 0; j < n; ++j) squares += pow((double)x[j] - mean, 2), largest = fmax(largest, fabs((double)x[j]));
     const double inverse = 1.0 / sqrt(squares / (double)n + (double)eps);
-    clipft_kernel_table.row_norm(x, n, weight, bias, eps, out);
+    clipft_kernel_table.int8.row_norm(x, n, weight, bias, eps, out);
     for (int64_t j = 0; j < n; ++j) {
         const double normed = ((double)x[j] - mean) * inverse, moved = (8.0 + (double)n / 32.0) * u * largest * inverse;
         const double error = moved * (1.0 + fabs(normed)) + 8.0 * u * fabs(normed);
         check_near((double)out[j], normed * (double)weight[j] + (double)bias[j],
                    error * fabs((double)weight[j]) + 2.0 * u * (1.0 + fabs(normed)), "row_norm", n);
     }
-    clipft_kernel_table.row_norm(x, n, weight, bias, eps, x);
+    clipft_kernel_table.int8.row_norm(x, n, weight, bias, eps, x);
     check_same(x, out, (size_t)n * sizeof *x, "row_norm in place", n);
 }
 
@@ -222,6 +267,12 @@ static double held(const clipft_view *v, int64_t i, int64_t j)
     float x;
     clipft_view_read(v, i, j, 1, &x);
     return (double)x;
+}
+
+static void pack(const int8_t *w, int64_t out, int64_t in, uint8_t *packed)
+{
+    const clipft_int8_weights weights = {w, out, in, in, 1};
+    clipft_int8_pack(&check_host, &weights, packed);
 }
 
 /* Rows 2 and 5, where there are such, are bad; row 1 is zero; row 3 is huge, row 4 denormal. */
@@ -292,7 +343,7 @@ static void test_layer(const layer_case *c)
     set_rows(&d.x);
     for (int64_t j = 0; j < c->out; ++j)
         for (int64_t k = 0; k < c->in; ++k) d.w[j * c->in + k] = (int8_t)(j == 1 ? 0 : pick(-128, 127));
-    clipft_int8_pack(&check_host, d.w, c->out, c->in, c->in, 1, d.packed);
+    pack(d.w, c->out, c->in, d.packed);
     clipft_int8_header header;
     check_near(clipft_int8_packed(d.packed, size, &header) && header.out == c->out && header.in == c->in, 1.0, 0.0, "int8_packed", size);
     check_near(!clipft_int8_packed(d.packed, size - 1, &header), 1.0, 0.0, "int8_packed of a part", size);
@@ -321,14 +372,14 @@ static void test_chain(int64_t rows, clipft_float_kind kind, int count, bool nor
         int8_t *w = check_alloc(in * out, 1);
         uint8_t *packed = check_alloc(clipft_int8_packed_size(out, in), 1);
         for (int64_t j = 0; j < in * out; ++j) w[j] = (int8_t)pick(-128, 127);
-        clipft_int8_pack(&check_host, w, out, in, in, 1, packed);
+        pack(w, out, in, packed);
         chain.layers[k] = (clipft_int8_layer){packed, out, in, scale, {0}, k + 1 < count ? CLIPFT_QUICK_GELU : CLIPFT_NO_ACTIVATION};
         free(w);
     }
     clipft_view_read(&bias, 0, 0, IN, shift);
     for (int64_t i = 0; i < rows; ++i) {
         clipft_view_read(&x, i, 0, IN, row);
-        if (norm) clipft_kernel_table.row_norm(row, IN, clipft_view_floats(&weight, 0, 0), shift, chain.norm_eps, row);
+        if (norm) clipft_kernel_table.int8.row_norm(row, IN, clipft_view_floats(&weight, 0, 0), shift, chain.norm_eps, row);
         clipft_view_write(&normed, i, 0, IN, row);
     }
     clipft_int8_chain first = {.layers = {chain.layers[0]}, .count = 1}, second = {.layers = {chain.layers[1]}, .count = 1};
@@ -358,7 +409,7 @@ static void test_extremes(void)
     for (int64_t j = 0; j < IN; ++j) clipft_view_floats(&x, 0, j)[0] = 127.0F, clipft_view_floats(&x, 1, j)[0] = -127.0F;
     for (int64_t k = 0; k < (int64_t)IN * OUT; ++k) w[k] = (int8_t)(k / IN % 2 ? -128 : 127);
     for (int64_t j = 0; j < OUT; ++j) clipft_view_floats(&scale, 0, j)[0] = 1.0F;
-    clipft_int8_pack(&check_host, w, OUT, IN, IN, 1, packed);
+    pack(w, OUT, IN, packed);
     const clipft_int8_chain chain = {.layers = {{packed, OUT, IN, scale, {0}, CLIPFT_NO_ACTIVATION}}, .count = 1};
     clipft_int8_run(&chain, &check_host, &x, &y);
     for (int64_t i = 0; i < 2; ++i)
@@ -369,12 +420,15 @@ static void test_extremes(void)
 
 void test_int8(void)
 {
+    const clipft_int8_dot *dot = clipft_kernel_table.int8.dot;
     static const int64_t depths[] = {0, 4, 8, 12, 60, 64, 68, 252, 1028}, heights[] = {0, 1, 2, 3, 4, 5, 6, 7, 11, 12};
     static const int64_t widths[] = {0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64};
     for (int d = 0; d < COUNT(depths); ++d)
         for (int h = 0; h < COUNT(heights); ++h)
-            for (int64_t panels = 1; panels <= 4; ++panels) test_dot(heights[h], panels, depths[d], (d + h + (int)panels) % VALUES);
-    for (int values = 0; values < VALUES; ++values) test_dot(12, 4, 8192, values);
+            for (int64_t panels = 1; panels <= 4; ++panels)
+                test_dot(heights[h], panels, clipft_round_up(depths[d], dot->depth), (d + h + (int)panels) % VALUES);
+    for (int values = 0; values < VALUES; ++values) test_dot(dot->rows, 4, 8192, values);
+    test_packed_bytes();
     for (int n = 0; n < COUNT(widths); ++n) {
         test_range(widths[n], 10.0F, 999, 0.0F);
         test_range(widths[n], 3e38F, widths[n] / 2, NAN);

@@ -1,14 +1,15 @@
 /* Heads shared out among threads, each packed and then given to the micro-kernel. */
 #include "attention.h"
+
+#include "../common/arena.h"
 #include "../common/gemm.h"
-#include "../loss/tiles.h"
+#include "../common/sizes.h"
+#include "../table.h"
 
 #include <stdatomic.h>
 #include <string.h>
 
 enum { COLS = CLIPFT_ATTEND_COLS };
-
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 /* What a worker needs for a head. */
 typedef struct workspace {
@@ -68,7 +69,7 @@ static void run_head(const clipft_attention *a, const workspace *own, int64_t ba
                                 .length = a->length,
                                 .scale = a->scale,
                                 .causal = a->causal};
-    clipft_kernel_table.attend(&task);
+    clipft_kernel_table.attention.attend(&task);
     for (int64_t i = 0; !plain && i < a->queries; ++i) clipft_view_write(&a->out, row + i, col, a->dim, own->out + i * a->dim);
 }
 
@@ -81,27 +82,19 @@ static void run_heads(int64_t begin, int64_t end, void *ctx)
         run_head(a, &job->spaces[begin], index / a->heads, index % a->heads);
 }
 
-typedef void *(*claim)(clipft_arena *arena, int64_t count, size_t item);
-
-static void *reserve(clipft_arena *arena, int64_t count, size_t item)
-{
-    clipft_arena_reserve(arena, count, item);
-    return NULL;
-}
-
-/* Asks `arena` for every piece: to reserve it, and once more to take it. */
-static void claim_all(attention_job *job, clipft_arena *arena, claim get)
+/* Claims every piece: called before `arena` is allocated and once more after. */
+static void claim_all(attention_job *job, clipft_arena *arena)
 {
     const clipft_attention *a = job->a;
-    const int64_t length = round_up(a->length, COLS), dim = round_up(a->dim, COLS);
-    workspace *spaces = get(arena, job->workers, sizeof *spaces);
+    const int64_t length = clipft_round_up(a->length, COLS), dim = clipft_round_up(a->dim, COLS);
+    workspace *spaces = clipft_arena_claim(arena, job->workers, sizeof *spaces);
     for (int64_t worker = 0; worker < job->workers; ++worker) {
         const int64_t in = clipft_view_plain(&a->qkv) ? 0 : a->length * a->dim, out = clipft_view_plain(&a->out) ? 0 : a->queries * a->dim;
-        const workspace w = {.keys = get(arena, length * dim, sizeof(float)),
-                             .values = get(arena, length * dim, sizeof(float)),
-                             .scores = get(arena, length * CLIPFT_ATTEND_ROWS, sizeof(float)),
-                             .rows = get(arena, in, sizeof(float)),
-                             .out = get(arena, out, sizeof(float))};
+        const workspace w = {.keys = clipft_arena_claim(arena, length * dim, sizeof(float)),
+                             .values = clipft_arena_claim(arena, length * dim, sizeof(float)),
+                             .scores = clipft_arena_claim(arena, length * CLIPFT_ATTEND_ROWS, sizeof(float)),
+                             .rows = clipft_arena_claim(arena, in, sizeof(float)),
+                             .out = clipft_arena_claim(arena, out, sizeof(float))};
         if (spaces) spaces[worker] = w;
     }
     job->spaces = spaces;
@@ -114,9 +107,9 @@ bool clipft_attention_run(const clipft_attention *a, const clipft_host *host)
     bool ok = false;
     if (a->batch * a->queries == 0) return true;
     job.workers = clipft_min(host->threads(), a->batch * a->heads);
-    claim_all(&job, &arena, reserve);
+    claim_all(&job, &arena);
     if (!clipft_arena_allocate(&arena)) goto done;
-    claim_all(&job, &arena, clipft_arena_take);
+    claim_all(&job, &arena);
     ok = host->parallel_for(0, job.workers, 1, run_heads, &job);
 done:
     clipft_arena_free(&arena);

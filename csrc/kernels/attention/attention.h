@@ -6,6 +6,7 @@
 #ifndef CLIPFT_ATTENTION_H
 #define CLIPFT_ATTENTION_H
 
+#include "../common/host.h"
 #include "../common/views.h"
 
 typedef struct clipft_attention {

@@ -1,5 +1,5 @@
-/* The micro-kernel of attention in plain C: the contract of kernels.h to the letter, and what every CPU can run. */
-#include "attention_kernels.h"
+/* The micro-kernel of attention in plain C: the contract of attention_kernels.h to the letter, and what every CPU can run. */
+#include "../table.h"
 
 #include <math.h>
 
@@ -13,7 +13,7 @@ static float score(const clipft_attend *t, int64_t i, int64_t j)
     return (float)sum * t->scale;
 }
 
-void clipft_attend_ref(const clipft_attend *t)
+void clipft_attention_attend_ref(const clipft_attend *t)
 {
     for (int64_t i = 0; i < t->rows; ++i) {
         const int64_t n = t->causal ? i + 1 : t->length;

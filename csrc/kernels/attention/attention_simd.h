@@ -4,7 +4,7 @@
  *                               beside it.
  * A tile takes ATTEND_ROWS queries or, where there are not so many, one; the last tile of a head begins early rather than being smaller. */
 #include "../common/simd.h"
-#include "attention_kernels.h"
+#include "../table.h"
 
 enum { COLS = CLIPFT_ATTEND_COLS, PANEL = 16, PANEL_VECS = PANEL / CLIPFT_LANES, TILE_VECS = ATTEND_PANELS * PANEL_VECS };
 
@@ -120,7 +120,7 @@ SIMD void attend_tile(const int n, const clipft_attend *t, int64_t first)
     EACH_TILE(value_tile, n, &r, (t->dim + PANEL - 1) / PANEL);
 }
 
-CLIPFT_TARGET void KERNEL(attend)(const clipft_attend *head)
+CLIPFT_TARGET void KERNEL(attention_attend)(const clipft_attend *head)
 {
     const clipft_attend t = *head;
     if (t.rows < ATTEND_ROWS) {

@@ -1,5 +1,5 @@
 /* 16-bit floats to float32 and back, branch-free so that compilers vectorise them. */
-#include "../kernels.h"
+#include "convert.h"
 
 #include <string.h>
 

@@ -1,11 +1,12 @@
 #include "gemm.h"
-#include "../loss/tiles.h"
+
+#include "../table.h"
+#include "arena.h"
+#include "sizes.h"
 
 #include <string.h>
 
 enum { TASK_ROWS = 16 };
-
-static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 typedef float four __attribute__((vector_size(16)));
 
@@ -80,12 +81,12 @@ static void pack_panels(int64_t begin, int64_t end, void *ctx)
 static void multiply_rows(int64_t begin, int64_t end, void *ctx)
 {
     const gemm_job *job = ctx;
-    clipft_kernel_table.gemm_rows(&job->block, begin, end);
+    clipft_kernel_table.gemm.multiply(&job->block, begin, end);
 }
 
 bool clipft_gemm(const clipft_host *host, clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate)
 {
-    const int64_t panels = divide_up(c.cols, CLIPFT_GEMM_PANEL), deepest = clipft_min(CLIPFT_GEMM_DEPTH, a.cols);
+    const int64_t panels = clipft_divide_up(c.cols, CLIPFT_GEMM_PANEL), deepest = clipft_min(CLIPFT_GEMM_DEPTH, a.cols);
     clipft_arena arena = {0};
     bool ok = false;
     clipft_arena_reserve(&arena, panels * deepest * CLIPFT_GEMM_PANEL, sizeof(float));

@@ -6,7 +6,7 @@
 #ifndef CLIPFT_GEMM_H
 #define CLIPFT_GEMM_H
 
-#include "../kernels.h"
+#include "host.h"
 
 /* a.cols > 0, c.col_stride 1. False when memory ran out or the host's threads failed. */
 bool clipft_gemm(const clipft_host *host, clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate);

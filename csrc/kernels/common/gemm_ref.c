@@ -1,6 +1,6 @@
-#include "gemm_kernels.h"
+#include "../table.h"
 
-void clipft_gemm_rows_ref(const clipft_gemm_block *block, int64_t begin, int64_t end)
+void clipft_gemm_multiply_ref(const clipft_gemm_block *block, int64_t begin, int64_t end)
 {
     const clipft_matrix a = block->a, c = block->c;
     for (int64_t i = begin; i < end; ++i)

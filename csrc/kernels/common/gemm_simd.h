@@ -1,7 +1,7 @@
 /* The inner loops of gemm.h, written once for every width. The file that includes this defines CLIPFT_ISA, CLIPFT_LANES and CLIPFT_TARGET
  * as for simd.h, and GEMM_ROWS, GEMM_PANELS  the tile of sums kept in registers, chosen so that operands fit beside it. */
+#include "../table.h"
 #include "gemm.h"
-#include "gemm_kernels.h"
 #include "simd.h"
 
 #include <stdbool.h>
@@ -39,7 +39,7 @@ SIMD void multiply_tile(const int panels, const float *a, const float *b, int64_
     }
 }
 
-CLIPFT_TARGET void KERNEL(gemm_rows)(const clipft_gemm_block *block, int64_t begin, int64_t end)
+CLIPFT_TARGET void KERNEL(gemm_multiply)(const clipft_gemm_block *block, int64_t begin, int64_t end)
 {
     float a[CLIPFT_GEMM_DEPTH * GEMM_ROWS] __attribute__((aligned(64)));
     const int64_t depth = block->a.cols;

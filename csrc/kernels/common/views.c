@@ -1,5 +1,7 @@
 #include "views.h"
 
+#include "convert.h"
+
 #include <string.h>
 
 /* Rows of 16-bit floats are converted this many at a time where their elements do not lie together. */

@@ -2,9 +2,9 @@
 #ifndef CLIPFT_VIEWS_H
 #define CLIPFT_VIEWS_H
 
-#include "../kernels.h"
-
+#include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 typedef enum clipft_float_kind { CLIPFT_FLOAT32, CLIPFT_BFLOAT16, CLIPFT_FLOAT16 } clipft_float_kind;
 

@@ -2,7 +2,10 @@
  * by CLIPFT_INT8_COLS channels at a time, whose sums become results in the L1 cache. Where the rows are too few for the threads to share
  * them out, the threads share each layer's channels instead. */
 #include "int8.h"
-#include "../loss/tiles.h"
+
+#include "../common/arena.h"
+#include "../common/sizes.h"
+#include "../table.h"
 
 #include <float.h>
 #include <math.h>
@@ -11,14 +14,13 @@
 
 enum {
     GROUP = CLIPFT_INT8_COLS / CLIPFT_INT8_PANEL,
-    CHUNK = 12,               /* rows between dot products and results: a multiple of most tiles' rows */
     FEW = 48,                 /* rows to a thread, below which channels are shared out */
     BLOCK_BYTES = 768 * 1024, /* work space of a block of rows, which stays in the L2 cache */
     BLOCK_ROWS = 240,         /* of a block at most: more would leave threads waiting for the last of them */
 };
 
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+/* Of sums and results: rows of a tile, and a line of the cache more, so that no two of them begin the same few bytes into a page. */
+enum { CHUNK_ITEMS = CLIPFT_INT8_ROWS * CLIPFT_INT8_COLS + 16 };
 
 /* Rows on their way through the layers. */
 typedef struct workspace {
@@ -31,11 +33,12 @@ typedef struct workspace {
 
 typedef struct stage {
     const clipft_int8_layer *layer;
-    int64_t depth, stride, groups; /* depth: in as packed; stride: of the quantised rows */
+    int64_t depth, stride, groups, panel_bytes; /* depth: in as packed; stride: of the quantised rows */
 } stage;
 
 typedef struct int8_job {
     const clipft_int8_chain *chain;
+    const clipft_int8_dot *dot;
     const clipft_view *x, *y;
     stage stages[CLIPFT_INT8_LAYERS];
     const float *norm_weight, *norm_bias; /* [in], NULL: no norm */
@@ -60,7 +63,7 @@ static const float *read_row(const int8_job *job, int at, const workspace *space
     else
         clipft_view_read(from, index, 0, from->cols, row);
     if (at > 0 || !job->norm_weight) return x;
-    clipft_kernel_table.row_norm(x, from->cols, job->norm_weight, job->norm_bias, job->chain->norm_eps, row);
+    clipft_kernel_table.int8.row_norm(x, from->cols, job->norm_weight, job->norm_bias, job->chain->norm_eps, row);
     return row;
 }
 
@@ -72,7 +75,7 @@ static void quantize_row(const int8_job *job, int at, const workspace *space, in
     const float *x = read_row(job, at, space, first, i, row);
     uint8_t *q = space->q + i * s->stride;
     clipft_range range = {0};
-    clipft_kernel_table.row_range(x, in, &range);
+    clipft_kernel_table.int8.row_range(x, in, &range);
     if (isnan(range.bad)) {
         space->row_scale[i] = NAN;
         space->row_zero[i] = 0;
@@ -84,7 +87,7 @@ static void quantize_row(const int8_job *job, int at, const workspace *space, in
     const int32_t zero = -(int32_t)nearbyintf(range.low * inverse); /* so that the least value is level 0 */
     space->row_scale[i] = scale;
     space->row_zero[i] = zero;
-    clipft_kernel_table.row_quantize(x, in, inverse, zero, q);
+    clipft_kernel_table.int8.row_quantize(x, in, inverse, zero, q);
     memset(q + in, 0, (size_t)(s->depth - in));
 }
 
@@ -95,12 +98,14 @@ typedef struct columns {
     int32_t sum[CLIPFT_INT8_COLS];
 } columns;
 
-static void load_columns(const clipft_int8_layer *layer, int64_t col, int64_t n, columns *c)
+static void load_columns(const stage *s, int64_t col, int64_t n, columns *c)
 {
+    const clipft_int8_layer *layer = s->layer;
     *c = (columns){0};
     clipft_view_read(&layer->scale, 0, col, n, c->scale);
     if (layer->bias.data) clipft_view_read(&layer->bias, 0, col, n, c->bias);
-    memcpy(c->sum, clipft_int8_sums(layer->packed, layer->out, layer->in) + col * (int64_t)sizeof(int32_t), (size_t)n * sizeof(int32_t));
+    memcpy(c->sum, clipft_int8_sums(layer->packed, layer->out, s->panel_bytes) + col * (int64_t)sizeof(int32_t),
+           (size_t)n * sizeof(int32_t));
 }
 
 /* A [rows, cols] piece of a view at (row, col): in place, or in `copy`, rows CLIPFT_INT8_COLS apart. */
@@ -115,23 +120,25 @@ static float *piece(const clipft_view *view, int64_t row, int64_t col, float *co
 static void multiply(const int8_job *job, int at, const workspace *space, int64_t first, int64_t begin, int64_t end, int64_t group)
 {
     const stage *s = &job->stages[at];
+    const clipft_int8_dot *dot = job->dot;
     const bool last = at == job->chain->count - 1;
     const clipft_view *y = last ? job->y : &space->hidden, *residual = last ? &job->chain->residual : NULL;
     const int64_t row0 = last ? first : 0, col = group * CLIPFT_INT8_COLS, cols = clipft_min(CLIPFT_INT8_COLS, s->layer->out - col);
-    const int64_t panel = clipft_int8_panel_bytes(s->layer->in);
-    float staged[CHUNK * CLIPFT_INT8_COLS] __attribute__((aligned(64))), added[CHUNK * CLIPFT_INT8_COLS] __attribute__((aligned(64)));
-    int32_t sums[CHUNK * CLIPFT_INT8_COLS] __attribute__((aligned(64)));
+    const int64_t panel = s->panel_bytes, chunk = dot->rows;
+    float staged[CHUNK_ITEMS] __attribute__((aligned(64))), added[CHUNK_ITEMS] __attribute__((aligned(64)));
+    int32_t sums[CHUNK_ITEMS] __attribute__((aligned(64)));
     columns c __attribute__((aligned(64)));
-    clipft_int8_tile tile = {.w = clipft_int8_weights(s->layer->packed) + group * GROUP * panel,
+    clipft_int8_tile tile = {.w = clipft_int8_panels(s->layer->packed) + group * GROUP * panel,
                              .x_stride = s->stride,
                              .w_stride = panel,
-                             .panels = divide_up(cols, CLIPFT_INT8_PANEL),
+                             .panels = clipft_divide_up(cols, CLIPFT_INT8_PANEL),
                              .depth = s->depth};
     clipft_int8_finish finish = {.col_scale = c.scale, .col_sum = c.sum, .bias = c.bias, .cols = cols, .activation = s->layer->activation};
-    load_columns(s->layer, col, cols, &c);
-    for (int64_t i = begin; i < end; i += CHUNK) {
+    load_columns(s, col, cols, &c);
+    int64_t asked = 0; /* panels of the next group */
+    for (int64_t i = begin; i < end; i += chunk, asked += 2) {
         tile.x = space->q + i * s->stride;
-        tile.rows = finish.rows = clipft_min(CHUNK, end - i);
+        tile.rows = finish.rows = clipft_min(chunk, end - i);
         finish.row_scale = space->row_scale + i;
         finish.row_zero = space->row_zero + i;
         finish.out = piece(y, row0 + i, col, staged, &finish.out_stride);
@@ -142,11 +149,10 @@ static void multiply(const int8_job *job, int at, const workspace *space, int64_
         }
         for (int64_t r = 0; r < tile.rows; ++r)
             for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(finish.out + r * finish.out_stride + j, 1);
-        const int64_t asked = (i - begin) / CHUNK * 2;
         tile.ahead = tile.w + (GROUP + asked) * panel;
         tile.ahead_panels = group + 1 < s->groups && asked < GROUP ? 2 : 0;
-        clipft_kernel_table.int8_dot(&tile, sums);
-        clipft_kernel_table.int8_finish(&finish, sums);
+        dot->multiply(&tile, sums);
+        clipft_kernel_table.int8.finish(&finish, sums);
         for (int64_t r = 0; finish.out == staged && r < tile.rows; ++r)
             clipft_view_write(y, row0 + i + r, col, cols, staged + r * CLIPFT_INT8_COLS);
     }
@@ -167,21 +173,25 @@ static void run_block(int8_job *job, const workspace *own, int64_t index)
 /* All rows through one layer, in the first worker's work space. */
 static void quantize_rows(int8_job *job, const workspace *own, int64_t index)
 {
-    const int64_t end = clipft_min((index + 1) * CHUNK, job->x->rows);
-    for (int64_t i = index * CHUNK; i < end; ++i) quantize_row(job, job->at, job->spaces, 0, i, own->row);
+    const int64_t chunk = job->dot->rows, end = clipft_min((index + 1) * chunk, job->x->rows);
+    for (int64_t i = index * chunk; i < end; ++i) quantize_row(job, job->at, job->spaces, 0, i, own->row);
 }
 
 static void run_groups(int64_t begin, int64_t end, void *ctx)
 {
     const int8_job *job = ctx;
+    if (job->dot->enter) job->dot->enter();
     for (int64_t group = begin; group < end; ++group) multiply(job, job->at, job->spaces, 0, 0, job->x->rows, group);
+    if (job->dot->leave) job->dot->leave();
 }
 
 static void work(int64_t begin, int64_t end, void *ctx)
 {
     (void)end; /* whoever comes takes the next task, so that none waits for a slower one */
     int8_job *job = ctx;
+    if (job->dot->enter) job->dot->enter();
     for (int64_t index; (index = atomic_fetch_add(&job->next, 1)) < job->tasks;) job->task(job, &job->spaces[begin], index);
+    if (job->dot->leave) job->dot->leave();
 }
 
 static bool run(int8_job *job, const clipft_host *host, int64_t tasks, void (*task)(int8_job *, const workspace *, int64_t))
@@ -195,9 +205,9 @@ static bool run(int8_job *job, const clipft_host *host, int64_t tasks, void (*ta
 static bool run_layers(int8_job *job, const clipft_host *host)
 {
     bool ok = true;
-    if (job->block_rows > 0) return run(job, host, divide_up(job->x->rows, job->block_rows), run_block);
+    if (job->block_rows > 0) return run(job, host, clipft_divide_up(job->x->rows, job->block_rows), run_block);
     for (job->at = 0; ok && job->at < job->chain->count; ++job->at)
-        ok = run(job, host, divide_up(job->x->rows, CHUNK), quantize_rows) &&
+        ok = run(job, host, clipft_divide_up(job->x->rows, job->dot->rows), quantize_rows) &&
              host->parallel_for(0, job->stages[job->at].groups, 1, run_groups, job);
     return ok;
 }
@@ -216,39 +226,34 @@ static sizes plan(int8_job *job, const clipft_host *host)
     for (int at = 0; at < job->chain->count; ++at) {
         const clipft_int8_layer *layer = &job->chain->layers[at];
         /* Never a multiple of a page, which would put all rows into the same few places of the cache. */
-        job->stages[at] = (stage){layer, round_up(layer->in, 4), round_up(layer->in, 64) + 64, divide_up(layer->out, CLIPFT_INT8_COLS)};
+        job->stages[at] = (stage){layer, clipft_round_up(layer->in, job->dot->depth), clipft_round_up(layer->in, 64) + 64,
+                                  clipft_divide_up(layer->out, CLIPFT_INT8_COLS), clipft_int8_panel_bytes(job->dot, layer->in)};
         if (job->stages[at].stride > z.stride) z.stride = job->stages[at].stride;
     }
     job->workers = host->threads();
     if (rows >= FEW * job->workers) {
         const int64_t fit = clipft_min(BLOCK_BYTES / (z.stride + z.hidden * (int64_t)sizeof(float)), BLOCK_ROWS);
-        const int64_t blocks = round_up(divide_up(rows, fit > CHUNK ? fit : CHUNK), job->workers);
-        job->block_rows = divide_up(rows, blocks);
+        const int64_t blocks = clipft_round_up(clipft_divide_up(rows, fit > job->dot->rows ? fit : job->dot->rows), job->workers);
+        job->block_rows = clipft_divide_up(rows, blocks);
     }
     return z;
 }
 
-typedef void *(*claim)(clipft_arena *arena, int64_t count, size_t item);
-
-static void *reserve(clipft_arena *arena, int64_t count, size_t item)
-{
-    clipft_arena_reserve(arena, count, item);
-    return NULL;
-}
-
-/* Asks `arena` for every piece: to reserve it, and once more to take it. */
-static void claim_all(int8_job *job, const sizes *z, clipft_arena *arena, claim get)
+/* Claims every piece: called before `arena` is allocated and once more after. */
+static void claim_all(int8_job *job, const sizes *z, clipft_arena *arena)
 {
     const bool norm = job->chain->norm_weight.data;
-    float *weight = get(arena, norm ? z->in : 0, sizeof(float)), *bias = get(arena, norm ? z->in : 0, sizeof(float));
-    workspace *spaces = get(arena, job->workers, sizeof *spaces);
+    float *weight = clipft_arena_claim(arena, norm ? z->in : 0, sizeof(float)),
+          *bias = clipft_arena_claim(arena, norm ? z->in : 0, sizeof(float));
+    workspace *spaces = clipft_arena_claim(arena, job->workers, sizeof *spaces);
     for (int64_t worker = 0; worker < job->workers; ++worker) {
         const int64_t rows = job->block_rows > 0 ? job->block_rows : worker == 0 ? job->x->rows : 0;
-        workspace w = {.q = get(arena, rows * z->stride, 1),
-                       .row_scale = get(arena, rows, sizeof(float)),
-                       .row_zero = get(arena, rows, sizeof(int32_t)),
-                       .hidden = {get(arena, rows * z->hidden, sizeof(float)), rows, z->hidden, z->hidden, 1, CLIPFT_FLOAT32},
-                       .row = get(arena, z->in, sizeof(float))};
+        workspace w = {
+            .q = clipft_arena_claim(arena, rows * z->stride, 1),
+            .row_scale = clipft_arena_claim(arena, rows, sizeof(float)),
+            .row_zero = clipft_arena_claim(arena, rows, sizeof(int32_t)),
+            .hidden = {clipft_arena_claim(arena, rows * z->hidden, sizeof(float)), rows, z->hidden, z->hidden, 1, CLIPFT_FLOAT32},
+            .row = clipft_arena_claim(arena, z->in, sizeof(float))};
         if (spaces) spaces[worker] = w;
     }
     job->spaces = spaces;
@@ -261,14 +266,14 @@ static void claim_all(int8_job *job, const sizes *z, clipft_arena *arena, claim 
 
 bool clipft_int8_run(const clipft_int8_chain *chain, const clipft_host *host, const clipft_view *x, const clipft_view *y)
 {
-    int8_job job = {.chain = chain, .x = x, .y = y};
+    int8_job job = {.chain = chain, .dot = clipft_kernel_table.int8.dot, .x = x, .y = y};
     clipft_arena arena = {0};
     bool ok = false;
     if (x->rows == 0) return true;
     const sizes z = plan(&job, host);
-    claim_all(&job, &z, &arena, reserve);
+    claim_all(&job, &z, &arena);
     if (!clipft_arena_allocate(&arena)) goto done;
-    claim_all(&job, &z, &arena, clipft_arena_take);
+    claim_all(&job, &z, &arena);
     ok = run_layers(&job, host);
 done:
     clipft_arena_free(&arena);

@@ -10,30 +10,32 @@
 #ifndef CLIPFT_INT8_H
 #define CLIPFT_INT8_H
 
+#include "../common/host.h"
 #include "../common/views.h"
+#include "int8_kernels.h"
 
 /* in <= this: |sum_k q w| <= 127 * 128 * in < 2^31. out <= this: the size of packed weights is far from 2^63. */
 enum { CLIPFT_INT8_MAX_IN = 131072, CLIPFT_INT8_MAX_OUT = 1 << 24 };
 
-/* What stands before packed weights, which are [panels, in / 4 rounded up, 16, 4] int8 and then [out rounded up] int32 sums over in. */
+/* What stands before packed weights, which are panels in the layout of the dot products in use (clipft_int8_dot), [out / 16 rounded up],
+ * and then [out rounded up] int32 sums over in. */
 typedef struct clipft_int8_header {
-    int64_t magic, out, in, unused[5]; /* 64 bytes keep the weights aligned */
+    int64_t magic, out, in, layout, unused[4]; /* 64 bytes keep the weights aligned */
 } clipft_int8_header;
 
 /* Bytes of the whole. */
 int64_t clipft_int8_packed_size(int64_t out, int64_t in);
 
-/* Packs w [out, in], rows `row_stride` and columns `col_stride` apart. False when the host failed. */
-bool clipft_int8_pack(const clipft_host *host, const int8_t *w, int64_t out, int64_t in, int64_t row_stride, int64_t col_stride,
-                      uint8_t *packed);
+/* Packs the weights. False when the host failed. */
+bool clipft_int8_pack(const clipft_host *host, const clipft_int8_weights *w, uint8_t *packed);
 
-/* Whether `size` bytes are such a whole; its header. */
+/* Whether `size` bytes are such a whole, in that layout; its header. */
 bool clipft_int8_packed(const uint8_t *packed, int64_t size, clipft_int8_header *header);
 
 /* What lies in such a whole, and the bytes between its panels. */
-const int8_t *clipft_int8_weights(const uint8_t *packed);
-const uint8_t *clipft_int8_sums(const uint8_t *packed, int64_t out, int64_t in); /* int32, perhaps not aligned */
-int64_t clipft_int8_panel_bytes(int64_t in);
+const int8_t *clipft_int8_panels(const uint8_t *packed);
+const uint8_t *clipft_int8_sums(const uint8_t *packed, int64_t out, int64_t panel_bytes); /* int32, perhaps not aligned */
+int64_t clipft_int8_panel_bytes(const clipft_int8_dot *dot, int64_t in);
 
 typedef struct clipft_int8_layer {
     const uint8_t *packed;

@@ -1,9 +1,11 @@
-/* int8_dot on vectors of any width. The file that includes this has included simd.h and defines
+/* An ISA's slot `dot` on vectors of any width. The file that includes this has included simd.h and defines
  *   INT8_ROWS, INT8_PANELS  the tile of sums kept in registers, chosen so that operands fit beside it
  *   int8_dot4(sum, x, w)    adds to each 32-bit lane the four products of its unsigned bytes of x and signed bytes of w; x <= 127. */
-#include "int8_kernels.h"
+#include "../table.h"
 
 #include <stddef.h>
+
+_Static_assert(CLIPFT_INT8_DOT_ROWS % INT8_ROWS == 0, "a tile at best holds whole tiles of registers");
 
 enum { PANEL_VECS = CLIPFT_INT8_PANEL / CLIPFT_LANES, BLOCK = 4 * CLIPFT_INT8_PANEL };
 
@@ -76,7 +78,7 @@ SIMD void dot_panels(const int panels, const clipft_int8_tile *t, int64_t p, int
     }
 }
 
-CLIPFT_TARGET void KERNEL(int8_dot)(const clipft_int8_tile *tile, int32_t *sums)
+static CLIPFT_TARGET void KERNEL(int8_multiply)(const clipft_int8_tile *tile, int32_t *sums)
 {
     const clipft_int8_tile t = *tile;
     int64_t p = 0;
@@ -89,3 +91,9 @@ CLIPFT_TARGET void KERNEL(int8_dot)(const clipft_int8_tile *tile, int32_t *sums)
 #error "what is left of the panels needs a tile"
 #endif
 }
+
+const clipft_int8_dot KERNEL(int8_dot) = {.layout = CLIPFT_INT8_QUADS,
+                                          .depth = 4,
+                                          .rows = CLIPFT_INT8_DOT_ROWS,
+                                          .pack = clipft_int8_pack_quads,
+                                          .multiply = KERNEL(int8_multiply)};

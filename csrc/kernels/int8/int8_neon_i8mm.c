@@ -1,7 +1,7 @@
-/* int8_dot by SMMLA, which multiplies two rows of eight bytes with two channels of eight bytes. Two blocks of a panel, four bytes of a
- * channel each, are zipped into such pairs of channels. */
+/* The slot `dot` by SMMLA, which multiplies two rows of eight bytes with two channels of eight bytes. Two blocks of a panel, four bytes of
+ * a channel each, are zipped into such pairs of channels. */
 #if defined(__aarch64__)
-#include "int8_kernels.h"
+#include "../table.h"
 
 #include <arm_neon.h>
 #include <string.h>
@@ -62,7 +62,7 @@ INLINE void dot_tile(const int pairs, int64_t rows, const clipft_int8_tile *t, c
     }
 }
 
-TARGET void clipft_int8_dot_neon_i8mm(const clipft_int8_tile *tile, int32_t *sums)
+static TARGET void clipft_int8_multiply_neon_i8mm(const clipft_int8_tile *tile, int32_t *sums)
 {
     const clipft_int8_tile t = *tile;
     for (int64_t p = 0; p < t.panels; ++p) {
@@ -77,6 +77,12 @@ TARGET void clipft_int8_dot_neon_i8mm(const clipft_int8_tile *tile, int32_t *sum
         }
     }
 }
+
+const clipft_int8_dot clipft_int8_dot_neon_i8mm = {.layout = CLIPFT_INT8_QUADS,
+                                                   .depth = 4,
+                                                   .rows = CLIPFT_INT8_DOT_ROWS,
+                                                   .pack = clipft_int8_pack_quads,
+                                                   .multiply = clipft_int8_multiply_neon_i8mm};
 #else
 typedef int clipft_not_aarch64; /* ISO C forbids an empty file */
 #endif

@@ -1,10 +1,10 @@
-/* The micro-kernels of int8 linear layers in plain C: the contract of kernels.h to the letter, and what every CPU can run. */
-#include "int8_kernels.h"
+/* The micro-kernels of int8 linear layers in plain C: the contract of int8_kernels.h to the letter, and what every CPU can run. */
+#include "../table.h"
 
 #include <math.h>
 #include <string.h>
 
-void clipft_row_norm_ref(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *out)
+void clipft_int8_row_norm_ref(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *out)
 {
     double sum = 0.0, squares = 0.0;
     for (int64_t j = 0; j < n; ++j) sum += (double)x[j];
@@ -14,7 +14,7 @@ void clipft_row_norm_ref(const float *x, int64_t n, const float *weight, const f
     for (int64_t j = 0; j < n; ++j) out[j] = (float)(((double)x[j] - mean) * inverse) * weight[j] + bias[j];
 }
 
-void clipft_row_range_ref(const float *x, int64_t n, clipft_range *range)
+void clipft_int8_row_range_ref(const float *x, int64_t n, clipft_range *range)
 {
     clipft_range r = *range;
     for (int64_t j = 0; j < n; ++j) {
@@ -25,7 +25,7 @@ void clipft_row_range_ref(const float *x, int64_t n, clipft_range *range)
     *range = r;
 }
 
-void clipft_row_quantize_ref(const float *x, int64_t n, float inverse, int32_t zero, uint8_t *q)
+void clipft_int8_row_quantize_ref(const float *x, int64_t n, float inverse, int32_t zero, uint8_t *q)
 {
     for (int64_t j = 0; j < n; ++j) {
         const int32_t level = (int32_t)nearbyintf(x[j] * inverse) + zero;
@@ -33,7 +33,7 @@ void clipft_row_quantize_ref(const float *x, int64_t n, float inverse, int32_t z
     }
 }
 
-void clipft_int8_dot_ref(const clipft_int8_tile *tile, int32_t *sums)
+static void clipft_int8_multiply_ref(const clipft_int8_tile *tile, int32_t *sums)
 {
     const clipft_int8_tile t = *tile;
     for (int64_t i = 0; i < t.rows; ++i)
@@ -47,6 +47,12 @@ void clipft_int8_dot_ref(const clipft_int8_tile *tile, int32_t *sums)
             memcpy(sums + i * CLIPFT_INT8_COLS + p * CLIPFT_INT8_PANEL, sum, sizeof sum);
         }
 }
+
+const clipft_int8_dot clipft_int8_dot_ref = {.layout = CLIPFT_INT8_QUADS,
+                                             .depth = 4,
+                                             .rows = CLIPFT_INT8_DOT_ROWS,
+                                             .pack = clipft_int8_pack_quads,
+                                             .multiply = clipft_int8_multiply_ref};
 
 static float activate(float v, clipft_activation activation)
 {

@@ -1,6 +1,6 @@
 /* What stands around int8_dot, on vectors of any width: the range of a row, its quantisation, and sums into results. The file that includes
  * this has included simd.h. */
-#include "int8_kernels.h"
+#include "../table.h"
 
 #include <stddef.h>
 
@@ -35,7 +35,7 @@ SIMD float shifted_sum(const float *x, int64_t n, float shift, const bool square
     return f32v_sum(sum[0] + sum[1]);
 }
 
-CLIPFT_TARGET void KERNEL(row_norm)(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *out)
+CLIPFT_TARGET void KERNEL(int8_row_norm)(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *out)
 {
     const float mean = shifted_sum(x, n, 0.0F, false) / (float)n;
     const float inverse = 1.0F / sqrtf(shifted_sum(x, n, mean, true) / (float)n + eps);
@@ -59,7 +59,7 @@ SIMD void widen(ranges *r, f32v v)
     r->bad += v * 0.0F;
 }
 
-CLIPFT_TARGET void KERNEL(row_range)(const float *x, int64_t n, clipft_range *range)
+CLIPFT_TARGET void KERNEL(int8_row_range)(const float *x, int64_t n, clipft_range *range)
 {
     const ranges start = {f32v_set(range->low), f32v_set(range->high), f32v_set(0.0F)};
     ranges a = start, b = start; /* two chains hide the latency of one */
@@ -83,7 +83,7 @@ SIMD u8v quantize_step(f32v x, float inverse, int32_t zero)
     return __builtin_convertvector(level, u8v);
 }
 
-CLIPFT_TARGET void KERNEL(row_quantize)(const float *x, int64_t n, float inverse, int32_t zero, uint8_t *q)
+CLIPFT_TARGET void KERNEL(int8_row_quantize)(const float *x, int64_t n, float inverse, int32_t zero, uint8_t *q)
 {
     int64_t j = 0;
     for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) {

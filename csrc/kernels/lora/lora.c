@@ -1,7 +1,10 @@
 /* The passes of lora.h: blocks of ROWS x COLS are brought into float32 in the L1 cache, and every product that needs them is taken there,
  * so that x, dy, y and dx each pass through memory once. */
 #include "lora.h"
-#include "../loss/tiles.h"
+
+#include "../common/arena.h"
+#include "../common/sizes.h"
+#include "../table.h"
 
 #include <string.h>
 
@@ -11,9 +14,7 @@ enum { ROWS = 24, COLS = 256, STRIDE = COLS + 16, PARTS = 32 };
 typedef float lora_block[ROWS * STRIDE] __attribute__((aligned(64)));
 typedef int32_t lora_mask[ROWS * STRIDE] __attribute__((aligned(64)));
 
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-int64_t clipft_lora_padded(int64_t rank) { return round_up(rank, CLIPFT_RANK_PAD); }
+int64_t clipft_lora_padded(int64_t rank) { return clipft_round_up(rank, CLIPFT_RANK_PAD); }
 
 /* ---- dropout ---- */
 
@@ -53,7 +54,7 @@ static void mask_rows(int64_t begin, int64_t end, void *ctx)
             const int64_t n = clipft_min(COLS, job->cols - j);
             const clipft_dropout_row row = clipft_dropout_at(job->dropout, i, j);
             for (int64_t k = 0; k < n; ++k) out[k] = 1.0F;
-            if (job->dropout->active) clipft_kernel_table.row_dropout(&row, out, kept, n);
+            if (job->dropout->active) clipft_kernel_table.lora.row_dropout(&row, out, kept, n);
         }
 }
 
@@ -72,7 +73,7 @@ typedef struct block_range {
 /* Brings a block of m into `block`, zeros up to a multiple of the rank's pad, which is one of every vector width. */
 static void load_block(const clipft_view *m, const block_range *at, float *block)
 {
-    const size_t rest = (size_t)(round_up(at->cols, CLIPFT_RANK_PAD) - at->cols) * sizeof(float);
+    const size_t rest = (size_t)(clipft_round_up(at->cols, CLIPFT_RANK_PAD) - at->cols) * sizeof(float);
     for (int64_t i = 0; i < at->rows; ++i) {
         clipft_view_read(m, at->row + i, at->col, at->cols, block + i * STRIDE);
         memset(block + i * STRIDE + at->cols, 0, rest);
@@ -90,9 +91,9 @@ static clipft_ahead block_ahead(const clipft_view *m, const block_range *at)
 
 static void activate_block(const clipft_view *activated, const block_range *at, const float *in, float *out)
 {
-    const int64_t cols = round_up(at->cols, CLIPFT_RANK_PAD); /* quick_gelu(0) = 0: the pad stays zero */
+    const int64_t cols = clipft_round_up(at->cols, CLIPFT_RANK_PAD); /* quick_gelu(0) = 0: the pad stays zero */
     for (int64_t i = 0; i < at->rows; ++i) {
-        clipft_kernel_table.row_quick_gelu(in + i * STRIDE, out + i * STRIDE, cols);
+        clipft_kernel_table.lora.row_quick_gelu(in + i * STRIDE, out + i * STRIDE, cols);
         if (activated && activated->data) clipft_view_write(activated, at->row + i, at->col, at->cols, out + i * STRIDE);
     }
 }
@@ -101,11 +102,11 @@ static void drop_block(const clipft_dropout *dropout, const block_range *at, flo
 {
     for (int64_t i = 0; i < at->rows; ++i) {
         const clipft_dropout_row row = clipft_dropout_at(dropout, at->row + i, at->col);
-        clipft_kernel_table.row_dropout(&row, block + i * STRIDE, mask + i * STRIDE, at->cols);
+        clipft_kernel_table.lora.row_dropout(&row, block + i * STRIDE, mask + i * STRIDE, at->cols);
     }
 }
 
-/* Packed operands: [n, padded] for products into the rank, [rank, round_up(n)] for products out of it. */
+/* Packed operands: [n, padded] for products into the rank, [rank, clipft_round_up(n)] for products out of it. */
 static void pack(clipft_view m, float scale, float *panel, int64_t stride)
 {
     clipft_view_pack(&m, panel, stride);
@@ -136,8 +137,8 @@ static void down_rows(int64_t begin, int64_t end, void *ctx)
             load_block(job->x, &at, block);
             if (job->lora->quick_gelu) activate_block(job->activated, &at, block, block);
             if (job->lora->dropout.active) drop_block(&job->lora->dropout, &at, block, mask);
-            clipft_kernel_table.rank_down(block, STRIDE, at.rows, at.cols, job->panel + at.col * job->padded, job->padded, v,
-                                          block_ahead(job->x, &at));
+            clipft_kernel_table.lora.rank_down(block, STRIDE, at.rows, at.cols, job->panel + at.col * job->padded, job->padded, v,
+                                               block_ahead(job->x, &at));
         }
     }
 }
@@ -184,7 +185,7 @@ static void up_block(const up_job *job, const block_range *at, float *block)
                                    .init_stride = job->bias ? 0 : stride,
                                    .out_stride = stride};
     if (!plain && !job->bias) load_block(job->y, at, block);
-    clipft_kernel_table.rank_up(&tile);
+    clipft_kernel_table.lora.rank_up(&tile);
     for (int64_t i = 0; !plain && i < at->rows; ++i) clipft_view_write(job->y, at->row + i, at->col, at->cols, block + i * STRIDE);
 }
 
@@ -203,7 +204,7 @@ static void up_rows(int64_t begin, int64_t end, void *ctx)
 
 bool clipft_lora_up(const clipft_lora *lora, const clipft_host *host, const float *v, const clipft_view *bias, const clipft_view *y)
 {
-    const int64_t rank = lora->lora_b.cols, stride = round_up(y->cols, CLIPFT_RANK_PAD);
+    const int64_t rank = lora->lora_b.cols, stride = clipft_round_up(y->cols, CLIPFT_RANK_PAD);
     clipft_arena arena = {0};
     bool ok = false;
     clipft_arena_reserve(&arena, rank * stride, sizeof(float));
@@ -286,13 +287,13 @@ static void gradient_up_part(const gradient_up_job *job, int64_t part)
             load_block(job->dy, &at, block);
             clipft_ahead ahead = block_ahead(job->dy, &at);
             if (job->u) {
-                clipft_kernel_table.rank_down(block, STRIDE, at.rows, at.cols, job->panel + at.col * job->padded, job->padded,
-                                              job->u + row * job->padded, ahead);
+                clipft_kernel_table.lora.rank_down(block, STRIDE, at.rows, at.cols, job->panel + at.col * job->padded, job->padded,
+                                                   job->u + row * job->padded, ahead);
                 ahead.data = NULL;
             }
             if (sum)
-                clipft_kernel_table.rank_outer(job->v + row * job->padded, job->padded, at.rows, job->rank, block, STRIDE,
-                                               round_up(at.cols, CLIPFT_RANK_PAD), sum + at.col, job->stride, ahead);
+                clipft_kernel_table.lora.rank_outer(job->v + row * job->padded, job->padded, at.rows, job->rank, block, STRIDE,
+                                                    clipft_round_up(at.cols, CLIPFT_RANK_PAD), sum + at.col, job->stride, ahead);
         }
     }
 }
@@ -305,7 +306,7 @@ static void gradient_up_parts(int64_t begin, int64_t end, void *ctx)
 bool clipft_lora_gradient_up(const clipft_lora *lora, const clipft_host *host, const clipft_view *dy, const float *v, float *u,
                              const clipft_view *d_b)
 {
-    const int64_t rank = lora->lora_b.cols, padded = clipft_lora_padded(rank), stride = round_up(dy->cols, CLIPFT_RANK_PAD);
+    const int64_t rank = lora->lora_b.cols, padded = clipft_lora_padded(rank), stride = clipft_round_up(dy->cols, CLIPFT_RANK_PAD);
     gradient_up_job job = {.dy = dy, .v = v, .u = u, .rank = rank, .padded = padded, .stride = stride, .parts = part_count(dy->rows)};
     const int64_t panel = u ? dy->cols * padded : 0, sums = d_b->data ? job.parts * padded * stride : 0;
     clipft_arena arena = {0};
@@ -352,7 +353,7 @@ static void d_x_plain(const gradient_down_job *job, clipft_rank_tile *tile, cons
     tile->out = clipft_view_floats(job->d_x, at->row, at->col);
     tile->out_stride = job->d_x->row_stride;
     if (job->accumulate) tile->init = tile->out, tile->init_stride = tile->out_stride;
-    clipft_kernel_table.rank_up(tile);
+    clipft_kernel_table.lora.rank_up(tile);
 }
 
 /* A block of d_x by way of float32: masked, added to what is there, through the activation's derivative. */
@@ -361,15 +362,15 @@ static void d_x_staged(const gradient_down_job *job, clipft_rank_tile *tile, con
     const bool plain = clipft_view_plain(job->d_x);
     tile->out = b->out;
     tile->out_stride = STRIDE;
-    clipft_kernel_table.rank_up(tile);
+    clipft_kernel_table.lora.rank_up(tile);
     for (int64_t i = 0; i < at->rows; ++i) {
         float held[COLS], *part = b->out + i * STRIDE;
         float *out = plain ? clipft_view_floats(job->d_x, at->row + i, at->col) : part;
         const float *base = plain ? out : held;
         if (job->accumulate && !plain) clipft_view_read(job->d_x, at->row + i, at->col, at->cols, held);
-        clipft_kernel_table.row_merge(part, job->lora->dropout.active ? b->mask + i * STRIDE : NULL, job->accumulate ? base : NULL, out,
-                                      at->cols);
-        if (job->accumulate && job->lora->quick_gelu) clipft_kernel_table.row_quick_gelu_grad(b->raw + i * STRIDE, out, out, at->cols);
+        clipft_kernel_table.lora.row_merge(part, job->lora->dropout.active ? b->mask + i * STRIDE : NULL, job->accumulate ? base : NULL,
+                                           out, at->cols);
+        if (job->accumulate && job->lora->quick_gelu) clipft_kernel_table.lora.row_quick_gelu_grad(b->raw + i * STRIDE, out, out, at->cols);
         if (!plain) clipft_view_write(job->d_x, at->row + i, at->col, at->cols, part);
     }
 }
@@ -383,8 +384,9 @@ static void gradient_down_block(const gradient_down_job *job, const block_range 
     if (lora->quick_gelu) activate_block(NULL, at, b->raw, b->x);
     if (lora->dropout.active) drop_block(&lora->dropout, at, x, b->mask);
     if (sum)
-        clipft_kernel_table.rank_outer(job->u + at->row * job->padded, job->padded, at->rows, job->rank, x, STRIDE,
-                                       round_up(at->cols, CLIPFT_RANK_PAD), sum + at->col, job->stride, block_ahead(job->x, at));
+        clipft_kernel_table.lora.rank_outer(job->u + at->row * job->padded, job->padded, at->rows, job->rank, x, STRIDE,
+                                            clipft_round_up(at->cols, CLIPFT_RANK_PAD), sum + at->col, job->stride,
+                                            block_ahead(job->x, at));
     if (!job->d_x->data) return;
     clipft_rank_tile tile = {.v = job->u + at->row * job->padded,
                              .panel = job->panel + at->col,
@@ -419,7 +421,7 @@ static void gradient_down_parts(int64_t begin, int64_t end, void *ctx)
 bool clipft_lora_gradient_down(const clipft_lora *lora, const clipft_host *host, const clipft_view *x, const float *u,
                                const clipft_view *d_a, const clipft_view *d_x, bool accumulate)
 {
-    const int64_t rank = lora->lora_a.rows, padded = clipft_lora_padded(rank), stride = round_up(x->cols, CLIPFT_RANK_PAD);
+    const int64_t rank = lora->lora_a.rows, padded = clipft_lora_padded(rank), stride = clipft_round_up(x->cols, CLIPFT_RANK_PAD);
     gradient_down_job job = {.lora = lora,
                              .x = x,
                              .d_x = d_x,

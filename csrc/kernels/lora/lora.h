@@ -14,7 +14,9 @@
 #ifndef CLIPFT_LORA_H
 #define CLIPFT_LORA_H
 
+#include "../common/host.h"
 #include "../common/views.h"
+#include "lora_kernels.h"
 
 typedef struct clipft_dropout {
     uint64_t seed;

@@ -4,7 +4,7 @@
  * The three rank products keep a tile of their result in registers: rows x vectors below, chosen so that the accumulators hide the latency
  * of an FMA and leave registers for the operands. A row count that is no multiple of the tile's goes through tiles of 4 and of 1. */
 #include "../common/simd.h"
-#include "lora_kernels.h"
+#include "../table.h"
 
 /* Vectors in CLIPFT_RANK_PAD floats. */
 enum { DOWN_VECS = 16 / CLIPFT_LANES };
@@ -40,8 +40,8 @@ SIMD void down_tile(const int n, const float *x, int64_t stride, int64_t cols, c
     UNROLL for (int i = 0; i < n; ++i) UNROLL for (int c = 0; c < DOWN_VECS; ++c) f32v_store(v + i * padded + c * CLIPFT_LANES, acc[i][c]);
 }
 
-CLIPFT_TARGET void KERNEL(rank_down)(const float *x, int64_t stride, int64_t rows, int64_t cols, const float *panel, int64_t padded,
-                                     float *v, clipft_ahead ahead)
+CLIPFT_TARGET void KERNEL(lora_rank_down)(const float *x, int64_t stride, int64_t rows, int64_t cols, const float *panel, int64_t padded,
+                                          float *v, clipft_ahead ahead)
 {
     for (int64_t k = 0; k < padded; k += CLIPFT_RANK_PAD, ahead.data = NULL) {
         int64_t i = 0;
@@ -89,7 +89,7 @@ SIMD void up_columns(const int vecs, const clipft_rank_tile *t, int64_t j)
     for (; i < t->rows; ++i) up_tile(1, vecs, t, i, j);
 }
 
-CLIPFT_TARGET void KERNEL(rank_up)(const clipft_rank_tile *tile)
+CLIPFT_TARGET void KERNEL(lora_rank_up)(const clipft_rank_tile *tile)
 {
     const clipft_rank_tile t = *tile;
     int64_t j = 0;
@@ -115,8 +115,8 @@ SIMD void outer_tile(const int vecs, const float *v, int64_t padded, int64_t row
         f32v_store(acc + k * acc_stride + c * CLIPFT_LANES, sum[k][c]);
 }
 
-CLIPFT_TARGET void KERNEL(rank_outer)(const float *v, int64_t padded, int64_t rows, int64_t rank, const float *x, int64_t stride,
-                                      int64_t cols, float *acc, int64_t acc_stride, clipft_ahead ahead)
+CLIPFT_TARGET void KERNEL(lora_rank_outer)(const float *v, int64_t padded, int64_t rows, int64_t rank, const float *x, int64_t stride,
+                                           int64_t cols, float *acc, int64_t acc_stride, clipft_ahead ahead)
 {
     int64_t j = 0;
     for (; j + OUTER_VECS * CLIPFT_LANES <= cols; j += OUTER_VECS * CLIPFT_LANES)
@@ -137,7 +137,7 @@ SIMD i32v dropout_step(u32v counter, const clipft_dropout_row *row)
     return (i32v)h >= row->threshold;
 }
 
-CLIPFT_TARGET void KERNEL(row_dropout)(const clipft_dropout_row *row, float *x, int32_t *mask, int64_t n)
+CLIPFT_TARGET void KERNEL(lora_row_dropout)(const clipft_dropout_row *row, float *x, int32_t *mask, int64_t n)
 {
     const clipft_dropout_row r = *row;
     u32v counter = ((u32v)i32v_iota() + r.col) * CLIPFT_HASH_STEP + r.low;
@@ -154,7 +154,7 @@ CLIPFT_TARGET void KERNEL(row_dropout)(const clipft_dropout_row *row, float *x, 
     }
 }
 
-CLIPFT_TARGET void KERNEL(row_merge)(const float *x, const int32_t *mask, const float *base, float *out, int64_t n)
+CLIPFT_TARGET void KERNEL(lora_row_merge)(const float *x, const int32_t *mask, const float *base, float *out, int64_t n)
 {
     int64_t j = 0;
     for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) {
@@ -184,14 +184,14 @@ SIMD f32v quick_gelu_grad_step(f32v x, f32v grad)
     return grad * (f32v_select(z < 0.0F, far, near) + z * (near * far));
 }
 
-CLIPFT_TARGET void KERNEL(row_quick_gelu)(const float *x, float *out, int64_t n)
+CLIPFT_TARGET void KERNEL(lora_row_quick_gelu)(const float *x, float *out, int64_t n)
 {
     int64_t j = 0;
     for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) f32v_store(out + j, quick_gelu_step(f32v_load(x + j)));
     if (j < n) store_part(out + j, n - j, quick_gelu_step(load_part(x + j, n - j, 0.0F)));
 }
 
-CLIPFT_TARGET void KERNEL(row_quick_gelu_grad)(const float *x, const float *grad, float *out, int64_t n)
+CLIPFT_TARGET void KERNEL(lora_row_quick_gelu_grad)(const float *x, const float *grad, float *out, int64_t n)
 {
     int64_t j = 0;
     for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) f32v_store(out + j, quick_gelu_grad_step(f32v_load(x + j), f32v_load(grad + j)));

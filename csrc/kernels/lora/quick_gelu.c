@@ -1,5 +1,6 @@
 /* quick_gelu, x sigmoid(1.702 x), and its derivative: one pass each. */
-#include "../loss/tiles.h"
+#include "../common/sizes.h"
+#include "../table.h"
 #include "lora.h"
 
 enum { PIECE = 1024, GRAIN = 8192 };
@@ -23,9 +24,9 @@ static void gelu_rows(int64_t begin, int64_t end, void *ctx)
             if (!plain) clipft_view_read(job->x, i, j, n, x_copy);
             if (!plain && job->dy) clipft_view_read(job->dy, i, j, n, dy_copy);
             if (job->dy)
-                clipft_kernel_table.row_quick_gelu_grad(x, dy, out, n);
+                clipft_kernel_table.lora.row_quick_gelu_grad(x, dy, out, n);
             else
-                clipft_kernel_table.row_quick_gelu(x, out, n);
+                clipft_kernel_table.lora.row_quick_gelu(x, out, n);
             if (!plain) clipft_view_write(job->out, i, j, n, x_copy);
         }
 }

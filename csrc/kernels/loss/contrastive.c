@@ -10,6 +10,7 @@
  * M, is summed again on its own. backward  exp(S - c_j) = exp(S - r_i) * exp(r_i - R) * exp(R - c_j), R the largest r of the tile; with the
  * r and c of a tile too far apart for float32 the wide kernel takes two exponentials. r and c are kept in float64: at scale 100 a float32
  * one would cost every probability 4e-6 of its value. */
+#include "../table.h"
 #include "tiles.h"
 
 #include <math.h>
@@ -69,8 +70,8 @@ static void forward_maxima(int64_t begin, int64_t end, void *ctx)
     const float scale = job->logits->scale;
     for (int64_t i = begin; i < end; ++i) {
         const row_parts row = split_row(job, i);
-        job->tile_row_max[i] = fmaxf(clipft_kernel_table.row_max(row.x, row.before, scale),
-                                     clipft_kernel_table.row_max(row.x + row.before + row.skip, row.after, scale));
+        job->tile_row_max[i] = fmaxf(clipft_kernel_table.loss.row_max(row.x, row.before, scale),
+                                     clipft_kernel_table.loss.row_max(row.x + row.before + row.skip, row.after, scale));
     }
 }
 
@@ -84,9 +85,9 @@ static double row_target(const forward_job *job, const float *x, int64_t i)
         static const int32_t none[CLIPFT_TILE]; /* zeros: no column has class -1 */
         const int64_t own = job->logits->row_offset + tile->row0 + i;
         float all = 0.0F;
-        const float match = t->class_ids
-                                ? clipft_kernel_table.row_match_sum(x, tile->x.cols, t->class_ids + tile->col0, t->class_ids[own], &all)
-                                : clipft_kernel_table.row_match_sum(x, tile->x.cols, none, -1, &all);
+        const float match =
+            t->class_ids ? clipft_kernel_table.loss.row_match_sum(x, tile->x.cols, t->class_ids + tile->col0, t->class_ids[own], &all)
+                         : clipft_kernel_table.loss.row_match_sum(x, tile->x.cols, none, -1, &all);
         if (t->class_ids) target = (double)t->class_weight[own] * (double)match;
         target = (1.0 - (double)t->smoothing) * target + (double)t->smoothing / (double)job->logits->text.rows * (double)all;
     }
@@ -105,8 +106,8 @@ static void forward_chunks(int64_t begin, int64_t end, void *ctx)
             const row_parts row = split_row(job, i);
             const int64_t own = job->tile.row0 + i, rest = row.before + row.skip;
             const float scale = job->logits->scale, max = job->tile_row_max[i], weight = expf(max - job->tile_max);
-            double sum = (double)clipft_kernel_table.row_exp_sum(row.x, row.before, scale, max, weight, col_sum);
-            sum += (double)clipft_kernel_table.row_exp_sum(row.x + rest, row.after, scale, max, weight, col_sum + rest);
+            double sum = (double)clipft_kernel_table.loss.row_exp_sum(row.x, row.before, scale, max, weight, col_sum);
+            sum += (double)clipft_kernel_table.loss.row_exp_sum(row.x + rest, row.after, scale, max, weight, col_sum + rest);
             lse_merge(&job->row_max[own], &job->row_sum[own], max, sum);
             job->row_target[own] += row_target(job, row.x, i);
             if (row.skip) job->pair[own] = (double)scale * (double)row.x[row.before];
@@ -130,7 +131,7 @@ static void forward_columns(int64_t begin, int64_t end, void *ctx)
             lost |= sum[j] < smallest_col_sum;
         }
         const int64_t pair_row = job->tile.col0 + col0 - job->logits->row_offset - job->tile.row0;
-        if (lost) clipft_kernel_table.block_col_lse(x.data + col0, x.rows, cols, x.row_stride, job->logits->scale, pair_row, max, sum);
+        if (lost) clipft_kernel_table.loss.block_col_lse(x.data + col0, x.rows, cols, x.row_stride, job->logits->scale, pair_row, max, sum);
         for (int64_t j = 0; j < cols; ++j) {
             const int64_t col = job->tile.col0 + col0 + j;
             lse_merge(&job->col_max[col], &job->col_sum[col], max[j], (double)sum[j]);
@@ -232,14 +233,14 @@ static void backward_rows(int64_t begin, int64_t end, void *ctx)
             .shift = (float)(mass * smoothing / (double)job->logits->text.rows),
         };
         if (job->wide)
-            clipft_kernel_table.row_softmax_grad_wide(row, out, x.cols, &r, &cols);
+            clipft_kernel_table.loss.row_softmax_grad_wide(row, out, x.cols, &r, &cols);
         else
-            clipft_kernel_table.row_softmax_grad(row, out, x.cols, &r, job->col_factor);
+            clipft_kernel_table.loss.row_softmax_grad(row, out, x.cols, &r, job->col_factor);
 
         const int64_t own = job->logits->row_offset + job->tile.row0 + i;
         const double share = (1.0 - smoothing) * (t->class_ids ? (double)t->class_weight[own] : 1.0);
         if (t->class_ids)
-            clipft_kernel_table.row_match_add(out, x.cols, t->class_ids + job->tile.col0, t->class_ids[own], (float)(-mass * share));
+            clipft_kernel_table.loss.row_match_add(out, x.cols, t->class_ids + job->tile.col0, t->class_ids[own], (float)(-mass * share));
         if (pair >= 0) {
             const double logit = (double)job->logits->scale * (double)pair_product;
             const double left = expm1(logit - lse) + expm1(logit - job->col_lse[own]) + 2.0 * (1.0 - share);

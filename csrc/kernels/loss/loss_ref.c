@@ -1,16 +1,16 @@
-/* The losses' micro-kernels in plain C: the contract of kernels.h to the letter, and what every CPU can run. */
-#include "loss_kernels.h"
+/* The losses' micro-kernels in plain C: the contract of loss_kernels.h to the letter, and what every CPU can run. */
+#include "../table.h"
 
 #include <math.h>
 
-float clipft_row_max_ref(const float *x, int64_t cols, float scale)
+float clipft_loss_row_max_ref(const float *x, int64_t cols, float scale)
 {
     float max = -INFINITY;
     for (int64_t j = 0; j < cols; ++j) max = fmaxf(max, scale * x[j]);
     return max;
 }
 
-float clipft_row_exp_sum_ref(const float *x, int64_t cols, float scale, float max, float weight, float *col_sum)
+float clipft_loss_row_exp_sum_ref(const float *x, int64_t cols, float scale, float max, float weight, float *col_sum)
 {
     double sum = 0.0;
     for (int64_t j = 0; j < cols; ++j) {
@@ -21,8 +21,8 @@ float clipft_row_exp_sum_ref(const float *x, int64_t cols, float scale, float ma
     return (float)sum;
 }
 
-void clipft_block_col_lse_ref(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, int64_t pair_row, float *col_max,
-                              float *col_sum)
+void clipft_loss_block_col_lse_ref(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, int64_t pair_row,
+                                   float *col_max, float *col_sum)
 {
     for (int64_t j = 0; j < cols; ++j) {
         double sum = 0.0;
@@ -35,7 +35,7 @@ void clipft_block_col_lse_ref(const float *x, int64_t rows, int64_t cols, int64_
     }
 }
 
-void clipft_row_softmax_grad_ref(const float *x, float *out, int64_t cols, const clipft_softmax_row *row, const float *col_factor)
+void clipft_loss_row_softmax_grad_ref(const float *x, float *out, int64_t cols, const clipft_softmax_row *row, const float *col_factor)
 {
     for (int64_t j = 0; j < cols; ++j) {
         const float e = expf(fmaf(row->scale, x[j], -row->lse));
@@ -44,8 +44,8 @@ void clipft_row_softmax_grad_ref(const float *x, float *out, int64_t cols, const
     }
 }
 
-void clipft_row_softmax_grad_wide_ref(const float *x, float *out, int64_t cols, const clipft_softmax_row *row,
-                                      const clipft_softmax_cols *col)
+void clipft_loss_row_softmax_grad_wide_ref(const float *x, float *out, int64_t cols, const clipft_softmax_row *row,
+                                           const clipft_softmax_cols *col)
 {
     for (int64_t j = 0; j < cols; ++j) {
         const float p = row->own * expf(fmaf(row->scale, x[j], -row->lse));
@@ -54,7 +54,7 @@ void clipft_row_softmax_grad_wide_ref(const float *x, float *out, int64_t cols, 
     }
 }
 
-float clipft_row_match_sum_ref(const float *x, int64_t cols, const int32_t *ids, int32_t id, float *all)
+float clipft_loss_row_match_sum_ref(const float *x, int64_t cols, const int32_t *ids, int32_t id, float *all)
 {
     double match = 0.0, total = 0.0;
     for (int64_t j = 0; j < cols; ++j) {
@@ -65,13 +65,13 @@ float clipft_row_match_sum_ref(const float *x, int64_t cols, const int32_t *ids,
     return (float)match;
 }
 
-void clipft_row_match_add_ref(float *x, int64_t cols, const int32_t *ids, int32_t id, float value)
+void clipft_loss_row_match_add_ref(float *x, int64_t cols, const int32_t *ids, int32_t id, float value)
 {
     for (int64_t j = 0; j < cols; ++j)
         if (ids[j] == id) x[j] += value;
 }
 
-float clipft_row_softplus_sum_ref(const float *x, int64_t cols, float scale, float bias)
+float clipft_loss_row_softplus_sum_ref(const float *x, int64_t cols, float scale, float bias)
 {
     double sum = 0.0;
     for (int64_t j = 0; j < cols; ++j) {
@@ -81,7 +81,7 @@ float clipft_row_softplus_sum_ref(const float *x, int64_t cols, float scale, flo
     return (float)sum;
 }
 
-float clipft_row_sigmoid_grad_ref(const float *x, float *out, int64_t cols, float scale, float bias, float gain)
+float clipft_loss_row_sigmoid_grad_ref(const float *x, float *out, int64_t cols, float scale, float bias, float gain)
 {
     double sum = 0.0;
     for (int64_t j = 0; j < cols; ++j) {

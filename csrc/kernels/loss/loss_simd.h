@@ -2,7 +2,7 @@
  *
  * A row's last, partial vector goes through a padded copy, so that no lane reads or writes beyond the row. */
 #include "../common/simd.h"
-#include "loss_kernels.h"
+#include "../table.h"
 
 SIMD i32v load_ids_part(const int32_t *p, int64_t n)
 {
@@ -19,7 +19,7 @@ SIMD i32v first_lanes(int64_t n)
     return i32v_load(lane);
 }
 
-CLIPFT_TARGET float KERNEL(row_max)(const float *x, int64_t cols, float scale)
+CLIPFT_TARGET float KERNEL(loss_row_max)(const float *x, int64_t cols, float scale)
 {
     f32v max0 = f32v_set(-INFINITY), max1 = max0;
     int64_t j = 0;
@@ -32,7 +32,7 @@ CLIPFT_TARGET float KERNEL(row_max)(const float *x, int64_t cols, float scale)
     return max;
 }
 
-CLIPFT_TARGET float KERNEL(row_exp_sum)(const float *x, int64_t cols, float scale, float max, float weight, float *col_sum)
+CLIPFT_TARGET float KERNEL(loss_row_exp_sum)(const float *x, int64_t cols, float scale, float max, float weight, float *col_sum)
 {
     f32v sum = f32v_set(0.0F);
     int64_t j = 0;
@@ -65,8 +65,8 @@ SIMD void col_lse_step(const float *x, int64_t rows, int64_t n, int64_t stride, 
     store_part(col_sum, n, sum);
 }
 
-CLIPFT_TARGET void KERNEL(block_col_lse)(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, int64_t pair_row,
-                                         float *col_max, float *col_sum)
+CLIPFT_TARGET void KERNEL(loss_block_col_lse)(const float *x, int64_t rows, int64_t cols, int64_t stride, float scale, int64_t pair_row,
+                                              float *col_max, float *col_sum)
 {
     int64_t j = 0;
     for (; j + CLIPFT_LANES <= cols; j += CLIPFT_LANES)
@@ -84,8 +84,8 @@ SIMD f32v softmax_grad_step(f32v x, f32v col_factor, const clipft_softmax_row *r
     return p * row->gain - row->shift;
 }
 
-CLIPFT_TARGET void KERNEL(row_softmax_grad)(const float *x, float *out, int64_t cols, const clipft_softmax_row *row,
-                                            const float *col_factor)
+CLIPFT_TARGET void KERNEL(loss_row_softmax_grad)(const float *x, float *out, int64_t cols, const clipft_softmax_row *row,
+                                                 const float *col_factor)
 {
     const clipft_softmax_row r = *row;
     int64_t j = 0;
@@ -102,8 +102,8 @@ SIMD f32v softmax_grad_wide_step(f32v x, f32v col_lse, f32v col_own, const clipf
     return flush_probability(p + q) * row->gain - row->shift;
 }
 
-CLIPFT_TARGET void KERNEL(row_softmax_grad_wide)(const float *x, float *out, int64_t cols, const clipft_softmax_row *row,
-                                                 const clipft_softmax_cols *col)
+CLIPFT_TARGET void KERNEL(loss_row_softmax_grad_wide)(const float *x, float *out, int64_t cols, const clipft_softmax_row *row,
+                                                      const clipft_softmax_cols *col)
 {
     const clipft_softmax_row r = *row;
     int64_t j = 0;
@@ -116,7 +116,7 @@ CLIPFT_TARGET void KERNEL(row_softmax_grad_wide)(const float *x, float *out, int
     }
 }
 
-CLIPFT_TARGET float KERNEL(row_match_sum)(const float *x, int64_t cols, const int32_t *ids, int32_t id, float *all)
+CLIPFT_TARGET float KERNEL(loss_row_match_sum)(const float *x, int64_t cols, const int32_t *ids, int32_t id, float *all)
 {
     f32v match = f32v_set(0.0F), total = f32v_set(0.0F);
     int64_t j = 0;
@@ -134,7 +134,7 @@ CLIPFT_TARGET float KERNEL(row_match_sum)(const float *x, int64_t cols, const in
     return f32v_sum(match);
 }
 
-CLIPFT_TARGET void KERNEL(row_match_add)(float *x, int64_t cols, const int32_t *ids, int32_t id, float value)
+CLIPFT_TARGET void KERNEL(loss_row_match_add)(float *x, int64_t cols, const int32_t *ids, int32_t id, float value)
 {
     int64_t j = 0;
     for (; j + CLIPFT_LANES <= cols; j += CLIPFT_LANES)
@@ -150,7 +150,7 @@ SIMD f32v softplus_step(f32v x, float scale, float bias)
     return positive + f32v_log1p(f32v_exp(f32v_select(z < 0.0F, z, -z)));
 }
 
-CLIPFT_TARGET float KERNEL(row_softplus_sum)(const float *x, int64_t cols, float scale, float bias)
+CLIPFT_TARGET float KERNEL(loss_row_softplus_sum)(const float *x, int64_t cols, float scale, float bias)
 {
     f32v sum = f32v_set(0.0F);
     int64_t j = 0;
@@ -167,7 +167,7 @@ SIMD f32v sigmoid_step(f32v x, float scale, float bias, float gain)
     return flush_probability(f32v_select(z < 0.0F, e, f32v_set(1.0F)) / (e + 1.0F)) * gain;
 }
 
-CLIPFT_TARGET float KERNEL(row_sigmoid_grad)(const float *x, float *out, int64_t cols, float scale, float bias, float gain)
+CLIPFT_TARGET float KERNEL(loss_row_sigmoid_grad)(const float *x, float *out, int64_t cols, float scale, float bias, float gain)
 {
     f32v sum = f32v_set(0.0F);
     int64_t j = 0;

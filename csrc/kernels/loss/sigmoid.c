@@ -3,6 +3,7 @@
  * z = s I T^T + b,  L = (sum over pairs softplus(-z) + sum elsewhere softplus(z)) / N,
  * dz = (sigmoid(z) - 1 on pairs) / N,  dI = s dz T,  dT = s dz^T I,  ds = sum_i <(dz T)_i, I_i>,  db = sum dz.
  * One pass over the tiles forward, one backward: 8 N^2 D operations, 6 where all tiles are kept. */
+#include "../table.h"
 #include "tiles.h"
 
 #include <math.h>
@@ -28,11 +29,11 @@ static void forward_rows(int64_t begin, int64_t end, void *ctx)
         const int64_t pair = clipft_tile_pair(job->logits, &job->tile, i);
         double sum = 0.0;
         if (pair < 0) {
-            sum = (double)clipft_kernel_table.row_softplus_sum(row, x.cols, scale, bias);
+            sum = (double)clipft_kernel_table.loss.row_softplus_sum(row, x.cols, scale, bias);
         } else { /* around the pair, whose logit counts with the other sign */
-            sum = (double)clipft_kernel_table.row_softplus_sum(row, pair, scale, bias);
+            sum = (double)clipft_kernel_table.loss.row_softplus_sum(row, pair, scale, bias);
             sum += softplus(-((double)scale * (double)row[pair] + (double)bias));
-            sum += (double)clipft_kernel_table.row_softplus_sum(row + pair + 1, x.cols - pair - 1, scale, bias);
+            sum += (double)clipft_kernel_table.loss.row_softplus_sum(row + pair + 1, x.cols - pair - 1, scale, bias);
         }
         job->row_sum[job->tile.row0 + i] += sum;
     }
@@ -49,11 +50,11 @@ static void backward_rows(int64_t begin, int64_t end, void *ctx)
         const double z = pair < 0 ? 0.0 : (double)job->logits->scale * (double)row[pair] + (double)job->bias;
         const int64_t before = pair < 0 ? x.cols : pair, after = x.cols - before - 1;
         const float scale = job->logits->scale, bias = job->bias, gain = (float)job->gain;
-        double sum = (double)clipft_kernel_table.row_sigmoid_grad(row, out, before, scale, bias, gain);
+        double sum = (double)clipft_kernel_table.loss.row_sigmoid_grad(row, out, before, scale, bias, gain);
         if (pair >= 0) { /* its sigmoid, near 1, would take the others out of a float32 sum; sigmoid(z) - 1 = -sigmoid(-z) */
             const double exact = -job->gain / (1.0 + exp(z));
             sum += exact;
-            sum += (double)clipft_kernel_table.row_sigmoid_grad(row + pair + 1, out + pair + 1, after, scale, bias, gain);
+            sum += (double)clipft_kernel_table.loss.row_sigmoid_grad(row + pair + 1, out + pair + 1, after, scale, bias, gain);
             out[pair] = (float)exact;
         }
         job->row_sum[job->tile.row0 + i] += sum;

@@ -3,9 +3,9 @@
 #ifndef CLIPFT_TILES_H
 #define CLIPFT_TILES_H
 
-#include "../kernels.h"
-
-#include <stddef.h>
+#include "../common/arena.h"
+#include "../common/sizes.h"
+#include "loss.h"
 
 /* Rows that one task handles. Partial sums belong to a chunk, not to a thread, so results do not depend on the number of threads. */
 enum { CLIPFT_CHUNK = 64, CLIPFT_CHUNKS = CLIPFT_TILE / CLIPFT_CHUNK };
@@ -19,8 +19,6 @@ typedef struct clipft_tile {
     clipft_matrix out;  /* [rows, cols] where a gradient may be written: x itself, or the work space beside products that are kept */
     int64_t row0, col0; /* where it lies in the logits */
 } clipft_tile;
-
-static inline int64_t clipft_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The products of the tile at (row0, col0), computed into `work` (CLIPFT_TILE_ITEMS floats) or, for rows that are kept, into their place.
  * With `reuse` kept rows are taken as they are, and stay so. */
@@ -53,17 +51,5 @@ bool clipft_tile_accumulate(const clipft_logits *logits, const clipft_host *host
 /* After all tiles: *d_scale = sum <d_image_i, image_i> (or the same over the texts), then d_image and d_text *= scale. */
 bool clipft_finish_gradients(const clipft_logits *logits, const clipft_host *host, clipft_matrix d_image, clipft_matrix d_text,
                              double *d_scale);
-
-/* One 64-byte aligned block cut into pieces: reserve each, allocate once, free once. */
-typedef struct clipft_arena {
-    char *base;
-    size_t used, size;
-    bool overflow;
-} clipft_arena;
-
-void clipft_arena_reserve(clipft_arena *arena, int64_t count, size_t item);
-bool clipft_arena_allocate(clipft_arena *arena);
-void *clipft_arena_take(clipft_arena *arena, int64_t count, size_t item);
-void clipft_arena_free(clipft_arena *arena);
 
 #endif
