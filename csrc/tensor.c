@@ -42,9 +42,9 @@ static bool describe(clipft_tensor *t, clipft_error *error)
     return !bad || clipft_fail(error, "%s is not a tensor with memory of its own (sparse or fake?)", t->name);
 }
 
-bool clipft_unbox(StableIValue slot, const char *name, clipft_tensor *tensor, clipft_error *error)
+bool clipft_unbox(clipft_slot_Tensor slot, const char *name, clipft_tensor *tensor, clipft_error *error)
 {
-    *tensor = (clipft_tensor){.handle = (AtenTensorHandle)(uintptr_t)slot, .name = name};
+    *tensor = (clipft_tensor){.handle = (AtenTensorHandle)(uintptr_t)slot.bits, .name = name};
     return describe(tensor, error);
 }
 
@@ -78,9 +78,9 @@ bool clipft_empty_beside(const clipft_tensor *beside, int32_t dtype, int64_t ndi
     return empty_on(beside->device, beside->index, dtype, ndim, sizes, tensor, error);
 }
 
-StableIValue clipft_box(clipft_tensor *tensor)
+clipft_slot_Tensor clipft_box(clipft_tensor *tensor)
 {
-    const StableIValue slot = (StableIValue)(uintptr_t)tensor->handle;
+    const clipft_slot_Tensor slot = {(StableIValue)(uintptr_t)tensor->handle};
     tensor->handle = NULL;
     return slot;
 }
@@ -96,7 +96,7 @@ void clipft_release(clipft_tensor *tensor)
 const char *clipft_dtype_name(int32_t dtype)
 {
 #define DTYPE_NAME(X, name)                                                                                                                \
-    if (dtype == clipft_torch.aoti_torch_dtype_##name()) return #name;
+    if (dtype == clipft_dtype_##name()) return #name;
     CLIPFT_TORCH_DTYPES(, DTYPE_NAME)
 #undef DTYPE_NAME
     return "another dtype";
@@ -143,8 +143,7 @@ bool clipft_check_dtype(const clipft_tensor *tensor, int32_t dtype, const char *
 bool clipft_is_float(const clipft_tensor *tensor)
 {
     const int32_t dtype = tensor->dtype;
-    return dtype == clipft_torch.aoti_torch_dtype_float32() || dtype == clipft_torch.aoti_torch_dtype_bfloat16() ||
-           dtype == clipft_torch.aoti_torch_dtype_float16();
+    return dtype == clipft_dtype_float32() || dtype == clipft_dtype_bfloat16() || dtype == clipft_dtype_float16();
 }
 
 static bool allocate_copy(const clipft_tensor *t, float **copy, clipft_error *error)
@@ -160,8 +159,8 @@ static bool allocate_copy(const clipft_tensor *t, float **copy, clipft_error *er
 static void copy_row(const clipft_tensor *t, int64_t row, float *out)
 {
     const int64_t cols = t->size[1], stride = t->stride[1];
-    const bool bfloat16 = t->dtype == clipft_torch.aoti_torch_dtype_bfloat16();
-    if (t->dtype == clipft_torch.aoti_torch_dtype_float32()) {
+    const bool bfloat16 = t->dtype == clipft_dtype_bfloat16();
+    if (t->dtype == clipft_dtype_float32()) {
         const float *in = (const float *)t->data + row * t->stride[0];
         for (int64_t j = 0; j < cols; ++j) out[j] = in[j * stride];
         return;
@@ -180,7 +179,7 @@ bool clipft_float_matrix(const clipft_tensor *t, clipft_matrix *matrix, float **
 {
     const int64_t rows = t->size[0], cols = t->size[1];
     *copy = NULL;
-    if (t->dtype == clipft_torch.aoti_torch_dtype_float32() && t->stride[1] == 1 && t->stride[0] >= cols) {
+    if (t->dtype == clipft_dtype_float32() && t->stride[1] == 1 && t->stride[0] >= cols) {
         *matrix = (clipft_matrix){t->data, rows, cols, t->stride[0], 1};
         return true;
     }
@@ -193,7 +192,7 @@ bool clipft_float_matrix(const clipft_tensor *t, clipft_matrix *matrix, float **
 bool clipft_float_target(const clipft_tensor *t, clipft_matrix *matrix, float **copy, clipft_error *error)
 {
     *copy = NULL;
-    if (t->dtype != clipft_torch.aoti_torch_dtype_float32() && !allocate_copy(t, copy, error)) return false;
+    if (t->dtype != clipft_dtype_float32() && !allocate_copy(t, copy, error)) return false;
     *matrix = (clipft_matrix){*copy ? *copy : t->data, t->size[0], t->size[1], t->size[1], 1};
     return true;
 }
@@ -202,7 +201,7 @@ void clipft_float_result(const clipft_tensor *t, const float *copy)
 {
     const int64_t n = t->size[0] * t->size[1];
     if (!copy) return;
-    if (t->dtype == clipft_torch.aoti_torch_dtype_bfloat16())
+    if (t->dtype == clipft_dtype_bfloat16())
         clipft_float_to_bfloat16(copy, t->data, n);
     else
         clipft_float_to_float16(copy, t->data, n);
@@ -211,8 +210,8 @@ void clipft_float_result(const clipft_tensor *t, const float *copy)
 bool clipft_tensor_view(const clipft_tensor *t, clipft_view *view)
 {
     const int64_t last = t->ndim - 1;
-    const bool sixteen = t->dtype != clipft_torch.aoti_torch_dtype_float32();
-    const bool bfloat16 = t->dtype == clipft_torch.aoti_torch_dtype_bfloat16();
+    const bool sixteen = t->dtype != clipft_dtype_float32();
+    const bool bfloat16 = t->dtype == clipft_dtype_bfloat16();
     int64_t rows = 1, stride = 0;
     bool empty = false; /* then strides mean nothing */
     if (t->ndim > CLIPFT_MAX_DIM) return false;
@@ -240,9 +239,9 @@ bool clipft_tensor_view(const clipft_tensor *t, clipft_view *view)
 AtenTensorHandle clipft_tensor_wrap(const clipft_view *m, int32_t device, int32_t index)
 {
     const int64_t sizes[] = {m->rows, m->cols}, strides[] = {m->row_stride, m->col_stride};
-    const int32_t dtype = m->kind == CLIPFT_FLOAT32    ? clipft_torch.aoti_torch_dtype_float32()
-                          : m->kind == CLIPFT_BFLOAT16 ? clipft_torch.aoti_torch_dtype_bfloat16()
-                                                       : clipft_torch.aoti_torch_dtype_float16();
+    const int32_t dtype = m->kind == CLIPFT_FLOAT32    ? clipft_dtype_float32()
+                          : m->kind == CLIPFT_BFLOAT16 ? clipft_dtype_bfloat16()
+                                                       : clipft_dtype_float16();
     AtenTensorHandle handle = NULL;
     if (clipft_torch.aoti_torch_create_tensor_from_blob(m->data, 2, sizes, strides, 0, dtype, device, index, &handle)) return NULL;
     return handle;

@@ -30,7 +30,7 @@ typedef struct clipft_tensor {
 } clipft_tensor;
 
 /* Takes the handle out of a stack slot. */
-bool clipft_unbox(StableIValue slot, const char *name, clipft_tensor *tensor, clipft_error *error);
+bool clipft_unbox(clipft_slot_Tensor slot, const char *name, clipft_tensor *tensor, clipft_error *error);
 
 /* A new contiguous CPU tensor. Give it back with clipft_box, or it is freed with clipft_release. */
 bool clipft_empty(int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor, clipft_error *error);
@@ -38,17 +38,19 @@ bool clipft_empty(int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tens
 bool clipft_empty_beside(const clipft_tensor *beside, int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor,
                          clipft_error *error);
 
-StableIValue clipft_box(clipft_tensor *tensor);
+clipft_slot_Tensor clipft_box(clipft_tensor *tensor);
 void clipft_release(clipft_tensor *tensor);
 
-static inline double clipft_unbox_double(StableIValue slot)
+static inline double clipft_unbox_float(clipft_slot_float slot)
 {
     union {
         StableIValue bits;
         double value;
-    } u = {slot};
+    } u = {slot.bits};
     return u.value;
 }
+static inline int64_t clipft_unbox_int(clipft_slot_int slot) { return (int64_t)slot.bits; }
+static inline bool clipft_unbox_bool(clipft_slot_bool slot) { return slot.bits & 1U; }
 
 bool clipft_check_cpu(const clipft_tensor *tensor, clipft_error *error);
 bool clipft_check_beside(const clipft_tensor *tensor, const clipft_tensor *beside, clipft_error *error); /* on the same device */

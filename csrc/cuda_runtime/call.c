@@ -60,7 +60,7 @@ bool cuda_multiply(cuda_call *call, clipft_view c, const clipft_tensor *start, b
         ok = !clipft_torch_cuda.aoti_torch_cuda_addmm_out(out, start ? start->handle : out, left, right, start || accumulate ? 1.0 : 0.0,
                                                           1.0);
     else if (ok)
-        ok = !clipft_torch_cuda.aoti_torch_cuda_mm_dtype_out(out, left, right, clipft_torch.aoti_torch_dtype_float32());
+        ok = !clipft_torch_cuda.aoti_torch_cuda_mm_dtype_out(out, left, right, clipft_dtype_float32());
     if (out) clipft_torch.aoti_torch_delete_tensor_object(out);
     if (left) clipft_torch.aoti_torch_delete_tensor_object(left);
     if (right) clipft_torch.aoti_torch_delete_tensor_object(right);

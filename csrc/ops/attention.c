@@ -1,6 +1,5 @@
 /* attention: self-attention from the projection of queries, keys and values. The work is kernels/attention/attention.h. */
 #include "../kernels/attention/attention.h"
-#include "../tensor.h"
 #include "ops.h"
 
 #include <math.h>
@@ -35,18 +34,16 @@ static bool attend(clipft_attention *a, const clipft_tensor *qkv, clipft_tensor 
     return clipft_attention_run(a, &clipft_torch_host) || clipft_fail(error, "out of memory, or torch's threads failed");
 }
 
-void clipft_op_attention(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_attention(const attention_args *args, attention_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "attention"};
-    clipft_attention a = {.heads = (int64_t)stack[1],
-                          .queries = (int64_t)stack[2],
-                          .scale = (float)clipft_unbox_double(stack[3]),
-                          .causal = (stack[4] & 1) != 0};
+    clipft_attention a = {.heads = clipft_unbox_int(args->heads),
+                          .queries = clipft_unbox_int(args->queries),
+                          .scale = (float)clipft_unbox_float(args->scale),
+                          .causal = clipft_unbox_bool(args->causal)};
     clipft_tensor qkv = {0}, out = {0};
-    if (clipft_unbox(stack[0], "qkv", &qkv, &error) && check(&qkv, &a, &error) && attend(&a, &qkv, &out, &error))
-        stack[0] = clipft_box(&out);
+    if (clipft_unbox(args->qkv, "qkv", &qkv, error) && check(&qkv, &a, error) && attend(&a, &qkv, &out, error))
+        results->result = clipft_box(&out);
     clipft_release(&out);
     clipft_release(&qkv);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CPU_ENTRY(attention)

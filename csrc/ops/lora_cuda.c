@@ -6,7 +6,6 @@
  * the large product rounded. */
 #include "../cuda_runtime/call.h"
 #include "lora_inputs.h"
-#include "ops.h"
 
 enum { MIN_ROWS = 512, ROW_ALIGN = 32, MAX_GRID_Y = 32768 };
 
@@ -70,7 +69,7 @@ static bool down(lora_job *job, clipft_cuda_branch branch, const clipft_view *pa
     const int64_t padded = job->in.padded, blocks = cuda_blocks(branch.rows, CLIPFT_CUDA_LORA_DOWN_ROWS), size = branch.rows * padded;
     const int64_t ranks = padded / CLIPFT_CUDA_LORA_RANK;
     const int64_t parts = parts_of(blocks * ranks, CLIPFT_CUDA_LORA_DOWN_BLOCKS, cuda_blocks(branch.cols, CLIPFT_CUDA_LORA_COLS));
-    float *to = parts > 1 ? cuda_work(&job->call, clipft_torch.aoti_torch_dtype_float32(), parts * size) : v;
+    float *to = parts > 1 ? cuda_work(&job->call, clipft_dtype_float32(), parts * size) : v;
     clipft_cuda_lora_down_args args = {branch,     cuda_matrix(panel),      to, (int)job->in.rank, (int)padded,
                                        (int)parts, parts > 1 ? 1.0F : scale};
     const clipft_view whole = {v, 1, size, size, 1, CLIPFT_FLOAT32};
@@ -106,7 +105,7 @@ static bool outer(lora_job *job, const float *v, clipft_cuda_branch branch, floa
 {
     const int64_t rank = out->rows, blocks = cuda_blocks(branch.cols, CLIPFT_CUDA_LORA_COLS) * cuda_blocks(rank, CLIPFT_CUDA_LORA_RANK);
     const int64_t parts = parts_of(blocks, CLIPFT_CUDA_LORA_OUTER_BLOCKS, cuda_blocks(branch.rows, CLIPFT_CUDA_LORA_PART_ROWS));
-    float *part = cuda_work(&job->call, clipft_torch.aoti_torch_dtype_float32(), parts * rank * out->cols);
+    float *part = cuda_work(&job->call, clipft_dtype_float32(), parts * rank * out->cols);
     clipft_cuda_lora_outer_args args = {{v, (int)job->in.padded}, branch, part, (int)rank, (int)parts};
     return part &&
            cuda_launch(&job->call, cuda_by_path(CLIPFT_CUDA_lora_outer_f32, branch.x.path), blocks, parts, CLIPFT_CUDA_LORA_OUTER_THREADS,
@@ -157,25 +156,21 @@ static bool forward(lora_job *job, const clipft_view *y, float *v)
                              down(job, branch_of(job), &in->lora.lora_a, 1.0F, v) && up(job, &args));
 }
 
-void clipft_cuda_lora_linear(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_lora_linear(const lora_linear_args *args, lora_linear_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "lora_linear"};
-    lora_job job = {.call.error = &error};
+    lora_job job = {.call.error = error};
     clipft_tensor output = {0}, rank = {0};
     clipft_view y;
 
-    if (lora_take_forward(&job.in, stack, &error) && begin(&job) && lora_make_output(&job.in, &output, &y, &rank, &error) &&
-        forward(&job, &y, rank.data)) {
-        stack[0] = clipft_box(&output);
-        stack[1] = clipft_box(&rank);
-    }
+    if (lora_take_forward(&job.in, args, error) && begin(&job) && lora_make_output(&job.in, &output, &y, &rank, error) &&
+        forward(&job, &y, rank.data))
+        *results = (lora_linear_results){clipft_box(&output), clipft_box(&rank)};
     clipft_release(&output);
     clipft_release(&rank);
     cuda_end(&job.call);
     lora_free_inputs(&job.in);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CUDA_ENTRY(lora_linear)
 
 /* ---- backward ---- */
 
@@ -210,79 +205,71 @@ static bool backward(lora_job *job, const lora_saved *saved, const lora_gradient
            (!g->d_bias.data || outer(job, NULL, plain(dy), 1.0F, &g->d_bias)) && (!g->d_w.data || weight_gradient(job, dy, g));
 }
 
-void clipft_cuda_lora_linear_backward(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_lora_linear_backward(const lora_linear_backward_args *args, lora_linear_backward_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "lora_linear_backward"};
-    lora_job job = {.call.error = &error};
+    lora_job job = {.call.error = error};
     lora_saved saved = {0};
     lora_gradients g = {0};
 
-    if (lora_take_backward(&job.in, &saved, stack, &error) && begin(&job) && lora_make_gradients(&g, &job.in, stack + 10, &error) &&
+    if (lora_take_backward(&job.in, &saved, args, error) && begin(&job) && lora_make_gradients(&g, &job.in, args, error) &&
         backward(&job, &saved, &g))
-        lora_box_gradients(&g, stack);
+        *results = lora_box_gradients(&g);
     lora_free_gradients(&g);
     cuda_end(&job.call);
     lora_free_inputs(&job.in);
     lora_free_saved(&saved);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CUDA_ENTRY(lora_linear_backward)
 
 /* ---- the mask, and quick_gelu, alone ---- */
 
-void clipft_cuda_dropout_mask(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_dropout_mask(const dropout_mask_args *args, dropout_mask_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "dropout_mask"};
-    cuda_call call = {.error = &error};
-    const int64_t sizes[] = {(int64_t)stack[1], (int64_t)stack[2]};
+    cuda_call call = {.error = error};
+    const int64_t sizes[] = {clipft_unbox_int(args->rows), clipft_unbox_int(args->cols)};
     clipft_tensor seed, mask = {0};
     clipft_dropout dropout;
 
-    if (!clipft_unbox(stack[0], "seed", &seed, &error) || !lora_check_dropout(&seed, clipft_unbox_double(stack[3]), &dropout, &error) ||
-        !lora_check_mask(sizes, &error) || !cuda_begin(&call, &seed) ||
-        !clipft_empty_beside(&seed, clipft_torch.aoti_torch_dtype_float32(), 2, sizes, &mask, &error))
+    if (!clipft_unbox(args->seed, "seed", &seed, error) || !lora_check_dropout(&seed, clipft_unbox_float(args->dropout), &dropout, error) ||
+        !lora_check_mask(sizes, error) || !cuda_begin(&call, &seed) ||
+        !clipft_empty_beside(&seed, clipft_dtype_float32(), 2, sizes, &mask, error))
         goto done;
-    clipft_cuda_dropout_mask_args args = {{dropout.active ? seed.data : NULL, dropout.threshold}, mask.data, sizes[0], sizes[1]};
+    clipft_cuda_dropout_mask_args launch = {{dropout.active ? seed.data : NULL, dropout.threshold}, mask.data, sizes[0], sizes[1]};
     if (cuda_launch(&call, CLIPFT_CUDA_lora_dropout_mask, cuda_blocks(sizes[1], CLIPFT_CUDA_THREADS),
-                    sizes[0] < MAX_GRID_Y ? sizes[0] : MAX_GRID_Y, CLIPFT_CUDA_THREADS, &args))
-        stack[0] = clipft_box(&mask);
+                    sizes[0] < MAX_GRID_Y ? sizes[0] : MAX_GRID_Y, CLIPFT_CUDA_THREADS, &launch))
+        results->result = clipft_box(&mask);
 done:
     clipft_release(&mask);
     clipft_release(&seed);
     cuda_end(&call);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CUDA_ENTRY(dropout_mask)
 
-void clipft_cuda_quick_gelu(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_quick_gelu(const quick_gelu_args *args, quick_gelu_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "quick_gelu"};
-    cuda_call call = {.error = &error};
+    cuda_call call = {.error = error};
     clipft_tensor input = {0}, out = {0};
     clipft_view x, y;
-    if (gelu_take(stack[0], "input", &input, &x, &error) && cuda_begin(&call, &input) && gelu_make_result(&input, &out, &y, &error) &&
+    if (gelu_take(args->input, "input", &input, &x, error) && cuda_begin(&call, &input) && gelu_make_result(&input, &out, &y, error) &&
         quick_gelu(&call, &x, NULL, &y))
-        stack[0] = clipft_box(&out);
+        results->result = clipft_box(&out);
     clipft_release(&out);
     clipft_release(&input);
     cuda_end(&call);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CUDA_ENTRY(quick_gelu)
 
-void clipft_cuda_quick_gelu_backward(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_quick_gelu_backward(const quick_gelu_backward_args *args, quick_gelu_backward_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "quick_gelu_backward"};
-    cuda_call call = {.error = &error};
+    cuda_call call = {.error = error};
     clipft_tensor grad = {0}, input = {0}, out = {0};
     clipft_view dy, x, dx;
-    if (gelu_take_gradient(stack, &grad, &dy, &input, &x, &error) && cuda_begin(&call, &input) &&
-        gelu_make_result(&input, &out, &dx, &error) && quick_gelu(&call, &x, &dy, &dx))
-        stack[0] = clipft_box(&out);
+    if (gelu_take_gradient(args, &grad, &dy, &input, &x, error) && cuda_begin(&call, &input) &&
+        gelu_make_result(&input, &out, &dx, error) && quick_gelu(&call, &x, &dy, &dx))
+        results->result = clipft_box(&out);
     clipft_release(&out);
     clipft_release(&grad);
     clipft_release(&input);
     cuda_end(&call);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CUDA_ENTRY(quick_gelu_backward)

@@ -7,8 +7,6 @@ enum { SMALLEST_TILE = 128, LARGEST_TILE = 4096, TILE_CACHES = 4, TILE_COLUMNS =
 /* float16 begins to lose bits at 6e-5: coefficients, 2 at most, are kept this much larger there. */
 static const float float16_unit = 16384.0F;
 
-static int32_t float32(void) { return clipft_torch.aoti_torch_dtype_float32(); }
-
 /* ---- inputs and launches ---- */
 
 static int64_t tile_rows(int32_t device)
@@ -19,9 +17,9 @@ static int64_t tile_rows(int32_t device)
     return rows;
 }
 
-bool cuda_loss_begin(cuda_loss *loss, const StableIValue *stack, bool shard, int64_t row_offset)
+bool cuda_loss_begin(cuda_loss *loss, const loss_slots *slots)
 {
-    if (!loss_inputs_unbox(&loss->in, stack, shard, row_offset, loss->call.error)) return false;
+    if (!loss_inputs_unbox(&loss->in, slots, loss->call.error)) return false;
     const int32_t device = loss->in.image.index;
     if (!cuda_begin(&loss->call, &loss->in.image)) return false;
     loss->rows = loss->in.image.size[0], loss->cols = loss->in.text.size[0], loss->dim = loss->in.text.size[1];
@@ -29,7 +27,7 @@ bool cuda_loss_begin(cuda_loss *loss, const StableIValue *stack, bool shard, int
     if (loss->tile_rows > loss->rows) loss->tile_rows = loss->rows;
     if (loss->tile_cols > loss->cols) loss->tile_cols = loss->cols;
     loss->stride = (loss->tile_cols + 7) / 8 * 8; /* rows aligned as tensor cores want them */
-    loss->products = cuda_work(&loss->call, float32(), loss->tile_rows * loss->stride);
+    loss->products = cuda_work(&loss->call, clipft_dtype_float32(), loss->tile_rows * loss->stride);
     return loss->products != NULL;
 }
 
@@ -53,7 +51,7 @@ int64_t cuda_loss_tile_blocks(const cuda_loss *loss)
 bool cuda_loss_sum(cuda_loss *loss, int32_t dtype, clipft_cuda_sum_args sum, clipft_tensor *out)
 {
     if (!clipft_empty_beside(&loss->in.image, dtype, 0, NULL, out, loss->call.error)) return false;
-    if (dtype == float32())
+    if (dtype == clipft_dtype_float32())
         sum.out32 = out->data;
     else
         sum.out64 = out->data;
@@ -99,7 +97,9 @@ static bool make_side(cuda_loss *loss, const clipft_tensor *like, bool needed, c
     const int64_t none[] = {0, 0};
     if (!clipft_empty_beside(&loss->in.image, like->dtype, 2, needed ? like->size : none, out, loss->call.error)) return false;
     if (needed)
-        *sum = like->dtype == float32() && like->size[0] > 0 ? out->data : cuda_work(&loss->call, float32(), like->size[0] * loss->dim);
+        *sum = like->dtype == clipft_dtype_float32() && like->size[0] > 0
+                   ? out->data
+                   : cuda_work(&loss->call, clipft_dtype_float32(), like->size[0] * loss->dim);
     return !needed || *sum;
 }
 
@@ -112,13 +112,13 @@ bool cuda_gradients_make(cuda_loss *loss, bool needs_image, bool needs_text, cud
     if (!make_side(loss, &loss->in.image, needs_image || !needs_text, &grad->image, &grad->image_sum) ||
         !make_side(loss, &loss->in.text, needs_text, &grad->text, &grad->text_sum))
         return false;
-    grad->pair = cuda_work(&loss->call, float32(), loss->rows);
+    grad->pair = cuda_work(&loss->call, clipft_dtype_float32(), loss->rows);
     if (kind == CLIPFT_CUDA_FLOAT32) {
         grad->out.data32 = loss->products;
         return grad->pair != NULL;
     }
     grad->out.data16 = cuda_work(&loss->call, loss->in.image.dtype, loss->tile_rows * loss->stride);
-    grad->part = cuda_work(&loss->call, float32(), tallest * loss->dim);
+    grad->part = cuda_work(&loss->call, clipft_dtype_float32(), tallest * loss->dim);
     return grad->pair && grad->out.data16 && grad->part;
 }
 
@@ -156,7 +156,7 @@ bool cuda_gradients_finish(cuda_loss *loss, const clipft_tensor *upstream, doubl
     } sides[] = {{grad->image_sum, &in->image, &in->text, &grad->image, 0, offset},
                  {grad->text_sum, &in->text, &in->image, &grad->text, offset, 0}};
     const int64_t dots = grad->image_sum ? loss->rows : loss->cols;
-    double *dot = cuda_work(&loss->call, clipft_torch.aoti_torch_dtype_float64(), dots);
+    double *dot = cuda_work(&loss->call, clipft_dtype_float64(), dots);
     if (!dot) return false;
     for (int k = 0; k < 2; ++k) {
         const struct side *side = &sides[k];
@@ -185,7 +185,7 @@ bool cuda_gradients_finish(cuda_loss *loss, const clipft_tensor *upstream, doubl
             return false;
     }
     const clipft_cuda_sum_args sum = {.a = dot, .a_count = dots, .factor = factor, .grad = upstream->data};
-    return cuda_loss_sum(loss, float32(), sum, d_scale);
+    return cuda_loss_sum(loss, clipft_dtype_float32(), sum, d_scale);
 }
 
 void cuda_gradients_free(cuda_gradients *grad)

@@ -17,8 +17,8 @@ typedef struct cuda_loss {
     float *products;                      /* [tile_rows, stride] */
 } cuda_loss;
 
-/* Unboxes and checks slots 0 .. 2 (as loss_inputs_unbox), prepares the device and makes room for a tile. */
-bool cuda_loss_begin(cuda_loss *loss, const StableIValue *stack, bool shard, int64_t row_offset);
+/* Unboxes and checks what every op takes, prepares the device and makes room for a tile. */
+bool cuda_loss_begin(cuda_loss *loss, const loss_slots *slots);
 void cuda_loss_end(cuda_loss *loss);
 
 /* A block for each block of the tile. */

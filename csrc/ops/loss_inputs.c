@@ -30,8 +30,8 @@ static bool check_pairing(const loss_inputs *in, bool shard, int64_t row_offset,
 
 bool loss_check_scalar(const clipft_tensor *tensor, const clipft_tensor *beside, clipft_error *error)
 {
-    return clipft_check_dtype(tensor, clipft_torch.aoti_torch_dtype_float32(), "a float32 tensor", error) &&
-           clipft_check_beside(tensor, beside, error) && clipft_check_dim(tensor, 0, "0-d", error);
+    return clipft_check_dtype(tensor, clipft_dtype_float32(), "a float32 tensor", error) && clipft_check_beside(tensor, beside, error) &&
+           clipft_check_dim(tensor, 0, "0-d", error);
 }
 
 bool loss_scalar(const clipft_tensor *tensor, const clipft_tensor *beside, float *value, clipft_error *error)
@@ -41,19 +41,19 @@ bool loss_scalar(const clipft_tensor *tensor, const clipft_tensor *beside, float
     return true;
 }
 
-bool loss_inputs_unbox(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error)
+bool loss_inputs_unbox(loss_inputs *in, const loss_slots *slots, clipft_error *error)
 {
-    bool ok = clipft_unbox(stack[0], "image_embeds", &in->image, error);
-    ok &= clipft_unbox(stack[1], "text_embeds", &in->text, error);
-    ok &= clipft_unbox(stack[2], "logit_scale", &in->scale, error);
-    in->logits.row_offset = row_offset;
+    bool ok = clipft_unbox(slots->image_embeds, "image_embeds", &in->image, error);
+    ok &= clipft_unbox(slots->text_embeds, "text_embeds", &in->text, error);
+    ok &= clipft_unbox(slots->logit_scale, "logit_scale", &in->scale, error);
+    in->logits.row_offset = slots->row_offset;
     return ok && check_embeds(&in->image, error) && check_embeds(&in->text, error) && clipft_check_beside(&in->text, &in->image, error) &&
-           check_pairing(in, shard, row_offset, error) && loss_check_scalar(&in->scale, &in->image, error);
+           check_pairing(in, slots->shard, slots->row_offset, error) && loss_check_scalar(&in->scale, &in->image, error);
 }
 
-bool loss_inputs_take(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error)
+bool loss_inputs_take(loss_inputs *in, const loss_slots *slots, clipft_error *error)
 {
-    return loss_inputs_unbox(in, stack, shard, row_offset, error) && clipft_check_cpu(&in->image, error) &&
+    return loss_inputs_unbox(in, slots, error) && clipft_check_cpu(&in->image, error) &&
            loss_scalar(&in->scale, &in->image, &in->logits.scale, error) &&
            clipft_float_matrix(&in->image, &in->logits.image, &in->image_copy, error) &&
            clipft_float_matrix(&in->text, &in->logits.text, &in->text_copy, error);
@@ -71,7 +71,7 @@ void loss_inputs_free(loss_inputs *in)
 bool loss_result(int32_t dtype, double value, clipft_tensor *out, clipft_error *error)
 {
     if (!clipft_empty(dtype, 0, NULL, out, error)) return false;
-    if (dtype == clipft_torch.aoti_torch_dtype_float32())
+    if (dtype == clipft_dtype_float32())
         *(float *)out->data = (float)value;
     else
         *(double *)out->data = value;
@@ -84,9 +84,7 @@ bool loss_check_targets(const clipft_tensor *labels, double smoothing, const los
     char shape[64];
     if (!(smoothing >= 0.0 && smoothing < 1.0)) return clipft_fail(error, "label_smoothing must be in [0, 1), got %g", smoothing);
     if (labels->ndim == 1 && labels->size[0] == 0) return true;
-    if (!clipft_check_dtype(labels, clipft_torch.aoti_torch_dtype_int64(), "int64", error) ||
-        !clipft_check_beside(labels, &in->image, error))
-        return false;
+    if (!clipft_check_dtype(labels, clipft_dtype_int64(), "int64", error) || !clipft_check_beside(labels, &in->image, error)) return false;
     if (labels->ndim != 1 || labels->size[0] != n)
         return clipft_fail(error, "labels must have one entry per pair, [%lld], got shape %s", (long long)n,
                            clipft_shape_text(labels, shape, sizeof shape));
@@ -96,7 +94,7 @@ bool loss_check_targets(const clipft_tensor *labels, double smoothing, const los
 bool loss_check_lse(const clipft_tensor *t, int64_t n, clipft_error *error)
 {
     char shape[64];
-    if (!clipft_check_dtype(t, clipft_torch.aoti_torch_dtype_float64(), "float64", error)) return false;
+    if (!clipft_check_dtype(t, clipft_dtype_float64(), "float64", error)) return false;
     return (t->ndim == 1 && t->size[0] == n && (n < 2 || t->stride[0] == 1)) ||
            clipft_fail(error, "%s must be [%lld] and contiguous, got shape %s", t->name, (long long)n,
                        clipft_shape_text(t, shape, sizeof shape));
@@ -113,7 +111,7 @@ bool loss_keep_tiles(loss_inputs *in, bool keep, clipft_tensor *tiles, clipft_er
 {
     const int64_t cols = in->logits.text.rows;
     const int64_t sizes[] = {keep ? kept_rows(in->logits.image.rows, cols) : 0, cols};
-    if (!clipft_empty(clipft_torch.aoti_torch_dtype_float32(), 2, sizes, tiles, error)) return false;
+    if (!clipft_empty(clipft_dtype_float32(), 2, sizes, tiles, error)) return false;
     in->logits.kept = tiles->data;
     in->logits.kept_rows = sizes[0];
     return true;
@@ -123,8 +121,7 @@ bool loss_reuse_tiles(loss_inputs *in, const clipft_tensor *tiles, clipft_error 
 {
     const int64_t rows = in->logits.image.rows, cols = in->logits.text.rows;
     char shape[64];
-    if (!clipft_check_dtype(tiles, clipft_torch.aoti_torch_dtype_float32(), "float32", error) ||
-        !clipft_check_dim(tiles, 2, "[rows, N]", error))
+    if (!clipft_check_dtype(tiles, clipft_dtype_float32(), "float32", error) || !clipft_check_dim(tiles, 2, "[rows, N]", error))
         return false;
     if ((tiles->size[0] != 0 && tiles->size[0] != kept_rows(rows, cols)) || tiles->size[1] != cols ||
         (tiles->size[0] > 0 && (tiles->stride[0] != cols || tiles->stride[1] != 1)))

@@ -4,7 +4,6 @@
  * cache holds, through both layers where there are two. The product wants more than 16 rows, and features and channels in multiples of 8
  * (torch 2.14, aten/src/ATen/native/cuda/Blas.cpp): rows are padded in the work space, and weights of other sizes copied into it. */
 #include "../cuda_runtime/call.h"
-#include "ops.h"
 #include "quantized_inputs.h"
 
 enum { ROW_PAD = 32, DEPTH_PAD = 8, MIN_ROWS = 256, MAX_ROWS = 32768 };
@@ -43,7 +42,7 @@ static bool make_operand(int8_job *job, int k)
 {
     const clipft_tensor *weight = &job->in->layers[k].weight;
     const clipft_int8_layer *layer = &job->in->chain.layers[k];
-    const int32_t int8 = clipft_torch.aoti_torch_dtype_int8();
+    const int32_t int8 = clipft_dtype_int8();
     operand *o = &job->layers[k];
     *o = (operand){layer, weight->data, round_up(layer->out, DEPTH_PAD), round_up(layer->in, DEPTH_PAD)};
     const bool in_order = weight->stride[1] == 1 && weight->stride[0] == layer->in && (uintptr_t)weight->data % 16 == 0;
@@ -58,7 +57,7 @@ static bool make_operand(int8_job *job, int k)
 static bool multiply(int8_job *job, const operand *o, int64_t rows)
 {
     const int64_t padded = round_up(rows, ROW_PAD);
-    const int32_t int8 = clipft_torch.aoti_torch_dtype_int8(), int32 = clipft_torch.aoti_torch_dtype_int32();
+    const int32_t int8 = clipft_dtype_int8(), int32 = clipft_dtype_int32();
     AtenTensorHandle out = wrap(&job->call, job->sums, int32, padded, o->out, o->out, 1),
                      left = wrap(&job->call, job->q, int8, padded, o->in, o->in, 1),
                      right = wrap(&job->call, o->weight, int8, o->in, o->out, 1, o->in);
@@ -123,14 +122,14 @@ static bool prepare(int8_job *job, const clipft_tensor *input)
     const int64_t rows = round_up(job->in->x.rows, ROW_PAD);
     job->block_rows = fit < MIN_ROWS ? MIN_ROWS : fit > MAX_ROWS ? MAX_ROWS : fit;
     if (job->block_rows > rows) job->block_rows = rows;
-    job->q = cuda_work(&job->call, clipft_torch.aoti_torch_dtype_int8(), job->block_rows * in);
-    job->sums = cuda_work(&job->call, clipft_torch.aoti_torch_dtype_int32(), job->block_rows * out);
-    job->scale = cuda_work(&job->call, clipft_torch.aoti_torch_dtype_float32(), job->block_rows);
+    job->q = cuda_work(&job->call, clipft_dtype_int8(), job->block_rows * in);
+    job->sums = cuda_work(&job->call, clipft_dtype_int32(), job->block_rows * out);
+    job->scale = cuda_work(&job->call, clipft_dtype_float32(), job->block_rows);
     return job->q && job->sums && job->scale;
 }
 
-/* Everything checked: the result, and what is taken is freed. */
-static void run(int8_inputs *in, bool ok, StableIValue *result, clipft_error *error)
+/* Everything checked, if `ok`: the result, and what is taken is freed. */
+static void run(int8_inputs *in, bool ok, clipft_slot_Tensor *result, clipft_error *error)
 {
     int8_job job = {.in = in, .call.error = error};
     clipft_tensor output = {0};
@@ -141,21 +140,18 @@ static void run(int8_inputs *in, bool ok, StableIValue *result, clipft_error *er
     clipft_release(&output);
     cuda_end(&job.call);
     int8_inputs_free(in);
-    clipft_throw(error, __FILE__, __LINE__);
 }
 
-void clipft_cuda_quantized_linear(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_quantized_linear(const quantized_linear_args *args, quantized_linear_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "quantized_linear"};
     int8_inputs in = {0};
-    run(&in, int8_take_linear(&in, stack, &error), stack, &error);
+    run(&in, int8_take_linear(&in, args, error), &results->result, error);
 }
+CLIPFT_CUDA_ENTRY(quantized_linear)
 
-void clipft_cuda_quantized_chain(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_quantized_chain(const quantized_chain_args *args, quantized_chain_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "quantized_chain"};
     int8_inputs in = {0};
-    run(&in, int8_take_chain(&in, stack, int8_check_plain, &error), stack, &error);
+    run(&in, int8_take_chain(&in, args, int8_check_plain, error), &results->result, error);
 }
+CLIPFT_CUDA_ENTRY(quantized_chain)

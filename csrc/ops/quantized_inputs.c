@@ -18,7 +18,7 @@ static bool check_input(const clipft_tensor *t, clipft_error *error)
 bool int8_check_plain(const clipft_tensor *t, const clipft_tensor *input, clipft_int8_layer *layer, clipft_error *error)
 {
     char shape[96];
-    if (!clipft_check_dtype(t, clipft_torch.aoti_torch_dtype_int8(), "int8", error) || !clipft_check_beside(t, input, error)) return false;
+    if (!clipft_check_dtype(t, clipft_dtype_int8(), "int8", error) || !clipft_check_beside(t, input, error)) return false;
     if (t->ndim == 2 && t->size[0] > 0 && t->size[0] <= CLIPFT_INT8_MAX_OUT && t->size[1] > 0 && t->size[1] <= CLIPFT_INT8_MAX_IN) {
         layer->out = t->size[0], layer->in = t->size[1];
         return true;
@@ -38,7 +38,7 @@ static bool check_out(const clipft_tensor *t, int64_t out, clipft_error *error)
 static bool check_vector(const clipft_tensor *t, const clipft_tensor *input, int64_t size, clipft_error *error)
 {
     if (t->ndim == 1 && t->size[0] == 0) return true;
-    if (t->dtype != input->dtype && t->dtype != clipft_torch.aoti_torch_dtype_float32())
+    if (t->dtype != input->dtype && t->dtype != clipft_dtype_float32())
         return clipft_fail(error, "%s must have the dtype of input, %s, or float32, got %s", t->name, clipft_dtype_name(input->dtype),
                            clipft_dtype_name(t->dtype));
     return clipft_check_beside(t, input, error) && check_out(t, size, error);
@@ -62,9 +62,8 @@ static bool check_features(const clipft_tensor *input, int64_t in, clipft_error 
 static bool check_layer(const int8_layer_tensors *t, const clipft_tensor *input, int64_t activation, clipft_int8_layer *layer,
                         clipft_error *error)
 {
-    if (!clipft_check_dtype(&t->scale, clipft_torch.aoti_torch_dtype_float32(), "float32", error) ||
-        !clipft_check_beside(&t->scale, input, error) || !check_out(&t->scale, layer->out, error) ||
-        !check_vector(&t->bias, input, layer->out, error))
+    if (!clipft_check_dtype(&t->scale, clipft_dtype_float32(), "float32", error) || !clipft_check_beside(&t->scale, input, error) ||
+        !check_out(&t->scale, layer->out, error) || !check_vector(&t->bias, input, layer->out, error))
         return false;
     if (activation < 0 || activation >= CLIPFT_ACTIVATIONS)
         return clipft_fail(error, "activation must be None, \"quick_gelu\" or \"gelu\" (0, 1 or 2), got %lld", (long long)activation);
@@ -107,11 +106,12 @@ static bool check_surroundings(int8_inputs *in, clipft_error *error)
 
 /* ---- taking them ---- */
 
-static bool unbox_layer(int8_layer_tensors *t, const StableIValue *stack, const char *weight, clipft_error *error)
+static bool unbox_layer(int8_layer_tensors *t, clipft_slot_Tensor weight, const char *weight_name, clipft_slot_Tensor scale,
+                        clipft_slot_Tensor bias, clipft_error *error)
 {
-    bool ok = clipft_unbox(stack[0], weight, &t->weight, error);
-    ok &= clipft_unbox(stack[1], "weight_scale", &t->scale, error);
-    ok &= clipft_unbox(stack[2], "bias", &t->bias, error);
+    bool ok = clipft_unbox(weight, weight_name, &t->weight, error);
+    ok &= clipft_unbox(scale, "weight_scale", &t->scale, error);
+    ok &= clipft_unbox(bias, "bias", &t->bias, error);
     return ok;
 }
 
@@ -128,14 +128,14 @@ void int8_inputs_free(int8_inputs *in)
     }
 }
 
-bool int8_take_linear(int8_inputs *in, const StableIValue *stack, clipft_error *error)
+bool int8_take_linear(int8_inputs *in, const quantized_linear_args *args, clipft_error *error)
 {
     clipft_int8_layer *layer = in->chain.layers;
-    bool ok = clipft_unbox(stack[0], "input", &in->input, error);
-    ok &= unbox_layer(in->layers, stack + 1, "weight_int8", error);
+    bool ok = clipft_unbox(args->input, "input", &in->input, error);
+    ok &= unbox_layer(in->layers, args->weight_int8, "weight_int8", args->weight_scale, args->bias, error);
     in->chain.count = 1;
     return ok && check_input(&in->input, error) && int8_check_plain(&in->layers[0].weight, &in->input, layer, error) &&
-           check_rows(in, error) && check_layer(in->layers, &in->input, (int64_t)stack[4], layer, error);
+           check_rows(in, error) && check_layer(in->layers, &in->input, clipft_unbox_int(args->activation), layer, error);
 }
 
 static bool check_second(int8_inputs *in, int8_check_weight check, clipft_error *error)
@@ -148,18 +148,18 @@ static bool check_second(int8_inputs *in, int8_check_weight check, clipft_error 
     return check_layer(&in->layers[1], &in->input, CLIPFT_NO_ACTIVATION, &layers[1], error);
 }
 
-bool int8_take_chain(int8_inputs *in, const StableIValue *stack, int8_check_weight check, clipft_error *error)
+bool int8_take_chain(int8_inputs *in, const quantized_chain_args *args, int8_check_weight check, clipft_error *error)
 {
     clipft_int8_chain *chain = &in->chain;
-    bool ok = clipft_unbox(stack[0], "input", &in->input, error);
-    ok &= clipft_unbox(stack[1], "norm_weight", &in->norm_weight, error);
-    ok &= clipft_unbox(stack[2], "norm_bias", &in->norm_bias, error);
-    ok &= unbox_layer(&in->layers[0], stack + 4, "packed", error);
-    ok &= unbox_layer(&in->layers[1], stack + 8, "packed2", error);
-    ok &= clipft_unbox(stack[11], "residual", &in->residual, error);
-    chain->norm_eps = (float)clipft_unbox_double(stack[3]);
+    bool ok = clipft_unbox(args->input, "input", &in->input, error);
+    ok &= clipft_unbox(args->norm_weight, "norm_weight", &in->norm_weight, error);
+    ok &= clipft_unbox(args->norm_bias, "norm_bias", &in->norm_bias, error);
+    ok &= unbox_layer(&in->layers[0], args->packed, "packed", args->weight_scale, args->bias, error);
+    ok &= unbox_layer(&in->layers[1], args->packed2, "packed2", args->weight_scale2, args->bias2, error);
+    ok &= clipft_unbox(args->residual, "residual", &in->residual, error);
+    chain->norm_eps = (float)clipft_unbox_float(args->norm_eps);
     if (!ok || !check_input(&in->input, error) || !check(&in->layers[0].weight, &in->input, &chain->layers[0], error) ||
-        !check_rows(in, error) || !check_layer(&in->layers[0], &in->input, (int64_t)stack[7], &chain->layers[0], error))
+        !check_rows(in, error) || !check_layer(&in->layers[0], &in->input, clipft_unbox_int(args->activation), &chain->layers[0], error))
         return false;
     chain->count = in->layers[1].weight.size[0] > 0 ? 2 : 1;
     return (chain->count == 1 || check_second(in, check, error)) && check_surroundings(in, error);

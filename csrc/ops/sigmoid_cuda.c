@@ -1,17 +1,13 @@
 /* torch.ops.clipft.sigmoid_loss and its parts on CUDA: see kernels/loss/sigmoid.c for the mathematics, cuda/sigmoid.cu for the kernels. */
 #include "loss_cuda.h"
-#include "ops.h"
-
-static int32_t float32(void) { return clipft_torch.aoti_torch_dtype_float32(); }
-static int32_t float64(void) { return clipft_torch.aoti_torch_dtype_float64(); }
 
 /* The bias, and where the blocks of a tile leave their sums. */
-static bool begin(cuda_loss *loss, const StableIValue slot, clipft_tensor *bias, clipft_cuda_sigmoid_args *args, bool ok)
+static bool begin(cuda_loss *loss, clipft_slot_Tensor slot, clipft_tensor *bias, clipft_cuda_sigmoid_args *args, bool ok)
 {
     ok &= clipft_unbox(slot, "logit_bias", bias, loss->call.error);
     if (!ok || !loss_check_scalar(bias, &loss->in.image, loss->call.error)) return false;
     args->scale = loss->in.scale.data, args->bias = bias->data;
-    args->sum = cuda_work(&loss->call, float64(), cuda_loss_tile_blocks(loss));
+    args->sum = cuda_work(&loss->call, clipft_dtype_float64(), cuda_loss_tile_blocks(loss));
     return args->sum;
 }
 
@@ -33,41 +29,40 @@ static bool forward_tile(cuda_loss *loss, const clipft_cuda_tile *tile, void *ct
     return cuda_loss_launch_tile(loss, CLIPFT_CUDA_sigmoid_tile, tile, ctx);
 }
 
-static void forward(StableIValue *stack, bool shard, clipft_error *error)
+static void forward(const loss_slots *embeds, clipft_slot_Tensor bias_slot, sigmoid_loss_results *results, clipft_error *error)
 {
     cuda_loss loss = {.call.error = error};
     clipft_tensor bias = {0}, value = {0}, tiles = {0};
     clipft_cuda_sigmoid_args args = {.unit = 1.0F};
 
-    bool ok = cuda_loss_begin(&loss, stack, shard, shard ? (int64_t)stack[5] : 0);
-    ok = begin(&loss, stack[3], &bias, &args, ok);
+    bool ok = cuda_loss_begin(&loss, embeds);
+    ok = begin(&loss, bias_slot, &bias, &args, ok);
     const int64_t no_tiles[] = {0, loss.cols};
-    ok = ok && clipft_empty_beside(&loss.in.image, float32(), 2, no_tiles, &tiles, error) && cuda_loss_walk(&loss, forward_tile, &args);
-    if (ok && cuda_loss_sum(&loss, float32(), sum_of_blocks(&loss, &args), &value)) {
-        stack[0] = clipft_box(&value);
-        stack[1] = clipft_box(&tiles);
-    }
+    ok = ok && clipft_empty_beside(&loss.in.image, clipft_dtype_float32(), 2, no_tiles, &tiles, error) &&
+         cuda_loss_walk(&loss, forward_tile, &args);
+    if (ok && cuda_loss_sum(&loss, clipft_dtype_float32(), sum_of_blocks(&loss, &args), &value))
+        *results = (sigmoid_loss_results){clipft_box(&value), clipft_box(&tiles)};
     clipft_release(&value);
     clipft_release(&tiles);
     clipft_release(&bias);
     cuda_loss_end(&loss);
 }
 
-void clipft_cuda_sigmoid_loss(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_sigmoid_loss(const sigmoid_loss_args *args, sigmoid_loss_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "sigmoid_loss"};
-    forward(stack, false, &error);
-    clipft_throw(&error, __FILE__, __LINE__);
+    const loss_slots embeds = {args->image_embeds, args->text_embeds, args->logit_scale, false, 0};
+    forward(&embeds, args->logit_bias, results, error);
 }
+CLIPFT_CUDA_ENTRY(sigmoid_loss)
 
-void clipft_cuda_sigmoid_loss_shard(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_sigmoid_loss_shard(const sigmoid_loss_shard_args *args, sigmoid_loss_shard_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "sigmoid_loss_shard"};
-    forward(stack, true, &error);
-    clipft_throw(&error, __FILE__, __LINE__);
+    const loss_slots embeds = {args->image_embeds, args->text_embeds, args->logit_scale, true, clipft_unbox_int(args->row_offset)};
+    sigmoid_loss_results whole = {0};
+    forward(&embeds, args->logit_bias, &whole, error);
+    *results = (sigmoid_loss_shard_results){whole.loss, whole.tiles};
 }
+CLIPFT_CUDA_ENTRY(sigmoid_loss_shard)
 
 typedef struct backward_job {
     clipft_cuda_sigmoid_args args;
@@ -81,19 +76,19 @@ static bool backward_tile(cuda_loss *loss, const clipft_cuda_tile *tile, void *c
     return cuda_loss_launch_tile(loss, CLIPFT_CUDA_sigmoid_grad, tile, &job->args) && cuda_gradients_add(loss, tile, &job->grad);
 }
 
-void clipft_cuda_sigmoid_loss_backward(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_sigmoid_loss_backward(const sigmoid_loss_backward_args *args, sigmoid_loss_backward_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "sigmoid_loss_backward"};
-    cuda_loss loss = {.call.error = &error};
+    const loss_slots embeds = {args->image_embeds, args->text_embeds, args->logit_scale, true, clipft_unbox_int(args->row_offset)};
+    const bool needs_image = clipft_unbox_bool(args->needs_image), needs_text = clipft_unbox_bool(args->needs_text);
+    cuda_loss loss = {.call.error = error};
     backward_job job = {0};
     clipft_tensor upstream, tiles, bias, d_scale = {0}, d_bias = {0};
 
-    bool ok = cuda_loss_begin(&loss, stack + 1, true, (int64_t)stack[5]);
-    ok = begin(&loss, stack[4], &bias, &job.args, ok);
-    ok &= clipft_unbox(stack[0], "grad", &upstream, &error);
-    ok &= clipft_unbox(stack[6], "tiles", &tiles, &error);
-    ok = ok && loss_check_scalar(&upstream, &loss.in.image, &error) && cuda_gradients_make(&loss, stack[7] & 1U, stack[8] & 1U, &job.grad);
+    bool ok = cuda_loss_begin(&loss, &embeds);
+    ok = begin(&loss, args->logit_bias, &bias, &job.args, ok);
+    ok &= clipft_unbox(args->grad, "grad", &upstream, error);
+    ok &= clipft_unbox(args->tiles, "tiles", &tiles, error);
+    ok = ok && loss_check_scalar(&upstream, &loss.in.image, error) && cuda_gradients_make(&loss, needs_image, needs_text, &job.grad);
     if (!ok) goto done;
 
     job.args.out = job.grad.out, job.args.pair = job.grad.pair, job.args.unit = job.grad.unit;
@@ -101,12 +96,9 @@ void clipft_cuda_sigmoid_loss_backward(StableIValue *stack, uint64_t num_inputs,
     sum.grad = upstream.data;
     if (cuda_loss_walk(&loss, backward_tile, &job) &&
         cuda_gradients_finish(&loss, &upstream, 1.0 / (double)loss.cols, &job.grad, &d_scale) &&
-        cuda_loss_sum(&loss, float32(), sum, &d_bias)) {
-        stack[0] = clipft_box(&job.grad.image);
-        stack[1] = clipft_box(&job.grad.text);
-        stack[2] = clipft_box(&d_scale);
-        stack[3] = clipft_box(&d_bias);
-    }
+        cuda_loss_sum(&loss, clipft_dtype_float32(), sum, &d_bias))
+        *results = (sigmoid_loss_backward_results){clipft_box(&job.grad.image), clipft_box(&job.grad.text), clipft_box(&d_scale),
+                                                   clipft_box(&d_bias)};
 done:
     cuda_gradients_free(&job.grad);
     clipft_release(&d_scale);
@@ -115,5 +107,5 @@ done:
     clipft_release(&tiles);
     clipft_release(&bias);
     cuda_loss_end(&loss);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CUDA_ENTRY(sigmoid_loss_backward)
