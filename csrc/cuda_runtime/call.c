@@ -1,18 +1,22 @@
 #include "call.h"
 
+#include <string.h>
+
 _Static_assert((int)CLIPFT_FLOAT32 == (int)CLIPFT_CUDA_FLOAT32 && (int)CLIPFT_BFLOAT16 == (int)CLIPFT_CUDA_BFLOAT16 &&
                    (int)CLIPFT_FLOAT16 == (int)CLIPFT_CUDA_FLOAT16,
                "one number for a kind of floats");
 
 bool cuda_begin(cuda_call *call, const clipft_tensor *beside)
 {
+    char got[32];
     call->beside = beside;
     if (beside->device != clipft_torch.aoti_torch_device_type_cuda())
-        return clipft_fail(call->error, "%s must be on the device of the other tensors, cuda", beside->name);
+        return clipft_fail(call->error, CLIPFT_VALUE_ERROR, "%s must be on the device of the other tensors, cuda, got %s", beside->name,
+                           clipft_device_text(beside, got, sizeof got));
     const char *problem = clipft_cuda_problem(beside->index);
-    if (problem) return clipft_fail(call->error, "the CUDA kernels cannot run: %s", problem);
+    if (problem) return clipft_fail(call->error, CLIPFT_NOT_IMPLEMENTED, "the CUDA kernels cannot run: %s", problem);
     return !clipft_torch_cuda.aoti_torch_get_current_cuda_stream(beside->index, &call->stream) ||
-           clipft_fail(call->error, "torch has no current stream on cuda:%d", beside->index);
+           clipft_fail(call->error, CLIPFT_RUNTIME_ERROR, "torch has no current stream on cuda:%d", beside->index);
 }
 
 void cuda_end(cuda_call *call)
@@ -24,7 +28,7 @@ void *cuda_work(cuda_call *call, int32_t dtype, int64_t count)
 {
     const int64_t size = count > 0 ? count : 1; /* torch gives nothing no address */
     if (call->works == CUDA_WORK) {
-        clipft_fail(call->error, "more work space than CUDA_WORK: a bug in clipft");
+        clipft_fail(call->error, CLIPFT_RUNTIME_ERROR, "more work space than CUDA_WORK: a bug in clipft");
         return NULL;
     }
     clipft_tensor *t = &call->work[call->works++];
@@ -34,7 +38,7 @@ void *cuda_work(cuda_call *call, int32_t dtype, int64_t count)
 bool cuda_launch(cuda_call *call, clipft_cuda_kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads, void *args)
 {
     const char *problem = clipft_cuda_launch(call->beside->index, call->stream, kernel, blocks_x, blocks_y, threads, args);
-    return !problem || clipft_fail(call->error, "a CUDA kernel did not start: %s", problem);
+    return !problem || clipft_fail(call->error, CLIPFT_RUNTIME_ERROR, "a CUDA kernel did not start: %s", problem);
 }
 
 bool cuda_launch_items(cuda_call *call, clipft_cuda_kernel kernel, int64_t count, void *args)
@@ -44,26 +48,28 @@ bool cuda_launch_items(cuda_call *call, clipft_cuda_kernel kernel, int64_t count
 
 bool cuda_torch_failed(cuda_call *call, const char *what)
 {
-    return clipft_fail(call->error, "%s failed in torch: %s", what, clipft_torch_cuda.torch_exception_get_what_without_backtrace());
+    const char *why = clipft_torch_cuda.torch_exception_get_what_without_backtrace();
+    const clipft_error_kind kind = strstr(why, "out of memory") ? CLIPFT_OUT_OF_MEMORY : CLIPFT_RUNTIME_ERROR;
+    return clipft_fail(call->error, kind, "%s failed in torch: %s", what, why);
 }
 
-static AtenTensorHandle wrap(const cuda_call *call, const clipft_view *view)
+static AtenTensorHandle wrap_beside(const cuda_call *call, const clipft_view *view)
 {
-    return clipft_tensor_wrap(view, call->beside->device, call->beside->index);
+    return clipft_wrap_view(view, call->beside->device, call->beside->index);
 }
 
 bool cuda_multiply(cuda_call *call, clipft_view c, const clipft_tensor *start, bool accumulate, clipft_view a, clipft_view b)
 {
-    AtenTensorHandle out = wrap(call, &c), left = wrap(call, &a), right = wrap(call, &b);
+    AtenTensorHandle out = wrap_beside(call, &c), left = wrap_beside(call, &a), right = wrap_beside(call, &b);
     bool ok = out && left && right;
     if (ok && c.kind == a.kind)
         ok = !clipft_torch_cuda.aoti_torch_cuda_addmm_out(out, start ? start->handle : out, left, right, start || accumulate ? 1.0 : 0.0,
                                                           1.0);
     else if (ok)
         ok = !clipft_torch_cuda.aoti_torch_cuda_mm_dtype_out(out, left, right, clipft_dtype_float32());
-    if (out) clipft_torch.aoti_torch_delete_tensor_object(out);
-    if (left) clipft_torch.aoti_torch_delete_tensor_object(left);
-    if (right) clipft_torch.aoti_torch_delete_tensor_object(right);
+    clipft_delete(out);
+    clipft_delete(left);
+    clipft_delete(right);
     return ok || cuda_torch_failed(call, "a matrix product");
 }
 

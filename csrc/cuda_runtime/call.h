@@ -4,6 +4,7 @@
 #define CLIPFT_CUDA_RUNTIME_CALL_H
 
 #include "../../cuda/args.h"
+#include "../kernels/common/sizes.h"
 #include "../tensor.h"
 #include "driver.h"
 
@@ -24,7 +25,7 @@ void cuda_end(cuda_call *call);
 /* Work space on the device until cuda_end; NULL when there is none. */
 void *cuda_work(cuda_call *call, int32_t dtype, int64_t count);
 
-static inline int64_t cuda_blocks(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+static inline int64_t cuda_blocks(int64_t items, int64_t per_block) { return clipft_divide_up(items, per_block); }
 
 bool cuda_launch(cuda_call *call, clipft_cuda_kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads, void *args);
 /* Of four kernels, one a path of a matrix, in that order. */

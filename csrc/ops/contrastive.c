@@ -27,7 +27,7 @@ static bool number_classes(target_inputs *t, int64_t n, clipft_error *error)
     t->ids = malloc((size_t)n * sizeof *t->ids);
     t->weight = malloc((size_t)n * sizeof *t->weight);
     const bool ok = order && t->ids && t->weight;
-    if (!ok) clipft_fail(error, "no memory for %lld labels", (long long)n);
+    if (!ok) clipft_fail(error, CLIPFT_OUT_OF_MEMORY, "no memory for %lld labels", (long long)n);
     for (int64_t i = 0; ok && i < n; ++i) order[i] = (labelled){((const int64_t *)t->labels.data)[i * t->labels.stride[0]], i};
     if (ok) qsort(order, (size_t)n, sizeof *order, by_label);
     int32_t id = 0;
@@ -87,7 +87,7 @@ static void forward(const loss_slots *embeds, const target_slots *targets, bool 
     if (!ok) goto done;
 
     if (!clipft_contrastive_forward(&in.logits, &t.targets, &clipft_torch_host, row_lse.data, col_lse.data, &target_value)) {
-        clipft_fail(error, "out of memory, or a matrix product failed in torch");
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or a matrix product failed in torch");
         goto done;
     }
     if (loss_result(clipft_dtype_float32(), forward_value(&in, row_lse.data, col_lse.data, target_value), &loss, error) &&
@@ -149,7 +149,7 @@ static void run_contrastive_loss_backward(const contrastive_loss_backward_args *
 
     if (!clipft_contrastive_backward(&in.logits, &t.targets, &clipft_torch_host, row_lse.data, col_lse.data, (double)grad_value,
                                      grad.image_f, grad.text_f, &scale_value)) {
-        clipft_fail(error, "out of memory, or a matrix product failed in torch");
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or a matrix product failed in torch");
         goto done;
     }
     loss_gradients_finish(&grad);

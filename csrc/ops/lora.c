@@ -41,7 +41,7 @@ static void run_lora_linear(const lora_linear_args *args, lora_linear_results *r
     if (forward_products(&in, &act, rank.data, &y))
         *results = (lora_linear_results){clipft_box(&output), clipft_box(&rank)};
     else
-        clipft_fail(error, "out of memory, or a matrix product failed in torch");
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or a matrix product failed in torch");
 done:
     clipft_release(&output);
     clipft_release(&rank);
@@ -108,7 +108,7 @@ static void run_lora_linear_backward(const lora_linear_backward_args *args, lora
         if (backward_products(&in, &g, &saved.dy, saved.rank.data))
             *results = lora_box_gradients(&g);
         else
-            clipft_fail(error, "out of memory, or a matrix product failed in torch");
+            clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or a matrix product failed in torch");
     }
     lora_free_gradients(&g);
     lora_free_inputs(&in);
@@ -132,7 +132,7 @@ static void run_dropout_mask(const dropout_mask_args *args, dropout_mask_results
     if (clipft_dropout_mask(&dropout, &clipft_torch_host, mask.data, sizes[0], sizes[1]))
         results->result = clipft_box(&mask);
     else
-        clipft_fail(error, "torch's threads failed");
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "torch's threads failed");
 done:
     clipft_release(&mask);
     clipft_release(&seed);

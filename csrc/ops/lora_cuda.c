@@ -20,7 +20,7 @@ static bool begin(lora_job *job)
     const lora_inputs *in = &job->in;
     const int64_t item = in->x.kind == CLIPFT_FLOAT32 ? (int64_t)sizeof(float) : (int64_t)sizeof(uint16_t);
     if (in->rows > INT32_MAX || in->in > INT32_MAX || in->out > INT32_MAX || in->rank > INT32_MAX)
-        return clipft_fail(job->call.error, "on CUDA rows, features and rank must be below 2^31");
+        return clipft_fail(job->call.error, CLIPFT_VALUE_ERROR, "on CUDA rows, features and rank must be below 2^31");
     if (!cuda_begin(&job->call, &in->input)) return false;
     const int64_t fit = clipft_cuda_l2_bytes(in->input.index) / 2 / (item * in->in);
     job->act_rows = fit < MIN_ROWS ? MIN_ROWS : fit / ROW_ALIGN * ROW_ALIGN;

@@ -2,18 +2,12 @@
 
 #include <string.h>
 
-/* ---- checks: clipft/linear.py has the same words ---- */
-
-static bool check_float(const clipft_tensor *t, clipft_error *error)
-{
-    return clipft_is_float(t) ||
-           clipft_fail(error, "%s must be float32, bfloat16 or float16, got %s", t->name, clipft_dtype_name(t->dtype));
-}
+/* ---- checks ---- */
 
 static bool check_like_input(const clipft_tensor *t, const clipft_tensor *input, bool or_float32, clipft_error *error)
 {
     if (t->dtype == input->dtype || (or_float32 && t->dtype == clipft_dtype_float32())) return clipft_check_beside(t, input, error);
-    return clipft_fail(error, "%s must have the dtype of input, %s%s, got %s", t->name, clipft_dtype_name(input->dtype),
+    return clipft_fail(error, CLIPFT_TYPE_ERROR, "%s must have the dtype of input, %s%s, got %s", t->name, clipft_dtype_name(input->dtype),
                        or_float32 ? ", or float32" : "", clipft_dtype_name(t->dtype));
 }
 
@@ -23,18 +17,11 @@ static bool check_shape(const clipft_tensor *t, int64_t rows, int64_t cols, cons
     const bool ok = t->ndim == 2 && (rows < 0 ? t->size[0] > 0 : t->size[0] == rows) && (cols < 0 ? t->size[1] > 0 : t->size[1] == cols);
     if (ok) return true;
     clipft_shape_text(t, shape, sizeof shape);
-    if (rows < 0) return clipft_fail(error, "%s must be %s with in = %lld, got shape %s", t->name, layout, (long long)cols, shape);
-    return clipft_fail(error, "%s must be %s, [%lld, %lld], got shape %s", t->name, layout, (long long)rows, (long long)cols, shape);
-}
-
-static bool check_input(const clipft_tensor *t, clipft_error *error)
-{
-    char shape[96];
-    if (!check_float(t, error)) return false;
-    if (t->ndim < 1 || t->ndim > CLIPFT_MAX_DIM || t->size[t->ndim - 1] == 0)
-        return clipft_fail(error, "input must be [..., in] with in > 0 and at most %d dimensions, got shape %s", CLIPFT_MAX_DIM,
-                           clipft_shape_text(t, shape, sizeof shape));
-    return true;
+    if (rows < 0)
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be %s with in = %lld, got shape %s", t->name, layout, (long long)cols,
+                           shape);
+    return clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be %s, [%lld, %lld], got shape %s", t->name, layout, (long long)rows,
+                       (long long)cols, shape);
 }
 
 static bool check_bias(const clipft_tensor *t, const clipft_tensor *input, int64_t out, clipft_error *error)
@@ -42,13 +29,13 @@ static bool check_bias(const clipft_tensor *t, const clipft_tensor *input, int64
     char shape[96];
     if (t->ndim == 1 && t->size[0] == 0) return true; /* none */
     if (!check_like_input(t, input, false, error)) return false;
-    return (t->ndim == 1 && t->size[0] == out) ||
-           clipft_fail(error, "bias must be [out], [%lld], got shape %s", (long long)out, clipft_shape_text(t, shape, sizeof shape));
+    return (t->ndim == 1 && t->size[0] == out) || clipft_fail(error, CLIPFT_VALUE_ERROR, "bias must be [out], [%lld], got shape %s",
+                                                              (long long)out, clipft_shape_text(t, shape, sizeof shape));
 }
 
 bool lora_check_dropout(const clipft_tensor *seed, double p, clipft_dropout *dropout, clipft_error *error)
 {
-    if (!(p >= 0.0 && p < 1.0)) return clipft_fail(error, "dropout must be in [0, 1), got %g", p);
+    if (!(p >= 0.0 && p < 1.0)) return clipft_fail(error, CLIPFT_VALUE_ERROR, "dropout must be in [0, 1), got %g", p);
     *dropout = clipft_dropout_make(p, 0);
     return p == 0.0 ||
            (clipft_check_dtype(seed, clipft_dtype_int64(), "an int64 tensor", error) && clipft_check_dim(seed, 0, "0-d", error));
@@ -57,18 +44,20 @@ bool lora_check_dropout(const clipft_tensor *seed, double p, clipft_dropout *dro
 bool lora_check_mask(const int64_t *sizes, clipft_error *error)
 {
     return (sizes[0] >= 0 && sizes[1] >= 0) ||
-           clipft_fail(error, "rows and cols must not be negative, got %lld and %lld", (long long)sizes[0], (long long)sizes[1]);
+           clipft_fail(error, CLIPFT_VALUE_ERROR, "rows and cols must not be negative, got %lld and %lld", (long long)sizes[0],
+                       (long long)sizes[1]);
 }
 
 static bool view_of(const clipft_tensor *t, clipft_view *view, clipft_error *error)
 {
-    return clipft_tensor_view(t, view) || clipft_fail(error, "%s must be contiguous where it has more than two dimensions", t->name);
+    return clipft_tensor_view(t, view) ||
+           clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be contiguous where it has more than two dimensions", t->name);
 }
 
 static bool check_inputs(lora_inputs *in, bool has_bias, clipft_error *error)
 {
     const clipft_tensor *input = &in->input;
-    if (!check_input(input, error)) return false;
+    if (!clipft_check_features(input, error)) return false;
     in->in = input->size[input->ndim - 1];
     if (!check_like_input(&in->weight, input, false, error) || !check_shape(&in->weight, -1, in->in, "[out, in]", error)) return false;
     in->out = in->weight.size[0];
@@ -134,16 +123,16 @@ static bool check_grad(const clipft_tensor *grad, const clipft_tensor *rank, con
 {
     char shape[96];
     if (grad->dtype != in->input.dtype || grad->ndim < 1 || !view_of(grad, dy, error) || dy->rows != in->rows || dy->cols != in->out)
-        return clipft_fail(error, "grad must be [..., out], %lld rows of %lld, in the dtype of input, got shape %s", (long long)in->rows,
-                           (long long)in->out, clipft_shape_text(grad, shape, sizeof shape));
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "grad must be [..., out], %lld rows of %lld, in the dtype of input, got shape %s",
+                           (long long)in->rows, (long long)in->out, clipft_shape_text(grad, shape, sizeof shape));
     if (!clipft_check_beside(grad, &in->input, error) || !clipft_check_beside(rank, &in->input, error) ||
         !clipft_check_dtype(rank, clipft_dtype_float32(), "float32", error))
         return false;
     if (rank->ndim == 2 && rank->size[0] == in->rows && rank->size[1] == in->padded && (in->rows < 2 || rank->stride[0] == in->padded) &&
         rank->stride[1] == 1)
         return true;
-    return clipft_fail(error, "rank must be what the forward pass returned, [%lld, %lld] contiguous, got shape %s", (long long)in->rows,
-                       (long long)in->padded, clipft_shape_text(rank, shape, sizeof shape));
+    return clipft_fail(error, CLIPFT_VALUE_ERROR, "rank must be what the forward pass returned, [%lld, %lld] contiguous, got shape %s",
+                       (long long)in->rows, (long long)in->padded, clipft_shape_text(rank, shape, sizeof shape));
 }
 
 bool lora_take_backward(lora_inputs *in, lora_saved *saved, const lora_linear_backward_args *args, clipft_error *error)
@@ -176,21 +165,21 @@ bool lora_make_output(const lora_inputs *in, clipft_tensor *output, clipft_view 
     const int64_t rank_sizes[] = {in->rows, in->padded};
     memcpy(sizes, in->input.size, sizeof sizes);
     sizes[in->input.ndim - 1] = in->out;
-    return clipft_empty_beside(&in->input, in->input.dtype, in->input.ndim, sizes, output, error) && view_of(output, y, error) &&
+    return clipft_empty_view(&in->input, in->input.ndim, sizes, output, y, error) &&
            clipft_empty_beside(&in->input, clipft_dtype_float32(), 2, rank_sizes, rank, error);
 }
 
 bool lora_temporary(const lora_inputs *in, int64_t cols, clipft_tensor *tensor, clipft_view *view, clipft_error *error)
 {
     const int64_t sizes[] = {in->rows, cols};
-    return clipft_empty_beside(&in->input, in->input.dtype, 2, sizes, tensor, error) && view_of(tensor, view, error);
+    return clipft_empty_view(&in->input, 2, sizes, tensor, view, error);
 }
 
 static bool make_gradient(bool needed, const clipft_tensor *like, clipft_tensor *grad, clipft_view *view, clipft_error *error)
 {
     const int64_t none = 0;
     if (!needed) return clipft_empty_beside(like, like->dtype, 1, &none, grad, error);
-    return clipft_empty_beside(like, like->dtype, like->ndim, like->size, grad, error) && view_of(grad, view, error);
+    return clipft_empty_view(like, like->ndim, like->size, grad, view, error);
 }
 
 bool lora_make_gradients(lora_gradients *g, const lora_inputs *in, const lora_linear_backward_args *args, clipft_error *error)
@@ -231,19 +220,16 @@ lora_linear_backward_results lora_box_gradients(lora_gradients *g)
 bool gelu_take(clipft_slot_Tensor slot, const char *name, clipft_tensor *t, clipft_view *view, clipft_error *error)
 {
     char shape[96];
-    if (!clipft_unbox(slot, name, t, error)) return false;
-    if (!clipft_is_float(t))
-        return clipft_fail(error, "%s must be float32, bfloat16 or float16, got %s", name, clipft_dtype_name(t->dtype));
+    if (!clipft_unbox(slot, name, t, error) || !clipft_check_float(t, error)) return false;
     if (t->ndim < 1 || t->ndim > CLIPFT_MAX_DIM)
-        return clipft_fail(error, "%s must have 1 to %d dimensions, got shape %s", name, CLIPFT_MAX_DIM,
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must have 1 to %d dimensions, got shape %s", name, CLIPFT_MAX_DIM,
                            clipft_shape_text(t, shape, sizeof shape));
-    return clipft_tensor_view(t, view) || clipft_fail(error, "%s must be contiguous", name);
+    return clipft_tensor_view(t, view) || clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be contiguous", name);
 }
 
 bool gelu_make_result(const clipft_tensor *like, clipft_tensor *out, clipft_view *view, clipft_error *error)
 {
-    return clipft_empty_beside(like, like->dtype, like->ndim, like->size, out, error) &&
-           (clipft_tensor_view(out, view) || clipft_fail(error, "the result has no memory"));
+    return clipft_empty_view(like, like->ndim, like->size, out, view, error);
 }
 
 bool gelu_take_gradient(const quick_gelu_backward_args *args, clipft_tensor *grad, clipft_view *dy, clipft_tensor *input, clipft_view *x,
@@ -251,6 +237,7 @@ bool gelu_take_gradient(const quick_gelu_backward_args *args, clipft_tensor *gra
 {
     bool ok = gelu_take(args->grad, "grad", grad, dy, error);
     ok &= gelu_take(args->input, "input", input, x, error);
-    if (ok && (dy->rows != x->rows || dy->cols != x->cols || dy->kind != x->kind)) return clipft_fail(error, "grad must be like input");
+    if (ok && (dy->rows != x->rows || dy->cols != x->cols || dy->kind != x->kind))
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "grad must be like input");
     return ok && clipft_check_beside(grad, input, error);
 }

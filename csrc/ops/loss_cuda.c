@@ -177,8 +177,9 @@ bool cuda_gradients_finish(cuda_loss *loss, const clipft_tensor *upstream, doubl
             .grad = upstream->data,
             .factor = factor,
             .unit = grad->unit,
-            .out = {grad->out.kind == CLIPFT_CUDA_FLOAT32 ? side->out->data : NULL,
-                    grad->out.kind == CLIPFT_CUDA_FLOAT32 ? NULL : side->out->data, grad->out.kind},
+            .out = {.data32 = grad->out.kind == CLIPFT_CUDA_FLOAT32 ? side->out->data : NULL,
+                    .data16 = grad->out.kind == CLIPFT_CUDA_FLOAT32 ? NULL : side->out->data,
+                    .kind = grad->out.kind},
             .dot = k == 0 || !grad->image_sum ? dot : NULL,
         };
         if (!cuda_launch(&loss->call, CLIPFT_CUDA_gradient_finish, cuda_blocks(rows, CLIPFT_CUDA_WARPS), 1, CLIPFT_CUDA_THREADS, &args))

@@ -4,9 +4,7 @@
 
 static bool check_embeds(const clipft_tensor *t, clipft_error *error)
 {
-    if (!clipft_is_float(t))
-        return clipft_fail(error, "%s must be float32, bfloat16 or float16, got %s", t->name, clipft_dtype_name(t->dtype));
-    return clipft_check_dim(t, 2, "[N, D]", error);
+    return clipft_check_float(t, error) && clipft_check_dim(t, 2, "[N, D]", error);
 }
 
 static bool check_pairing(const loss_inputs *in, bool shard, int64_t row_offset, clipft_error *error)
@@ -14,16 +12,17 @@ static bool check_pairing(const loss_inputs *in, bool shard, int64_t row_offset,
     const clipft_tensor *image = &in->image, *text = &in->text;
     char expected[64], got[64];
     if (text->dtype != image->dtype)
-        return clipft_fail(error, "text_embeds must have the dtype of image_embeds, %s, got %s", clipft_dtype_name(image->dtype),
-                           clipft_dtype_name(text->dtype));
+        return clipft_fail(error, CLIPFT_TYPE_ERROR, "text_embeds must have the dtype of image_embeds, %s, got %s",
+                           clipft_dtype_name(image->dtype), clipft_dtype_name(text->dtype));
+    if (!clipft_check_beside(text, image, error)) return false;
     if (text->size[1] != image->size[1] || (!shard && text->size[0] != image->size[0]))
-        return clipft_fail(error, "text_embeds must have the shape of image_embeds, %s, got %s",
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "text_embeds must have the shape of image_embeds, %s, got %s",
                            clipft_shape_text(image, expected, sizeof expected), clipft_shape_text(text, got, sizeof got));
     if (text->size[0] == 0 || text->size[1] == 0)
-        return clipft_fail(error, "image_embeds must hold at least one pair and one feature, got shape %s",
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "image_embeds must hold at least one pair and one feature, got shape %s",
                            clipft_shape_text(text, got, sizeof got));
     if (row_offset < 0 || row_offset > text->size[0] - image->size[0])
-        return clipft_fail(error, "row_offset must leave the %lld images of this shard among the %lld pairs, got %lld",
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "row_offset must leave the %lld images of this shard among the %lld pairs, got %lld",
                            (long long)image->size[0], (long long)text->size[0], (long long)row_offset);
     return true;
 }
@@ -47,7 +46,7 @@ bool loss_inputs_unbox(loss_inputs *in, const loss_slots *slots, clipft_error *e
     ok &= clipft_unbox(slots->text_embeds, "text_embeds", &in->text, error);
     ok &= clipft_unbox(slots->logit_scale, "logit_scale", &in->scale, error);
     in->logits.row_offset = slots->row_offset;
-    return ok && check_embeds(&in->image, error) && check_embeds(&in->text, error) && clipft_check_beside(&in->text, &in->image, error) &&
+    return ok && check_embeds(&in->image, error) && check_embeds(&in->text, error) &&
            check_pairing(in, slots->shard, slots->row_offset, error) && loss_check_scalar(&in->scale, &in->image, error);
 }
 
@@ -82,13 +81,16 @@ bool loss_check_targets(const clipft_tensor *labels, double smoothing, const los
 {
     const int64_t n = in->text.size[0];
     char shape[64];
-    if (!(smoothing >= 0.0 && smoothing < 1.0)) return clipft_fail(error, "label_smoothing must be in [0, 1), got %g", smoothing);
+    if (!(smoothing >= 0.0 && smoothing < 1.0))
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "label_smoothing must be in [0, 1), got %g", smoothing);
     if (labels->ndim == 1 && labels->size[0] == 0) return true;
-    if (!clipft_check_dtype(labels, clipft_dtype_int64(), "int64", error) || !clipft_check_beside(labels, &in->image, error)) return false;
+    if (!clipft_check_dtype(labels, clipft_dtype_int64(), "int64", error)) return false;
     if (labels->ndim != 1 || labels->size[0] != n)
-        return clipft_fail(error, "labels must have one entry per pair, [%lld], got shape %s", (long long)n,
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "labels must have one entry per pair, [%lld], got shape %s", (long long)n,
                            clipft_shape_text(labels, shape, sizeof shape));
-    return n <= INT32_MAX || clipft_fail(error, "labels must number at most %d pairs, got %lld", INT32_MAX, (long long)n);
+    if (!clipft_check_beside(labels, &in->image, error)) return false;
+    return n <= INT32_MAX ||
+           clipft_fail(error, CLIPFT_VALUE_ERROR, "labels must number at most %d pairs, got %lld", INT32_MAX, (long long)n);
 }
 
 bool loss_check_lse(const clipft_tensor *t, int64_t n, clipft_error *error)
@@ -96,7 +98,7 @@ bool loss_check_lse(const clipft_tensor *t, int64_t n, clipft_error *error)
     char shape[64];
     if (!clipft_check_dtype(t, clipft_dtype_float64(), "float64", error)) return false;
     return (t->ndim == 1 && t->size[0] == n && (n < 2 || t->stride[0] == 1)) ||
-           clipft_fail(error, "%s must be [%lld] and contiguous, got shape %s", t->name, (long long)n,
+           clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be [%lld] and contiguous, got shape %s", t->name, (long long)n,
                        clipft_shape_text(t, shape, sizeof shape));
 }
 
@@ -125,7 +127,8 @@ bool loss_reuse_tiles(loss_inputs *in, const clipft_tensor *tiles, clipft_error 
         return false;
     if ((tiles->size[0] != 0 && tiles->size[0] != kept_rows(rows, cols)) || tiles->size[1] != cols ||
         (tiles->size[0] > 0 && (tiles->stride[0] != cols || tiles->stride[1] != 1)))
-        return clipft_fail(error, "tiles must be what the forward pass returned, [0 or %lld, %lld] contiguous, got shape %s",
+        return clipft_fail(error, CLIPFT_VALUE_ERROR,
+                           "tiles must be what the forward pass returned, [0 or %lld, %lld] contiguous, got shape %s",
                            (long long)kept_rows(rows, cols), (long long)cols, clipft_shape_text(tiles, shape, sizeof shape));
     in->logits.kept = tiles->data;
     in->logits.kept_rows = tiles->size[0];

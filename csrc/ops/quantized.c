@@ -9,13 +9,14 @@ static bool multiply(const int8_inputs *in, clipft_tensor *output, clipft_error 
 {
     clipft_view y;
     return clipft_check_cpu(&in->input, error) && int8_make_output(in, output, &y, error) &&
-           (clipft_int8_run(&in->chain, &clipft_torch_host, &in->x, &y) || clipft_fail(error, "out of memory, or torch's threads failed"));
+           (clipft_int8_run(&in->chain, &clipft_torch_host, &in->x, &y) ||
+            clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or torch's threads failed"));
 }
 
 static bool pack(const clipft_tensor *weight, uint8_t *packed, clipft_error *error)
 {
     const clipft_int8_weights w = {weight->data, weight->size[0], weight->size[1], weight->stride[0], weight->stride[1]};
-    return clipft_int8_pack(&clipft_torch_host, &w, packed) || clipft_fail(error, "torch's threads failed");
+    return clipft_int8_pack(&clipft_torch_host, &w, packed) || clipft_fail(error, CLIPFT_RUNTIME_ERROR, "torch's threads failed");
 }
 
 static void run_quantized_linear(const quantized_linear_args *args, quantized_linear_results *results, clipft_error *error)
@@ -29,7 +30,7 @@ static void run_quantized_linear(const quantized_linear_args *args, quantized_li
     packed = malloc((size_t)clipft_int8_packed_size(layer->out, layer->in));
     layer->packed = packed;
     if (!packed)
-        clipft_fail(error, "no memory for packed weights, [%lld, %lld]", (long long)layer->out, (long long)layer->in);
+        clipft_fail(error, CLIPFT_OUT_OF_MEMORY, "no memory for packed weights, [%lld, %lld]", (long long)layer->out, (long long)layer->in);
     else if (pack(&in.layers[0].weight, packed, error) && multiply(&in, &output, error))
         results->result = clipft_box(&output);
 done:
@@ -47,7 +48,7 @@ static bool check_packed(const clipft_tensor *t, const clipft_tensor *input, cli
         !clipft_check_beside(t, input, error) || !clipft_check_dim(t, 1, "[bytes]", error))
         return false;
     if (t->stride[0] != 1 || !clipft_int8_packed(t->data, t->size[0], &header))
-        return clipft_fail(error, "%s must be what quantized_pack gave", t->name);
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be what quantized_pack gave", t->name);
     *layer = (clipft_int8_layer){.packed = t->data, .out = header.out, .in = header.in};
     return true;
 }

@@ -4,11 +4,10 @@
  * cache holds, through both layers where there are two. The product wants more than 16 rows, and features and channels in multiples of 8
  * (torch 2.14, aten/src/ATen/native/cuda/Blas.cpp): rows are padded in the work space, and weights of other sizes copied into it. */
 #include "../cuda_runtime/call.h"
+#include "../kernels/common/sizes.h"
 #include "quantized_inputs.h"
 
 enum { ROW_PAD = 32, DEPTH_PAD = 8, MIN_ROWS = 256, MAX_ROWS = 32768 };
-
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 typedef struct operand {
     const clipft_int8_layer *layer;
@@ -30,11 +29,8 @@ typedef struct int8_job {
 static AtenTensorHandle wrap(const cuda_call *call, void *data, int32_t dtype, int64_t rows, int64_t cols, int64_t row_stride,
                              int64_t col_stride)
 {
-    const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
-    AtenTensorHandle handle = NULL;
-    const bool bad = clipft_torch.aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, dtype, call->beside->device,
-                                                                     call->beside->index, &handle);
-    return bad ? NULL : handle;
+    return clipft_wrap_memory(data, dtype, (const int64_t[]){rows, cols}, (const int64_t[]){row_stride, col_stride}, call->beside->device,
+                              call->beside->index);
 }
 
 /* What lies beyond a copied weight's rows and features meets zeros or is never read. */
@@ -44,27 +40,27 @@ static bool make_operand(int8_job *job, int k)
     const clipft_int8_layer *layer = &job->in->chain.layers[k];
     const int32_t int8 = clipft_dtype_int8();
     operand *o = &job->layers[k];
-    *o = (operand){layer, weight->data, round_up(layer->out, DEPTH_PAD), round_up(layer->in, DEPTH_PAD)};
+    *o = (operand){layer, weight->data, clipft_round_up(layer->out, DEPTH_PAD), clipft_round_up(layer->in, DEPTH_PAD)};
     const bool in_order = weight->stride[1] == 1 && weight->stride[0] == layer->in && (uintptr_t)weight->data % 16 == 0;
     if (o->out == layer->out && o->in == layer->in && in_order) return true;
     o->weight = cuda_work(&job->call, int8, o->out * o->in);
     AtenTensorHandle to = o->weight ? wrap(&job->call, o->weight, int8, layer->out, layer->in, o->in, 1) : NULL;
     const bool ok = to && !clipft_torch_cuda.aoti_torch_copy_(to, weight->handle, 0);
-    if (to) clipft_torch.aoti_torch_delete_tensor_object(to);
+    clipft_delete(to);
     return ok || cuda_torch_failed(&job->call, "copying a weight");
 }
 
 static bool multiply(int8_job *job, const operand *o, int64_t rows)
 {
-    const int64_t padded = round_up(rows, ROW_PAD);
+    const int64_t padded = clipft_round_up(rows, ROW_PAD);
     const int32_t int8 = clipft_dtype_int8(), int32 = clipft_dtype_int32();
     AtenTensorHandle out = wrap(&job->call, job->sums, int32, padded, o->out, o->out, 1),
                      left = wrap(&job->call, job->q, int8, padded, o->in, o->in, 1),
                      right = wrap(&job->call, o->weight, int8, o->in, o->out, 1, o->in);
     const bool ok = out && left && right && !clipft_torch_cuda.aoti_torch_cuda__int_mm_out(out, left, right);
-    if (out) clipft_torch.aoti_torch_delete_tensor_object(out);
-    if (left) clipft_torch.aoti_torch_delete_tensor_object(left);
-    if (right) clipft_torch.aoti_torch_delete_tensor_object(right);
+    clipft_delete(out);
+    clipft_delete(left);
+    clipft_delete(right);
     return ok || cuda_torch_failed(&job->call, "an integer matrix product");
 }
 
@@ -119,7 +115,7 @@ static bool prepare(int8_job *job, const clipft_tensor *input)
         if (job->layers[k].out > out) out = job->layers[k].out;
     }
     const int64_t fit = clipft_cuda_l2_bytes(input->index) / (out * (int64_t)sizeof *job->sums) / ROW_PAD * ROW_PAD;
-    const int64_t rows = round_up(job->in->x.rows, ROW_PAD);
+    const int64_t rows = clipft_round_up(job->in->x.rows, ROW_PAD);
     job->block_rows = fit < MIN_ROWS ? MIN_ROWS : fit > MAX_ROWS ? MAX_ROWS : fit;
     if (job->block_rows > rows) job->block_rows = rows;
     job->q = cuda_work(&job->call, clipft_dtype_int8(), job->block_rows * in);

@@ -11,7 +11,7 @@ static void run_quick_gelu(const quick_gelu_args *args, quick_gelu_results *resu
     if (clipft_quick_gelu(&clipft_torch_host, &x, &y))
         results->result = clipft_box(&out);
     else
-        clipft_fail(error, "torch's threads failed");
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "torch's threads failed");
 done:
     clipft_release(&out);
     clipft_release(&input);
@@ -28,7 +28,7 @@ static void run_quick_gelu_backward(const quick_gelu_backward_args *args, quick_
     if (clipft_quick_gelu_backward(&clipft_torch_host, &dy, &x, &dx))
         results->result = clipft_box(&out);
     else
-        clipft_fail(error, "torch's threads failed");
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "torch's threads failed");
 done:
     clipft_release(&out);
     clipft_release(&grad);

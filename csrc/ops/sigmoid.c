@@ -19,7 +19,7 @@ static void forward(const loss_slots *embeds, clipft_slot_Tensor bias_slot, bool
     if (!ok) goto done;
 
     if (!clipft_sigmoid_forward(&in.logits, bias_value, &clipft_torch_host, &value))
-        clipft_fail(error, "out of memory, or a matrix product failed in torch");
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or a matrix product failed in torch");
     else if (loss_result(clipft_dtype_float32(), value, &loss, error))
         *results = (sigmoid_loss_results){clipft_box(&loss), clipft_box(&tiles)};
 done:
@@ -65,7 +65,7 @@ static void run_sigmoid_loss_backward(const sigmoid_loss_backward_args *args, si
 
     if (!clipft_sigmoid_backward(&in.logits, bias_value, &clipft_torch_host, (double)grad_value, grad.image_f, grad.text_f, &scale_value,
                                  &d_bias_value)) {
-        clipft_fail(error, "out of memory, or a matrix product failed in torch");
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or a matrix product failed in torch");
         goto done;
     }
     loss_gradients_finish(&grad);
