@@ -1,7 +1,5 @@
 #if defined(__x86_64__)
-#define CLIPFT_ISA avx2
-#define CLIPFT_LANES 8
-#define CLIPFT_TARGET __attribute__((target("avx2,fma")))
+#include "../common/isa_avx2.h"
 #define ATTEND_ROWS 4
 #define ATTEND_PANELS 1
 #include "attention_simd.h"

@@ -1,7 +1,5 @@
 #if defined(__x86_64__)
-#define CLIPFT_ISA avx512
-#define CLIPFT_LANES 16
-#define CLIPFT_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#include "../common/isa_avx512.h"
 #define ATTEND_ROWS 5
 #define ATTEND_PANELS 4
 #include "attention_simd.h"

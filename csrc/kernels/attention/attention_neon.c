@@ -1,7 +1,5 @@
 #if defined(__aarch64__)
-#define CLIPFT_ISA neon
-#define CLIPFT_LANES 4
-#define CLIPFT_TARGET /* part of the baseline */
+#include "../common/isa_neon.h"
 #define ATTEND_ROWS 6
 #define ATTEND_PANELS 1
 #include "attention_simd.h"

@@ -1,5 +1,5 @@
-/* The inner loops of attention.h, written once for every width. The file that includes this defines CLIPFT_ISA, CLIPFT_LANES and
- * CLIPFT_TARGET as for simd.h, and
+/* The inner loops of attention.h, written once for every width. The file that includes this has included its
+ * tier's isa_<isa>.h and defines
  *   ATTEND_ROWS, ATTEND_PANELS  the tile of scores or results kept in registers, rows x panels of 16 columns, chosen so that operands fit
  *                               beside it.
  * A tile takes ATTEND_ROWS queries or, where there are not so many, one; the last tile of a head begins early rather than being smaller. */

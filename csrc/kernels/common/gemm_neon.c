@@ -1,7 +1,5 @@
 #if defined(__aarch64__)
-#define CLIPFT_ISA neon
-#define CLIPFT_LANES 4
-#define CLIPFT_TARGET /* part of the baseline */
+#include "isa_neon.h"
 #define GEMM_ROWS 6
 #define GEMM_PANELS 1
 #include "gemm_simd.h"

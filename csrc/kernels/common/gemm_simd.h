@@ -1,5 +1,5 @@
-/* The inner loops of gemm.h, written once for every width. The file that includes this defines CLIPFT_ISA, CLIPFT_LANES and CLIPFT_TARGET
- * as for simd.h, and GEMM_ROWS, GEMM_PANELS  the tile of sums kept in registers, chosen so that operands fit beside it. */
+/* The inner loops of gemm.h, written once for every width. The file that includes this has included its tier's isa_<isa>.h and
+ * defines GEMM_ROWS, GEMM_PANELS, the tile of sums kept in registers, chosen so that operands fit beside it. */
 #include "../table.h"
 #include "gemm.h"
 #include "simd.h"

@@ -1,4 +1,5 @@
-/* Float vectors and their functions, written once for every width. The file that includes this defines
+/* Float vectors and their functions, written once for every width. The file that includes this has included its tier's isa_<isa>.h, or
+ * defines
  *   CLIPFT_ISA     the suffix of its functions' names
  *   CLIPFT_LANES   floats in a vector
  *   CLIPFT_TARGET  __attribute__((target(...))) of the ISA, or nothing; every function that handles vectors carries it, because a compiler

@@ -1,7 +1,5 @@
 #if defined(__x86_64__)
-#define CLIPFT_ISA avx512
-#define CLIPFT_LANES 16
-#define CLIPFT_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#include "../common/isa_avx512.h"
 #define INT8_ROWS 6
 #define INT8_PANELS 4
 #include <immintrin.h>
