@@ -24,15 +24,18 @@ const uint8_t *clipft_int8_sums(const uint8_t *packed, int64_t out, int64_t pane
     return packed + sizeof(clipft_int8_header) + panels_of(out) * panel_bytes;
 }
 
-void clipft_int8_pack_quads(const clipft_int8_weights *w, int8_t *panel, int32_t *sums)
+void clipft_int8_pack_quads(const clipft_int8_weights *weights, int8_t *panel, int32_t *sums)
 {
-    for (int64_t c = 0; c < w->out; ++c) {
-        const int8_t *row = w->data + c * w->row_stride;
-        for (int64_t k = 0; k < w->in; ++k) {
-            const int8_t value = row[k * w->col_stride];
+    const clipft_int8_weights w = *weights; /* which a byte that is written might be a part of */
+    for (int64_t c = 0; c < w.out; ++c) {
+        const int8_t *row = w.data + c * w.row_stride;
+        int32_t sum = 0;
+        for (int64_t k = 0; k < w.in; ++k) {
+            const int8_t value = row[k * w.col_stride];
             panel[k / 4 * 4 * CLIPFT_INT8_PANEL + 4 * c + k % 4] = value;
-            sums[c] += value;
+            sum += value;
         }
+        sums[c] += sum;
     }
 }
 
