@@ -50,7 +50,9 @@ setup(
         Extension(
             "clipft._C",
             sources=sorted(glob("csrc/**/*.c", recursive=True)),
-            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/*.inc") + glob("cuda/*.h")),
+            depends=sorted(
+                glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True) + glob("cuda/*.h")
+            ),
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,
             extra_compile_args=compile_args,

@@ -1,15 +1,14 @@
 #include "dispatch.h"
 
-#include "kernels/attention_kernels.h"
-#include "kernels/gemm_kernels.h"
-#include "kernels/int8_kernels.h"
-#include "kernels/lora_kernels.h"
-#include "kernels/loss_kernels.h"
+#include <stddef.h>
 
 clipft_kernels clipft_kernel_table;
 
 static clipft_isa current = CLIPFT_ISA_REF;
 static bool own_gemm;
+
+/* What is known of the slots, in the order of the table. */
+static const char *names[CLIPFT_SLOT_COUNT];
 static clipft_isa in_use[CLIPFT_SLOT_COUNT];
 
 clipft_isa clipft_dispatch_isa(void) { return current; }
@@ -21,20 +20,19 @@ void clipft_dispatch(clipft_isa limit)
     current = limit;
     own_gemm = limit >= CLIPFT_ISA_AVX512 && clipft_cpu_is_amd();
     /* Rows are ordered weakest first, so the last one that may run wins. */
-#define KERNEL(slot, isa, function)                                                                                                        \
-    if (CLIPFT_ISA_##isa <= limit && clipft_cpu_has(CLIPFT_ISA_##isa)) {                                                                   \
-        clipft_kernel_table.slot = function;                                                                                               \
-        in_use[CLIPFT_SLOT_##slot] = CLIPFT_ISA_##isa;                                                                                     \
+#define CLIPFT_KERNEL(family, slot, tier, isa)                                                                                             \
+    if (CLIPFT_ISA_##tier <= limit && clipft_cpu_has(CLIPFT_ISA_##tier)) {                                                                 \
+        enum { INDEX = offsetof(clipft_kernels, family.slot) / sizeof(void *) };                                                           \
+        clipft_kernel_table.family.slot = &clipft_##family##_##slot##_##isa;                                                               \
+        names[INDEX] = #family "_" #slot;                                                                                                  \
+        in_use[INDEX] = CLIPFT_ISA_##tier;                                                                                                 \
     }
-#include "kernels.inc"
-#undef KERNEL
+#include "kernels/kernels.inc"
+#undef CLIPFT_KERNEL
 }
 
 const char *clipft_dispatch_slot(int slot, clipft_isa *isa)
 {
-#define SLOT(name) #name,
-    static const char *const names[] = {CLIPFT_KERNEL_SLOTS(SLOT)};
-#undef SLOT
     *isa = in_use[slot];
     return names[slot];
 }

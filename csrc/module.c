@@ -6,7 +6,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "cuda_driver.h"
+#include "cuda_runtime/driver.h"
 #include "dispatch.h"
 #include "ops/ops.h"
 
@@ -78,17 +78,15 @@ static bool register_ops(void)
     /* torch keeps these for the life of the process. */
     TorchLibraryHandle definitions = NULL, cpu = NULL, cuda = NULL;
     AOTITorchError bad = clipft_torch.aoti_torch_library_init_def("clipft", __FILE__, __LINE__, &definitions);
-#define OP(name, schema, entry) bad = bad ? bad : clipft_torch.aoti_torch_library_def(definitions, #name schema);
-#include "ops.inc"
-#undef OP
+    bad = bad ? bad : clipft_ops_define(definitions);
     bad = bad ? bad : clipft_torch.aoti_torch_library_init_impl("clipft", "CPU", __FILE__, __LINE__, &cpu);
-#define OP(name, schema, entry) bad = bad ? bad : clipft_torch.torch_library_impl(cpu, #name, entry, CLIPFT_TORCH_BUILD_VERSION);
-#include "ops.inc"
+#define OP(name, args, results) bad = bad ? bad : clipft_torch.torch_library_impl(cpu, #name, clipft_op_##name, CLIPFT_TORCH_BUILD_VERSION);
+#include "ops/ops.inc"
 #undef OP
     if (clipft_torch_has_cuda()) {
         bad = bad ? bad : clipft_torch.aoti_torch_library_init_impl("clipft", "CUDA", __FILE__, __LINE__, &cuda);
-#define OP_CUDA(name, entry) bad = bad ? bad : clipft_torch.torch_library_impl(cuda, #name, entry, CLIPFT_TORCH_BUILD_VERSION);
-#include "ops_cuda.inc"
+#define OP_CUDA(name) bad = bad ? bad : clipft_torch.torch_library_impl(cuda, #name, clipft_cuda_##name, CLIPFT_TORCH_BUILD_VERSION);
+#include "ops/ops_cuda.inc"
 #undef OP_CUDA
     }
     if (bad) PyErr_SetString(PyExc_ImportError, "clipft could not register its ops with torch (is another library named clipft loaded?)");

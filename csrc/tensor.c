@@ -1,28 +1,12 @@
 #include "tensor.h"
 
 #include "dispatch.h"
-#include "kernels/gemm.h"
+#include "kernels/common/convert.h"
+#include "kernels/common/gemm.h"
 
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-bool clipft_fail(clipft_error *error, const char *format, ...)
-{
-    if (error->text[0]) return false;
-    const int n = snprintf(error->text, sizeof error->text, "clipft.%s: ", error->op);
-    va_list args;
-    va_start(args, format);
-    vsnprintf(error->text + n, sizeof error->text - (size_t)n, format, args);
-    va_end(args);
-    return false;
-}
-
-void clipft_throw(const clipft_error *error, const char *file, int line)
-{
-    if (error->text[0]) clipft_torch.aoti_torch_check(false, error->op, file, (uint32_t)line, error->text);
-}
 
 /* ---- views ---- */
 
@@ -38,12 +22,12 @@ static bool describe(clipft_tensor *t, clipft_error *error)
         bad |= clipft_torch.aoti_torch_get_size(t->handle, d, &t->size[d]);
         bad |= clipft_torch.aoti_torch_get_stride(t->handle, d, &t->stride[d]);
     }
-    return !bad || clipft_fail(error, "%s is not a tensor with memory of its own (sparse or fake?)", t->name);
+    return !bad || clipft_fail(error, CLIPFT_RUNTIME_ERROR, "%s is not a tensor with memory of its own (sparse or fake?)", t->name);
 }
 
-bool clipft_unbox(StableIValue slot, const char *name, clipft_tensor *tensor, clipft_error *error)
+bool clipft_unbox(clipft_slot_Tensor slot, const char *name, clipft_tensor *tensor, clipft_error *error)
 {
-    *tensor = (clipft_tensor){.handle = (AtenTensorHandle)(uintptr_t)slot, .name = name};
+    *tensor = (clipft_tensor){.handle = (AtenTensorHandle)(uintptr_t)slot.bits, .name = name};
     return describe(tensor, error);
 }
 
@@ -55,13 +39,14 @@ static bool empty_on(int32_t device, int32_t index, int32_t dtype, int64_t ndim,
     for (int64_t d = ndim - 1; d >= 0; --d) {
         strides[d] = stride;
         if (__builtin_mul_overflow(stride, sizes[d] > 0 ? sizes[d] : 1, &stride))
-            return clipft_fail(error, "a %s result of 2^63 elements or more was asked for", clipft_dtype_name(dtype));
+            return clipft_fail(error, CLIPFT_OUT_OF_MEMORY, "a %s result of 2^63 elements or more was asked for", clipft_dtype_name(dtype));
     }
     if (clipft_torch.aoti_torch_empty_strided(ndim, sizes, strides, dtype, device, index, &tensor->handle)) {
         const bool cuda = device == clipft_torch.aoti_torch_device_type_cuda();
         const char *what = cuda ? clipft_torch_cuda.torch_exception_get_what_without_backtrace() : "";
-        return clipft_fail(error, "torch could not allocate a %s tensor of %lld elements%s%s", clipft_dtype_name(dtype), (long long)stride,
-                           what[0] ? ": " : "", what);
+        const clipft_error_kind kind = cuda && !strstr(what, "out of memory") ? CLIPFT_RUNTIME_ERROR : CLIPFT_OUT_OF_MEMORY;
+        return clipft_fail(error, kind, "torch could not allocate a %s tensor of %lld elements%s%s", clipft_dtype_name(dtype),
+                           (long long)stride, what[0] ? ": " : "", what);
     }
     return describe(tensor, error);
 }
@@ -77,16 +62,28 @@ bool clipft_empty_beside(const clipft_tensor *beside, int32_t dtype, int64_t ndi
     return empty_on(beside->device, beside->index, dtype, ndim, sizes, tensor, error);
 }
 
-StableIValue clipft_box(clipft_tensor *tensor)
+bool clipft_empty_view(const clipft_tensor *beside, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor, clipft_view *view,
+                       clipft_error *error)
 {
-    const StableIValue slot = (StableIValue)(uintptr_t)tensor->handle;
+    return clipft_empty_beside(beside, beside->dtype, ndim, sizes, tensor, error) &&
+           (clipft_tensor_view(tensor, view) || clipft_fail(error, CLIPFT_RUNTIME_ERROR, "the result has no memory"));
+}
+
+clipft_slot_Tensor clipft_box(clipft_tensor *tensor)
+{
+    const clipft_slot_Tensor slot = {(StableIValue)(uintptr_t)tensor->handle};
     tensor->handle = NULL;
     return slot;
 }
 
+void clipft_delete(AtenTensorHandle handle)
+{
+    if (handle) clipft_torch.aoti_torch_delete_tensor_object(handle);
+}
+
 void clipft_release(clipft_tensor *tensor)
 {
-    if (tensor->handle) clipft_torch.aoti_torch_delete_tensor_object(tensor->handle);
+    clipft_delete(tensor->handle);
     tensor->handle = NULL;
 }
 
@@ -95,7 +92,7 @@ void clipft_release(clipft_tensor *tensor)
 const char *clipft_dtype_name(int32_t dtype)
 {
 #define DTYPE_NAME(X, name)                                                                                                                \
-    if (dtype == clipft_torch.aoti_torch_dtype_##name()) return #name;
+    if (dtype == clipft_dtype_##name()) return #name;
     CLIPFT_TORCH_DTYPES(, DTYPE_NAME)
 #undef DTYPE_NAME
     return "another dtype";
@@ -113,45 +110,76 @@ const char *clipft_shape_text(const clipft_tensor *tensor, char *text, int size)
     return text;
 }
 
+const char *clipft_device_text(const clipft_tensor *tensor, char *text, int size)
+{
+    /* c10/core/DeviceType.h, in its order; tests/abi/conformance.cpp counts. */
+    static const char *const names[] = {"cpu",  "cuda", "mkldnn", "opengl", "opencl", "ideep", "hip",
+                                        "fpga", "maia", "xla",    "vulkan", "metal",  "xpu",   "mps",
+                                        "meta", "hpu",  "ve",     "lazy",   "ipu",    "mtia",  "privateuseone"};
+    const bool known = tensor->device >= 0 && tensor->device < (int32_t)(sizeof names / sizeof *names);
+    const char *name = known ? names[tensor->device] : "another device";
+    if (known && strcmp(name, "cpu") != 0 && strcmp(name, "meta") != 0)
+        snprintf(text, (size_t)size, "%s:%d", name, tensor->index);
+    else
+        snprintf(text, (size_t)size, "%s", name);
+    return text;
+}
+
 bool clipft_check_cpu(const clipft_tensor *tensor, clipft_error *error)
 {
+    char got[32];
     return tensor->device == clipft_torch.aoti_torch_device_type_cpu() ||
-           clipft_fail(error, "%s must be on the device of the other tensors, cpu", tensor->name);
+           clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be on the device of the other tensors, cpu, got %s", tensor->name,
+                       clipft_device_text(tensor, got, sizeof got));
 }
 
 bool clipft_check_beside(const clipft_tensor *tensor, const clipft_tensor *beside, clipft_error *error)
 {
+    char want[32], got[32];
     return (tensor->device == beside->device && tensor->index == beside->index) ||
-           clipft_fail(error, "%s must be on the device of %s", tensor->name, beside->name);
+           clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be on the device of the other tensors, %s, got %s", tensor->name,
+                       clipft_device_text(beside, want, sizeof want), clipft_device_text(tensor, got, sizeof got));
 }
 
 bool clipft_check_dim(const clipft_tensor *tensor, int64_t ndim, const char *layout, clipft_error *error)
 {
     char shape[96];
-    return tensor->ndim == ndim ||
-           clipft_fail(error, "%s must be %s, got shape %s", tensor->name, layout, clipft_shape_text(tensor, shape, sizeof shape));
+    return tensor->ndim == ndim || clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be %s, got shape %s", tensor->name, layout,
+                                               clipft_shape_text(tensor, shape, sizeof shape));
 }
 
 bool clipft_check_dtype(const clipft_tensor *tensor, int32_t dtype, const char *expected, clipft_error *error)
 {
-    return tensor->dtype == dtype || clipft_fail(error, "%s must be %s, got %s", tensor->name, expected, clipft_dtype_name(tensor->dtype));
+    return tensor->dtype == dtype ||
+           clipft_fail(error, CLIPFT_TYPE_ERROR, "%s must be %s, got %s", tensor->name, expected, clipft_dtype_name(tensor->dtype));
+}
+
+bool clipft_check_float(const clipft_tensor *tensor, clipft_error *error)
+{
+    const int32_t dtype = tensor->dtype;
+    return dtype == clipft_dtype_float32() || dtype == clipft_dtype_bfloat16() || dtype == clipft_dtype_float16() ||
+           clipft_fail(error, CLIPFT_TYPE_ERROR, "%s must be float32, bfloat16 or float16, got %s", tensor->name, clipft_dtype_name(dtype));
+}
+
+bool clipft_check_features(const clipft_tensor *tensor, clipft_error *error)
+{
+    char shape[96];
+    if (!clipft_check_float(tensor, error)) return false;
+    return (tensor->ndim >= 1 && tensor->ndim <= CLIPFT_MAX_DIM && tensor->size[tensor->ndim - 1] > 0) ||
+           clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be [..., in] with in > 0 and at most %d dimensions, got shape %s", tensor->name,
+                       CLIPFT_MAX_DIM, clipft_shape_text(tensor, shape, sizeof shape));
 }
 
 /* ---- float32 in and out of 16-bit floats ---- */
-
-bool clipft_is_float(const clipft_tensor *tensor)
-{
-    const int32_t dtype = tensor->dtype;
-    return dtype == clipft_torch.aoti_torch_dtype_float32() || dtype == clipft_torch.aoti_torch_dtype_bfloat16() ||
-           dtype == clipft_torch.aoti_torch_dtype_float16();
-}
 
 static bool allocate_copy(const clipft_tensor *t, float **copy, clipft_error *error)
 {
     const int64_t rows = t->size[0], cols = t->size[1];
     *copy = NULL;
     if (cols == 0 || rows <= INT64_MAX / 8 / cols) *copy = malloc((size_t)(rows * cols) * sizeof(float) + 1);
-    if (!*copy) clipft_fail(error, "no memory for a float32 copy of %s, [%lld, %lld]", t->name, (long long)rows, (long long)cols);
+    if (!*copy)
+        clipft_fail(error, CLIPFT_OUT_OF_MEMORY, "no memory for a float32 copy of %s, [%lld, %lld]", t->name, (long long)rows,
+                    (long long)cols);
     return *copy != NULL;
 }
 
@@ -159,8 +187,8 @@ static bool allocate_copy(const clipft_tensor *t, float **copy, clipft_error *er
 static void copy_row(const clipft_tensor *t, int64_t row, float *out)
 {
     const int64_t cols = t->size[1], stride = t->stride[1];
-    const bool bfloat16 = t->dtype == clipft_torch.aoti_torch_dtype_bfloat16();
-    if (t->dtype == clipft_torch.aoti_torch_dtype_float32()) {
+    const bool bfloat16 = t->dtype == clipft_dtype_bfloat16();
+    if (t->dtype == clipft_dtype_float32()) {
         const float *in = (const float *)t->data + row * t->stride[0];
         for (int64_t j = 0; j < cols; ++j) out[j] = in[j * stride];
         return;
@@ -179,7 +207,7 @@ bool clipft_float_matrix(const clipft_tensor *t, clipft_matrix *matrix, float **
 {
     const int64_t rows = t->size[0], cols = t->size[1];
     *copy = NULL;
-    if (t->dtype == clipft_torch.aoti_torch_dtype_float32() && t->stride[1] == 1 && t->stride[0] >= cols) {
+    if (t->dtype == clipft_dtype_float32() && t->stride[1] == 1 && t->stride[0] >= cols) {
         *matrix = (clipft_matrix){t->data, rows, cols, t->stride[0], 1};
         return true;
     }
@@ -192,7 +220,7 @@ bool clipft_float_matrix(const clipft_tensor *t, clipft_matrix *matrix, float **
 bool clipft_float_target(const clipft_tensor *t, clipft_matrix *matrix, float **copy, clipft_error *error)
 {
     *copy = NULL;
-    if (t->dtype != clipft_torch.aoti_torch_dtype_float32() && !allocate_copy(t, copy, error)) return false;
+    if (t->dtype != clipft_dtype_float32() && !allocate_copy(t, copy, error)) return false;
     *matrix = (clipft_matrix){*copy ? *copy : t->data, t->size[0], t->size[1], t->size[1], 1};
     return true;
 }
@@ -201,7 +229,7 @@ void clipft_float_result(const clipft_tensor *t, const float *copy)
 {
     const int64_t n = t->size[0] * t->size[1];
     if (!copy) return;
-    if (t->dtype == clipft_torch.aoti_torch_dtype_bfloat16())
+    if (t->dtype == clipft_dtype_bfloat16())
         clipft_float_to_bfloat16(copy, t->data, n);
     else
         clipft_float_to_float16(copy, t->data, n);
@@ -210,8 +238,8 @@ void clipft_float_result(const clipft_tensor *t, const float *copy)
 bool clipft_tensor_view(const clipft_tensor *t, clipft_view *view)
 {
     const int64_t last = t->ndim - 1;
-    const bool sixteen = t->dtype != clipft_torch.aoti_torch_dtype_float32();
-    const bool bfloat16 = t->dtype == clipft_torch.aoti_torch_dtype_bfloat16();
+    const bool sixteen = t->dtype != clipft_dtype_float32();
+    const bool bfloat16 = t->dtype == clipft_dtype_bfloat16();
     int64_t rows = 1, stride = 0;
     bool empty = false; /* then strides mean nothing */
     if (t->ndim > CLIPFT_MAX_DIM) return false;
@@ -236,28 +264,35 @@ bool clipft_tensor_view(const clipft_tensor *t, clipft_view *view)
 
 /* ---- the kernels' host ---- */
 
-AtenTensorHandle clipft_tensor_wrap(const clipft_view *m, int32_t device, int32_t index)
+AtenTensorHandle clipft_wrap_memory(void *data, int32_t dtype, const int64_t sizes[2], const int64_t strides[2], int32_t device,
+                                    int32_t index)
 {
-    const int64_t sizes[] = {m->rows, m->cols}, strides[] = {m->row_stride, m->col_stride};
-    const int32_t dtype = m->kind == CLIPFT_FLOAT32    ? clipft_torch.aoti_torch_dtype_float32()
-                          : m->kind == CLIPFT_BFLOAT16 ? clipft_torch.aoti_torch_dtype_bfloat16()
-                                                       : clipft_torch.aoti_torch_dtype_float16();
     AtenTensorHandle handle = NULL;
-    if (clipft_torch.aoti_torch_create_tensor_from_blob(m->data, 2, sizes, strides, 0, dtype, device, index, &handle)) return NULL;
-    return handle;
+    const bool bad = clipft_torch.aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, dtype, device, index, &handle);
+    return bad ? NULL : handle;
 }
 
-static AtenTensorHandle wrap(const clipft_view *m) { return clipft_tensor_wrap(m, clipft_torch.aoti_torch_device_type_cpu(), 0); }
+AtenTensorHandle clipft_wrap_view(const clipft_view *m, int32_t device, int32_t index)
+{
+    const int32_t dtype = m->kind == CLIPFT_FLOAT32    ? clipft_dtype_float32()
+                          : m->kind == CLIPFT_BFLOAT16 ? clipft_dtype_bfloat16()
+                                                       : clipft_dtype_float16();
+    return clipft_wrap_memory(m->data, dtype, (const int64_t[]){m->rows, m->cols}, (const int64_t[]){m->row_stride, m->col_stride}, device,
+                              index);
+}
+
+static AtenTensorHandle wrap_on_cpu(const clipft_view *m) { return clipft_wrap_view(m, clipft_torch.aoti_torch_device_type_cpu(), 0); }
 
 bool clipft_torch_gemm(const clipft_view *c, const clipft_view *start, const clipft_view *a, const clipft_view *b)
 {
     /* The same tensor, not only the same memory, where the sum starts from c: torch copies otherwise. */
-    AtenTensorHandle out = wrap(c), self = start && start != c ? wrap(start) : out, left = wrap(a), right = wrap(b);
+    AtenTensorHandle out = wrap_on_cpu(c), self = start && start != c ? wrap_on_cpu(start) : out;
+    AtenTensorHandle left = wrap_on_cpu(a), right = wrap_on_cpu(b);
     const bool ok = out && self && left && right && !clipft_torch.aoti_torch_cpu_addmm_out(out, self, left, right, start ? 1.0 : 0.0, 1.0);
-    if (out) clipft_torch.aoti_torch_delete_tensor_object(out);
-    if (self && self != out) clipft_torch.aoti_torch_delete_tensor_object(self);
-    if (left) clipft_torch.aoti_torch_delete_tensor_object(left);
-    if (right) clipft_torch.aoti_torch_delete_tensor_object(right);
+    if (self != out) clipft_delete(self);
+    clipft_delete(out);
+    clipft_delete(left);
+    clipft_delete(right);
     return ok;
 }
 

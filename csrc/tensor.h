@@ -2,21 +2,10 @@
 #ifndef CLIPFT_TENSOR_H
 #define CLIPFT_TENSOR_H
 
-#include "kernels/kernels.h"
-#include "kernels/views.h"
+#include "error.h"
+#include "kernels/common/host.h"
+#include "kernels/common/views.h"
 #include "torch_abi.h"
-
-/* The first thing that went wrong in an op. Nothing is thrown before everything is freed. */
-typedef struct clipft_error {
-    const char *op;
-    char text[512];
-} clipft_error;
-
-/* Records "clipft.<op>: <message>" unless an error is there already. Always false, so that a check can return it. */
-__attribute__((format(printf, 2, 3))) bool clipft_fail(clipft_error *error, const char *format, ...);
-
-/* Throws the recorded error as torch does, or returns if there is none. Call last. */
-void clipft_throw(const clipft_error *error, const char *file, int line);
 
 enum { CLIPFT_MAX_DIM = 8 };
 
@@ -30,7 +19,7 @@ typedef struct clipft_tensor {
 } clipft_tensor;
 
 /* Takes the handle out of a stack slot. */
-bool clipft_unbox(StableIValue slot, const char *name, clipft_tensor *tensor, clipft_error *error);
+bool clipft_unbox(clipft_slot_Tensor slot, const char *name, clipft_tensor *tensor, clipft_error *error);
 
 /* A new contiguous CPU tensor. Give it back with clipft_box, or it is freed with clipft_release. */
 bool clipft_empty(int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor, clipft_error *error);
@@ -38,27 +27,37 @@ bool clipft_empty(int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tens
 bool clipft_empty_beside(const clipft_tensor *beside, int32_t dtype, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor,
                          clipft_error *error);
 
-StableIValue clipft_box(clipft_tensor *tensor);
+/* The same in its dtype as well, and the tensor's view. */
+bool clipft_empty_view(const clipft_tensor *beside, int64_t ndim, const int64_t *sizes, clipft_tensor *tensor, clipft_view *view,
+                       clipft_error *error);
+
+clipft_slot_Tensor clipft_box(clipft_tensor *tensor);
 void clipft_release(clipft_tensor *tensor);
 
-static inline double clipft_unbox_double(StableIValue slot)
+static inline double clipft_unbox_float(clipft_slot_float slot)
 {
     union {
         StableIValue bits;
         double value;
-    } u = {slot};
+    } u = {slot.bits};
     return u.value;
 }
+static inline int64_t clipft_unbox_int(clipft_slot_int slot) { return (int64_t)slot.bits; }
+static inline bool clipft_unbox_bool(clipft_slot_bool slot) { return slot.bits & 1U; }
 
+/* The checks that several ops have; each names the tensor and what it got. */
 bool clipft_check_cpu(const clipft_tensor *tensor, clipft_error *error);
 bool clipft_check_beside(const clipft_tensor *tensor, const clipft_tensor *beside, clipft_error *error); /* on the same device */
 bool clipft_check_dim(const clipft_tensor *tensor, int64_t ndim, const char *layout, clipft_error *error);
 bool clipft_check_dtype(const clipft_tensor *tensor, int32_t dtype, const char *expected, clipft_error *error);
-bool clipft_is_float(const clipft_tensor *tensor); /* float32, bfloat16 or float16 */
+bool clipft_check_float(const clipft_tensor *tensor, clipft_error *error);    /* float32, bfloat16 or float16 */
+bool clipft_check_features(const clipft_tensor *tensor, clipft_error *error); /* the same, [..., in] with in > 0 */
 
 const char *clipft_dtype_name(int32_t dtype);
 /* "[3, 4]" */
 const char *clipft_shape_text(const clipft_tensor *tensor, char *text, int size);
+/* "cpu", "cuda:0" */
+const char *clipft_device_text(const clipft_tensor *tensor, char *text, int size);
 
 /* A [rows, cols] float tensor as float32 with unit column stride: the tensor's own memory, or a converted copy in *copy (free it), NULL
  * otherwise. */
@@ -73,8 +72,11 @@ void clipft_float_result(const clipft_tensor *tensor, const float *copy);
  * dimension are the caller's checks. */
 bool clipft_tensor_view(const clipft_tensor *tensor, clipft_view *view);
 
-/* A torch tensor over the view's memory, on that device; delete it. NULL when torch fails. */
-AtenTensorHandle clipft_tensor_wrap(const clipft_view *view, int32_t device, int32_t index);
+/* A torch tensor over a matrix in memory, on that device; delete it. NULL when torch fails. */
+AtenTensorHandle clipft_wrap_memory(void *data, int32_t dtype, const int64_t sizes[2], const int64_t strides[2], int32_t device,
+                                    int32_t index);
+AtenTensorHandle clipft_wrap_view(const clipft_view *view, int32_t device, int32_t index);
+void clipft_delete(AtenTensorHandle handle); /* NULL is nothing */
 
 /* c = start + a b, or a b without a start (NULL), all of one dtype. The start is c itself or one row, [1, cols], for every row of c. */
 bool clipft_torch_gemm(const clipft_view *c, const clipft_view *start, const clipft_view *a, const clipft_view *b);

@@ -21,6 +21,20 @@ typedef struct TorchLibraryOpaque *TorchLibraryHandle;
 typedef int32_t AOTITorchError; /* 0 is success */
 typedef uint64_t StableIValue;  /* one slot of a boxed call's stack */
 
+/* A slot by its type in the op's schema. */
+typedef struct clipft_slot_Tensor {
+    StableIValue bits;
+} clipft_slot_Tensor;
+typedef struct clipft_slot_float {
+    StableIValue bits;
+} clipft_slot_float;
+typedef struct clipft_slot_int {
+    StableIValue bits;
+} clipft_slot_int;
+typedef struct clipft_slot_bool {
+    StableIValue bits;
+} clipft_slot_bool;
+
 typedef void (*clipft_boxed_fn)(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs);
 typedef void (*clipft_range_fn)(int64_t begin, int64_t end, void *ctx);
 
@@ -95,6 +109,12 @@ typedef struct clipft_torch_cuda_abi {
 
 /* Filled by clipft_torch_resolve; read-only afterwards. */
 extern clipft_torch_abi clipft_torch;
+
+/* clipft_dtype_float32() and so on: torch's numbers. */
+#define CLIPFT_TORCH_DTYPE_NUMBER(X, dtype)                                                                                                \
+    static inline int32_t clipft_dtype_##dtype(void) { return clipft_torch.aoti_torch_dtype_##dtype(); }
+CLIPFT_TORCH_DTYPES(, CLIPFT_TORCH_DTYPE_NUMBER)
+#undef CLIPFT_TORCH_DTYPE_NUMBER
 
 /* Filled by clipft_torch_cuda_resolve. */
 extern clipft_torch_cuda_abi clipft_torch_cuda;

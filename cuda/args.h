@@ -1,7 +1,7 @@
 /* Arguments of the kernels in this folder, one struct a kernel: what the C that launches them and the device agree on.
  *
- * A kernel is found by its name, so csrc/cuda_kernels.inc lists names and structs. Shapes stand in brackets; what is not said to be strided
- * is contiguous. */
+ * A kernel is found by its name, so csrc/cuda_runtime/kernels.inc lists names and structs. Shapes stand in brackets; what is not said to be
+ * strided is contiguous. */
 #ifndef CLIPFT_CUDA_ARGS_H
 #define CLIPFT_CUDA_ARGS_H
 
@@ -214,7 +214,7 @@ enum {
     CLIPFT_CUDA_LORA_OUTER_BLOCKS = 396
 };
 
-/* The mask m: element (row, col) of the input is kept or not, see csrc/kernels/lora.h. */
+/* The mask m: element (row, col) of the input is kept or not, see csrc/kernels/lora/lora.h. */
 typedef struct clipft_cuda_dropout {
     CLIPFT_GLOBAL(const long long) seed; /* [1], or null: all are kept */
     int threshold;

@@ -1,5 +1,5 @@
-/* The contrastive loss's kernels around torch's matrix products: see csrc/kernels/contrastive.c for the mathematics, csrc/ops/cuda_loss.c
- * for the walk over the tiles.
+/* The contrastive loss's kernels around torch's matrix products: see csrc/kernels/loss/contrastive.c for the mathematics,
+ * csrc/ops/loss_cuda.c for the walk over the tiles.
  *
  * Forward: contrastive_tile leaves of each block of a tile the maximum and the sum of exponentials of its rows and columns,
  * contrastive_merge takes them into the running ones, contrastive_lse makes logsumexps of these. Backward: contrastive_grad turns a tile

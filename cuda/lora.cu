@@ -1,5 +1,5 @@
-/* The products of a LoRA branch that have the rank on one side, and what is done element by element: see csrc/kernels/lora.h for the
- * mathematics, csrc/ops/cuda_lora.c for the order around torch's large products.
+/* The products of a LoRA branch that have the rank on one side, and what is done element by element: see csrc/kernels/lora/lora.h for the
+ * mathematics, csrc/ops/lora_cuda.c for the order around torch's large products.
  *
  * All is float32 whatever the matrices' dtypes. Quads of x, dy or y are fetched one step ahead and wait in registers as they lie in memory;
  * on their way to the products they go through activation and dropout, whose mask is hashed wherever it is needed. A lane's products come
@@ -23,7 +23,7 @@ enum {
     RANK_STRIDE = RANK + 4
 };
 
-/* ---- dropout: csrc/kernels/lora.c and lora_ref.c, bit for bit ---- */
+/* ---- dropout: csrc/kernels/lora/lora.c and lora_ref.c, bit for bit ---- */
 
 DEVICE unsigned long long mix(unsigned long long z)
 {

@@ -1,4 +1,5 @@
-/* int8 linear layers around torch's integer product: see csrc/kernels/int8.h for the mathematics, csrc/ops/cuda_quantized.c for the order.
+/* int8 linear layers around torch's integer product: see csrc/kernels/int8/int8.h for the mathematics, csrc/ops/quantized_cuda.c for the
+ * order.
  *
  * A row's levels go to the product less its zero point, -127 .. 127, so its sums are exact as they are: no correction, and the weights stay
  * as they are saved. Of two layers in a row the first one's results are never stored: int8_requantize makes them of the sums. A row is held

@@ -1,5 +1,6 @@
-/* The sigmoid loss's kernels around torch's matrix products: see csrc/kernels/sigmoid.c for the mathematics, csrc/ops/cuda_loss.c for the
- * walk over the tiles. The pair's own term is float64 and apart from the others: near convergence it would take them out of a float32 sum.
+/* The sigmoid loss's kernels around torch's matrix products: see csrc/kernels/loss/sigmoid.c for the mathematics, csrc/ops/loss_cuda.c for
+ * the walk over the tiles. The pair's own term is float64 and apart from the others: near convergence it would take them out of a float32
+ * sum.
  */
 #include "common.cuh"
 

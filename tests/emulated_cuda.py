@@ -14,7 +14,7 @@ import torch
 from clipft.nn import QuantizedLinear
 
 ROOT = Path(__file__).parents[1]
-OPS = re.findall(r"^OP_CUDA\((\w+)", (ROOT / "csrc" / "ops_cuda.inc").read_text(), re.M)
+OPS = re.findall(r"^OP_CUDA\((\w+)", (ROOT / "csrc" / "ops" / "ops_cuda.inc").read_text(), re.M)
 
 
 def build(folder: Path, device_code: Path = ROOT / "cuda") -> None:

@@ -1,6 +1,5 @@
-/* torch.ops.clipft.contrastive_loss and its parts: see kernels/contrastive.c for the mathematics. */
+/* torch.ops.clipft.contrastive_loss and its parts: see kernels/loss/contrastive.c for the mathematics. */
 #include "loss_inputs.h"
-#include "ops.h"
 
 #include <stdlib.h>
 
@@ -28,7 +27,7 @@ static bool number_classes(target_inputs *t, int64_t n, clipft_error *error)
     t->ids = malloc((size_t)n * sizeof *t->ids);
     t->weight = malloc((size_t)n * sizeof *t->weight);
     const bool ok = order && t->ids && t->weight;
-    if (!ok) clipft_fail(error, "no memory for %lld labels", (long long)n);
+    if (!ok) clipft_fail(error, CLIPFT_OUT_OF_MEMORY, "no memory for %lld labels", (long long)n);
     for (int64_t i = 0; ok && i < n; ++i) order[i] = (labelled){((const int64_t *)t->labels.data)[i * t->labels.stride[0]], i};
     if (ok) qsort(order, (size_t)n, sizeof *order, by_label);
     int32_t id = 0;
@@ -43,12 +42,11 @@ static bool number_classes(target_inputs *t, int64_t n, clipft_error *error)
     return ok;
 }
 
-/* Slots 3 and 4: labels (none when empty) and label_smoothing. */
-static bool take_targets(target_inputs *t, const StableIValue *stack, const loss_inputs *in, bool ok, clipft_error *error)
+static bool take_targets(target_inputs *t, const target_slots *slots, const loss_inputs *in, bool ok, clipft_error *error)
 {
     const int64_t n = in->logits.text.rows;
-    const double smoothing = clipft_unbox_double(stack[4]);
-    ok &= clipft_unbox(stack[3], "labels", &t->labels, error);
+    const double smoothing = clipft_unbox_float(slots->label_smoothing);
+    ok &= clipft_unbox(slots->labels, "labels", &t->labels, error);
     if (!ok || !loss_check_targets(&t->labels, smoothing, in, error)) return false;
     t->targets.smoothing = (float)smoothing;
     if (t->labels.ndim == 1 && t->labels.size[0] == 0) return true;
@@ -73,57 +71,64 @@ static double forward_value(const loss_inputs *in, const double *row_lse, const 
     return sum / (2.0 * (double)in->logits.text.rows);
 }
 
-static void forward(StableIValue *stack, bool shard, clipft_error *error)
+static void forward(const loss_slots *embeds, const target_slots *targets, bool keep, contrastive_loss_results *results,
+                    clipft_error *error)
 {
-    enum { LOSS, ROW_LSE, COL_LSE, TARGET, TILES, RESULTS };
     loss_inputs in = {0};
     target_inputs t = {0};
-    clipft_tensor out[RESULTS] = {0};
-    const int32_t f64 = clipft_torch.aoti_torch_dtype_float64();
-    const bool keep = stack[5] & 1U;
+    clipft_tensor loss = {0}, row_lse = {0}, col_lse = {0}, target = {0}, tiles = {0};
+    double target_value = 0.0;
 
-    bool ok = loss_inputs_take(&in, stack, shard, shard ? (int64_t)stack[6] : 0, error);
-    ok = take_targets(&t, stack, &in, ok, error);
+    bool ok = loss_inputs_take(&in, embeds, error);
+    ok = take_targets(&t, targets, &in, ok, error);
     if (!ok) goto done;
-    ok = clipft_empty(f64, 1, &in.logits.image.rows, &out[ROW_LSE], error) &&
-         clipft_empty(f64, 1, &in.logits.text.rows, &out[COL_LSE], error) && loss_keep_tiles(&in, keep, &out[TILES], error);
+    ok = clipft_empty(clipft_dtype_float64(), 1, &in.logits.image.rows, &row_lse, error) &&
+         clipft_empty(clipft_dtype_float64(), 1, &in.logits.text.rows, &col_lse, error) && loss_keep_tiles(&in, keep, &tiles, error);
     if (!ok) goto done;
 
-    double target = 0.0;
-    if (!clipft_contrastive_forward(&in.logits, &t.targets, &clipft_torch_host, out[ROW_LSE].data, out[COL_LSE].data, &target)) {
-        clipft_fail(error, "out of memory, or a matrix product failed in torch");
+    if (!clipft_contrastive_forward(&in.logits, &t.targets, &clipft_torch_host, row_lse.data, col_lse.data, &target_value)) {
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or a matrix product failed in torch");
         goto done;
     }
-    if (loss_result(clipft_torch.aoti_torch_dtype_float32(), forward_value(&in, out[ROW_LSE].data, out[COL_LSE].data, target), &out[LOSS],
-                    error) &&
-        loss_result(f64, target, &out[TARGET], error))
-        for (int k = 0; k < RESULTS; ++k) stack[k] = clipft_box(&out[k]);
+    if (loss_result(clipft_dtype_float32(), forward_value(&in, row_lse.data, col_lse.data, target_value), &loss, error) &&
+        loss_result(clipft_dtype_float64(), target_value, &target, error))
+        *results = (contrastive_loss_results){clipft_box(&loss), clipft_box(&row_lse), clipft_box(&col_lse), clipft_box(&target),
+                                              clipft_box(&tiles)};
 done:
-    for (int k = 0; k < RESULTS; ++k) clipft_release(&out[k]);
+    clipft_release(&loss);
+    clipft_release(&row_lse);
+    clipft_release(&col_lse);
+    clipft_release(&target);
+    clipft_release(&tiles);
     free_targets(&t);
     loss_inputs_free(&in);
 }
 
-void clipft_op_contrastive_loss(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_contrastive_loss(const contrastive_loss_args *args, contrastive_loss_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "contrastive_loss"};
-    forward(stack, false, &error);
-    clipft_throw(&error, __FILE__, __LINE__);
+    const loss_slots embeds = {args->image_embeds, args->text_embeds, args->logit_scale, false, 0};
+    const target_slots targets = {args->labels, args->label_smoothing};
+    forward(&embeds, &targets, clipft_unbox_bool(args->keep_tiles), results, error);
 }
+CLIPFT_CPU_ENTRY(contrastive_loss)
 
-void clipft_op_contrastive_loss_shard(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_contrastive_loss_shard(const contrastive_loss_shard_args *args, contrastive_loss_shard_results *results,
+                                       clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "contrastive_loss_shard"};
-    forward(stack, true, &error);
-    clipft_throw(&error, __FILE__, __LINE__);
+    const loss_slots embeds = {args->image_embeds, args->text_embeds, args->logit_scale, true, clipft_unbox_int(args->row_offset)};
+    const target_slots targets = {args->labels, args->label_smoothing};
+    contrastive_loss_results whole = {0};
+    forward(&embeds, &targets, clipft_unbox_bool(args->keep_tiles), &whole, error);
+    *results = (contrastive_loss_shard_results){whole.loss, whole.row_lse, whole.col_lse, whole.target, whole.tiles};
 }
+CLIPFT_CPU_ENTRY(contrastive_loss_shard)
 
-void clipft_op_contrastive_loss_backward(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_contrastive_loss_backward(const contrastive_loss_backward_args *args, contrastive_loss_backward_results *results,
+                                          clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "contrastive_loss_backward"};
+    const loss_slots embeds = {args->image_embeds, args->text_embeds, args->logit_scale, true, clipft_unbox_int(args->row_offset)};
+    const target_slots targets = {args->labels, args->label_smoothing};
+    const bool needs_image = clipft_unbox_bool(args->needs_image), needs_text = clipft_unbox_bool(args->needs_text);
     loss_inputs in = {0};
     target_inputs t = {0};
     loss_gradients grad = {0};
@@ -131,28 +136,25 @@ void clipft_op_contrastive_loss_backward(StableIValue *stack, uint64_t num_input
     float grad_value = 0.0F;
     double scale_value = 0.0;
 
-    bool ok = loss_inputs_take(&in, stack + 1, true, (int64_t)stack[6], &error);
-    ok = take_targets(&t, stack + 1, &in, ok, &error);
-    ok &= clipft_unbox(stack[0], "grad", &upstream, &error);
-    ok &= clipft_unbox(stack[7], "row_lse", &row_lse, &error);
-    ok &= clipft_unbox(stack[8], "col_lse", &col_lse, &error);
-    ok &= clipft_unbox(stack[9], "tiles", &tiles, &error);
-    ok = ok && loss_scalar(&upstream, &in.image, &grad_value, &error) && loss_check_lse(&row_lse, in.logits.image.rows, &error) &&
-         loss_check_lse(&col_lse, in.logits.text.rows, &error) && loss_reuse_tiles(&in, &tiles, &error) &&
-         loss_gradients_make(&grad, &in, stack[10] & 1U, stack[11] & 1U, &error);
+    bool ok = loss_inputs_take(&in, &embeds, error);
+    ok = take_targets(&t, &targets, &in, ok, error);
+    ok &= clipft_unbox(args->grad, "grad", &upstream, error);
+    ok &= clipft_unbox(args->row_lse, "row_lse", &row_lse, error);
+    ok &= clipft_unbox(args->col_lse, "col_lse", &col_lse, error);
+    ok &= clipft_unbox(args->tiles, "tiles", &tiles, error);
+    ok = ok && loss_scalar(&upstream, &in.image, &grad_value, error) && loss_check_lse(&row_lse, in.logits.image.rows, error) &&
+         loss_check_lse(&col_lse, in.logits.text.rows, error) && loss_reuse_tiles(&in, &tiles, error) &&
+         loss_gradients_make(&grad, &in, needs_image, needs_text, error);
     if (!ok) goto done;
 
     if (!clipft_contrastive_backward(&in.logits, &t.targets, &clipft_torch_host, row_lse.data, col_lse.data, (double)grad_value,
                                      grad.image_f, grad.text_f, &scale_value)) {
-        clipft_fail(&error, "out of memory, or a matrix product failed in torch");
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or a matrix product failed in torch");
         goto done;
     }
     loss_gradients_finish(&grad);
-    if (loss_result(clipft_torch.aoti_torch_dtype_float32(), scale_value, &d_scale, &error)) {
-        stack[0] = clipft_box(&grad.image);
-        stack[1] = clipft_box(&grad.text);
-        stack[2] = clipft_box(&d_scale);
-    }
+    if (loss_result(clipft_dtype_float32(), scale_value, &d_scale, error))
+        *results = (contrastive_loss_backward_results){clipft_box(&grad.image), clipft_box(&grad.text), clipft_box(&d_scale)};
 done:
     loss_gradients_free(&grad);
     free_targets(&t);
@@ -162,5 +164,5 @@ done:
     clipft_release(&col_lse);
     clipft_release(&tiles);
     clipft_release(&d_scale);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CPU_ENTRY(contrastive_loss_backward)

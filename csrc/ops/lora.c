@@ -1,10 +1,9 @@
-/* lora_linear: y = x W^T + b + s drop(act(x)) A^T B^T and its gradients. The products with W are torch's, the rest is kernels/lora.h.
+/* lora_linear: y = x W^T + b + s drop(act(x)) A^T B^T and its gradients. The products with W are torch's, the rest is kernels/lora/lora.h.
  *
  * In float32 the rank products go first: they write y with the bias in it (and dx), which the large product then adds to, as it would add
  * to a bias. In 16-bit floats they go last and add in float32 to what the large product rounded: merged into W they would vanish in its
  * rounding. */
 #include "lora_inputs.h"
-#include "ops.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -29,31 +28,27 @@ static bool forward_products(const lora_inputs *in, const clipft_view *activated
     return clipft_torch_gemm(y, in->bias_row.data ? &in->bias_row : NULL, x, &w_t) && clipft_lora_up(&in->lora, host, rank, NULL, y);
 }
 
-void clipft_op_lora_linear(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_lora_linear(const lora_linear_args *args, lora_linear_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "lora_linear"};
     lora_inputs in = {0};
     clipft_tensor output = {0}, rank = {0}, activated = {0};
     clipft_view y = {0}, act = {0};
 
-    if (!lora_take_forward(&in, stack, &error) || !clipft_check_cpu(&in.input, &error) ||
-        !seed_dropout(&in.seed, &in.lora.dropout, clipft_unbox_double(stack[7]), &error) ||
-        !lora_make_output(&in, &output, &y, &rank, &error) || (in.lora.quick_gelu && !lora_temporary(&in, in.in, &activated, &act, &error)))
+    if (!lora_take_forward(&in, args, error) || !clipft_check_cpu(&in.input, error) ||
+        !seed_dropout(&in.seed, &in.lora.dropout, clipft_unbox_float(args->dropout), error) ||
+        !lora_make_output(&in, &output, &y, &rank, error) || (in.lora.quick_gelu && !lora_temporary(&in, in.in, &activated, &act, error)))
         goto done;
-    if (!forward_products(&in, &act, rank.data, &y)) {
-        clipft_fail(&error, "out of memory, or a matrix product failed in torch");
-        goto done;
-    }
-    stack[0] = clipft_box(&output);
-    stack[1] = clipft_box(&rank);
+    if (forward_products(&in, &act, rank.data, &y))
+        *results = (lora_linear_results){clipft_box(&output), clipft_box(&rank)};
+    else
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or a matrix product failed in torch");
 done:
     clipft_release(&output);
     clipft_release(&rank);
     clipft_release(&activated);
     lora_free_inputs(&in);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CPU_ENTRY(lora_linear)
 
 /* ---- backward ---- */
 
@@ -61,7 +56,7 @@ static void zero_gradient(const clipft_tensor *t)
 {
     int64_t n = 1;
     for (int64_t d = 0; d < t->ndim; ++d) n *= t->size[d];
-    memset(t->data, 0, (size_t)n * (t->dtype == clipft_torch.aoti_torch_dtype_float32() ? 4 : 2));
+    memset(t->data, 0, (size_t)n * (t->dtype == clipft_dtype_float32() ? 4 : 2));
 }
 
 /* Sums over no rows. */
@@ -102,49 +97,44 @@ static bool backward_products(const lora_inputs *in, const lora_gradients *g, co
     return down_gradients(in, g, dy) && weight_gradient(in, g, dy) && (!g->d_bias.data || clipft_column_sums(host, dy, &g->d_bias));
 }
 
-void clipft_op_lora_linear_backward(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_lora_linear_backward(const lora_linear_backward_args *args, lora_linear_backward_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "lora_linear_backward"};
     lora_inputs in = {0};
     lora_saved saved = {0};
     lora_gradients g = {0};
 
-    if (lora_take_backward(&in, &saved, stack, &error) && clipft_check_cpu(&in.input, &error) &&
-        seed_dropout(&in.seed, &in.lora.dropout, clipft_unbox_double(stack[8]), &error) &&
-        lora_make_gradients(&g, &in, stack + 10, &error)) {
+    if (lora_take_backward(&in, &saved, args, error) && clipft_check_cpu(&in.input, error) &&
+        seed_dropout(&in.seed, &in.lora.dropout, clipft_unbox_float(args->dropout), error) && lora_make_gradients(&g, &in, args, error)) {
         if (backward_products(&in, &g, &saved.dy, saved.rank.data))
-            lora_box_gradients(&g, stack);
+            *results = lora_box_gradients(&g);
         else
-            clipft_fail(&error, "out of memory, or a matrix product failed in torch");
+            clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or a matrix product failed in torch");
     }
     lora_free_gradients(&g);
     lora_free_inputs(&in);
     lora_free_saved(&saved);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CPU_ENTRY(lora_linear_backward)
 
 /* ---- the mask alone ---- */
 
-void clipft_op_dropout_mask(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_dropout_mask(const dropout_mask_args *args, dropout_mask_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "dropout_mask"};
-    const int64_t sizes[] = {(int64_t)stack[1], (int64_t)stack[2]};
+    const int64_t sizes[] = {clipft_unbox_int(args->rows), clipft_unbox_int(args->cols)};
+    const double p = clipft_unbox_float(args->dropout);
     clipft_tensor seed, mask = {0};
     clipft_dropout dropout;
 
-    if (!clipft_unbox(stack[0], "seed", &seed, &error) || !lora_check_dropout(&seed, clipft_unbox_double(stack[3]), &dropout, &error) ||
-        !seed_dropout(&seed, &dropout, clipft_unbox_double(stack[3]), &error) || !lora_check_mask(sizes, &error))
+    if (!clipft_unbox(args->seed, "seed", &seed, error) || !lora_check_dropout(&seed, p, &dropout, error) ||
+        !seed_dropout(&seed, &dropout, p, error) || !lora_check_mask(sizes, error) ||
+        !clipft_empty(clipft_dtype_float32(), 2, sizes, &mask, error))
         goto done;
-    if (!clipft_empty(clipft_torch.aoti_torch_dtype_float32(), 2, sizes, &mask, &error)) goto done;
-    if (!clipft_dropout_mask(&dropout, &clipft_torch_host, mask.data, sizes[0], sizes[1])) {
-        clipft_fail(&error, "torch's threads failed");
-        goto done;
-    }
-    stack[0] = clipft_box(&mask);
+    if (clipft_dropout_mask(&dropout, &clipft_torch_host, mask.data, sizes[0], sizes[1]))
+        results->result = clipft_box(&mask);
+    else
+        clipft_fail(error, CLIPFT_RUNTIME_ERROR, "torch's threads failed");
 done:
     clipft_release(&mask);
     clipft_release(&seed);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CPU_ENTRY(dropout_mask)

@@ -2,8 +2,8 @@
 #ifndef CLIPFT_LORA_INPUTS_H
 #define CLIPFT_LORA_INPUTS_H
 
-#include "../kernels/lora.h"
-#include "../tensor.h"
+#include "../kernels/lora/lora.h"
+#include "ops.h"
 
 typedef struct lora_inputs {
     clipft_tensor input, weight, bias, lora_a, lora_b, seed;
@@ -13,12 +13,12 @@ typedef struct lora_inputs {
 } lora_inputs;
 
 /* The arguments of lora_linear, and of its backward pass, which come with what the forward pass left. Free them in any case. */
-bool lora_take_forward(lora_inputs *in, const StableIValue *stack, clipft_error *error);
+bool lora_take_forward(lora_inputs *in, const lora_linear_args *args, clipft_error *error);
 typedef struct lora_saved {
     clipft_tensor grad, rank;
     clipft_view dy;
 } lora_saved;
-bool lora_take_backward(lora_inputs *in, lora_saved *saved, const StableIValue *stack, clipft_error *error);
+bool lora_take_backward(lora_inputs *in, lora_saved *saved, const lora_linear_backward_args *args, clipft_error *error);
 void lora_free_inputs(lora_inputs *in);
 void lora_free_saved(lora_saved *saved);
 
@@ -39,14 +39,14 @@ typedef struct lora_gradients {
     clipft_view act;
 } lora_gradients;
 
-/* `needs`: five slots, in the order of the tensors. Free them in any case; boxing takes them out. */
-bool lora_make_gradients(lora_gradients *g, const lora_inputs *in, const StableIValue *needs, clipft_error *error);
-void lora_box_gradients(lora_gradients *g, StableIValue *stack);
+/* Those that the arguments ask for. Free them in any case; boxing takes them out. */
+bool lora_make_gradients(lora_gradients *g, const lora_inputs *in, const lora_linear_backward_args *args, clipft_error *error);
+lora_linear_backward_results lora_box_gradients(lora_gradients *g);
 void lora_free_gradients(lora_gradients *g);
 
 /* quick_gelu alone: its input, or gradient and input, in order in memory; a result like the input. */
-bool gelu_take(StableIValue slot, const char *name, clipft_tensor *t, clipft_view *view, clipft_error *error);
-bool gelu_take_gradient(const StableIValue *stack, clipft_tensor *grad, clipft_view *dy, clipft_tensor *input, clipft_view *x,
+bool gelu_take(clipft_slot_Tensor slot, const char *name, clipft_tensor *t, clipft_view *view, clipft_error *error);
+bool gelu_take_gradient(const quick_gelu_backward_args *args, clipft_tensor *grad, clipft_view *dy, clipft_tensor *input, clipft_view *x,
                         clipft_error *error);
 bool gelu_make_result(const clipft_tensor *like, clipft_tensor *out, clipft_view *view, clipft_error *error);
 

@@ -4,9 +4,7 @@
 
 static bool check_embeds(const clipft_tensor *t, clipft_error *error)
 {
-    if (!clipft_is_float(t))
-        return clipft_fail(error, "%s must be float32, bfloat16 or float16, got %s", t->name, clipft_dtype_name(t->dtype));
-    return clipft_check_dim(t, 2, "[N, D]", error);
+    return clipft_check_float(t, error) && clipft_check_dim(t, 2, "[N, D]", error);
 }
 
 static bool check_pairing(const loss_inputs *in, bool shard, int64_t row_offset, clipft_error *error)
@@ -14,24 +12,25 @@ static bool check_pairing(const loss_inputs *in, bool shard, int64_t row_offset,
     const clipft_tensor *image = &in->image, *text = &in->text;
     char expected[64], got[64];
     if (text->dtype != image->dtype)
-        return clipft_fail(error, "text_embeds must have the dtype of image_embeds, %s, got %s", clipft_dtype_name(image->dtype),
-                           clipft_dtype_name(text->dtype));
+        return clipft_fail(error, CLIPFT_TYPE_ERROR, "text_embeds must have the dtype of image_embeds, %s, got %s",
+                           clipft_dtype_name(image->dtype), clipft_dtype_name(text->dtype));
+    if (!clipft_check_beside(text, image, error)) return false;
     if (text->size[1] != image->size[1] || (!shard && text->size[0] != image->size[0]))
-        return clipft_fail(error, "text_embeds must have the shape of image_embeds, %s, got %s",
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "text_embeds must have the shape of image_embeds, %s, got %s",
                            clipft_shape_text(image, expected, sizeof expected), clipft_shape_text(text, got, sizeof got));
     if (text->size[0] == 0 || text->size[1] == 0)
-        return clipft_fail(error, "image_embeds must hold at least one pair and one feature, got shape %s",
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "image_embeds must hold at least one pair and one feature, got shape %s",
                            clipft_shape_text(text, got, sizeof got));
     if (row_offset < 0 || row_offset > text->size[0] - image->size[0])
-        return clipft_fail(error, "row_offset must leave the %lld images of this shard among the %lld pairs, got %lld",
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "row_offset must leave the %lld images of this shard among the %lld pairs, got %lld",
                            (long long)image->size[0], (long long)text->size[0], (long long)row_offset);
     return true;
 }
 
 bool loss_check_scalar(const clipft_tensor *tensor, const clipft_tensor *beside, clipft_error *error)
 {
-    return clipft_check_dtype(tensor, clipft_torch.aoti_torch_dtype_float32(), "a float32 tensor", error) &&
-           clipft_check_beside(tensor, beside, error) && clipft_check_dim(tensor, 0, "0-d", error);
+    return clipft_check_dtype(tensor, clipft_dtype_float32(), "a float32 tensor", error) && clipft_check_beside(tensor, beside, error) &&
+           clipft_check_dim(tensor, 0, "0-d", error);
 }
 
 bool loss_scalar(const clipft_tensor *tensor, const clipft_tensor *beside, float *value, clipft_error *error)
@@ -41,19 +40,19 @@ bool loss_scalar(const clipft_tensor *tensor, const clipft_tensor *beside, float
     return true;
 }
 
-bool loss_inputs_unbox(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error)
+bool loss_inputs_unbox(loss_inputs *in, const loss_slots *slots, clipft_error *error)
 {
-    bool ok = clipft_unbox(stack[0], "image_embeds", &in->image, error);
-    ok &= clipft_unbox(stack[1], "text_embeds", &in->text, error);
-    ok &= clipft_unbox(stack[2], "logit_scale", &in->scale, error);
-    in->logits.row_offset = row_offset;
-    return ok && check_embeds(&in->image, error) && check_embeds(&in->text, error) && clipft_check_beside(&in->text, &in->image, error) &&
-           check_pairing(in, shard, row_offset, error) && loss_check_scalar(&in->scale, &in->image, error);
+    bool ok = clipft_unbox(slots->image_embeds, "image_embeds", &in->image, error);
+    ok &= clipft_unbox(slots->text_embeds, "text_embeds", &in->text, error);
+    ok &= clipft_unbox(slots->logit_scale, "logit_scale", &in->scale, error);
+    in->logits.row_offset = slots->row_offset;
+    return ok && check_embeds(&in->image, error) && check_embeds(&in->text, error) &&
+           check_pairing(in, slots->shard, slots->row_offset, error) && loss_check_scalar(&in->scale, &in->image, error);
 }
 
-bool loss_inputs_take(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error)
+bool loss_inputs_take(loss_inputs *in, const loss_slots *slots, clipft_error *error)
 {
-    return loss_inputs_unbox(in, stack, shard, row_offset, error) && clipft_check_cpu(&in->image, error) &&
+    return loss_inputs_unbox(in, slots, error) && clipft_check_cpu(&in->image, error) &&
            loss_scalar(&in->scale, &in->image, &in->logits.scale, error) &&
            clipft_float_matrix(&in->image, &in->logits.image, &in->image_copy, error) &&
            clipft_float_matrix(&in->text, &in->logits.text, &in->text_copy, error);
@@ -71,7 +70,7 @@ void loss_inputs_free(loss_inputs *in)
 bool loss_result(int32_t dtype, double value, clipft_tensor *out, clipft_error *error)
 {
     if (!clipft_empty(dtype, 0, NULL, out, error)) return false;
-    if (dtype == clipft_torch.aoti_torch_dtype_float32())
+    if (dtype == clipft_dtype_float32())
         *(float *)out->data = (float)value;
     else
         *(double *)out->data = value;
@@ -82,23 +81,24 @@ bool loss_check_targets(const clipft_tensor *labels, double smoothing, const los
 {
     const int64_t n = in->text.size[0];
     char shape[64];
-    if (!(smoothing >= 0.0 && smoothing < 1.0)) return clipft_fail(error, "label_smoothing must be in [0, 1), got %g", smoothing);
+    if (!(smoothing >= 0.0 && smoothing < 1.0))
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "label_smoothing must be in [0, 1), got %g", smoothing);
     if (labels->ndim == 1 && labels->size[0] == 0) return true;
-    if (!clipft_check_dtype(labels, clipft_torch.aoti_torch_dtype_int64(), "int64", error) ||
-        !clipft_check_beside(labels, &in->image, error))
-        return false;
+    if (!clipft_check_dtype(labels, clipft_dtype_int64(), "int64", error)) return false;
     if (labels->ndim != 1 || labels->size[0] != n)
-        return clipft_fail(error, "labels must have one entry per pair, [%lld], got shape %s", (long long)n,
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "labels must have one entry per pair, [%lld], got shape %s", (long long)n,
                            clipft_shape_text(labels, shape, sizeof shape));
-    return n <= INT32_MAX || clipft_fail(error, "labels must number at most %d pairs, got %lld", INT32_MAX, (long long)n);
+    if (!clipft_check_beside(labels, &in->image, error)) return false;
+    return n <= INT32_MAX ||
+           clipft_fail(error, CLIPFT_VALUE_ERROR, "labels must number at most %d pairs, got %lld", INT32_MAX, (long long)n);
 }
 
 bool loss_check_lse(const clipft_tensor *t, int64_t n, clipft_error *error)
 {
     char shape[64];
-    if (!clipft_check_dtype(t, clipft_torch.aoti_torch_dtype_float64(), "float64", error)) return false;
+    if (!clipft_check_dtype(t, clipft_dtype_float64(), "float64", error)) return false;
     return (t->ndim == 1 && t->size[0] == n && (n < 2 || t->stride[0] == 1)) ||
-           clipft_fail(error, "%s must be [%lld] and contiguous, got shape %s", t->name, (long long)n,
+           clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be [%lld] and contiguous, got shape %s", t->name, (long long)n,
                        clipft_shape_text(t, shape, sizeof shape));
 }
 
@@ -113,7 +113,7 @@ bool loss_keep_tiles(loss_inputs *in, bool keep, clipft_tensor *tiles, clipft_er
 {
     const int64_t cols = in->logits.text.rows;
     const int64_t sizes[] = {keep ? kept_rows(in->logits.image.rows, cols) : 0, cols};
-    if (!clipft_empty(clipft_torch.aoti_torch_dtype_float32(), 2, sizes, tiles, error)) return false;
+    if (!clipft_empty(clipft_dtype_float32(), 2, sizes, tiles, error)) return false;
     in->logits.kept = tiles->data;
     in->logits.kept_rows = sizes[0];
     return true;
@@ -123,12 +123,12 @@ bool loss_reuse_tiles(loss_inputs *in, const clipft_tensor *tiles, clipft_error 
 {
     const int64_t rows = in->logits.image.rows, cols = in->logits.text.rows;
     char shape[64];
-    if (!clipft_check_dtype(tiles, clipft_torch.aoti_torch_dtype_float32(), "float32", error) ||
-        !clipft_check_dim(tiles, 2, "[rows, N]", error))
+    if (!clipft_check_dtype(tiles, clipft_dtype_float32(), "float32", error) || !clipft_check_dim(tiles, 2, "[rows, N]", error))
         return false;
     if ((tiles->size[0] != 0 && tiles->size[0] != kept_rows(rows, cols)) || tiles->size[1] != cols ||
         (tiles->size[0] > 0 && (tiles->stride[0] != cols || tiles->stride[1] != 1)))
-        return clipft_fail(error, "tiles must be what the forward pass returned, [0 or %lld, %lld] contiguous, got shape %s",
+        return clipft_fail(error, CLIPFT_VALUE_ERROR,
+                           "tiles must be what the forward pass returned, [0 or %lld, %lld] contiguous, got shape %s",
                            (long long)kept_rows(rows, cols), (long long)cols, clipft_shape_text(tiles, shape, sizeof shape));
     in->logits.kept = tiles->data;
     in->logits.kept_rows = tiles->size[0];

@@ -2,7 +2,8 @@
 #ifndef CLIPFT_LOSS_INPUTS_H
 #define CLIPFT_LOSS_INPUTS_H
 
-#include "../tensor.h"
+#include "../kernels/loss/loss.h"
+#include "ops.h"
 
 /* Floats that a forward pass may keep for its backward pass: all tiles up to N = 3238. */
 enum { CLIPFT_KEEP = 40 * 1024 * 1024 / 4 };
@@ -13,11 +14,18 @@ typedef struct loss_inputs {
     clipft_logits logits;
 } loss_inputs;
 
-/* Unboxes slots 0 .. 2 and checks them; all lie on one device. `shard`: the images are some rows of a batch that has as many texts as
- * pairs; otherwise the shapes agree. */
-bool loss_inputs_unbox(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error);
+/* What every op of the losses takes. `shard`: the images are some rows, from row_offset on, of a batch that has as many texts as pairs;
+ * otherwise the shapes agree. */
+typedef struct loss_slots {
+    clipft_slot_Tensor image_embeds, text_embeds, logit_scale;
+    bool shard;
+    int64_t row_offset;
+} loss_slots;
+
+/* Unboxes and checks them; all lie on one device. */
+bool loss_inputs_unbox(loss_inputs *in, const loss_slots *slots, clipft_error *error);
 /* The same on the CPU, with values read. */
-bool loss_inputs_take(loss_inputs *in, const StableIValue *stack, bool shard, int64_t row_offset, clipft_error *error);
+bool loss_inputs_take(loss_inputs *in, const loss_slots *slots, clipft_error *error);
 void loss_inputs_free(loss_inputs *in);
 
 /* A one-element float32 argument beside another tensor, and its value on the CPU. */
@@ -27,7 +35,11 @@ bool loss_scalar(const clipft_tensor *tensor, const clipft_tensor *beside, float
 /* A new 0-d float32 or float64 result. */
 bool loss_result(int32_t dtype, double value, clipft_tensor *out, clipft_error *error);
 
-/* Checks slots 3 and 4 of the contrastive loss: labels (none when empty) and label_smoothing. */
+/* The contrastive loss's targets: labels (none when empty) and label_smoothing. */
+typedef struct target_slots {
+    clipft_slot_Tensor labels;
+    clipft_slot_float label_smoothing;
+} target_slots;
 bool loss_check_targets(const clipft_tensor *labels, double smoothing, const loss_inputs *in, clipft_error *error);
 /* What the contrastive loss's forward pass returned: float64, [n]. */
 bool loss_check_lse(const clipft_tensor *lse, int64_t n, clipft_error *error);

@@ -1,6 +1,5 @@
 /* quantized_linear: y = act(x W^T + b) with int8 weights as they are saved; quantized_chain: one or two layers packed by quantized_pack,
- * with the norm before and the residual behind them. The work is kernels/int8.h. */
-#include "ops.h"
+ * with the norm before and the residual behind them. The work is kernels/int8/int8.h. */
 #include "quantized_inputs.h"
 
 #include <stdlib.h>
@@ -10,80 +9,74 @@ static bool multiply(const int8_inputs *in, clipft_tensor *output, clipft_error 
 {
     clipft_view y;
     return clipft_check_cpu(&in->input, error) && int8_make_output(in, output, &y, error) &&
-           (clipft_int8_run(&in->chain, &clipft_torch_host, &in->x, &y) || clipft_fail(error, "out of memory, or torch's threads failed"));
+           (clipft_int8_run(&in->chain, &clipft_torch_host, &in->x, &y) ||
+            clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or torch's threads failed"));
 }
 
 static bool pack(const clipft_tensor *weight, uint8_t *packed, clipft_error *error)
 {
-    return clipft_int8_pack(&clipft_torch_host, weight->data, weight->size[0], weight->size[1], weight->stride[0], weight->stride[1],
-                            packed) ||
-           clipft_fail(error, "torch's threads failed");
+    const clipft_int8_weights w = {weight->data, weight->size[0], weight->size[1], weight->stride[0], weight->stride[1]};
+    return clipft_int8_pack(&clipft_torch_host, &w, packed) || clipft_fail(error, CLIPFT_RUNTIME_ERROR, "torch's threads failed");
 }
 
-void clipft_op_quantized_linear(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_quantized_linear(const quantized_linear_args *args, quantized_linear_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "quantized_linear"};
     int8_inputs in = {0};
     clipft_int8_layer *layer = in.chain.layers;
     clipft_tensor output = {0};
     uint8_t *packed = NULL;
 
-    if (!int8_take_linear(&in, stack, &error) || !clipft_check_cpu(&in.input, &error)) goto done;
+    if (!int8_take_linear(&in, args, error) || !clipft_check_cpu(&in.input, error)) goto done;
     packed = malloc((size_t)clipft_int8_packed_size(layer->out, layer->in));
     layer->packed = packed;
     if (!packed)
-        clipft_fail(&error, "no memory for packed weights, [%lld, %lld]", (long long)layer->out, (long long)layer->in);
-    else if (pack(&in.layers[0].weight, packed, &error) && multiply(&in, &output, &error))
-        stack[0] = clipft_box(&output);
+        clipft_fail(error, CLIPFT_OUT_OF_MEMORY, "no memory for packed weights, [%lld, %lld]", (long long)layer->out, (long long)layer->in);
+    else if (pack(&in.layers[0].weight, packed, error) && multiply(&in, &output, error))
+        results->result = clipft_box(&output);
 done:
     free(packed);
     clipft_release(&output);
     int8_inputs_free(&in);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CPU_ENTRY(quantized_linear)
 
 /* What quantized_pack gave becomes a layer. */
 static bool check_packed(const clipft_tensor *t, const clipft_tensor *input, clipft_int8_layer *layer, clipft_error *error)
 {
     clipft_int8_header header;
-    if (!clipft_check_dtype(t, clipft_torch.aoti_torch_dtype_uint8(), "uint8", error) || !clipft_check_cpu(t, error) ||
+    if (!clipft_check_dtype(t, clipft_dtype_uint8(), "uint8", error) || !clipft_check_cpu(t, error) ||
         !clipft_check_beside(t, input, error) || !clipft_check_dim(t, 1, "[bytes]", error))
         return false;
     if (t->stride[0] != 1 || !clipft_int8_packed(t->data, t->size[0], &header))
-        return clipft_fail(error, "%s must be what quantized_pack gave", t->name);
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be what quantized_pack gave", t->name);
     *layer = (clipft_int8_layer){.packed = t->data, .out = header.out, .in = header.in};
     return true;
 }
 
-void clipft_op_quantized_chain(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_quantized_chain(const quantized_chain_args *args, quantized_chain_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "quantized_chain"};
     int8_inputs in = {0};
     clipft_tensor output = {0};
-    if (int8_take_chain(&in, stack, check_packed, &error) && multiply(&in, &output, &error)) stack[0] = clipft_box(&output);
+    if (int8_take_chain(&in, args, check_packed, error) && multiply(&in, &output, error)) results->result = clipft_box(&output);
     clipft_release(&output);
     int8_inputs_free(&in);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CPU_ENTRY(quantized_chain)
 
-void clipft_op_quantized_pack(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)
+static void run_quantized_pack(const quantized_pack_args *args, quantized_pack_results *results, clipft_error *error)
 {
-    (void)num_inputs, (void)num_outputs;
-    clipft_error error = {.op = "quantized_pack"};
     clipft_tensor weight, packed = {0};
     clipft_int8_layer layer;
     int64_t size;
 
-    if (!clipft_unbox(stack[0], "weight_int8", &weight, &error) || !int8_check_plain(&weight, &weight, &layer, &error) ||
-        !clipft_check_cpu(&weight, &error))
+    if (!clipft_unbox(args->weight_int8, "weight_int8", &weight, error) || !int8_check_plain(&weight, &weight, &layer, error) ||
+        !clipft_check_cpu(&weight, error))
         goto done;
     size = clipft_int8_packed_size(layer.out, layer.in);
-    if (clipft_empty(clipft_torch.aoti_torch_dtype_uint8(), 1, &size, &packed, &error) && pack(&weight, packed.data, &error))
-        stack[0] = clipft_box(&packed);
+    if (clipft_empty(clipft_dtype_uint8(), 1, &size, &packed, error) && pack(&weight, packed.data, error))
+        results->result = clipft_box(&packed);
 done:
     clipft_release(&packed);
     clipft_release(&weight);
-    clipft_throw(&error, __FILE__, __LINE__);
 }
+CLIPFT_CPU_ENTRY(quantized_pack)

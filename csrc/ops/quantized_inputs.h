@@ -2,8 +2,8 @@
 #ifndef CLIPFT_QUANTIZED_INPUTS_H
 #define CLIPFT_QUANTIZED_INPUTS_H
 
-#include "../kernels/int8.h"
-#include "../tensor.h"
+#include "../kernels/int8/int8.h"
+#include "ops.h"
 
 typedef struct int8_layer_tensors {
     clipft_tensor weight, scale, bias;
@@ -22,8 +22,8 @@ typedef bool (*int8_check_weight)(const clipft_tensor *weight, const clipft_tens
 bool int8_check_plain(const clipft_tensor *weight, const clipft_tensor *input, clipft_int8_layer *layer, clipft_error *error);
 
 /* The arguments of quantized_linear and of quantized_chain. Free them in any case. */
-bool int8_take_linear(int8_inputs *in, const StableIValue *stack, clipft_error *error);
-bool int8_take_chain(int8_inputs *in, const StableIValue *stack, int8_check_weight check, clipft_error *error);
+bool int8_take_linear(int8_inputs *in, const quantized_linear_args *args, clipft_error *error);
+bool int8_take_chain(int8_inputs *in, const quantized_chain_args *args, int8_check_weight check, clipft_error *error);
 void int8_inputs_free(int8_inputs *in);
 
 /* A new tensor for the result, beside the input. */

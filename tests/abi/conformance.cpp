@@ -9,6 +9,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/c/shim.h>
+#include <torch/headeronly/core/DeviceType.h>
 
 namespace ours
 {
@@ -27,3 +28,9 @@ CLIPFT_TORCH_FUNCTIONS(CONFORMS)
     static_assert(std::is_same_v<canon<decltype(&::name)>::type, canon<decltype(ours::clipft_torch_cuda_abi::name)>::type>,                \
                   #name ": csrc/torch_abi.h differs from torch");
 CLIPFT_TORCH_CUDA_FUNCTIONS(CONFORMS)
+
+// csrc/tensor.c names devices by these.
+static_assert((int)c10::DeviceType::CPU == 0 && (int)c10::DeviceType::CUDA == 1 && (int)c10::DeviceType::HIP == 6 &&
+              (int)c10::DeviceType::XLA == 9 && (int)c10::DeviceType::XPU == 12 && (int)c10::DeviceType::MPS == 13 &&
+              (int)c10::DeviceType::Meta == 14 && (int)c10::DeviceType::HPU == 15 && (int)c10::DeviceType::MTIA == 19 &&
+              (int)c10::DeviceType::PrivateUse1 == 20);

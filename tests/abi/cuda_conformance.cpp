@@ -1,4 +1,4 @@
-// Each prototype of csrc/cuda_driver.h and cuda_compile.h, and each attribute number, equals the one in CUDA's own headers. Compiles or
+// Each prototype of csrc/cuda_runtime/driver.h and compile.h, and each attribute number, equals the one in CUDA's own headers. Compiles or
 // does not: c++ -std=c++20 -fsyntax-only -I<CUDA>/include.
 #include <cstddef>
 #include <cstdint>
@@ -8,8 +8,8 @@
 #include <nvrtc.h>
 
 namespace ours {
-#include "../../csrc/cuda_compile.h"
-#include "../../csrc/cuda_driver.h"
+#include "../../csrc/cuda_runtime/compile.h"
+#include "../../csrc/cuda_runtime/driver.h"
 } // namespace ours
 
 #include "canon.h"
@@ -29,6 +29,6 @@ struct canon<T> {
 CLIPFT_CUDA_FUNCTIONS(DRIVER)
 CLIPFT_NVRTC_FUNCTIONS(NVRTC)
 
-// csrc/cuda_driver.c
+// csrc/cuda_runtime/driver.c
 static_assert(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE == 38 && CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR == 75 &&
               CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR == 76);

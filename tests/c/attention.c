@@ -4,7 +4,7 @@
  * that, twice (they are divided by their sum), and the exponential's own 3 u; their sums over the keys by (length + 4) u. */
 #include "check.h"
 
-#include "../../csrc/kernels/attention.h"
+#include "../../csrc/kernels/attention/attention.h"
 
 static const double u = 0x1p-24;
 

@@ -3,6 +3,7 @@
 #define CLIPFT_TEST_CHECK_H
 
 #include "../../csrc/dispatch.h"
+#include "../../csrc/kernels/common/host.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -56,6 +57,7 @@ void test_convert(void);
 void test_gemm(void);
 void test_lora_rows(void);
 void test_lora(void);
+void test_int8_rows(void);
 void test_int8(void);
 void test_attention(void);
 

@@ -1,6 +1,8 @@
 /* All 65536 bfloat16 and float16 values there and back, and rounding of what lies between. */
 #include "check.h"
 
+#include "../../csrc/kernels/common/convert.h"
+
 #include <string.h>
 
 static double half_value(uint16_t h)

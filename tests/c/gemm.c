@@ -3,7 +3,7 @@
  * Tolerance: a sum of n products in float, in any order, errs by at most (n + 1) u of the sum of magnitudes, u = 2^-24. */
 #include "check.h"
 
-#include "../../csrc/kernels/gemm.h"
+#include "../../csrc/kernels/common/gemm.h"
 
 #include <string.h>
 

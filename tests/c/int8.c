@@ -1,189 +1,9 @@
-/* The int8 kernels and the driver over them: sums and quantised rows equal the reference's bit for bit at every shape around the tiles, on
- * buffers of exact size; results against float64. */
-#include "check.h"
+/* The driver over the int8 kernels against float64: shapes around its blocks, dtypes, chains, and a slot that multiplies otherwise. */
+#include "int8.h"
 
-#include "../../csrc/kernels/int8.h"
-#include "../../csrc/kernels/int8_kernels.h"
+#include "../../csrc/kernels/common/sizes.h"
 
 #include <float.h>
-#include <string.h>
-
-static const double u = 0x1p-24;
-#define COUNT(array) (int)(sizeof(array) / sizeof *(array))
-
-static int pick(int low, int high) { return low + (int)((uniform() * 0.5F + 0.5F) * (float)(high - low + 1)); }
-
-static void check_same(const void *got, const void *want, size_t bytes, const char *what, int64_t size)
-{
-    check_near(memcmp(got, want, bytes) != 0, 0.0, 0.0, what, size);
-}
-
-/* ---- micro-kernels ---- */
-
-enum { RANDOM, LARGEST, SMALLEST, ALTERNATING, VALUES };
-
-static void fill_tile(uint8_t *x, int64_t n, int8_t *w, int64_t m, int values)
-{
-    for (int64_t k = 0; k < n; ++k) x[k] = (uint8_t)(values == RANDOM ? pick(0, 127) : 127);
-    for (int64_t k = 0; k < m; ++k)
-        w[k] = (int8_t)(values == RANDOM ? pick(-128, 127) : values == LARGEST ? 127 : values == SMALLEST || k % 2 ? -128 : 127);
-}
-
-static void test_dot(int64_t rows, int64_t panels, int64_t depth, int values)
-{
-    const int64_t stride = depth + 5, w_stride = depth * CLIPFT_INT8_PANEL + 64, x_size = rows > 0 ? (rows - 1) * stride + depth : 0;
-    const int64_t w_size = (panels - 1) * w_stride + depth * CLIPFT_INT8_PANEL;
-    const size_t bytes = (size_t)(rows * CLIPFT_INT8_COLS) * sizeof(int32_t);
-    uint8_t *x = check_alloc(x_size, 1);
-    int8_t *w = check_alloc(w_size, 1);
-    int32_t *sums = check_alloc(rows * CLIPFT_INT8_COLS, sizeof *sums), *want = check_alloc(rows * CLIPFT_INT8_COLS, sizeof *want);
-    const clipft_int8_tile tile = {x, w, stride, w_stride, rows, panels, depth, w, rows % 3};
-    fill_tile(x, x_size, w, w_size, values);
-    memset(sums, 0x55, bytes);
-    memset(want, 0x55, bytes);
-    clipft_kernel_table.int8_dot(&tile, sums);
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t c = 0; c < panels * CLIPFT_INT8_PANEL; ++c) {
-            const int8_t *channel = w + c / CLIPFT_INT8_PANEL * w_stride + 4 * (c % CLIPFT_INT8_PANEL);
-            int32_t sum = 0;
-            for (int64_t k = 0; k < depth; ++k) sum += x[i * stride + k] * channel[k / 4 * 4 * CLIPFT_INT8_PANEL + k % 4];
-            want[i * CLIPFT_INT8_COLS + c] = sum;
-        }
-    check_same(sums, want, bytes, "int8_dot", depth);
-    free(x), free(w), free(sums), free(want);
-}
-
-static void test_range(int64_t n, float spread, int64_t special, float value)
-{
-    float *x = floats(n);
-    clipft_range got = {-0.5F, 0.25F, 0.0F}, want = got;
-    for (int64_t j = 0; j < n; ++j) x[j] = uniform() * spread;
-    if (special < n) x[special] = value;
-    clipft_kernel_table.row_range(x, n, &got);
-    clipft_row_range_ref(x, n, &want);
-    check_near((double)got.bad, (double)want.bad, 0.0, "row_range bad", n);
-    if (special >= n) {
-        check_near((double)got.low, (double)want.low, 0.0, "row_range low", n);
-        check_near((double)got.high, (double)want.high, 0.0, "row_range high", n);
-    }
-    free(x);
-}
-
-/* Among the values are exact halves, which go to even, and what has to be clamped. */
-static void test_quantize(int64_t n, float inverse, int32_t zero)
-{
-    float *x = calloc((size_t)n + 1, sizeof *x);
-    if (!x) abort();
-    uint8_t *got = check_alloc(n, 1), *want = check_alloc(n, 1);
-    for (int64_t j = 0; j < n; ++j) x[j] = (j % 3 ? uniform() * 80.0F : (float)pick(-300, 300) * 0.5F) / inverse;
-    clipft_kernel_table.row_quantize(x, n, inverse, zero, got);
-    clipft_row_quantize_ref(x, n, inverse, zero, want);
-    check_same(got, want, (size_t)n, "row_quantize", n);
-    for (int64_t j = 0; j < n; ++j) {
-        const double level = nearbyint((double)(float)((double)x[j] * (double)inverse)) + zero;
-        check_near(got[j], level < 0 ? 0 : level > 127 ? 127 : level, 0.0, "row_quantize level", n);
-    }
-    free(x), free(got), free(want);
-}
-
-static double activated(double v, clipft_activation activation)
-{
-    if (activation == CLIPFT_QUICK_GELU) return v / (1.0 + exp(-1.702 * v));
-    if (activation == CLIPFT_GELU) return 0.5 * v * erfc(-v * sqrt(0.5));
-    return v;
-}
-
-/* Four roundings before the activation, whose slope is at most 1.13; then quick_gelu's exponential (2 u and u |t| for its argument's
- * rounding), or gelu's erfc, whose formula errs by 0.75e-7 |v| and is evaluated with a few roundings of numbers below 1. */
-static double tolerance(double v, double size, clipft_activation activation)
-{
-    const double before = 4.0 * u * size * 1.13;
-    if (activation == CLIPFT_QUICK_GELU) return before + u * (8.0 + 4.0 * fabs(v)) * fabs(activated(v, activation)) + 1e-36;
-    return activation == CLIPFT_GELU ? before + (1e-7 + 8.0 * u) * fabs(v) : before;
-}
-
-/* Every second time with a residual, which the results then replace. */
-static void test_finish(int64_t rows, int64_t cols, clipft_activation activation, float spread)
-{
-    static bool residual;
-    float row_scale[12], col_scale[CLIPFT_INT8_COLS], bias[CLIPFT_INT8_COLS];
-    int32_t row_zero[12], col_sum[CLIPFT_INT8_COLS], sums[12 * CLIPFT_INT8_COLS] = {0};
-    const int64_t stride = cols + 1;
-    float *out = floats(rows * stride);
-    for (int64_t i = 0; i < rows; ++i) row_scale[i] = fabsf(uniform()) * spread, row_zero[i] = pick(0, 127);
-    for (int64_t j = 0; j < CLIPFT_INT8_COLS; ++j)
-        col_scale[j] = uniform() * 1e-3F, col_sum[j] = pick(-98304, 98304), bias[j] = uniform() * spread;
-    for (int64_t k = 0; k < rows * CLIPFT_INT8_COLS; ++k) sums[k] = pick(-500000, 500000);
-    for (int64_t k = 0; k < rows * stride; ++k) out[k] = 7.0F;
-    residual = !residual;
-    const double before = residual ? 7.0 : 0.0;
-    const clipft_int8_finish finish = {row_scale, row_zero, col_scale, col_sum, bias,   residual ? out : NULL,
-                                       out,       rows,     cols,      stride,  stride, activation};
-    clipft_kernel_table.int8_finish(&finish, sums);
-    for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < cols; ++j) {
-            const double sum = sums[i * CLIPFT_INT8_COLS + j] - (double)row_zero[i] * col_sum[j];
-            const double product = sum * (double)row_scale[i] * (double)col_scale[j], v = product + (double)bias[j];
-            const double want = activated(v, activation) + before, error = tolerance(v, fabs(product) + fabs(v), activation);
-            check_near((double)out[i * stride + j], want, error + u * before * fabs(want), "int8_finish", cols);
-        }
-        check_near((double)out[i * stride + cols], 7.0, 0.0, "int8_finish wrote beyond the row", cols);
-    }
-    free(out);
-}
-
-/* What a huge or a bad row becomes: nothing but a limit of the function, or NaN. */
-static void test_finish_specials(void)
-{
-    const float row_scale[] = {1.0F, -1.0F, NAN, 3e38F, -INFINITY};
-    const int32_t row_zero[5] = {0}, col_sum[CLIPFT_INT8_COLS] = {0};
-    const double want[3][5] = {
-        {1.0, -1.0, NAN, 3e38, -INFINITY}, {0.8457957659, -0.1542042340, NAN, 3e38, 0.0}, {0.8413447461, -0.1586552539, NAN, 3e38, 0.0}};
-    float col_scale[CLIPFT_INT8_COLS], bias[CLIPFT_INT8_COLS] = {0}, out[5 * CLIPFT_INT8_COLS];
-    int32_t sums[5 * CLIPFT_INT8_COLS];
-    for (int j = 0; j < CLIPFT_INT8_COLS; ++j) col_scale[j] = 1.0F;
-    for (int k = 0; k < 5 * CLIPFT_INT8_COLS; ++k) sums[k] = 1;
-    for (int activation = 0; activation < CLIPFT_ACTIVATIONS; ++activation) {
-        const clipft_int8_finish finish = {.row_scale = row_scale,
-                                           .row_zero = row_zero,
-                                           .col_scale = col_scale,
-                                           .col_sum = col_sum,
-                                           .bias = bias,
-                                           .out = out,
-                                           .rows = 5,
-                                           .cols = CLIPFT_INT8_COLS,
-                                           .out_stride = CLIPFT_INT8_COLS,
-                                           .activation = (clipft_activation)activation};
-        clipft_kernel_table.int8_finish(&finish, sums);
-        for (int k = 0; k < 5 * CLIPFT_INT8_COLS; ++k) {
-            const double expected = want[activation][k / CLIPFT_INT8_COLS];
-            check_near((double)out[k], expected, 1e-6 * fabs(expected), "int8_finish of specials", activation);
-        }
-    }
-}
-
-/* Mean and variance err by a few roundings of the row's largest value, however long it is: sums run in many lanes and double would not
- * tell. */
-static void test_norm(int64_t n, float offset, float eps)
-{
-    float x[1040] = {0}, weight[1040] = {0}, bias[1040] = {0}, out[1040];
-    double sum = 0.0, squares = 0.0, largest = 0.0;
-    for (int64_t j = 0; j < n; ++j) x[j] = uniform() + offset, weight[j] = uniform(), bias[j] = uniform(), sum += (double)x[j];
-    const double mean = sum / (double)n;
-    for (int64_t j = 0; j < n; ++j) squares += pow((double)x[j] - mean, 2), largest = fmax(largest, fabs((double)x[j]));
-    const double inverse = 1.0 / sqrt(squares / (double)n + (double)eps);
-    clipft_kernel_table.row_norm(x, n, weight, bias, eps, out);
-    for (int64_t j = 0; j < n; ++j) {
-        const double normed = ((double)x[j] - mean) * inverse, moved = (8.0 + (double)n / 32.0) * u * largest * inverse;
-        const double error = moved * (1.0 + fabs(normed)) + 8.0 * u * fabs(normed);
-        check_near((double)out[j], normed * (double)weight[j] + (double)bias[j],
-                   error * fabs((double)weight[j]) + 2.0 * u * (1.0 + fabs(normed)), "row_norm", n);
-    }
-    clipft_kernel_table.row_norm(x, n, weight, bias, eps, x);
-    check_same(x, out, (size_t)n * sizeof *x, "row_norm in place", n);
-}
-
-/* ---- the driver ---- */
 
 typedef struct layer_case {
     int64_t rows, in, out;
@@ -222,6 +42,12 @@ static double held(const clipft_view *v, int64_t i, int64_t j)
     float x;
     clipft_view_read(v, i, j, 1, &x);
     return (double)x;
+}
+
+static void pack(const int8_t *w, int64_t out, int64_t in, uint8_t *packed)
+{
+    const clipft_int8_weights weights = {w, out, in, in, 1};
+    clipft_int8_pack(&check_host, &weights, packed);
 }
 
 /* Rows 2 and 5, where there are such, are bad; row 1 is zero; row 3 is huge, row 4 denormal. */
@@ -292,7 +118,7 @@ static void test_layer(const layer_case *c)
     set_rows(&d.x);
     for (int64_t j = 0; j < c->out; ++j)
         for (int64_t k = 0; k < c->in; ++k) d.w[j * c->in + k] = (int8_t)(j == 1 ? 0 : pick(-128, 127));
-    clipft_int8_pack(&check_host, d.w, c->out, c->in, c->in, 1, d.packed);
+    pack(d.w, c->out, c->in, d.packed);
     clipft_int8_header header;
     check_near(clipft_int8_packed(d.packed, size, &header) && header.out == c->out && header.in == c->in, 1.0, 0.0, "int8_packed", size);
     check_near(!clipft_int8_packed(d.packed, size - 1, &header), 1.0, 0.0, "int8_packed of a part", size);
@@ -321,14 +147,14 @@ static void test_chain(int64_t rows, clipft_float_kind kind, int count, bool nor
         int8_t *w = check_alloc(in * out, 1);
         uint8_t *packed = check_alloc(clipft_int8_packed_size(out, in), 1);
         for (int64_t j = 0; j < in * out; ++j) w[j] = (int8_t)pick(-128, 127);
-        clipft_int8_pack(&check_host, w, out, in, in, 1, packed);
+        pack(w, out, in, packed);
         chain.layers[k] = (clipft_int8_layer){packed, out, in, scale, {0}, k + 1 < count ? CLIPFT_QUICK_GELU : CLIPFT_NO_ACTIVATION};
         free(w);
     }
     clipft_view_read(&bias, 0, 0, IN, shift);
     for (int64_t i = 0; i < rows; ++i) {
         clipft_view_read(&x, i, 0, IN, row);
-        if (norm) clipft_kernel_table.row_norm(row, IN, clipft_view_floats(&weight, 0, 0), shift, chain.norm_eps, row);
+        if (norm) clipft_kernel_table.int8.row_norm(row, IN, clipft_view_floats(&weight, 0, 0), shift, chain.norm_eps, row);
         clipft_view_write(&normed, i, 0, IN, row);
     }
     clipft_int8_chain first = {.layers = {chain.layers[0]}, .count = 1}, second = {.layers = {chain.layers[1]}, .count = 1};
@@ -358,7 +184,7 @@ static void test_extremes(void)
     for (int64_t j = 0; j < IN; ++j) clipft_view_floats(&x, 0, j)[0] = 127.0F, clipft_view_floats(&x, 1, j)[0] = -127.0F;
     for (int64_t k = 0; k < (int64_t)IN * OUT; ++k) w[k] = (int8_t)(k / IN % 2 ? -128 : 127);
     for (int64_t j = 0; j < OUT; ++j) clipft_view_floats(&scale, 0, j)[0] = 1.0F;
-    clipft_int8_pack(&check_host, w, OUT, IN, IN, 1, packed);
+    pack(w, OUT, IN, packed);
     const clipft_int8_chain chain = {.layers = {{packed, OUT, IN, scale, {0}, CLIPFT_NO_ACTIVATION}}, .count = 1};
     clipft_int8_run(&chain, &check_host, &x, &y);
     for (int64_t i = 0; i < 2; ++i)
@@ -367,35 +193,80 @@ static void test_extremes(void)
     free(x.data), free(y.data), free(scale.data), free(w), free(packed);
 }
 
+/* ---- a slot that multiplies otherwise ---- */
+
+enum { OTHER_LAYOUT = 99, OTHER_DEPTH = 64 };
+
+static int entered;
+
+static void enter(void) { ++entered; }
+static void leave(void) { --entered; }
+
+static void pack_channels(const clipft_int8_weights *w, int8_t *panel, int32_t *sums)
+{
+    for (int64_t c = 0; c < w->out; ++c)
+        for (int64_t k = 0; k < w->in; ++k) {
+            const int8_t value = w->data[c * w->row_stride + k * w->col_stride];
+            panel[c * clipft_round_up(w->in, OTHER_DEPTH) + k] = value;
+            sums[c] += value;
+        }
+}
+
+static void multiply_channels(const clipft_int8_tile *tile, int32_t *sums)
+{
+    check_near(entered, 1.0, 0.0, "int8_dot outside of enter and leave", tile->rows);
+    for (int64_t i = 0; i < tile->rows; ++i)
+        for (int64_t c = 0; c < tile->panels * CLIPFT_INT8_PANEL; ++c) {
+            const int8_t *w = tile->w + c / CLIPFT_INT8_PANEL * tile->w_stride + c % CLIPFT_INT8_PANEL * tile->depth;
+            int32_t sum = 0;
+            for (int64_t k = 0; k < tile->depth; ++k) sum += tile->x[i * tile->x_stride + k] * w[k];
+            sums[i * CLIPFT_INT8_COLS + c] = sum;
+        }
+}
+
+/* With other rows, depth and layout, and a state of the CPU, the driver gives what it gives with the slot of this ISA. */
+static void test_other_slot(int64_t rows)
+{
+    static const clipft_int8_dot other = {.layout = (clipft_int8_layout)OTHER_LAYOUT,
+                                          .depth = OTHER_DEPTH,
+                                          .rows = CLIPFT_INT8_ROWS,
+                                          .pack = pack_channels,
+                                          .multiply = multiply_channels,
+                                          .enter = enter,
+                                          .leave = leave};
+    enum { IN = 70, OUT = 131 };
+    const clipft_int8_dot *const slots[] = {clipft_kernel_table.int8.dot, &other};
+    const clipft_view x = make_view(rows, IN, false, CLIPFT_FLOAT32), scale = make_view(1, OUT, false, CLIPFT_FLOAT32);
+    const clipft_view y[] = {make_view(rows, OUT, false, CLIPFT_FLOAT32), make_view(rows, OUT, false, CLIPFT_FLOAT32)};
+    int8_t w[IN * OUT];
+    for (int k = 0; k < IN * OUT; ++k) w[k] = (int8_t)pick(-128, 127);
+    for (int k = 0; k < 2; ++k) {
+        clipft_int8_header header;
+        clipft_kernel_table.int8.dot = slots[k];
+        const int64_t size = clipft_int8_packed_size(OUT, IN);
+        uint8_t *packed = check_alloc(size, 1);
+        pack(w, OUT, IN, packed);
+        check_near(clipft_int8_packed(packed, size, &header), 1.0, 0.0, "int8_packed of a slot", rows);
+        const clipft_int8_chain chain = {.layers = {{packed, OUT, IN, scale, {0}, CLIPFT_GELU}}, .count = 1};
+        check_near(clipft_int8_run(&chain, &check_host, &x, &y[k]), 1.0, 0.0, "int8_run", rows);
+        check_near(entered, 0.0, 0.0, "int8 leave", rows);
+        clipft_kernel_table.int8.dot = slots[0];
+        check_near(clipft_int8_packed(packed, size, &header), k == 0, 0.0, "int8_packed for another slot", rows);
+        free(packed);
+    }
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < OUT; ++j) check_near(held(&y[1], i, j), held(&y[0], i, j), 0.0, "another slot", rows);
+    free(x.data), free(scale.data), free(y[0].data), free(y[1].data);
+}
+
 void test_int8(void)
 {
-    static const int64_t depths[] = {0, 4, 8, 12, 60, 64, 68, 252, 1028}, heights[] = {0, 1, 2, 3, 4, 5, 6, 7, 11, 12};
-    static const int64_t widths[] = {0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64};
-    for (int d = 0; d < COUNT(depths); ++d)
-        for (int h = 0; h < COUNT(heights); ++h)
-            for (int64_t panels = 1; panels <= 4; ++panels) test_dot(heights[h], panels, depths[d], (d + h + (int)panels) % VALUES);
-    for (int values = 0; values < VALUES; ++values) test_dot(12, 4, 8192, values);
-    for (int n = 0; n < COUNT(widths); ++n) {
-        test_range(widths[n], 10.0F, 999, 0.0F);
-        test_range(widths[n], 3e38F, widths[n] / 2, NAN);
-        test_range(widths[n], 1e-40F, widths[n] - 1 < 0 ? 0 : widths[n] - 1, INFINITY);
-        test_quantize(widths[n], 1.0F, 64);
-        test_quantize(widths[n], 3.1415926F, 0);
-        test_quantize(widths[n], 1.0e-30F, 127);
-        test_norm(widths[n] + 1, 0.0F, 1e-5F);
-        test_norm(widths[n] + 1, 20.0F, 1e-5F);
-        for (int a = 0; a < CLIPFT_ACTIVATIONS; ++a) {
-            test_finish(n % 13, widths[n], (clipft_activation)a, 0.01F);
-            test_finish(12, widths[n], (clipft_activation)a, 1.0F);
-            test_finish(1, widths[n], (clipft_activation)a, 10.0F);
-        }
-    }
-    test_finish_specials();
     for (int c = 0; c < COUNT(cases); ++c) test_layer(&cases[c]);
     for (int k = 0; k < 16; ++k) {
         test_chain(200, k & 8 ? CLIPFT_BFLOAT16 : CLIPFT_FLOAT32, 1 + (k & 1), k & 2, k & 4);
         test_chain(9, k & 8 ? CLIPFT_BFLOAT16 : CLIPFT_FLOAT32, 1 + (k & 1), k & 2, k & 4);
     }
-    test_norm(1030, 1.0F, 1e-5F);
     test_extremes();
+    test_other_slot(9);
+    test_other_slot(200);
 }

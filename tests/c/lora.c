@@ -5,7 +5,7 @@
  * of magnitudes each. A 16-bit result adds half an ulp of itself. */
 #include "check.h"
 
-#include "../../csrc/kernels/lora.h"
+#include "../../csrc/kernels/lora/lora.h"
 
 #include <string.h>
 

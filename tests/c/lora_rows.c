@@ -3,8 +3,6 @@
  * Tolerances: u = 2^-24. A sum of n products in float, in any order, errs by at most (n + 1) u of the sum of magnitudes. */
 #include "check.h"
 
-#include "../../csrc/kernels/lora_kernels.h"
-
 #include <string.h>
 
 static const double u = 0x1p-24;
@@ -38,7 +36,7 @@ static void test_down(int64_t rows, int64_t cols, int64_t rank)
             }
             want[i * padded + k] = sum, size[i * padded + k] = magnitude;
         }
-    clipft_kernel_table.rank_down(x, stride, rows, cols, panel, padded, v, (clipft_ahead){cols % 2 ? x : NULL, stride});
+    clipft_kernel_table.lora.rank_down(x, stride, rows, cols, panel, padded, v, (clipft_ahead){cols % 2 ? x : NULL, stride});
     for (int64_t k = 0; k < rows * padded; ++k) check_near((double)v[k], want[k], u * (double)(cols + 2) * size[k], "rank_down", cols);
     free(x), free(panel), free(v), free(want), free(size);
 }
@@ -61,7 +59,7 @@ static void test_up(int64_t rows, int64_t cols, int64_t rank, bool in_place)
                                    .panel_stride = stride,
                                    .init_stride = in_place ? stride : 0,
                                    .out_stride = stride};
-    clipft_kernel_table.rank_up(&tile);
+    clipft_kernel_table.lora.rank_up(&tile);
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < cols; ++j) {
             double sum = (double)(in_place ? before[i * stride + j] : init[j]), magnitude = fabs(sum);
@@ -91,7 +89,7 @@ static void test_outer(int64_t rows, int64_t cols, int64_t rank)
             }
             want[k * width + j] = sum, size[k * width + j] = magnitude;
         }
-    clipft_kernel_table.rank_outer(v, padded, rows, rank, x, width, width, acc, width, (clipft_ahead){cols % 2 ? x : NULL, width});
+    clipft_kernel_table.lora.rank_outer(v, padded, rows, rank, x, width, width, acc, width, (clipft_ahead){cols % 2 ? x : NULL, width});
     for (int64_t k = 0; k < rank * width; ++k) check_near((double)acc[k], want[k], u * (double)(rows + 2) * size[k], "rank_outer", cols);
     free(v), free(x), free(acc), free(want), free(size);
 }
@@ -103,13 +101,13 @@ static void test_dropout(int64_t n)
     float *x = floats(n);
     int32_t *mask = check_alloc(n, sizeof *mask);
     for (int64_t j = 0; j < n; ++j) x[j] = 2.0F;
-    clipft_kernel_table.row_dropout(&row, x, mask, n);
+    clipft_kernel_table.lora.row_dropout(&row, x, mask, n);
     for (int64_t j = 0; j < n; ++j) {
         clipft_dropout_row at = row;
         int32_t kept;
         float one = 2.0F;
         at.col += (uint32_t)j;
-        clipft_row_dropout_ref(&at, &one, &kept, 1);
+        clipft_lora_row_dropout_ref(&at, &one, &kept, 1);
         check_near((double)mask[j], (double)kept, 0.0, "row_dropout mask", n);
         check_near((double)x[j], kept ? 2.0 : 0.0, 0.0, "row_dropout", n);
     }
@@ -123,7 +121,7 @@ static void test_merge(int64_t n)
     for (int64_t j = 0; j < n; ++j) mask[j] = j % 3 ? -1 : 0;
     for (int form = 0; form < 4; ++form) {
         const bool masked = form & 1, based = form & 2;
-        clipft_kernel_table.row_merge(x, masked ? mask : NULL, based ? base : NULL, out, n);
+        clipft_kernel_table.lora.row_merge(x, masked ? mask : NULL, based ? base : NULL, out, n);
         for (int64_t j = 0; j < n; ++j) {
             const float kept = masked && !mask[j] ? 0.0F : x[j];
             check_near((double)out[j], (double)(based ? base[j] + kept : kept), 0.0, "row_merge", n);
@@ -138,12 +136,12 @@ static void test_quick_gelu(int64_t n, float spread)
 {
     float *x = random_floats(n), *dy = random_floats(n), *out = floats(n);
     for (int64_t j = 0; j < n; ++j) x[j] *= spread;
-    clipft_kernel_table.row_quick_gelu(x, out, n);
+    clipft_kernel_table.lora.row_quick_gelu(x, out, n);
     for (int64_t j = 0; j < n; ++j) {
         const double z = 1.702 * (double)x[j], s = 1.0 / (1.0 + exp(-z)), want = (double)x[j] * s;
         check_near((double)out[j], want, u * (8.0 + 2.0 * fabs(z)) * fabs(want) + 1e-34, "quick_gelu", n);
     }
-    clipft_kernel_table.row_quick_gelu_grad(x, dy, out, n);
+    clipft_kernel_table.lora.row_quick_gelu_grad(x, dy, out, n);
     for (int64_t j = 0; j < n; ++j) {
         const double z = 1.702 * (double)x[j], s = 1.0 / (1.0 + exp(-z)), s1 = 1.0 / (1.0 + exp(z));
         const double want = (double)dy[j] * (s + z * s * s1), magnitude = fabs((double)dy[j]) * (s + fabs(z) * s * s1);
@@ -158,10 +156,10 @@ static void test_quick_gelu_specials(void)
     float x[N], dy[N], out[N];
     for (int j = 0; j < N; ++j) x[j] = (float)(j % 3 ? 1.0 : NAN), dy[j] = 1.0F;
     x[1] = INFINITY;
-    clipft_kernel_table.row_quick_gelu(x, out, N);
+    clipft_kernel_table.lora.row_quick_gelu(x, out, N);
     for (int j = 0; j < N; ++j)
         check_near((double)out[j], j == 1 ? INFINITY : j % 3 ? 1.0 / (1.0 + exp(-1.702)) : NAN, 1e-6, "quick_gelu of specials", N);
-    clipft_kernel_table.row_quick_gelu_grad(x, dy, out, N);
+    clipft_kernel_table.lora.row_quick_gelu_grad(x, dy, out, N);
     for (int j = 0; j < N; j += 3) check_near((double)out[j], NAN, 0.0, "quick_gelu gradient of NaN", N);
 }
 

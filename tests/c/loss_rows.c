@@ -35,11 +35,11 @@ static bool special(const row_case *c, int64_t n) { return c->special != 0.0F &&
 static void test_exp_sum(const row_case *c, int64_t n)
 {
     float *x = row_values(c, n), *col = floats(n);
-    const float max = clipft_kernel_table.row_max(x, n, c->scale), weight = 0.25F;
+    const float max = clipft_kernel_table.loss.row_max(x, n, c->scale), weight = 0.25F;
     double want = 0.0, size = 0.0, true_max = -INFINITY;
     for (int64_t j = 0; j < n; ++j) true_max = fmax(true_max, (double)(c->scale * x[j])), col[j] = 1.0F;
     check_near((double)max, true_max, 0.0, c->name, n);
-    const double got = (double)clipft_kernel_table.row_exp_sum(x, n, c->scale, max, weight, col);
+    const double got = (double)clipft_kernel_table.loss.row_exp_sum(x, n, c->scale, max, weight, col);
     for (int64_t j = 0; j < n; ++j) {
         const double t = (double)c->scale * (double)x[j] - (double)max, e = exp(t);
         want += e;
@@ -61,9 +61,9 @@ static void test_softmax_grad(const row_case *c, int64_t n)
         factor[j] = 1.0F + uniform(), lse[j] = (float)row_lse + fabsf(uniform()), own[j] = 1.0F + 0.5F * uniform();
     for (int wide = 0; wide < 2; ++wide) {
         if (wide)
-            clipft_kernel_table.row_softmax_grad_wide(x, out, n, &row, &cols);
+            clipft_kernel_table.loss.row_softmax_grad_wide(x, out, n, &row, &cols);
         else
-            clipft_kernel_table.row_softmax_grad(x, out, n, &row, factor);
+            clipft_kernel_table.loss.row_softmax_grad(x, out, n, &row, factor);
         for (int64_t j = 0; j < n; ++j) {
             const double y = (double)c->scale * (double)x[j], t = y - (double)row.lse, s = y - (double)lse[j];
             const double p = wide ? (double)row.own * exp(t) + (double)own[j] * exp(s)
@@ -88,12 +88,12 @@ static void test_matches(const row_case *c, int64_t n)
         size += fabs((double)x[j]), total += (double)x[j], match += j % 3 == 1 ? (double)x[j] : 0.0;
         y[j] = x[j];
     }
-    const double got = (double)clipft_kernel_table.row_match_sum(x, n, ids, 1, &all);
+    const double got = (double)clipft_kernel_table.loss.row_match_sum(x, n, ids, 1, &all);
     if (!isfinite(size)) size = 0.0; /* the sums are then exact: Inf or NaN, or finite where no match is special */
     for (int64_t j = 0; j < n; ++j) size += isfinite(x[j]) ? fabs((double)x[j]) : 0.0;
     check_near(got, match, u * (double)(n + 1) * size, c->name, n);
     check_near((double)all, total, u * (double)(n + 1) * size, c->name, n);
-    clipft_kernel_table.row_match_add(y, n, ids, 2, 0.5F);
+    clipft_kernel_table.loss.row_match_add(y, n, ids, 2, 0.5F);
     for (int64_t j = 0; j < n; ++j)
         if (isfinite(x[j])) check_near((double)y[j], (double)(x[j] + (j % 3 == 2 ? 0.5F : 0.0F)), 0.0, c->name, n);
     free(x), free(y), free(ids);
@@ -104,8 +104,8 @@ static void test_sigmoid(const row_case *c, int64_t n)
     float *x = row_values(c, n), *out = floats(n);
     const float bias = -10.0F, gain = 0.5F;
     double loss = 0.0, size = 0.0, grad = 0.0;
-    const double got = (double)clipft_kernel_table.row_softplus_sum(x, n, c->scale, bias);
-    const double got_grad = (double)clipft_kernel_table.row_sigmoid_grad(x, out, n, c->scale, bias, gain);
+    const double got = (double)clipft_kernel_table.loss.row_softplus_sum(x, n, c->scale, bias);
+    const double got_grad = (double)clipft_kernel_table.loss.row_sigmoid_grad(x, out, n, c->scale, bias, gain);
     for (int64_t j = 0; j < n; ++j) {
         const double z = (double)c->scale * (double)x[j] + (double)bias;
         const double f = fmax(z, 0.0) + log1p(exp(-fabs(z))), g = (double)gain / (1.0 + exp(-z));
@@ -131,7 +131,7 @@ static void test_col_lse(const row_case *c, int64_t cols)
 {
     const int64_t rows = 5, stride = cols + 3;
     float *x = row_values(c, rows * stride), *max = floats(cols), *sum = floats(cols);
-    clipft_kernel_table.block_col_lse(x, rows, cols, stride, c->scale, 2 - cols / 2, max, sum);
+    clipft_kernel_table.loss.block_col_lse(x, rows, cols, stride, c->scale, 2 - cols / 2, max, sum);
     for (int64_t j = 0; j < cols; ++j) {
         double m = -INFINITY, want = 0.0, size = 0.0;
         for (int64_t i = 0; i < rows; ++i)

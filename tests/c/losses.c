@@ -2,6 +2,8 @@
  * smoothing. */
 #include "check.h"
 
+#include "../../csrc/kernels/loss/loss.h"
+
 typedef struct loss_case {
     int64_t rows, cols, dim, offset;
     float scale;

@@ -42,6 +42,7 @@ int main(void)
         test_gemm();
         test_lora_rows();
         test_lora();
+        test_int8_rows();
         test_int8();
         test_attention();
         printf("isa %s: %d checks passed\n", clipft_isa_name((clipft_isa)isa), check_passed - before);

@@ -114,6 +114,25 @@ def test_source_tree_without_the_extension_says_what_to_do(tmp_path: Path) -> No
     assert "clipft's C extension is not built here" in done.stderr and "pip install ." in done.stderr
 
 
+@pytest.mark.parametrize(
+    "op, args, text",
+    [
+        ("quick_gelu", (torch.ones(3).double(),), "TypeError: clipft.quick_gelu: input must be float32, bfloat16 or"),
+        ("quick_gelu", (torch.ones(()),), "ValueError: clipft.quick_gelu: input must have 1 to 8 dimensions, got"),
+        (
+            "dropout_mask",
+            (torch.tensor(3), 2**40, 2**40, 0.1),
+            "OutOfMemoryError: clipft.dropout_mask: a float32 result of 2^63 elements or more was asked for",
+        ),
+    ],
+)
+def test_errors_begin_with_their_kind(op: str, args: tuple, text: str) -> None:
+    """All that torch's C ABI throws is a RuntimeError; Python makes another of it by that word (csrc/error.h)."""
+    with pytest.raises(RuntimeError) as error:
+        getattr(torch.ops.clipft, op)(*args)
+    assert str(error.value).startswith(text)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler to read torch's headers")
 def test_our_declarations_equal_torchs() -> None:
     include = Path(torch.__file__).parent / "include"

@@ -2,7 +2,7 @@
 // EMULATED_CACHE how large its L2 cache is (small, so that small cases have many tiles).
 #include "machine.h"
 
-#include "../../csrc/cuda_driver.h"
+#include "../../csrc/cuda_runtime/driver.h"
 #include "../../cuda/args.h"
 
 #include <cstdlib>
@@ -11,7 +11,7 @@
 
 #define CUDA_FILE(name)
 #define CUDA_KERNEL(file, name, args) extern "C" void name(clipft_cuda_##args##_args);
-#include "../../csrc/cuda_kernels.inc"
+#include "../../csrc/cuda_runtime/kernels.inc"
 #undef CUDA_KERNEL
 
 struct CUfunc_st {
@@ -21,7 +21,7 @@ struct CUfunc_st {
 
 static CUfunc_st functions[] = {
 #define CUDA_KERNEL(file, name, args) {#file, #name, [](const void *a) { name(*static_cast<const clipft_cuda_##args##_args *>(a)); }},
-#include "../../csrc/cuda_kernels.inc"
+#include "../../csrc/cuda_runtime/kernels.inc"
 };
 
 struct CUmod_st {

@@ -154,7 +154,7 @@ static inline float __fdividef(float a, float b) { return a / b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 
-extern "C" void clipft_float16_to_float(const uint16_t *src, float *dst, int64_t n); // csrc/kernels/convert.c
+extern "C" void clipft_float16_to_float(const uint16_t *src, float *dst, int64_t n); // csrc/kernels/common/convert.c
 extern "C" void clipft_float_to_float16(const float *src, uint16_t *dst, int64_t n);
 
 static inline float float16_to_float(unsigned short bits)

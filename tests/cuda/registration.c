@@ -1,7 +1,7 @@
 /* The CUDA ops under torch.ops.clipft_emulated, for CPU tensors: csrc as it is, over a torch whose CUDA is its CPU and the emulated driver.
  */
 #define _GNU_SOURCE
-#include "../../csrc/cuda_driver.h"
+#include "../../csrc/cuda_runtime/driver.h"
 #include "../../csrc/ops/ops.h"
 #include "../../csrc/tensor.h"
 
@@ -102,13 +102,13 @@ static AOTITorchError int_mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenT
     return rows <= 16 || depth == 0 || depth % 8 || cols == 0 || cols % 8 || stride != 1 || cpu_int_mm_out(out, a, b);
 }
 
-#define OP_CUDA(name, entry)                                                                                                               \
+#define OP_CUDA(name)                                                                                                                      \
     static void emulated_##name(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)                                            \
     {                                                                                                                                      \
         forget_memory();                                                                                                                   \
-        entry(stack, num_inputs, num_outputs);                                                                                             \
+        clipft_cuda_##name(stack, num_inputs, num_outputs);                                                                                \
     }
-#include "../../csrc/ops_cuda.inc"
+#include "../../csrc/ops/ops_cuda.inc"
 #undef OP_CUDA
 
 #define API __attribute__((visibility("default")))
@@ -144,12 +144,10 @@ API const char *emulated_register(const char *driver)
     *(void **)&know_memory = dlsym(library, "emulated_know_memory");
     *(void **)&forget_memory = dlsym(library, "emulated_forget_memory");
     AOTITorchError bad = real.aoti_torch_library_init_def("clipft_emulated", __FILE__, __LINE__, &definitions);
-#define OP(name, schema, entry) bad = bad ? bad : real.aoti_torch_library_def(definitions, #name schema);
-#include "../../csrc/ops.inc"
-#undef OP
+    bad = bad ? bad : clipft_ops_define(definitions);
     bad = bad ? bad : real.aoti_torch_library_init_impl("clipft_emulated", "CPU", __FILE__, __LINE__, &cpu);
-#define OP_CUDA(name, entry) bad = bad ? bad : real.torch_library_impl(cpu, #name, emulated_##name, CLIPFT_TORCH_BUILD_VERSION);
-#include "../../csrc/ops_cuda.inc"
+#define OP_CUDA(name) bad = bad ? bad : real.torch_library_impl(cpu, #name, emulated_##name, CLIPFT_TORCH_BUILD_VERSION);
+#include "../../csrc/ops/ops_cuda.inc"
 #undef OP_CUDA
     return bad ? "the emulated ops could not be registered" : NULL;
 }

@@ -1,0 +1,8 @@
+#if defined(__x86_64__)
+#include "../common/isa_avx2.h"
+#define ATTEND_ROWS 4
+#define ATTEND_PANELS 1
+#include "attention_simd.h"
+#else
+typedef int clipft_not_x86_64; /* ISO C forbids an empty file */
+#endif

@@ -1,0 +1,62 @@
+/* Linear layers with int8 weights: y = act(x W^T + b), W = w diag(weight_scale), w int8 [out, in].
+ *
+ * Each row of x is brought to 7 bits at run time: q = round(x / scale) + zero in 0 .. 127, scale and zero such that the row's least and
+ * greatest value, and 0, are levels. Then
+ *
+ *   y_ij = act(row_scale_i weight_scale_j (sum_k q_ik w_jk - zero_i sum_k w_jk) + b_j)
+ *
+ * with the bracket exact in 32 bits. Seven bits, not eight: AVX2 adds pairs of products in 16 bits, which eight bits would saturate, and
+ * with seven every ISA gives the same sums. A row that holds a NaN or an infinity comes out NaN. */
+#ifndef CLIPFT_INT8_H
+#define CLIPFT_INT8_H
+
+#include "../common/host.h"
+#include "../common/views.h"
+#include "int8_kernels.h"
+
+/* in <= this: |sum_k q w| <= 127 * 128 * in < 2^31. out <= this: the size of packed weights is far from 2^63. */
+enum { CLIPFT_INT8_MAX_IN = 131072, CLIPFT_INT8_MAX_OUT = 1 << 24 };
+
+/* What stands before packed weights, which are panels in the layout of the dot products in use (clipft_int8_dot), [out / 16 rounded up],
+ * and then [out rounded up] int32 sums over in. */
+typedef struct clipft_int8_header {
+    int64_t magic, out, in, layout, unused[4]; /* 64 bytes keep the weights aligned */
+} clipft_int8_header;
+
+/* Bytes of the whole. */
+int64_t clipft_int8_packed_size(int64_t out, int64_t in);
+
+/* Packs the weights. False when the host failed. */
+bool clipft_int8_pack(const clipft_host *host, const clipft_int8_weights *w, uint8_t *packed);
+
+/* Whether `size` bytes are such a whole, in that layout; its header. */
+bool clipft_int8_packed(const uint8_t *packed, int64_t size, clipft_int8_header *header);
+
+/* What lies in such a whole, and the bytes between its panels. */
+const int8_t *clipft_int8_panels(const uint8_t *packed);
+const uint8_t *clipft_int8_sums(const uint8_t *packed, int64_t out, int64_t panel_bytes); /* int32, perhaps not aligned */
+int64_t clipft_int8_panel_bytes(const clipft_int8_dot *dot, int64_t in);
+
+typedef struct clipft_int8_layer {
+    const uint8_t *packed;
+    int64_t out, in;
+    clipft_view scale; /* [1, out] */
+    clipft_view bias;  /* [1, out] or without data */
+    clipft_activation activation;
+} clipft_int8_layer;
+
+enum { CLIPFT_INT8_LAYERS = 2 };
+
+/* One layer or two in a row, and what stands before and behind them in a transformer's block. */
+typedef struct clipft_int8_chain {
+    clipft_int8_layer layers[CLIPFT_INT8_LAYERS];
+    int count;
+    clipft_view norm_weight, norm_bias; /* [1, in] LayerNorm of the rows of x, or without data */
+    float norm_eps;
+    clipft_view residual; /* [rows, out] added to the result, or without data */
+} clipft_int8_chain;
+
+/* y [rows, out of the last layer] of x [rows, in]. False when memory ran out or the host failed. */
+bool clipft_int8_run(const clipft_int8_chain *chain, const clipft_host *host, const clipft_view *x, const clipft_view *y);
+
+#endif

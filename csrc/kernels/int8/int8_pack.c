@@ -1,0 +1,81 @@
+/* Weights as the dot products read them: see clipft_int8_header. */
+#include "../common/sizes.h"
+#include "../table.h"
+#include "int8.h"
+
+#include <string.h>
+
+enum { MAGIC = 0x38746e69 /* "int8" */ };
+
+static int64_t panels_of(int64_t out) { return clipft_divide_up(out, CLIPFT_INT8_PANEL); }
+
+int64_t clipft_int8_panel_bytes(const clipft_int8_dot *dot, int64_t in) { return clipft_round_up(in, dot->depth) * CLIPFT_INT8_PANEL; }
+
+int64_t clipft_int8_packed_size(int64_t out, int64_t in)
+{
+    const int64_t panel_bytes = clipft_int8_panel_bytes(clipft_kernel_table.int8.dot, in);
+    return (int64_t)sizeof(clipft_int8_header) + panels_of(out) * (panel_bytes + CLIPFT_INT8_PANEL * (int64_t)sizeof(int32_t));
+}
+
+const int8_t *clipft_int8_panels(const uint8_t *packed) { return (const int8_t *)packed + sizeof(clipft_int8_header); }
+
+const uint8_t *clipft_int8_sums(const uint8_t *packed, int64_t out, int64_t panel_bytes)
+{
+    return packed + sizeof(clipft_int8_header) + panels_of(out) * panel_bytes;
+}
+
+void clipft_int8_pack_quads(const clipft_int8_weights *weights, int8_t *panel, int32_t *sums)
+{
+    const clipft_int8_weights w = *weights; /* which a byte that is written might be a part of */
+    for (int64_t c = 0; c < w.out; ++c) {
+        const int8_t *row = w.data + c * w.row_stride;
+        int32_t sum = 0;
+        for (int64_t k = 0; k < w.in; ++k) {
+            const int8_t value = row[k * w.col_stride];
+            panel[k / 4 * 4 * CLIPFT_INT8_PANEL + 4 * c + k % 4] = value;
+            sum += value;
+        }
+        sums[c] += sum;
+    }
+}
+
+typedef struct pack_job {
+    const clipft_int8_weights *w;
+    const clipft_int8_dot *dot;
+    uint8_t *packed;
+} pack_job;
+
+static void pack_panels(int64_t begin, int64_t end, void *ctx)
+{
+    const pack_job *job = ctx;
+    const clipft_int8_weights *w = job->w;
+    const int64_t bytes = clipft_int8_panel_bytes(job->dot, w->in);
+    uint8_t *all_sums = job->packed + (clipft_int8_sums(job->packed, w->out, bytes) - job->packed);
+    for (int64_t panel = begin; panel < end; ++panel) {
+        int8_t *to = (int8_t *)job->packed + sizeof(clipft_int8_header) + panel * bytes;
+        const int64_t first = panel * CLIPFT_INT8_PANEL;
+        const clipft_int8_weights channels = {w->data + first * w->row_stride, clipft_min(CLIPFT_INT8_PANEL, w->out - first), w->in,
+                                              w->row_stride, w->col_stride};
+        int32_t sums[CLIPFT_INT8_PANEL] = {0};
+        memset(to, 0, (size_t)bytes);
+        job->dot->pack(&channels, to, sums);
+        memcpy(all_sums + panel * (int64_t)sizeof sums, sums, sizeof sums);
+    }
+}
+
+bool clipft_int8_pack(const clipft_host *host, const clipft_int8_weights *w, uint8_t *packed)
+{
+    pack_job job = {w, clipft_kernel_table.int8.dot, packed};
+    const clipft_int8_header header = {.magic = MAGIC, .out = w->out, .in = w->in, .layout = job.dot->layout};
+    memcpy(packed, &header, sizeof header);
+    return host->parallel_for(0, panels_of(w->out), 4, pack_panels, &job);
+}
+
+bool clipft_int8_packed(const uint8_t *packed, int64_t size, clipft_int8_header *header)
+{
+    if (size < (int64_t)sizeof *header) return false;
+    memcpy(header, packed, sizeof *header); /* it may lie anywhere */
+    if (header->magic != MAGIC || header->layout != (int64_t)clipft_kernel_table.int8.dot->layout) return false;
+    if (header->out <= 0 || header->out > CLIPFT_INT8_MAX_OUT || header->in <= 0 || header->in > CLIPFT_INT8_MAX_IN) return false;
+    return clipft_int8_packed_size(header->out, header->in) == size;
+}

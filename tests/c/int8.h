@@ -1,0 +1,36 @@
+/* What the tests of the int8 kernels and of the driver over them share. */
+#ifndef CLIPFT_TEST_INT8_H
+#define CLIPFT_TEST_INT8_H
+
+#include "../../csrc/kernels/int8/int8.h"
+#include "check.h"
+
+#include <string.h>
+
+static const double u = 0x1p-24;
+#define COUNT(array) (int)(sizeof(array) / sizeof *(array))
+
+static inline int pick(int low, int high) { return low + (int)((uniform() * 0.5F + 0.5F) * (float)(high - low + 1)); }
+
+static inline void check_same(const void *got, const void *want, size_t bytes, const char *what, int64_t size)
+{
+    check_near(memcmp(got, want, bytes) != 0, 0.0, 0.0, what, size);
+}
+
+static inline double activated(double v, clipft_activation activation)
+{
+    if (activation == CLIPFT_QUICK_GELU) return v / (1.0 + exp(-1.702 * v));
+    if (activation == CLIPFT_GELU) return 0.5 * v * erfc(-v * sqrt(0.5));
+    return v;
+}
+
+/* Four roundings before the activation, whose slope is at most 1.13; then quick_gelu's exponential (2 u and u |t| for its argument's
+ * rounding), or gelu's erfc, whose formula errs by 0.75e-7 |v| and is evaluated with a few roundings of numbers below 1. */
+static inline double tolerance(double v, double size, clipft_activation activation)
+{
+    const double before = 4.0 * u * size * 1.13;
+    if (activation == CLIPFT_QUICK_GELU) return before + u * (8.0 + 4.0 * fabs(v)) * fabs(activated(v, activation)) + 1e-36;
+    return activation == CLIPFT_GELU ? before + (1e-7 + 8.0 * u) * fabs(v) : before;
+}
+
+#endif
