@@ -205,7 +205,9 @@ MOVED: dict[str, dict[str, str]] = {
         "training.arguments": "*",
     },
     "transforms": {
-        "data.transforms": "*",
+        "data.pictures": "EncodedPicture",
+        "data.transforms": "AUGMENTATIONS AUGMENTATION_OPTIONS Augmentation augmentation_set build_transform "
+        "stack_pictures",
     },
     "vectors": {
         "inference.vectors": "*",

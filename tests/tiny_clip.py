@@ -95,7 +95,7 @@ def class_folders(folder: Path, count: int) -> Path:
 
 def encoded(image: Image.Image, **options: Any) -> Any:
     """As ``load_pairs`` keeps a picture whose file is in memory: JPEG unless options name another format."""
-    from clipft.data.transforms import EncodedPicture
+    from clipft.data.pictures import EncodedPicture
 
     file = io.BytesIO()
     image.save(file, **({"format": "JPEG", "quality": 95} | options))

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from clipft.data.pictures import UNREADABLE
+from clipft.data.pictures import UNREADABLE, EncodedPicture
 from clipft.data.shards import read_slice, shard_of
-from clipft.data.transforms import EncodedPicture
 
 __all__ = [
     "DEFAULT_TEMPLATES",
@@ -76,7 +75,7 @@ class PairRows(Dataset[dict[str, Any]]):
     training row. A data set without captions gets them from its class names through ``templates``. With
     ``images=False`` rows come without their pictures, for a collator that has features of them, and carry ``index``
     instead. With ``encoded=True`` the pictures are not decoded yet
-    (:class:`clipft.data.transforms.EncodedPicture`), where the data set has their files. With ``captions=False`` rows
+    (:class:`clipft.data.pictures.EncodedPicture`), where the data set has their files. With ``captions=False`` rows
     come without them, for a loss that needs none. ``heads`` names data columns with the classes of each: rows then
     carry ``targets``, the class in each of them.
     """

@@ -28,12 +28,11 @@ from clipft.data.columns import (
     encode_labels,
     find_columns,
 )
-from clipft.data.pictures import PICTURE_ENDINGS, UNREADABLE, to_rgb
+from clipft.data.pictures import PICTURE_ENDINGS, UNREADABLE, EncodedPicture, to_rgb
 from clipft.data.reading import Reading
 from clipft.data.rows import read_stored, stored_pictures
 from clipft.data.shards import Address, samples, shard_paths
 from clipft.data.tables import add_row, dataset_of_pictures, from_table_rows, read_csv, read_jsonl, safe_path
-from clipft.data.transforms import EncodedPicture
 
 __all__ = ["load_pairs", "load_reading", "read_pairs"]
 

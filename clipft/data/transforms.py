@@ -8,11 +8,9 @@ changes draw from torch's global generator, which the collator seeds by (seed, e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -22,14 +20,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 from transformers.image_utils import pil_torch_interpolation_mapping
 
-from clipft.data.pictures import UNREADABLE, to_rgb, upright
+from clipft.data.pictures import EncodedPicture, to_rgb
 from clipft.families import naflex
 
 __all__ = [
     "AUGMENTATIONS",
     "AUGMENTATION_OPTIONS",
     "Augmentation",
-    "EncodedPicture",
     "augmentation_set",
     "build_transform",
     "stack_pictures",
@@ -37,8 +34,6 @@ __all__ = [
 
 _REDUCING_GAP = 2.0  # a crop is decoded at no less than this many times the model's size, as PIL's thumbnail
 _LARGEST_REDUCTION = 8  # of JPEG's 8 x 8 blocks
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_ORIENTATION = 0x0112
 
 
 # ---- augmentation ----
@@ -118,49 +113,6 @@ def augmentation_set(name: str, **overrides: float | None) -> Augmentation:
     if given.get("random_resized_crop") == 0:
         given["random_resized_crop"] = None
     return replace(AUGMENTATIONS[name], **given)
-
-
-# ---- a picture not yet decoded ----
-
-
-@dataclass(frozen=True)
-class EncodedPicture:
-    """The bytes of a picture file, for a random crop to decode at the scale that it needs.
-
-    Attributes:
-        data: the file.
-        name: says in errors which picture this is.
-    """
-
-    data: bytes
-    name: str
-
-    def size(self) -> tuple[int, int]:
-        """Width and height of the upright picture, from the file's head."""
-        with self._open() as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(_ORIENTATION) in _TURNED
-        return (height, width) if turned else (width, height)
-
-    def decode(self, reduction: int = 1) -> Image.Image:
-        """The picture, upright; a JPEG by 1, 2, 4 or 8 smaller in width and height.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
-        with self._open() as picture:
-            if reduction > 1:  # of no effect on other formats
-                picture.draft(None, (picture.width // reduction, picture.height // reduction))  # type: ignore[no-untyped-call]
-            picture.load()
-            return upright(picture)
-
-    @contextmanager
-    def _open(self) -> Iterator[Image.Image]:
-        try:
-            with Image.open(BytesIO(self.data)) as picture:
-                yield picture
-        except UNREADABLE as error:
-            raise ValueError(f"{self.name}: the image cannot be read ({error})") from error
 
 
 # ---- transforms ----

@@ -18,9 +18,10 @@ from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 import clipft
 from clipft.cli.training import AugmentationSet
+from clipft.data.pictures import EncodedPicture
 from clipft.data.rows import PairRows
 from clipft.data.sampling import EpochSampler
-from clipft.data.transforms import AUGMENTATIONS, Augmentation, EncodedPicture, augmentation_set, build_transform
+from clipft.data.transforms import AUGMENTATIONS, Augmentation, augmentation_set, build_transform
 
 
 @pytest.fixture(scope="module")
