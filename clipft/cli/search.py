@@ -16,7 +16,6 @@ AnyModel = Annotated[
     str, typer.Option("--model", help="As for evaluate, or a folder that clipft export wrote, which ONNX Runtime runs.")
 ]
 Int8 = Annotated[bool, typer.Option("--int8", help="Of an ONNX folder, take the int8 encoders.")]
-_PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
 @app.command()
@@ -77,9 +76,11 @@ def _read_texts(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _read_pictures(data: str) -> tuple[Any, list[str]]:
+    from clipft.data.pictures import PICTURE_ENDINGS
+
     folder = Path(data).expanduser()
     if folder.is_dir() and not any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES)
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS)
         if not paths:
             raise ValueError(f"--data: expected pictures in {folder}, found none")
         return paths, [str(path.relative_to(folder)) for path in paths]

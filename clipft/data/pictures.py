@@ -29,6 +29,7 @@ __all__ = [
     "upright",
 ]
 
+PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
 _ORIENTATION = 0x0112  # of EXIF
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
@@ -216,6 +217,3 @@ def _precision(largest: float) -> int:
     while bits < _MAX_BITS and int(0.5 + largest * (1 << (bits + 1))) < 1 << 15:
         bits += 1
     return bits
-
-
-PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}

@@ -1,6 +1,6 @@
 /* What the two losses share on CUDA: inputs, the walk over the tiles with torch's matrix products, and gradients.
  *
- * A tile of raw products image text^T, float32, is a few times as large as the GPU's L2 cache (ARCHITECTURE.md says why): one product by
+ * A tile of raw products image text^T, float32, is a few times as large as the GPU's L2 cache (docs/notes says why): one product by
  * cuBLAS, one kernel over it, and in the backward pass two more products of the coefficients that the kernel makes of it. 16-bit embeddings
  * have 16-bit coefficients, so that all products run on tensor cores; sums are float32 throughout. */
 #ifndef CLIPFT_LOSS_CUDA_H
