@@ -19,7 +19,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
-__all__ = ["StagedCheckpoints", "check_checkpoint", "kept", "last_checkpoint"]
+__all__ = ["StagedCheckpoints", "check_checkpoint", "kept_checkpoints", "last_checkpoint"]
 
 _logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -87,12 +87,12 @@ def _named_errors(staging: Path, final: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
         reason = str(error).strip().splitlines()[0]
         raise OSError(
-            f"{final}: the checkpoint cannot be written ({reason}) and is not there; {kept(final.parent)}. Make room "
+            f"{final}: the checkpoint cannot be written ({reason}) and is not there; {kept_checkpoints(final.parent)}. Make room "
             "and resume"
         ) from error
 
 
-def kept(folder: str | Path) -> str:
+def kept_checkpoints(folder: str | Path) -> str:
     """What is left of a run that ends before its time, in words."""
     whole = next((path for path in _by_step(folder) if not _fault_of_file(path)), None)
     return f"the last whole checkpoint is {whole}" if whole else f"there is no checkpoint in {folder}"

@@ -37,7 +37,7 @@ class StartingPoint:
         self._model = copy.deepcopy(model, shared).requires_grad_(False).eval() if distillation else None
         self._targets: tuple[Tensor, ...] = ()
 
-    def see(self, inputs: dict[str, Tensor], autocast: Callable[[], Any]) -> None:
+    def encode_start(self, inputs: dict[str, Tensor], autocast: Callable[[], Any]) -> None:
         """The batch that the next :meth:`distance` is about."""
         if self._model is None:
             return
@@ -57,11 +57,11 @@ class StartingPoint:
         return self.distillation * torch.stack(parts).mean()
 
     def forget_batch(self) -> None:
-        """No distance until :meth:`see`: evaluation's loss is without."""
+        """No distance until :meth:`encode_start`: evaluation's loss is without."""
         self._targets = ()
 
     @torch.no_grad()
-    def pull(self, model: nn.Module, scale: float) -> None:
+    def add_l2_sp_gradient(self, model: nn.Module, scale: float) -> None:
         """Add L2-SP's gradient, lambda (w - w_start), times ``scale``, to the gradients of ``model``."""
         for name, parameter in model.named_parameters():
             if name in self._weights and parameter.requires_grad:  # not a layer that waits

@@ -31,7 +31,7 @@ from clipft.models.fusing import fuse
 from clipft.models.heads import heads_of
 from clipft.training.arguments import CLIPTrainingArguments, check_arguments, check_loss, loss_of
 from clipft.training.auto_batch import fitting_chunk
-from clipft.training.checkpoints import check_checkpoint, kept, last_checkpoint
+from clipft.training.checkpoints import check_checkpoint, kept_checkpoints, last_checkpoint
 from clipft.training.faults import all_finite, non_finite_message, worker_deaths
 from clipft.training.fsdp import as_saved, check_enabled, gather_for_features, make_shardable
 from clipft.training.grad_cache import cached_backward, chunks
@@ -196,20 +196,22 @@ class CLIPTrainer(RowLoading):
         return self._kept()
 
     def _kept(self) -> str:
-        return kept(str(self.args.output_dir))
+        return kept_checkpoints(str(self.args.output_dir))
 
     def _pulled(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         if self._start is None:
             return self._backward(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
-        self._start.see(inputs, self.compute_loss_context_manager)
+        self._start.encode_start(inputs, self.compute_loss_context_manager)
         try:
             loss = self._backward(model, inputs, num_items_in_batch)
         finally:
             self._start.forget_batch()
         scaler = self.accelerator.scaler
         unscaled = 1.0 if scaler is None else float(scaler.get_scale())
-        self._start.pull(self.accelerator.unwrap_model(model), unscaled / self.current_gradient_accumulation_steps)
+        self._start.add_l2_sp_gradient(
+            self.accelerator.unwrap_model(model), unscaled / self.current_gradient_accumulation_steps
+        )
         return loss
 
     _start: StartingPoint | None = None

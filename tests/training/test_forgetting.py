@@ -88,7 +88,7 @@ def test_distance_of_embeddings() -> None:
         for parameter in model.parameters():
             parameter.add_(0.05)
         after = model(**{k: v for k, v in batch.items() if k != "labels"}, return_logits=False)
-    start.see(batch, torch.enable_grad)
+    start.encode_start(batch, torch.enable_grad)
     pairs = ((after.image_embeds, before.image_embeds), (after.text_embeds, before.text_embeds))
     expected = 2.0 * sum((a - b).square().sum(1).mean() / 2 for a, b in pairs)
     torch.testing.assert_close(start.distance(after.image_embeds, after.text_embeds), expected)
