@@ -87,8 +87,8 @@ def _named_errors(staging: Path, final: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
         reason = str(error).strip().splitlines()[0]
         raise OSError(
-            f"{final}: the checkpoint cannot be written ({reason}) and is not there; {kept_checkpoints(final.parent)}. Make room "
-            "and resume"
+            f"{final}: the checkpoint cannot be written ({reason}) and is not there; "
+            f"{kept_checkpoints(final.parent)}. Make room and resume"
         ) from error
 
 
