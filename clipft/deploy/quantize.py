@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from clipft.data.drawings import decode, on_white, read_pictures
+from clipft.data.rows import PairRows
 from clipft.families.registry import family_of, find_family
 from clipft.models.fusing import unfuse
 from clipft.models.int8 import QuantizedCLIPModel, install
@@ -197,13 +199,9 @@ def _measure_on(model: CLIPModel, data: Any, processor: Any) -> tuple[dict[str, 
 def pictures_and_captions(data: Any, most: int) -> tuple[list[Any], list[list[str]], str]:
     """At most so many rows of a data set, or of the embedded drawings, at equal distances, and what they are."""
     if data is None:
-        from clipft.data.drawings import decode, on_white, read_pictures
-
         drawings = _spread(read_pictures(), min(most, _DRAWINGS))
         named = [[row["name"]] for row in drawings]
         return [on_white(decode(row)) for row in drawings], named, f"{len(drawings)} embedded drawings"
-
-    from clipft.data.rows import PairRows
 
     rows = PairRows(data)
     pairs = [rows[index] for index in _spread(range(len(rows)), most)]

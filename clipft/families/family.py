@@ -22,13 +22,13 @@ TOWERS: tuple[TowerName, ...] = ("vision", "text")
 
 @dataclass(frozen=True)
 class Tower:
-    """Where the parts of a tower are. Paths are those of submodules, from the model.
+    """Where the parts of a tower are. Paths start at the model.
 
     Attributes:
         module: what gives ``pooler_output`` [N, D] of pixels or tokens.
         layers: its list of layers.
         projection: what turns a token or tokens to the embedding; trainable with ``freeze(model, "towers")``.
-        stem: what comes before the first layer, as far as the model has it.
+        stem: what comes before the first layer, as far as the model has it: submodules and parameters.
         linears: names of a layer's linear layers, which LoRA adapts.
         dropouts: fields of the tower's configuration that make its output random in training.
     """
@@ -52,14 +52,14 @@ class Tower:
         """What turns the tower's token or tokens to the embedding."""
         return model.get_submodule(self.projection)
 
-    def body_of(self, model: nn.Module) -> list[nn.Module]:
+    def body_of(self, model: nn.Module) -> list[nn.Module | nn.Parameter]:
         """The tower without its projection."""
-        projection = self.projection_of(model)
-        return [part for part in self.module_of(model).children() if part is not projection]
+        tower, projection = self.module_of(model), self.projection_of(model)
+        return [*tower.parameters(recurse=False), *(part for part in tower.children() if part is not projection)]
 
-    def stem_of(self, model: nn.Module) -> list[nn.Module]:
+    def stem_of(self, model: nn.Module) -> list[nn.Module | nn.Parameter]:
         """The tower before its first layer."""
-        parts = dict(model.named_modules())
+        parts = {**dict(model.named_modules()), **dict(model.named_parameters())}
         return [parts[path] for path in self.stem if path in parts]
 
     def is_frozen(self, model: nn.Module) -> bool:
@@ -67,6 +67,15 @@ class Tower:
         tower: Any = self.module_of(model)
         random = any(getattr(tower.config, name) for name in self.dropouts)
         return not random and not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def _most_positions(config: Any) -> int:
+    return int(config.text_config.max_position_embeddings)
+
+
+def _picture(config: Any) -> tuple[int, int, int]:
+    vision = config.vision_config
+    return int(vision.num_channels), int(vision.image_size), int(vision.image_size)
 
 
 def _no_layers(model: Any) -> None:
@@ -91,6 +100,8 @@ class Family:
         text_length: tokens of a caption, where the tokenizer does not say.
         vision, text: the towers.
         dim: from the configuration to the length of an embedding.
+        most_positions: from the configuration to the tokens that the text tower has positions for.
+        picture: from the configuration to the shape of a picture, channels first.
         scale_shape: of the parameter ``logit_scale``.
         fuse_layers: takes over layers of a model that compute less than Hugging Face's.
         image_encoder: makes a plain model ready for export, and gives what its ``get_image_features`` then takes
@@ -109,6 +120,8 @@ class Family:
     vision: Tower
     text: Tower
     dim: Callable[[Any], int]
+    most_positions: Callable[[Any], int] = _most_positions
+    picture: Callable[[Any], tuple[int, int, int]] = _picture
     scale_shape: tuple[int, ...] = ()
     fuse_layers: Callable[[Any], None] = _no_layers
     image_encoder: Callable[[Any], dict[str, Any]] = _no_options
@@ -119,7 +132,3 @@ class Family:
     def towers(self) -> dict[TowerName, Tower]:
         """Both, by name."""
         return {"vision": self.vision, "text": self.text}
-
-    def most_positions(self, config: Any) -> int:
-        """Tokens that the text tower has positions for."""
-        return int(config.text_config.max_position_embeddings)
