@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from transformers import CLIPProcessor
 
 from clipft._version import __version__
+from clipft.data.collate import most_tokens
 from clipft.data.pictures import check_preprocessing
 from clipft.data.rows import index_texts
 from clipft.deploy.quantize import pictures_and_captions, plain_model, quantize
 from clipft.evaluation.metrics import retrieval_metrics
 from clipft.families.family import Family
-from clipft.families.registry import family_of
+from clipft.families.registry import family_of, model_names
 from clipft.inference.encode import embed_images, embed_texts
 from clipft.inference.onnx_clip import INFO, OnnxCLIP
 
@@ -85,7 +86,7 @@ def export_onnx(
         raise ValueError(f"min_cosine: expected a cosine in [-1, 1], got {min_cosine}")
     plain = plain_model(model, False, "onnx").float()  # the encoders take and give float32
     if int8 and not family_of(plain).int8:
-        raise ValueError(f"int8: expected a model that clipft.quantize takes, got a {type(plain).__name__}")
+        raise ValueError(f"int8: expected {model_names('int8')}, got a {type(plain).__name__}")
     pictures, captions, described = pictures_and_captions(data, _PAIRS)
     folder = Path(directory).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -153,14 +154,13 @@ def _write_encoders(
     model: Any, family: Family, options: dict[str, Any], folder: Path, kind: str, info: dict[str, Any]
 ) -> None:
     config: Any = model.config
-    side, channels = config.vision_config.image_size, config.vision_config.num_channels
     batch = torch.export.Dim("batch")
     most = family.most_positions(config)
     length = torch.export.Dim("length", min=2, max=most)
     tokens = (2, min(7, most))
     _write(
         _ImageEncoder(model, options),
-        {"pixel_values": torch.zeros(2, channels, side, side)},
+        {"pixel_values": torch.zeros(2, *family.picture(config))},
         {"pixel_values": {0: batch}},
         "image_embeds",
         folder / f"image_encoder{kind}.onnx",
@@ -206,14 +206,17 @@ def _write(
 def _info(model: Any, processor: Any) -> dict[str, Any]:
     preprocessing = json.loads(json.dumps(processor.image_processor.to_dict(), default=dict))
     check_preprocessing(preprocessing, "processor")
+    family = family_of(model)
     return {
         "clipft": __version__,
         "model": str(model.name_or_path),
         "opset": OPSET,
-        "dim": family_of(model).dim(model.config),
+        "dim": family.dim(model.config),
         "logit_scale": float(model.logit_scale.detach().exp()),
         "preprocessing": preprocessing,
         "tokenizer": "tokenizer.json",
+        "padding": family.padding,
+        "text_length": most_tokens(processor, family.most_positions(model.config), family=family),
     }
 
 

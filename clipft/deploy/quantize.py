@@ -18,7 +18,7 @@ from transformers import CLIPModel
 
 from clipft.data.drawings import decode, on_white, read_pictures
 from clipft.data.rows import PairRows
-from clipft.families.registry import family_of, find_family
+from clipft.families.registry import family_of, find_family, model_names
 from clipft.models.fusing import unfuse
 from clipft.models.int8 import QuantizedCLIPModel, install
 from clipft.models.rounding import QKV, patch_layer, quantize_layer
@@ -119,9 +119,9 @@ def plain_model(model: Any, inplace: bool, use: Literal["int8", "onnx"]) -> Any:
         raise ValueError("model: expected a float model, got one that has int8 layers already")
     family = find_family(type(inner))
     if family is None:
-        raise TypeError(f"model: expected a CLIPModel or a peft model of one, got {type(inner).__qualname__}")
+        raise TypeError(f"model: expected {model_names(use)} or a peft model of one, got {type(inner).__qualname__}")
     if not getattr(family, use):
-        raise ValueError(f"model: int8 and ONNX take a CLIPModel so far, got a {type(inner).__name__}")
+        raise ValueError(f"model: {use} takes {model_names(use)} so far, got a {type(inner).__name__}")
     if inner.device.type != "cpu":
         raise TypeError(f"model: expected a model on the CPU, got one on {inner.device}: call model.cpu() first")
     if not inplace:
@@ -130,7 +130,7 @@ def plain_model(model: Any, inplace: bool, use: Literal["int8", "onnx"]) -> Any:
         model = model.merge_and_unload()
     plain = unfuse(model)
     if not model_has_adapters and getattr(plain, "peft_config", None):
-        raise TypeError("model: expected a CLIPModel without injected adapters; merge them first, or give a PeftModel")
+        raise TypeError("model: expected one without injected adapters; merge them first, or give a PeftModel")
     return plain.eval()
 
 

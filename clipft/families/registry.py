@@ -5,7 +5,7 @@ By a model's class, a configuration's ``model_type`` or, by those who have no mo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from clipft.families.clip import CLIP
 from clipft.families.family import Family
@@ -86,11 +86,11 @@ def family_of_processor(processor: Any) -> Family:
     raise TypeError(f"processing_class: expected {names} (clipft.load gives one), got {type(processor).__name__}")
 
 
-def model_names() -> str:
-    """For messages: "a CLIPModel, SiglipModel or Siglip2Model"."""
-    return _one_of([family.model for family in FAMILIES])
+def model_names(use: Literal["int8", "onnx"] | None = None) -> str:
+    """For messages: "a CLIPModel, SiglipModel or Siglip2Model"; with ``use`` those that have it."""
+    return _one_of([family.model for family in FAMILIES if use is None or getattr(family, use)])
 
 
 def _one_of(types: list[type]) -> str:
-    names = [kind.__name__ for kind in types]
-    return f"a {', '.join(names[:-1])} or {names[-1]}"
+    *names, last = (kind.__name__ for kind in types)
+    return f"a {', '.join(names)} or {last}" if names else f"a {last}"

@@ -63,7 +63,7 @@ class OnnxCLIP:
         path = self.directory / "processor_config.json"
         self._preprocessing = _read_json(path).get("image_processor", {})
         check_preprocessing(self._preprocessing, str(path))
-        self._tokenizer = _tokenizer(self.directory)
+        self._tokenizer = _tokenizer(self.directory, self.info)
 
     def encode_images(
         self, images: Sequence[Any], batch_size: int = 32, progress: Callable[[range], Any] | None = None
@@ -146,7 +146,7 @@ def _session(path: Path, threads: int | None, providers: Sequence[str]) -> onnxr
         raise ValueError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
 
 
-def _tokenizer(directory: Path) -> Tokenizer:
+def _tokenizer(directory: Path, info: dict[str, Any]) -> Tokenizer:
     config = _read_json(directory / "tokenizer_config.json")
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -160,6 +160,8 @@ def _tokenizer(directory: Path) -> Tokenizer:
     identity = tokenizer.token_to_id(pad) if pad is not None else None
     if identity is None:
         raise ValueError(f"{directory / 'tokenizer_config.json'}: expected a pad_token of the tokenizer, got {pad!r}")
-    tokenizer.enable_truncation(int(length) if length < 1_000_000 else _LENGTH)
-    tokenizer.enable_padding(pad_id=identity, pad_token=pad)
+    length = info.get("text_length") or (int(length) if length < 1_000_000 else _LENGTH)
+    tokenizer.enable_truncation(length)
+    full = info.get("padding") == "max_length"  # exports of 0.1 say neither, and are CLIP's
+    tokenizer.enable_padding(pad_id=identity, pad_token=pad, length=length if full else None)
     return tokenizer

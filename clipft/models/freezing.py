@@ -43,7 +43,7 @@ def freeze(model: Model, strategy: str) -> Model:
     return model
 
 
-def _frozen_by(model: nn.Module, family: Family, strategy: str) -> list[nn.Module]:
+def _frozen_by(model: nn.Module, family: Family, strategy: str) -> list[nn.Module | nn.Parameter]:
     if strategy == "none":
         return []
     if strategy == "towers":
