@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipft.ops.kernels import FLOATS, dtype_name
+from clipft.ops.kernels import call, check_tensors
 
 __all__ = ["attention"]
-
-_MAX_SIZE = 1 << 24  # MAX_SIZE in csrc/ops/attention.c
 
 
 def attention(
@@ -35,28 +33,12 @@ def attention(
         TypeError: a dtype that is not supported.
         ValueError: a shape or number that does not fit.
     """
-    if not isinstance(qkv, Tensor):
-        raise TypeError(f"clipft.attention: qkv must be a tensor, got {type(qkv).__name__}")
-    if qkv.dtype not in FLOATS:
-        raise TypeError(f"clipft.attention: qkv must be float32, bfloat16 or float16, got {dtype_name(qkv)}")
-    if heads < 1:
-        raise ValueError(f"clipft.attention: heads must be at least 1, got {heads}")
-    width = qkv.shape[-1] if qkv.dim() == 3 else 0
-    if width == 0 or width % 3 != 0 or width // 3 % heads != 0 or qkv.shape[1] > _MAX_SIZE or width > _MAX_SIZE:
-        raise ValueError(
-            f"clipft.attention: qkv must be [batch, length, 3 * heads * dim] with {heads} heads, "
-            f"got shape {list(qkv.shape)}"
-        )
-    length = qkv.shape[1]
-    if queries is None:
-        queries = length
-    if not 0 <= queries <= length:
-        raise ValueError(f"clipft.attention: queries must be 0 to the length, {length}, got {queries}")
-    if scale is None:
-        scale = (width // 3 // heads) ** -0.5
-    if not 0.0 < scale < float("inf"):
-        raise ValueError(f"clipft.attention: scale must be finite and > 0, got {scale:g}")
-    return torch.ops.clipft.attention(qkv.contiguous(), heads, queries, scale, causal)
+    check_tensors("attention", qkv=qkv)
+    length, width = qkv.shape[1:] if qkv.dim() == 3 else (0, 0)
+    if scale is None:  # 1 where heads do not fit, of which C tells
+        scale = (width // (3 * heads)) ** -0.5 if 0 < 3 * heads <= width else 1.0
+    queries = length if queries is None else queries
+    return call(torch.ops.clipft.attention, qkv.contiguous(), heads, queries, scale, causal)
 
 
 @torch.library.register_fake("clipft::attention")

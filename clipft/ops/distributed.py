@@ -83,7 +83,15 @@ class GroupContrastive(torch.autograd.Function):
         labels = no_labels(image) if labels is None else gather_rows(labels, counts, group)
         keep = any(ctx.needs_input_grad[:3])
         _, row_lse, col_lse, target, tiles = call(
-            torch.ops.clipft.contrastive_loss_shard, image, texts, scale, labels, smoothing, keep, offset
+            torch.ops.clipft.contrastive_loss_shard,
+            image,
+            texts,
+            scale,
+            labels,
+            smoothing,
+            keep,
+            offset,
+            name="contrastive_loss",
         )
         columns = [torch.empty_like(col_lse) for _ in counts]
         dist.all_gather(columns, col_lse, group=group)
@@ -119,7 +127,7 @@ class GroupContrastive(torch.autograd.Function):
 
 
 class GroupSigmoid(torch.autograd.Function):
-    """As :class:`_GroupContrastive`; the loss is a sum over pairs, so nothing but sums crosses ranks besides the
+    """As :class:`GroupContrastive`; the loss is a sum over pairs, so nothing but sums crosses ranks besides the
     texts."""
 
     @staticmethod
@@ -128,7 +136,8 @@ class GroupSigmoid(torch.autograd.Function):
     ) -> Tensor:
         counts, offset, texts = _joined("sigmoid_loss", image, text, group)
         keep = any(ctx.needs_input_grad[:4])
-        loss, tiles = call(torch.ops.clipft.sigmoid_loss_shard, image, texts, scale, bias, keep, offset)
+        op = torch.ops.clipft.sigmoid_loss_shard
+        loss, tiles = call(op, image, texts, scale, bias, keep, offset, name="sigmoid_loss")
         dist.all_reduce(loss, group=group)
         ctx.save_for_backward(image, texts, scale, bias, tiles)
         ctx.counts, ctx.offset, ctx.group = counts, offset, group

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipft.ops import reference
-from clipft.ops.kernels import MAX_DIM, PLAIN, call, check_float, has_kernel, no_second_derivative, shape_of
+from clipft.ops.kernels import PLAIN, call, check_floats, check_tensors, has_kernel, no_second_derivative
 
 __all__ = ["quick_gelu"]
 
@@ -25,10 +25,9 @@ def quick_gelu(input: Tensor) -> Tensor:  # noqa: A002
     Raises:
         TypeError: another dtype. ValueError: no dimensions, or more than 8.
     """
-    check_float("quick_gelu", "input", input)
-    if not 1 <= input.dim() <= MAX_DIM:
-        raise ValueError(f"clipft.quick_gelu: input must have 1 to {MAX_DIM} dimensions, got shape {shape_of(input)}")
+    check_tensors("quick_gelu", input=input)
     if not has_kernel("quick_gelu", input, PLAIN):
+        check_floats("quick_gelu", input=input)
         return reference.quick_gelu(input.float()).to(input.dtype)
     return call(torch.ops.clipft.quick_gelu, input.contiguous())
 

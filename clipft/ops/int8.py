@@ -8,13 +8,23 @@ import torch
 from torch import Tensor
 
 from clipft.ops import reference
-from clipft.ops.kernels import FLOATS, MAX_DIM, call, dtype_name, has_kernel, shape_of
+from clipft.ops.kernels import (
+    FLOATS,
+    bias_or_empty,
+    call,
+    check_floats,
+    check_tensors,
+    dtype_name,
+    has_kernel,
+    shape_of,
+)
 
 __all__ = ["quantize_weight", "quantized_linear"]
 
-_MAX_IN, _MAX_OUT = 131072, 1 << 24  # CLIPFT_INT8_MAX_IN and _OUT in csrc/kernels/int8.h
-_HEADER, _PANEL = 64, 16  # clipft_int8_header and CLIPFT_INT8_PANEL
-_ACTIVATIONS = {None: 0, "quick_gelu": 1, "gelu": 2}  # clipft_activation in csrc/kernels/kernels.h
+_MAX_IN, _MAX_OUT = 131072, 1 << 24  # CLIPFT_INT8_MAX_IN and _OUT in csrc/kernels/int8/int8.h
+_HEADER = 64  # clipft_int8_header there
+_PANEL = 16  # CLIPFT_INT8_PANEL in csrc/kernels/int8/int8_kernels.h
+_ACTIVATIONS = {None: 0, "quick_gelu": 1, "gelu": 2}  # clipft_activation in csrc/kernels/int8/int8_kernels.h
 
 
 def quantized_linear(
@@ -47,11 +57,13 @@ def quantized_linear(
         NotImplementedError: with ``CLIPFT_STRICT=1`` on a device that the kernels do not run on. Otherwise plain torch
             computes it there, with a warning that tells the cause.
     """
-    code = check_linear("quantized_linear", input, weight_int8, weight_scale, bias, activation)
-    if not has_kernel("quantized_linear", input, PLAIN):
-        return plain_linear(input, weight_int8, weight_scale, bias, activation)
-    input, bias = prepare(input, bias)  # noqa: A001
-    return call(torch.ops.clipft.quantized_linear, input, weight_int8, weight_scale, bias, code)
+    name = "quantized_linear"
+    check_tensors(name, input=input, weight_int8=weight_int8, weight_scale=weight_scale)
+    some_bias, code = bias_or_empty(name, bias, weight_int8, input), activation_code(name, activation)
+    if not has_kernel(name, input, PLAIN):
+        check_floats(name, input=input)
+        return plain_linear(name, input, weight_int8, weight_scale, bias, activation)
+    return call(torch.ops.clipft.quantized_linear, in_order(input), weight_int8, weight_scale, some_bias, code)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,15 +89,15 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 PLAIN = "Plain torch computes it, in float64"
 
 
-def plain_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def plain_linear(
+    op: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
     """The layer where there is no kernel."""
+    check_weight(op, weight, scale)
+    if bias is not None:
+        check_floats(op, bias=bias)
     out = reference.quantized_linear(x.reshape(-1, x.shape[-1]), weight, scale, bias, activation)
     return out.to(x.dtype).view(*x.shape[:-1], -1)
-
-
-def prepare(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the ops take: rows in order, and an empty bias for none."""
-    return in_order(x), x.new_empty(0) if bias is None else bias
 
 
 def in_order(x: Tensor) -> Tensor:
@@ -93,36 +105,7 @@ def in_order(x: Tensor) -> Tensor:
     return x.contiguous() if x.dim() > 2 else x
 
 
-# ---- checks: the messages equal those of csrc/ops/quantized_inputs.c ----
-
-
-def _check_tensor(op: str, name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
-
-
-def _check_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(
-            f"clipft.{op}: {name} must be on the device of the other tensors, {x.device}, got {tensor.device}"
-        )
-
-
-def check_input(op: str, x: Any) -> None:
-    """Dtype and dimensions of a layer's input."""
-    _check_tensor(op, "input", x)
-    if x.dtype not in FLOATS:
-        raise TypeError(f"clipft.{op}: input must be float32, bfloat16 or float16, got {dtype_name(x)}")
-    if not 1 <= x.dim() <= MAX_DIM or x.shape[-1] == 0:
-        raise ValueError(
-            f"clipft.{op}: input must be [..., in] with in > 0 and at most {MAX_DIM} dimensions, "
-            f"got shape {shape_of(x)}"
-        )
-
-
-def _check_out(op: str, name: str, tensor: Tensor, out: int) -> None:
-    if tensor.dim() != 1 or tensor.shape[0] != out:
-        raise ValueError(f"clipft.{op}: {name} must be [out], [{out}], got shape {shape_of(tensor)}")
+# ---- checks that C cannot make ----
 
 
 def activation_code(op: str, activation: Any) -> int:
@@ -137,8 +120,8 @@ def activation_code(op: str, activation: Any) -> int:
 
 
 def check_weight(op: str, weight: Any, scale: Any) -> None:
-    """Dtypes and shapes of a layer's state."""
-    _check_tensor(op, "weight_int8", weight)
+    """Dtypes and shapes of a layer's state, before any op takes it."""
+    check_tensors(op, weight_int8=weight, weight_scale=scale)
     if weight.dtype != torch.int8:
         raise TypeError(f"clipft.{op}: weight_int8 must be int8, got {dtype_name(weight)}")
     if weight.dim() != 2 or not 0 < weight.shape[0] <= _MAX_OUT or not 0 < weight.shape[1] <= _MAX_IN:
@@ -146,49 +129,29 @@ def check_weight(op: str, weight: Any, scale: Any) -> None:
             f"clipft.{op}: weight_int8 must be [out, in] with 0 < out <= {_MAX_OUT} and 0 < in <= {_MAX_IN}, "
             f"got shape {shape_of(weight)}"
         )
-    _check_tensor(op, "weight_scale", scale)
     if scale.dtype != torch.float32:
         raise TypeError(f"clipft.{op}: weight_scale must be float32, got {dtype_name(scale)}")
-    _check_out(op, "weight_scale", scale, weight.shape[0])
-    _check_device(op, "weight_scale", scale, weight)
+    if scale.shape != weight.shape[:1]:
+        raise ValueError(f"clipft.{op}: weight_scale must be [out], [{len(weight)}], got shape {shape_of(scale)}")
 
 
-def check_linear(op: str, x: Any, weight: Any, scale: Any, bias: Any, activation: Any) -> int:
-    """Every argument of a layer; returns the activation's number."""
-    check_input(op, x)
-    check_weight(op, weight, scale)
-    _check_device(op, "weight_int8", weight, x)
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"clipft.{op}: input must have the weight's {weight.shape[1]} features last, got shape {shape_of(x)}"
-        )
-    if bias is not None:
-        _check_tensor(op, "bias", bias)
-        if bias.dtype not in (x.dtype, torch.float32):
-            raise TypeError(
-                f"clipft.{op}: bias must have the dtype of input, {dtype_name(x)}, or float32, got {dtype_name(bias)}"
-            )
-        _check_device(op, "bias", bias, x)
-        _check_out(op, "bias", bias, weight.shape[0])
-    return activation_code(op, activation)
-
-
-def check_surroundings(op: str, x: Tensor, norm: Any, residual: Any, out: int) -> None:
-    """The norm before a layer of ``x`` and what is added to its ``out`` features."""
+def check_surroundings(op: str, x: Tensor, norm: Any, residual: Any, features: int, out: int) -> None:
+    """The norm before a layer of ``features`` and what is added to its ``out``, of which C sees the tensors only."""
+    if x.dtype not in FLOATS or x.shape[-1:] != (features,):
+        return  # C tells of the input
     if norm is not None:
         if not isinstance(norm, torch.nn.LayerNorm) or norm.weight is None or norm.bias is None:
             raise TypeError(f"clipft.{op}: norm must be a torch.nn.LayerNorm with weight and bias, got {norm!r}")
-        if norm.normalized_shape != (x.shape[-1],):
+        if norm.normalized_shape != (features,):
             raise ValueError(
-                f"clipft.{op}: norm must be over the input's {x.shape[-1]} features, got {norm.normalized_shape}"
+                f"clipft.{op}: norm must be over the input's {features} features, got {norm.normalized_shape}"
             )
     if residual is not None:
-        _check_tensor(op, "residual", residual)
+        check_tensors(op, input=x, residual=residual)
         if residual.dtype != x.dtype:
             raise TypeError(
                 f"clipft.{op}: residual must have the dtype of input, {dtype_name(x)}, got {dtype_name(residual)}"
             )
-        _check_device(op, "residual", residual, x)
         if residual.shape != (*x.shape[:-1], out):
             raise ValueError(
                 f"clipft.{op}: residual must have the result's shape, {[*x.shape[:-1], out]}, got {shape_of(residual)}"

@@ -1,5 +1,5 @@
-"""What all ops share: whether the kernels run on a device and what is done where they do not, autocast there, errors of
-torch's C ABI, and checks of a tensor's kind."""
+"""What all ops share: whether the kernels run on a device and what is done where they do not, autocast there, errors
+of C as Python's, and the checks that C cannot make."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ __all__ = [
     "MAX_DIM",
     "PLAIN",
     "autocasts",
+    "bias_or_empty",
     "call",
-    "check_float",
+    "check_floats",
+    "check_fraction",
+    "check_number",
+    "check_tensors",
     "dtype_name",
     "has_kernel",
     "no_second_derivative",
@@ -69,14 +73,27 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
-def call(op: Any, *args: Any) -> Any:
-    """Torch's C ABI tells of every error in the same way; what was an OutOfMemoryError becomes one again."""
+_ERRORS = {
+    "TypeError": TypeError,
+    "ValueError": ValueError,
+    "NotImplementedError": NotImplementedError,
+    "OutOfMemoryError": torch.OutOfMemoryError,
+}
+
+
+def call(op: Any, *args: Any, name: str | None = None) -> Any:
+    """Through torch's C ABI every error is a RuntimeError, whose text begins with what it is (csrc/error.h): that is
+    raised. ``name`` is what users know the op by, where that is not its own.
+    """
     try:
         return op(*args)
     except RuntimeError as error:
-        if "CUDA out of memory" not in str(error):
+        kind, _, text = str(error).partition(": ")
+        if kind not in _ERRORS or not text.startswith("clipft."):
             raise
-        raise torch.OutOfMemoryError(str(error)) from None
+        if name is not None:
+            text = f"clipft.{name}: {text.partition(': ')[2]}"
+        raise _ERRORS[kind](text) from None
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +101,10 @@ MAX_DIM = 8  # CLIPFT_MAX_DIM in csrc/tensor.h
 PLAIN = "Plain torch computes it"
 
 
-# ---- checks: the messages equal those of csrc/ops/lora_inputs.c ----
+# ---- checks that C cannot make ----
+#
+# Those of dtypes, shapes and numbers are C's, in csrc/ops. It never sees what is no tensor; with a meta tensor among
+# others torch runs the fake kernels; and where there are no kernels, plain torch computes whatever it can.
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -97,12 +117,48 @@ def shape_of(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def check_float(op: str, name: str, tensor: Any) -> None:
-    """That an argument is a tensor of a dtype that the kernels have."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"clipft.{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(tensor)}")
+def check_tensors(op: str, **tensors: Any) -> None:
+    """That arguments are tensors, on the device of the first."""
+    device = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            raise ValueError(
+                f"clipft.{op}: {name} must be on the device of the other tensors, {device}, got {tensor.device}"
+            )
+
+
+def check_floats(op: str, **tensors: Tensor) -> None:
+    """That plain torch, in a kernel's place, gets dtypes that kernels take."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"clipft.{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(tensor)}")
+
+
+def check_number(op: str, name: str, value: Any) -> None:
+    """That an argument is a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"clipft.{op}: {name} must be a float, got {type(value).__name__}")
+
+
+def check_fraction(op: str, name: str, value: Any) -> None:
+    """That an argument is a float in [0, 1), also where nothing is done with it."""
+    check_number(op, name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"clipft.{op}: {name} must be in [0, 1), got {value:g}")
+
+
+def bias_or_empty(op: str, bias: Tensor | None, weight: Tensor, x: Tensor) -> Tensor:
+    """A layer's bias as the ops take it: empty for none. So a bias that is empty itself is refused here."""
+    if bias is None:
+        return x.new_empty(0)
+    check_tensors(op, input=x, bias=bias)
+    if bias.numel() == 0:
+        raise ValueError(f"clipft.{op}: bias must be [out], {shape_of(weight)[:1]}, got shape {shape_of(bias)}")
+    return bias
 
 
 def no_second_derivative(ctx: Any, *grads: Any) -> Any:

@@ -12,21 +12,22 @@ from torch import Tensor
 from clipft.ops import reference
 from clipft.ops.kernels import (
     FLOATS,
-    MAX_DIM,
     PLAIN,
     autocasts,
+    bias_or_empty,
     call,
-    check_float,
-    dtype_name,
+    check_floats,
+    check_fraction,
+    check_number,
+    check_tensors,
     has_kernel,
     no_second_derivative,
-    shape_of,
     without_autocast,
 )
 
 __all__ = ["dropout_mask", "lora_linear", "quick_gelu_lora_linear"]
 
-_RANK_PAD = 16  # CLIPFT_RANK_PAD in csrc/kernels/kernels.h
+_RANK_PAD = 16  # CLIPFT_RANK_PAD in csrc/kernels/lora/lora_kernels.h
 
 
 # ---- public functions ----
@@ -95,8 +96,9 @@ def dropout_mask(seed: int | Tensor, rows: int, cols: int, dropout: float) -> Te
     """[rows, cols] float32: 1 where ``lora_linear`` with this seed keeps an element of its input, as [rows, cols], else
     0.
     """
-    _check_dropout("dropout_mask", dropout)
-    return torch.ops.clipft.dropout_mask(torch.as_tensor(seed, dtype=torch.int64), rows, cols, float(dropout))
+    check_number("dropout_mask", "dropout", dropout)
+    seed = torch.as_tensor(seed, dtype=torch.int64)
+    return call(torch.ops.clipft.dropout_mask, seed, rows, cols, float(dropout))
 
 
 def _lora_linear(
@@ -110,19 +112,21 @@ def _lora_linear(
     dropout: float,
     activation: bool,
 ) -> Tensor:
-    if isinstance(x, Tensor) and autocasts(x.device):
+    name = "lora_linear"
+    check_tensors(name, input=x, weight=weight, lora_a=lora_a, lora_b=lora_b)
+    if autocasts(x.device):
         x, weight, bias = _autocast(x, weight, bias)
-    _check_lora(x, weight, bias, lora_a, lora_b, scaling, dropout)
-    if not has_kernel("lora_linear", x, PLAIN):
+    some_bias = bias_or_empty(name, bias, weight, x)
+    check_number(name, "scaling", scaling)
+    check_fraction(name, "dropout", dropout)
+    if not has_kernel(name, x, PLAIN):
         return _plain(x, weight, bias, lora_a, lora_b, scaling, active_dropout, activation)
     if x.dim() > 2:
         x = x.contiguous()
-    if bias is None:
-        bias = x.new_empty(0)
     seed = _draw_seed(x) if active_dropout else torch.empty((), dtype=torch.int64, device=x.device)
     scaling, active_dropout = float(scaling), float(active_dropout)
     op = torch.ops.clipft.lora_linear
-    return call(op, x, weight, bias, lora_a, lora_b, seed, scaling, active_dropout, activation)[0]
+    return call(op, x, weight, some_bias, lora_a, lora_b, seed, scaling, active_dropout, activation)[0]
 
 
 def _plain(
@@ -136,6 +140,7 @@ def _plain(
     activation: bool,
 ) -> Tensor:
     """The layer where there is no kernel, whose mask comes from torch's own dropout."""
+    check_floats("lora_linear", input=x, lora_a=lora_a, lora_b=lora_b)
     wide = reference.quick_gelu(x.float()) if activation else x.float()
     with without_autocast(x.device):
         base = F.linear(wide.to(x.dtype), weight, bias)
@@ -155,64 +160,6 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
         return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in FLOATS else tensor
 
     return cast(x), cast(weight), cast(bias)
-
-
-def _check_like(name: str, tensor: Any, x: Tensor, or_float32: bool) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"clipft.lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != x.dtype and not (or_float32 and tensor.dtype == torch.float32):
-        also = ", or float32" if or_float32 else ""
-        raise TypeError(
-            f"clipft.lora_linear: {name} must have the dtype of input, {dtype_name(x)}{also}, got {dtype_name(tensor)}"
-        )
-    if tensor.device != x.device:
-        raise ValueError(
-            f"clipft.lora_linear: {name} must be on the device of the other tensors, {x.device}, got {tensor.device}"
-        )
-
-
-def _check_matrix(name: str, tensor: Tensor, layout: str, rows: int | None, cols: int) -> None:
-    if (
-        tensor.dim() == 2
-        and tensor.shape[1] == cols
-        and (tensor.shape[0] > 0 if rows is None else tensor.shape[0] == rows)
-    ):
-        return
-    size = f"with in = {cols}" if rows is None else f"[{rows}, {cols}]"
-    joint = " " if rows is None else ", "
-    raise ValueError(f"clipft.lora_linear: {name} must be {layout}{joint}{size}, got shape {shape_of(tensor)}")
-
-
-def _check_dropout(op: str, dropout: Any) -> None:
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"clipft.{op}: dropout must be a float, got {type(dropout).__name__}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"clipft.{op}: dropout must be in [0, 1), got {dropout:g}")
-
-
-def _check_lora(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: float
-) -> None:
-    check_float("lora_linear", "input", x)
-    if not 1 <= x.dim() <= MAX_DIM or x.shape[-1] == 0:
-        raise ValueError(
-            f"clipft.lora_linear: input must be [..., in] with in > 0 and at most {MAX_DIM} dimensions, "
-            f"got shape {shape_of(x)}"
-        )
-    _check_like("weight", weight, x, False)
-    _check_matrix("weight", weight, "[out, in]", None, x.shape[-1])
-    out = weight.shape[0]
-    if bias is not None:
-        _check_like("bias", bias, x, False)
-        if bias.dim() != 1 or bias.shape[0] != out:
-            raise ValueError(f"clipft.lora_linear: bias must be [out], [{out}], got shape {shape_of(bias)}")
-    _check_like("lora_a", lora_a, x, True)
-    _check_matrix("lora_a", lora_a, "[r, in]", None, x.shape[-1])
-    _check_like("lora_b", lora_b, x, True)
-    _check_matrix("lora_b", lora_b, "[out, r]", out, lora_a.shape[0])
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-        raise TypeError(f"clipft.lora_linear: scaling must be a float, got {type(scaling).__name__}")
-    _check_dropout("lora_linear", dropout)
 
 
 # ---- fake kernels ----

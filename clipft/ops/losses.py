@@ -1,4 +1,4 @@
-"""The losses as functions over ``torch.ops.clipft.*``: argument checks, fake kernels, autograd.
+"""The losses as functions over ``torch.ops.clipft.*``: fake kernels, autograd, and the checks that C cannot make.
 
 The C ops compute a loss and what its backward pass needs; ``torch.library`` connects them to autograd and
 torch.compile. Inside a process group each rank works on the rows of its own images against the texts of all ranks: see
@@ -15,11 +15,23 @@ from torch import Tensor
 
 from clipft.ops import reference
 from clipft.ops.distributed import GroupContrastive, GroupSigmoid, gather_rows, no_labels, row_counts
-from clipft.ops.kernels import FLOATS, autocasts, call, dtype_name, has_kernel, no_second_derivative, without_autocast
+from clipft.ops.kernels import (
+    FLOATS,
+    autocasts,
+    call,
+    check_floats,
+    check_fraction,
+    check_tensors,
+    dtype_name,
+    has_kernel,
+    no_second_derivative,
+    shape_of,
+    without_autocast,
+)
 
 __all__ = ["contrastive_loss", "sigmoid_loss"]
 
-_TILE = 1024  # CLIPFT_TILE in csrc/kernels/kernels.h
+_TILE = 1024  # CLIPFT_TILE in csrc/kernels/loss/loss.h
 _KEEP = 40 * 1024 * 1024 // 4  # CLIPFT_KEEP in csrc/ops/loss_inputs.h
 
 
@@ -65,10 +77,12 @@ def contrastive_loss(
         torch.OutOfMemoryError: as torch raises it.
     """
     name = "contrastive_loss"
-    image_embeds, text_embeds = _check_embeds(name, image_embeds, text_embeds, group is not None)
+    image_embeds, text_embeds = _embeds(name, image_embeds, text_embeds)
     scale = _scalar(name, "logit_scale", logit_scale, image_embeds)
-    _check_targets(name, labels, label_smoothing, image_embeds)
-    if not _has_kernel(name, image_embeds, group):
+    check_fraction(name, "label_smoothing", label_smoothing)
+    if labels is not None:
+        _check_labels(name, labels, image_embeds, text_embeds)
+    if not _has_kernel(name, image_embeds, text_embeds, group):
         embeds = image_embeds.float(), text_embeds.float()
         with without_autocast(image_embeds.device):
             return reference.contrastive_loss(*embeds, scale, labels=labels, label_smoothing=label_smoothing)
@@ -101,11 +115,12 @@ def sigmoid_loss(
     z, not of itself.)
     """
     name = "sigmoid_loss"
-    image_embeds, text_embeds = _check_embeds(name, image_embeds, text_embeds, group is not None)
+    image_embeds, text_embeds = _embeds(name, image_embeds, text_embeds)
     scale = _scalar(name, "logit_scale", logit_scale, image_embeds)
     bias = _scalar(name, "logit_bias", logit_bias, image_embeds)
-    _check_targets(name, labels, 0.0, image_embeds)
-    if not _has_kernel(name, image_embeds, group):
+    if labels is not None:
+        _check_labels(name, labels, image_embeds, text_embeds)
+    if not _has_kernel(name, image_embeds, text_embeds, group):
         with without_autocast(image_embeds.device):
             return reference.sigmoid_loss(image_embeds.float(), text_embeds.float(), scale, bias, labels=labels)
     if group is not None:
@@ -150,46 +165,18 @@ def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=1).sum(dtype=torch.float64)
 
 
-def _has_kernel(op: str, embeds: Tensor, group: dist.ProcessGroup | None) -> bool:
-    instead = "Plain torch computes it, with the N x N matrix of logits"
-    return has_kernel(op, embeds, instead, None if group is None else "a process group")
-
-
-# ---- checks: the messages equal those of csrc/ops/loss_inputs.c ----
-
-
 def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _check_embeds(op: str, image: Tensor, text: Tensor, rank_may_be_empty: bool) -> tuple[Tensor, Tensor]:
-    for name, tensor in (("image_embeds", image), ("text_embeds", text)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"clipft.{op}: {name} must be a tensor, got {type(tensor).__name__}")
+# ---- arguments ----
+
+
+def _embeds(op: str, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast of one dtype, as autocast does for torch's own losses."""
+    check_tensors(op, image_embeds=image, text_embeds=text)
     if autocasts(image.device) and image.dtype != text.dtype:
-        # as autocast does for torch's own losses
         image, text = (t.float() if t.dtype in FLOATS else t for t in (image, text))
-    for name, tensor in (("image_embeds", image), ("text_embeds", text)):
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"clipft.{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(tensor)}")
-        if tensor.dim() != 2:
-            raise ValueError(f"clipft.{op}: {name} must be [N, D], got shape {list(tensor.shape)}")
-    if text.dtype != image.dtype:
-        raise TypeError(
-            f"clipft.{op}: text_embeds must have the dtype of image_embeds, {dtype_name(image)}, got {dtype_name(text)}"
-        )
-    if text.device != image.device:
-        raise ValueError(
-            f"clipft.{op}: text_embeds must be on the device of the other tensors, {image.device}, got {text.device}"
-        )
-    if text.shape != image.shape:
-        raise ValueError(
-            f"clipft.{op}: text_embeds must have the shape of image_embeds, {list(image.shape)}, got {list(text.shape)}"
-        )
-    if image.shape[1] == 0 or (image.shape[0] == 0 and not rank_may_be_empty):
-        raise ValueError(
-            f"clipft.{op}: image_embeds must hold at least one pair and one feature, got shape {list(image.shape)}"
-        )
     return image, text
 
 
@@ -199,35 +186,51 @@ def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
         if not value.is_floating_point():
             raise TypeError(f"clipft.{op}: {name} must be a float or a float tensor, got {dtype_name(value)}")
         if value.numel() != 1:
-            raise ValueError(f"clipft.{op}: {name} must have one element, got shape {list(value.shape)}")
-        if value.device != like.device:
-            raise ValueError(
-                f"clipft.{op}: {name} must be on the device of the other tensors, {like.device}, got {value.device}"
-            )
+            raise ValueError(f"clipft.{op}: {name} must have one element, got shape {shape_of(value)}")
+        check_tensors(op, image_embeds=like, **{name: value})
         return value.reshape(()).float()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"clipft.{op}: {name} must be a float or a float tensor, got {type(value).__name__}")
     return torch.full((), float(value), dtype=torch.float32, device=like.device)  # no copy, which a GPU would wait for
 
 
-def _check_targets(op: str, labels: Tensor | None, label_smoothing: float, image: Tensor) -> None:
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"clipft.{op}: label_smoothing must be a float, got {type(label_smoothing).__name__}")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"clipft.{op}: label_smoothing must be in [0, 1), got {label_smoothing:g}")
-    if labels is None:
-        return
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"clipft.{op}: labels must be a tensor, got {type(labels).__name__}")
+def _check_labels(op: str, labels: Tensor, image: Tensor, text: Tensor) -> None:
+    """In C the sigmoid loss has none, and empty ones are none. Of embeddings that do not fit is told elsewhere."""
+    check_tensors(op, image_embeds=image, labels=labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"clipft.{op}: labels must be int64, got {dtype_name(labels)}")
-    if labels.shape != image.shape[:1]:
+    if labels.shape != image.shape[:1] and image.shape == text.shape:
         raise ValueError(
-            f"clipft.{op}: labels must have one entry per pair, [{image.shape[0]}], got shape {list(labels.shape)}"
+            f"clipft.{op}: labels must have one entry per pair, {shape_of(image)[:1]}, got shape {shape_of(labels)}"
         )
-    if labels.device != image.device:
+
+
+def _has_kernel(op: str, image: Tensor, text: Tensor, group: dist.ProcessGroup | None) -> bool:
+    """Whether the op runs. Where something comes before it or in its place, what it would find is found here."""
+    instead = "Plain torch computes it, with the N x N matrix of logits"
+    here = has_kernel(op, image, instead, None if group is None else "a process group")
+    if group is not None or not here or image.is_meta:
+        _check_embeds(op, image, text, group is not None)
+    return here
+
+
+def _check_embeds(op: str, image: Tensor, text: Tensor, rank_may_be_empty: bool) -> None:
+    """As csrc/ops/loss_inputs.c: between ranks all texts are gathered first, padded to the number of images."""
+    check_floats(op, image_embeds=image, text_embeds=text)
+    for name, tensor in (("image_embeds", image), ("text_embeds", text)):
+        if tensor.dim() != 2:
+            raise ValueError(f"clipft.{op}: {name} must be [N, D], got shape {shape_of(tensor)}")
+    if text.dtype != image.dtype:
+        raise TypeError(
+            f"clipft.{op}: text_embeds must have the dtype of image_embeds, {dtype_name(image)}, got {dtype_name(text)}"
+        )
+    if text.shape != image.shape:
         raise ValueError(
-            f"clipft.{op}: labels must be on the device of the other tensors, {image.device}, got {labels.device}"
+            f"clipft.{op}: text_embeds must have the shape of image_embeds, {shape_of(image)}, got {shape_of(text)}"
+        )
+    if image.shape[1] == 0 or (image.shape[0] == 0 and not rank_may_be_empty):
+        raise ValueError(
+            f"clipft.{op}: image_embeds must hold at least one pair and one feature, got shape {shape_of(image)}"
         )
 
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipft.ops import int8
-from clipft.ops.kernels import call, has_kernel
+from clipft.ops.kernels import bias_or_empty, call, check_floats, check_tensors, has_kernel
 from clipft.ops.losses import contrastive_loss, sigmoid_loss
 
 __all__ = ["ContrastiveLoss", "QuantizedLinear", "SigmoidLoss"]
+
+_NAME = "nn.QuantizedLinear"  # in messages
 
 
 class ContrastiveLoss(nn.Module):
@@ -87,18 +89,18 @@ class QuantizedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
-        self._activation_code = int8.activation_code("nn.QuantizedLinear", activation)
+        int8.activation_code(_NAME, activation)
         self._packed: tuple[object, Tensor] | None = None
         self.register_buffer("weight_int8", torch.zeros((out_features, in_features), dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
-        int8.check_weight("nn.QuantizedLinear", self.weight_int8, self.weight_scale)
+        int8.check_weight(_NAME, self.weight_int8, self.weight_scale)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation: str | None = None) -> QuantizedLinear:
         """The int8 form of ``linear``, with ``activation`` (None, "quick_gelu" or "gelu") behind it."""
         if not isinstance(linear, nn.Linear):
-            raise TypeError(f"clipft.nn.QuantizedLinear: linear must be a torch.nn.Linear, got {type(linear).__name__}")
+            raise TypeError(f"clipft.{_NAME}: linear must be a torch.nn.Linear, got {type(linear).__name__}")
         bias = linear.bias
         layer = cls(linear.in_features, linear.out_features, bias is not None, activation, linear.weight.device)
         layer.weight_int8, layer.weight_scale = int8.quantize_weight(linear.weight)
@@ -120,43 +122,43 @@ class QuantizedLinear(nn.Module):
         rows: ``residual + then(self(norm(input)))``, ``norm`` over [in], ``then`` a layer without an activation whose
         input these are.
         """
-        name = "nn.QuantizedLinear"
-        code = int8.check_linear(name, input, self.weight_int8, self.weight_scale, self.bias, self.activation)
+        check_tensors(_NAME, input=input, weight_int8=self.weight_int8, weight_scale=self.weight_scale)
+        code = int8.activation_code(_NAME, self.activation)
         if then is not None and not (
             isinstance(then, QuantizedLinear) and then.in_features == self.out_features and then.activation is None
         ):
             raise ValueError(
-                f"clipft.{name}: then must be a QuantizedLinear of {self.out_features} features without an activation, "
-                f"got {then!r}"
+                f"clipft.{_NAME}: then must be a QuantizedLinear of {self.out_features} features without an "
+                f"activation, got {then!r}"
             )
         last = self if then is None else then
-        int8.check_surroundings(name, input, norm, residual, last.out_features)
+        int8.check_surroundings(_NAME, input, norm, residual, self.in_features, last.out_features)
         if torch.compiler.is_exporting():
-            return self._by_steps(input, norm, residual, then)
-        if not has_kernel(name, input, int8.PLAIN):
+            return self._by_steps(input, norm, residual, then, code)
+        if not has_kernel(_NAME, input, int8.PLAIN):
             return self._plain(input, norm, residual, then)
         none = input.new_empty(0)
-        x = int8.in_order(input)
         return call(
             torch.ops.clipft.quantized_chain,
-            x,
+            int8.in_order(input),
             *((none, none, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)),
-            *self._operands(none),
+            *self._operands(input),
             code,
-            *((none, none, none) if then is None else then._operands(none)),
+            *((none, none, none) if then is None else then._operands(input)),
             none if residual is None else int8.in_order(residual),
+            name=_NAME,
         )
 
-    def _operands(self, none: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight = self.weight_int8 if self.weight_int8.device.type == "cuda" else self._pack()
-        return weight, self.weight_scale, none if self.bias is None else self.bias
+        return weight, self.weight_scale, bias_or_empty(_NAME, self.bias, self.weight_int8, x)
 
     def _by_steps(
-        self, x: Tensor, norm: nn.LayerNorm | None, residual: Tensor | None, then: QuantizedLinear | None
+        self, x: Tensor, norm: nn.LayerNorm | None, residual: Tensor | None, then: QuantizedLinear | None, code: int
     ) -> Tensor:
         """In ops that an exporter can translate."""
-        x, bias = int8.prepare(x if norm is None else norm(x), self.bias)
-        code = self._activation_code
+        x = int8.in_order(x if norm is None else norm(x))
+        bias = bias_or_empty(_NAME, self.bias, self.weight_int8, x)
         x = torch.ops.clipft.quantized_linear(x, self.weight_int8, self.weight_scale, bias, code)
         if then is not None:
             x = then(x)
@@ -166,11 +168,12 @@ class QuantizedLinear(nn.Module):
         self, x: Tensor, norm: nn.LayerNorm | None, residual: Tensor | None, then: QuantizedLinear | None
     ) -> Tensor:
         """Without kernels; as these do, rounded to the input's dtype in the end only, whatever dtype the norm has."""
+        check_floats(_NAME, input=x)
         wide = x.float()
         if norm is not None:
             wide = F.layer_norm(wide, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
         for layer in (self,) if then is None else (self, then):
-            wide = int8.plain_linear(wide, layer.weight_int8, layer.weight_scale, layer.bias, layer.activation)
+            wide = int8.plain_linear(_NAME, wide, layer.weight_int8, layer.weight_scale, layer.bias, layer.activation)
         return (wide if residual is None else residual + wide).to(x.dtype)
 
     def _pack(self) -> Tensor:
@@ -178,16 +181,19 @@ class QuantizedLinear(nn.Module):
         ``weight_int8`` is another tensor or was written to. The pair is replaced as one: threads may race for it."""
         packed, weight = self._packed, self.weight_int8
         if torch.compiler.is_compiling():
-            return torch.ops.clipft.quantized_pack(weight) if packed is None else packed[1]
+            return self._packed_anew() if packed is None else packed[1]
         key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if packed is None or packed[0] != key:
-            packed = self._packed = (key, torch.ops.clipft.quantized_pack(weight))
+            packed = self._packed = (key, self._packed_anew())
         return packed[1]
+
+    def _packed_anew(self) -> Tensor:
+        return call(torch.ops.clipft.quantized_pack, self.weight_int8, name=_NAME)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._packed = None
-        int8.check_weight("nn.QuantizedLinear", self.weight_int8, self.weight_scale)
+        int8.check_weight(_NAME, self.weight_int8, self.weight_scale)
         if self.weight_int8.device.type == "cpu":
             self._pack()
 

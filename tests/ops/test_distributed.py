@@ -3,6 +3,7 @@ rows, one rank empty."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,12 +69,23 @@ def test_ranks_equal_the_joined_batch(counts: tuple[int, ...], tmp_path: Path) -
             assert_close(torch.cat([g[k] for g in got]), want[k], 2 * gradient_tolerance(case, want[k]), name)
 
 
-def all_empty(rank: int, folder: str) -> None:
+def bad_on_all(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    for loss in (clipft.contrastive_loss, partial(clipft.sigmoid_loss, logit_bias=0.0)):  # before any rank waits
+        with pytest.raises(ValueError, match="text_embeds must have the shape of image_embeds"):
+            loss(torch.ones(3, 4), torch.ones(2, 4), logit_scale=1.0, group=dist.group.WORLD)
+        with pytest.raises(ValueError, match=r"labels must have one entry per pair, \[3\], got shape \[1\]"):
+            loss(
+                torch.ones(3, 4),
+                torch.ones(3, 4),
+                logit_scale=1.0,
+                labels=torch.zeros(1, dtype=torch.int64),
+                group=dist.group.WORLD,
+            )
     with pytest.raises(ValueError, match="got none on any rank"):
         clipft.contrastive_loss(torch.empty(0, 4), torch.empty(0, 4), 1.0, group=dist.group.WORLD)
     leave()
 
 
-def test_no_rows_on_any_rank_is_an_error_on_all(tmp_path: Path) -> None:
-    mp.spawn(all_empty, (str(tmp_path),), nprocs=2)
+def test_bad_input_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    mp.spawn(bad_on_all, (str(tmp_path),), nprocs=2)
