@@ -30,13 +30,20 @@ MOVED: dict[str, dict[str, str]] = {
         "report.charts": "*",
     },
     "checkpoints": {
-        "training.checkpoints": "*",
+        "training.checkpoints": "StagedCheckpoints check_checkpoint kept=kept_checkpoints last_checkpoint",
+    },
+    "cli.outcome": {
+        "cli.forgetting": "ControlData Distillation L2SP ReportTo WiseFT",
+        "recipes.outcome": "Outcome check_report_to control_set",
     },
     "data": {
         "data.collate": "CLIPDataCollator FrozenFeatures model_inputs most_tokens tokenize",
         "data.rows": "DEFAULT_TEMPLATES PairRows class_names_of class_targets class_text column_names "
         "column_values read_row read_stored render stored_pictures",
         "data.sampling": "EpochSampler mix_seed",
+    },
+    "demo.drawings": {
+        "demo.styles": "*",
     },
     "demo.pictures": {
         "data.drawings": "*",
@@ -64,7 +71,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "families": {
         "families.family": "Family Tower",
-        "families.registry": "FAMILIES MOST_TOKENS base_model check_model family_of family_of_processor",
+        "families.registry": "FAMILIES MODEL_NAMES MOST_TOKENS base_model check_model family_of family_of_processor",
     },
     "faults": {
         "training.faults": "*",

@@ -94,3 +94,6 @@ def model_names(use: Literal["int8", "onnx"] | None = None) -> str:
 def _one_of(types: list[type]) -> str:
     *names, last = (kind.__name__ for kind in types)
     return f"a {', '.join(names)} or {last}" if names else f"a {last}"
+
+
+MODEL_NAMES = model_names()  # as 0.1 had it: of the families that clipft brings
