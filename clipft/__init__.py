@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from clipft.ops import lora_linear as lora_linear
     from clipft.ops import quantized_linear as quantized_linear
     from clipft.ops import sigmoid_loss as sigmoid_loss
+    from clipft.recipes.evaluate import evaluate as evaluate
+    from clipft.recipes.train import train as train
     from clipft.training.arguments import CLIPTrainingArguments as CLIPTrainingArguments
     from clipft.training.head_losses import dice_loss as dice_loss
     from clipft.training.head_losses import focal_loss as focal_loss
@@ -81,6 +83,8 @@ _MODULE_OF = {
     "evaluate_retrieval": "clipft.evaluation.tasks",
     "evaluate_zero_shot": "clipft.evaluation.tasks",
     "wise_ft": "clipft.training.wise_ft",
+    "train": "clipft.recipes.train",
+    "evaluate": "clipft.recipes.evaluate",
 }
 _SUBMODULES = ("nn", "ops", "reference")
 

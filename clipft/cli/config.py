@@ -5,14 +5,13 @@ A key is an option's name, with dashes or underscores. The command line override
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
 
-__all__ = ["Config", "options_of"]
+__all__ = ["Config"]
 
 _LEFT_OUT = ("config", "resume", "help")  # of the invocation, not of the run
 
@@ -47,16 +46,3 @@ Config = Annotated[
     Path | None,
     typer.Option(callback=_read, is_eager=True, help="YAML file with these options; the command line overrides."),
 ]
-
-
-def options_of(context: typer.Context) -> dict[str, Any]:
-    """Every option as the command has it, in plain types."""
-    return {name: _plain(value) for name, value in context.params.items() if name not in _LEFT_OUT}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, Enum):
-        return value.value
-    return str(value) if isinstance(value, Path) else value

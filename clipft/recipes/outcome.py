@@ -4,6 +4,7 @@ start and end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ __all__ = ["Outcome", "check_report_to", "control_set"]
 _KEPT = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
 
-def check_report_to(names: list[str]) -> None:
+def check_report_to(names: Sequence[str]) -> None:
     """That tensorboard is there before an hour of training."""
     if "tensorboard" not in names:
         return

@@ -1,13 +1,18 @@
-"""The parts of a training run: its rows, arguments, adapter, Trainer."""
+"""``clipft.train``: a whole training run, from data and a model's name to a model, a report and what was gained."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -17,27 +22,264 @@ from clipft.data.reading import Reading
 from clipft.data.rows import class_names_of, class_targets
 from clipft.data.sampling import classes_are_uneven
 from clipft.data.sources import load_reading
-from clipft.models.lora import add_lora
-from clipft.training.arguments import CLIPTrainingArguments
+from clipft.evaluation.scoring import Scorer
+from clipft.files import save_model
+from clipft.models.freezing import freeze
+from clipft.models.fusing import fuse, unfuse
+from clipft.models.loading import load
+from clipft.models.lora import add_lora, import_peft
+from clipft.recipes.arguments import Heads, arguments_of, heads_asked_for
+from clipft.recipes.options import TrainOptions, options_from
+from clipft.recipes.outcome import Outcome, check_report_to, control_set
+from clipft.training.arguments import default_learning_rate
 from clipft.training.checkpoints import last_checkpoint
-from clipft.training.precision import bf16_speedup, fastest_precision
 from clipft.training.progress import ProgressReport
 from clipft.training.trainer import CLIPTrainer
+from clipft.training.wise_ft import WeightLine
 
-__all__ = [
-    "Sets",
-    "drawn_by_class",
-    "early_stopping",
-    "fastest_here",
-    "load_sets",
-    "resume_point",
-    "trainer_of",
-    "training_arguments",
-    "with_adapter",
-]
+__all__ = ["Run", "train"]
 
 HELD_OUT = 0.2  # share of the data tested on where no test data is given
 VALIDATION = 0.1  # share of the training data that early stopping looks at
+
+
+@dataclass
+class Run:
+    """What :func:`train` gives back; in a notebook it shows its report.
+
+    Attributes:
+        model, processor: the trained model, in evaluation mode, an adapter merged in; and its processor.
+        before, after: scores by part (``zero_shot``, ``retrieval``, ``head``, ``attribute_NAME``) and metric, on rows
+            that were not trained on.
+        gains: after - before, by part and metric: ``value`` and ``interval``.
+        folder: model, ``report.html``, ``report.json``, ``config.yaml`` and checkpoints.
+        history: what was logged, a dictionary a step.
+    """
+
+    model: Any = field(repr=False)
+    processor: Any = field(repr=False)
+    before: dict[str, Any] = field(repr=False)
+    after: dict[str, Any] = field(repr=False)
+    gains: dict[str, Any] = field(repr=False)
+    folder: Path
+    history: list[dict[str, Any]] = field(repr=False)
+    _temporary: Any = field(default=None, repr=False)  # the folder, where nobody named one: it goes with the run
+
+    def _repr_html_(self) -> str:
+        return (self.folder / "report.html").read_text(encoding="utf-8")
+
+
+def train(
+    model: Any,
+    data: Any,
+    output: str | Path | None = None,
+    *,
+    training_args: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
+    peft_config: Any = None,
+    console: Console | None = None,
+    **options: Any,
+) -> Run:
+    """Fine-tune a model and measure what it gained: the same as the command ``clipft train``, with the same options.
+
+    Args:
+        model: a folder, a hub name, ``"demo"``, ``(model, processor)``, or a :class:`Run` to go on from.
+        data: a source that :func:`clipft.load_pairs` takes, or a ``datasets.Dataset`` as it gives them.
+        output: folder for the model, the report and checkpoints; default: one that goes with the result.
+        training_args: any other field of ``transformers.TrainingArguments``.
+        callbacks: more ``transformers.TrainerCallback``s.
+        peft_config: of an adapter that ``lora_r`` and its like cannot say (DoRA, rsLoRA, ``modules_to_save``).
+        console: where progress and tables go; default: standard output.
+        options: fields of :class:`clipft.recipes.options.TrainOptions`: ``epochs``, ``lr``, ``freeze``, ...
+
+    Raises:
+        TypeError: no such option.
+        ValueError: an option or data that does not fit; the message names it.
+    """
+    further = [f"{name}={json.dumps(value)}" for name, value in (training_args or {}).items()]
+    settings = options_from(TrainOptions, options | ({"set": [*options.get("set", ()), *further]} if further else {}))
+    console = console or Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)
+    heads = heads_asked_for(settings)
+    _check_adapter(settings, heads, peft_config)
+    check_report_to(settings.report_to or [])
+    temporary = tempfile.TemporaryDirectory(prefix="clipft-run-") if output is None else None
+    folder = Path(temporary.name if output is None and temporary else str(output)).expanduser()
+    arguments = arguments_of(settings, folder, heads, console)
+    return _Training(settings, folder, heads, arguments, console).run(model, data, callbacks, peft_config, temporary)
+
+
+def _check_adapter(options: TrainOptions, heads: Heads, peft_config: Any) -> None:
+    if options.lora_r is not None and peft_config is not None:
+        raise ValueError("lora_r, peft_config: expected one of the two, which both describe the adapter")
+    if options.lora_r is None and peft_config is None:
+        return
+    if heads.trained:
+        raise ValueError("head, attribute: not with lora_r, whose adapter is saved without heads")
+    if options.freeze != "none":
+        raise ValueError(
+            f"freeze: expected none with lora_r, which freezes all but the adapter, got {options.freeze!r}"
+        )
+
+
+@dataclass
+class _Training:
+    """One run, as it goes."""
+
+    options: TrainOptions
+    folder: Path
+    heads: Heads
+    arguments: Any
+    console: Console
+
+    def run(self, model: Any, data: Any, callbacks: Sequence[Any], peft_config: Any, temporary: Any) -> Run:
+        options, console = self.options, self.console
+        sets = self._sets(data)
+        control = control_set(options.control_data)
+        base, processor = _loaded(model)
+        adapted = options.lora_r is not None or peft_config is not None
+        clip = self._what_trains(base, peft_config)
+        lr = options.lr
+        self.arguments.learning_rate = default_learning_rate(base, lora=adapted) if lr is None else lr
+        self.arguments.class_balanced = self._drawn_by_class(sets.train)
+        trainer = self._trainer(clip, processor, sets, callbacks)
+        scorer = functools.partial(
+            Scorer,
+            clip,
+            processor,
+            templates=self.arguments.caption_templates,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            console=console,
+        )
+        outcome = Outcome(
+            scorer(sets.test),
+            sets.test_name,
+            control=control and scorer(control[0]),
+            control_name=control[1] if control else "",
+            skipped=sets.skipped,
+        )
+        self._train(trainer, outcome, clip, functools.partial(scorer, sets.validation))
+        if trainer.is_world_process_zero():
+            self._save(clip, processor, adapted)
+            outcome.write(self.folder, trainer.state.log_history, self._settings(model, data), merged=adapted)
+            outcome.show(console)
+            what = "adapter, the model with it merged in (merged)" if adapted else "model"
+            console.print(f"{what}, report.html, report.json and config.yaml in {self.folder}")
+        trainer.accelerator.end_training()  # leaves the process group while the interpreter still runs
+        tuned = clip.merge_and_unload() if adapted and hasattr(clip, "merge_and_unload") else clip
+        scores = outcome.to_json(trainer.state.log_history, {})
+        return Run(
+            unfuse(tuned).eval(),
+            processor,
+            scores["before"],
+            scores["after"],
+            scores["gain"],
+            self.folder,
+            trainer.state.log_history,
+            temporary,
+        )
+
+    def _train(self, trainer: Any, outcome: Outcome, clip: Any, held_out: Any) -> None:
+        options, console = self.options, self.console
+        outcome.measure("before")
+        line = WeightLine(clip) if options.wise_ft else None
+        trainer.train(resume_from_checkpoint=_resume_point(self.folder, console) if options.resume else None)
+        if options.early_stopping_patience:
+            console.print(f"kept the model of step {trainer.state.best_global_step} of {trainer.state.global_step}")
+        if line is not None:
+            outcome.sweep(line, held_out())
+        outcome.measure("after")
+
+    def _sets(self, data: Any) -> Sets:
+        options, skipped = self.options, {}  # type: ignore[var-annotated]
+
+        def rows_of(source: Any) -> datasets.Dataset:
+            if not isinstance(source, (str, Path)):
+                return source
+            how = Reading(
+                skip=options.on_bad_row == "skip",
+                allow_outside=options.allow_outside,
+                attributes=checked_attributes(self.heads.columns),
+            )
+            rows, skipped[str(source)] = load_reading(source, how), how.skipped
+            return rows
+
+        train, validation, name = rows_of(data), None, _name_of(data)
+        if options.eval_data is None:
+            train, test = _hold_out(train, HELD_OUT, options.seed)
+            test_name = f"{len(test)} pictures of {name}, held out of training (seed {options.seed})"
+        else:
+            test = rows_of(options.eval_data)
+            test_name = f"{len(test)} pictures of {_name_of(options.eval_data)}"
+        if options.early_stopping_patience is not None or options.wise_ft:
+            train, validation = _hold_out(train, VALIDATION, options.seed)
+        self.console.print(f"training on {len(train)} pictures of {name}; testing on {test_name}")
+        if validation is not None:
+            more = f"{len(validation)} more pictures, held out of training, choose the epoch or the weights"
+            self.console.print(more)
+        return Sets(train, validation, test, test_name, skipped if options.on_bad_row == "skip" else {})
+
+    def _what_trains(self, base: Any, peft_config: Any) -> Any:
+        """The model with its frozen parts, or with a fresh adapter."""
+        options = self.options
+        rank = options.lora_r
+        if rank is None and peft_config is None:
+            return freeze(base, options.freeze)
+        set_seed(options.seed)  # the adapter starts from random numbers
+        if rank is None:
+            return fuse(import_peft().get_peft_model(base, peft_config))
+        alpha = 2 * rank if options.lora_alpha is None else options.lora_alpha
+        return add_lora(base, rank, alpha, options.lora_dropout, options.lora_targets or ("vision", "text"))
+
+    def _drawn_by_class(self, rows: datasets.Dataset) -> bool:
+        """Where nobody asked, uneven classes are drawn evenly, unless the loss sees to rare ones or batches are
+        mined.
+        """
+        arguments, asked = self.arguments, self.options.class_balanced
+        others = (
+            arguments.class_weights is not None or arguments.head_loss != "cross_entropy" or arguments.hard_negatives
+        )
+        if asked is not None:
+            return asked
+        if others or not classes_are_uneven(rows, arguments.train_batch_size):
+            return False
+        self.console.print(
+            "classes are uneven: batches have equally many pictures of each (--no-class-balanced: as they come)"
+        )
+        return True
+
+    def _trainer(self, clip: Any, processor: Any, sets: Sets, callbacks: Sequence[Any]) -> Any:
+        patience = self.options.early_stopping_patience
+        trainer = CLIPTrainer(
+            clip,
+            self.arguments,
+            train_dataset=sets.train,
+            eval_dataset=sets.validation,
+            processing_class=processor,
+            callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
+        )
+        _check_test_set(trainer, sets.test)
+        trainer.remove_callback(PrinterCallback)
+        if trainer.is_world_process_zero():
+            report = ProgressReport(self.console)
+            trainer.add_callback(report)
+            trainer.progress = report.track
+        return trainer
+
+    def _save(self, clip: Any, processor: Any, adapted: bool) -> None:
+        save_model(unfuse(clip), processor, self.folder)
+        if adapted:
+            save_model(clip.merge_and_unload(), processor, self.folder / "merged")
+
+    def _settings(self, model: Any, data: Any) -> dict[str, Any]:
+        """What ``config.yaml`` holds: every option as it was used."""
+        names = {"model": _name_of(model), "data": _name_of(data), "output": str(self.folder)}
+        options = dataclasses.asdict(self.options) | {"class_balanced": self.arguments.class_balanced}
+        options["eval_data"] = None if self.options.eval_data is None else _name_of(self.options.eval_data)
+        return names | {name: value for name, value in options.items() if name != "resume"}
+
+
+# ---- parts ----
 
 
 @dataclass(frozen=True)
@@ -51,42 +293,20 @@ class Sets:
     skipped: dict[str, list[str]]  # by source, why each row was left out
 
 
-def load_sets(
-    data: str,
-    eval_data: str | None,
-    *,
-    validate: bool,
-    seed: int,
-    console: Console,
-    skip_bad_rows: bool,
-    allow_outside: bool,
-    attribute_columns: list[str],
-) -> Sets:
-    """Training, test and, with ``validate``, validation rows: what is not given is held out of training."""
-    skipped: dict[str, list[str]] = {}
+def _loaded(model: Any) -> tuple[Any, Any]:
+    if isinstance(model, Run):
+        return model.model, model.processor
+    return model if isinstance(model, tuple) else load(model)
 
-    def load(source: str) -> datasets.Dataset:
-        how = Reading(
-            skip=skip_bad_rows,
-            allow_outside=allow_outside,
-            attributes=checked_attributes(attribute_columns),
-        )
-        rows, skipped[source] = load_reading(source, how), how.skipped
-        return rows
 
-    train, validation = load(data), None
-    if eval_data is None:
-        train, test = _hold_out(train, HELD_OUT, seed)
-        test_name = f"{len(test)} pictures of {data}, held out of training (seed {seed})"
-    else:
-        test = load(eval_data)
-        test_name = f"{len(test)} pictures of {eval_data}"
-    if validate:
-        train, validation = _hold_out(train, VALIDATION, seed)
-    console.print(f"training on {len(train)} pictures of {data}; testing on {test_name}")
-    if validation is not None:
-        console.print(f"{len(validation)} more pictures, held out of training, choose the epoch or the weights")
-    return Sets(train, validation, test, test_name, skipped if skip_bad_rows else {})
+def _name_of(thing: Any) -> str:
+    """For messages and the report: a source as it was given, else what it is."""
+    if isinstance(thing, (str, Path)):
+        return str(thing)
+    if isinstance(thing, Run):
+        return str(thing.folder)
+    inner = thing[0] if isinstance(thing, tuple) else thing
+    return str(getattr(inner, "name_or_path", "") or f"a {type(inner).__name__}")
 
 
 def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -101,79 +321,7 @@ def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datas
     return parts["train"], parts["test"]
 
 
-def with_adapter(
-    base: Any, rank: int, alpha: float | None, dropout: float, targets: list[str] | None, seed: int
-) -> Any:
-    """The model with a fresh adapter; ``alpha``: twice the rank where nobody names one."""
-    set_seed(seed)  # the adapter starts from random numbers
-    return add_lora(base, rank, 2 * rank if alpha is None else alpha, dropout, targets or ("vision", "text"))
-
-
-def training_arguments(output: Path, **options: Any) -> Any:
-    """Of a run that leaves its files in ``output``; ``options`` are those of ``CLIPTrainingArguments``."""
-    defaults: dict[str, Any] = {
-        "output_dir": str(output / "checkpoints"),
-        "feature_cache": str(output / "features"),
-        "save_strategy": "epoch",
-        "save_total_limit": 2,
-        "logging_steps": 5,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),
-        "log_level": "error",
-    }
-    return CLIPTrainingArguments(**(defaults | options))
-
-
-def drawn_by_class(asked: bool | None, rows: datasets.Dataset, arguments: Any, console: Console) -> bool:
-    """Where nobody asked, uneven classes are drawn evenly, unless the loss sees to rare ones or batches are mined."""
-    others = arguments.class_weights is not None or arguments.head_loss != "cross_entropy" or arguments.hard_negatives
-    if asked is not None:
-        return asked
-    if others or not classes_are_uneven(rows, arguments.train_batch_size):
-        return False
-    console.print("classes are uneven: batches have equally many pictures of each (--no-class-balanced: as they come)")
-    return True
-
-
-def fastest_here(console: Console) -> str:
-    """ "bf16" or "fp32", as measured on this machine."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator.type if accelerator else "cpu"
-    chosen = fastest_precision(device)
-    console.print(f"--precision auto: {chosen}; bfloat16 takes {1 / bf16_speedup(device):.2f} of float32's time here")
-    return chosen
-
-
-def early_stopping(metric: str) -> dict[str, Any]:
-    """The arguments that keep the best of the epochs."""
-    return {
-        "eval_strategy": "epoch",
-        "load_best_model_at_end": True,
-        "metric_for_best_model": f"eval_{metric}",
-    }
-
-
-def trainer_of(clip: Any, processor: Any, arguments: Any, *, sets: Sets, patience: int | None, console: Console) -> Any:
-    """The Trainer of a run, with a bar for its progress; ``patience``: of early stopping, if any."""
-    trainer = CLIPTrainer(
-        clip,
-        arguments,
-        train_dataset=sets.train,
-        eval_dataset=sets.validation,
-        processing_class=processor,
-        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
-    )
-    _check_test_set(trainer, sets.test)
-    trainer.remove_callback(PrinterCallback)
-    if trainer.is_world_process_zero():
-        report = ProgressReport(console)
-        trainer.add_callback(report)
-        trainer.progress = report.track
-    return trainer
-
-
-def resume_point(output: Path, console: Console) -> str | None:
+def _resume_point(output: Path, console: Console) -> str | None:
     """The last whole checkpoint of the run in ``output``, None where it has none yet."""
     if not any((output / "checkpoints").glob("checkpoint-*")):
         console.print(f"--resume: no checkpoint in {output} yet, starting from the beginning")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import clipft
 from clipft.cli import app
-from clipft.cli.heads import RETRIEVAL
+from clipft.recipes.arguments import RETRIEVAL
 
 
 def test_uneven_classes_are_balanced_unless_the_user_says_otherwise(base: Path, tmp_path: Path) -> None:

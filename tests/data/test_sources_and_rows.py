@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from torchvision.transforms import v2
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 import clipft
-from clipft.cli.training import AugmentationSet
 from clipft.data.pictures import EncodedPicture
 from clipft.data.rows import PairRows
 from clipft.data.sampling import EpochSampler
 from clipft.data.transforms import AUGMENTATIONS, Augmentation, augmentation_set, build_transform
+from clipft.recipes.options import TrainOptions
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,8 @@ def test_a_crop_of_a_square_is_torchvisions(processor) -> None:
 
 
 def test_augmentation_sets(processor) -> None:
-    assert ["auto", *AUGMENTATIONS] == [name.value for name in AugmentationSet]
+    (option,) = [field for field in dataclasses.fields(TrainOptions) if field.name == "augmentation"]
+    assert ("auto", *AUGMENTATIONS) == option.metadata["choices"]
     assert augmentation_set("none") == Augmentation()
     medical, industrial = AUGMENTATIONS["medical"], AUGMENTATIONS["industrial"]
     assert (medical.horizontal_flip, medical.color_jitter) == (0, 0)

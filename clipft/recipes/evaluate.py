@@ -1,0 +1,114 @@
+"""``clipft.evaluate``: what a model knows of a data set."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from clipft.console import show
+from clipft.data.rows import DEFAULT_TEMPLATES
+from clipft.data.sources import load_pairs
+from clipft.environment import environment
+from clipft.evaluation.scoring import Scorer
+from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
+from clipft.files import write_json
+from clipft.models.heads import LABEL, heads_of
+from clipft.models.loading import load
+from clipft.recipes.options import EvaluateOptions, options_from
+from clipft.report.examples import examples
+from clipft.report.html import write_html
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Any,
+    data: Any,
+    output: str | Path | None = None,
+    *,
+    console: Console | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Zero-shot classification where the data has classes, retrieval where it has captions, and the model's heads: the
+    same as the command ``clipft evaluate``, with the same options.
+
+    Args:
+        model: a folder, a hub name, ``"demo"`` or ``(model, processor)``.
+        data: a source that :func:`clipft.load_pairs` takes, or a ``datasets.Dataset`` as it gives them.
+        output: file for the numbers, as JSON; a page of the same name, ``.html``, goes beside it.
+        console: where progress and tables go; default: standard output.
+        options: fields of :class:`clipft.recipes.options.EvaluateOptions`: ``probe_data``, ``template``, ...
+
+    Returns:
+        By part (``zero_shot``, ``retrieval``, ``head``, ``attribute_NAME``, ``linear_probe``, ``knn``) the metrics of
+        :func:`clipft.evaluate_zero_shot` and its like, each with its interval under ``intervals``.
+
+    Raises:
+        TypeError: no such option.
+        ValueError: an option or data that does not fit; the message names it.
+    """
+    settings = options_from(EvaluateOptions, options)
+    console = console or Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)
+    if (settings.probe_data is not None and settings.probe_data is data) or settings.probe_data == str(data):
+        raise ValueError("probe_data: expected other pictures than data, which would be scored on themselves")
+    if output is not None and Path(output).suffix == ".html":
+        raise ValueError(f"output: expected the name of the JSON file, the page goes beside it, got {output}")
+    dataset = _rows(data, settings)
+    clip, processor = model if isinstance(model, tuple) else load(model)
+    _check_attributes(clip, settings.attribute or (), console)
+    templates = list(settings.template or DEFAULT_TEMPLATES)
+    found = Scorer(clip, processor, dataset, templates, settings.batch_size, settings.workers, console)("evaluating")
+    result = found.to_json()
+    if settings.probe_data is not None:
+        probes: dict[str, Any] = {
+            "linear_probe": evaluate_linear_probe,
+            "knn": functools.partial(evaluate_knn, k=settings.knn_k),
+        }
+        neighbours = (
+            load_pairs(settings.probe_data) if isinstance(settings.probe_data, (str, Path)) else settings.probe_data
+        )
+        how: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.workers}
+        result |= {name: probe(clip, processor, neighbours, dataset, **how) for name, probe in probes.items()}
+    title = f"{_name(model)} on {len(dataset)} pictures of {_name(data)}"
+    show({"score": result}, title, console)
+    if output is not None:
+        _write(Path(output), title, result, found, dataset)
+        console.print(f"{output}, and {Path(output).with_suffix('.html')} to look at")
+    return result
+
+
+def _rows(data: Any, options: EvaluateOptions) -> Any:
+    if not isinstance(data, (str, Path)):
+        return data
+    return load_pairs(
+        data,
+        on_bad_row=options.on_bad_row,
+        allow_outside=options.allow_outside,
+        attribute_columns=options.attribute or (),
+    )
+
+
+def _name(data: Any) -> str:
+    return str(data) if isinstance(data, (str, Path)) else f"a {type(data).__name__}"
+
+
+def _write(output: Path, title: str, result: dict[str, Any], found: Any, dataset: Any) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, result)
+    scores = {"score": result, "environment": environment()}
+    write_html(output.with_suffix(".html"), scores, title=title, examples=examples(found, dataset))
+
+
+def _check_attributes(model: Any, given: Iterable[str], console: Any) -> None:
+    """That a model that is scored has heads for these columns; says which others it has."""
+    heads, given = [name for name in heads_of(model) if name != LABEL], list(given)
+    if wrong := [name for name in given if name not in heads]:
+        raise ValueError(f"attribute: expected heads of the model, of which it has {heads}, got {wrong}")
+    if rest := [name for name in heads if name not in given]:
+        options = " ".join(f"--attribute {name}" for name in rest)
+        console.print(f"the model has more heads, for data with their columns: {options}")
