@@ -39,11 +39,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import clipft
-from clipft.cli.training import HELD_OUT
 from clipft.data.rows import class_names_of
 from clipft.demo import random_weights
 from clipft.evaluation.metrics import Classification
 from clipft.files import save_model
+from clipft.recipes.train import HELD_OUT
 
 SEEDS = (42, 43, 44, 45, 46)
 EPOCHS = {"chest_xray": 5, "clothing": 20, "elpv": 3}

@@ -37,7 +37,7 @@ from clipft.training.progress import ProgressReport
 from clipft.training.trainer import CLIPTrainer
 from clipft.training.wise_ft import WeightLine
 
-__all__ = ["Run", "train"]
+__all__ = ["HELD_OUT", "Run", "train"]
 
 HELD_OUT = 0.2  # share of the data tested on where no test data is given
 VALIDATION = 0.1  # share of the training data that early stopping looks at
