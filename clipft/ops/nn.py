@@ -142,16 +142,17 @@ class QuantizedLinear(nn.Module):
             torch.ops.clipft.quantized_chain,
             int8.in_order(input),
             *((none, none, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)),
-            *self._operands(input),
+            *self._operands(none),
             code,
-            *((none, none, none) if then is None else then._operands(input)),
+            *((none, none, none) if then is None else then._operands(none)),
             none if residual is None else int8.in_order(residual),
             name=_NAME,
         )
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _operands(self, none: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight = self.weight_int8 if self.weight_int8.device.type == "cuda" else self._pack()
-        return weight, self.weight_scale, bias_or_empty(_NAME, self.bias, self.weight_int8, x)
+        bias = none if self.bias is None else bias_or_empty(_NAME, self.bias, self.weight_int8, none)
+        return weight, self.weight_scale, bias
 
     def _by_steps(
         self, x: Tensor, norm: nn.LayerNorm | None, residual: Tensor | None, then: QuantizedLinear | None, code: int
