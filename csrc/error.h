@@ -1,8 +1,8 @@
 /* The first thing that went wrong in an op, and what kind of thing. Nothing is thrown before everything is freed.
  *
  * Torch's C ABI throws a RuntimeError with a text, whatever happened. So the kind goes before the text, as the name of the Python error
- * that fits it: "ValueError: clipft.<op>: <what>". Python raises that error without the name (clipft.devices.call). An error of no other
- * kind begins with "clipft.". */
+ * that fits it: "ValueError: clipft.<op>: <what>". Python raises that error without the name (clipft.ops.kernels.call). An error of no
+ * other kind begins with "clipft.". */
 #ifndef CLIPFT_ERROR_H
 #define CLIPFT_ERROR_H
 

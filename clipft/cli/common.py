@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable, Container
 from enum import StrEnum
 from pathlib import Path
@@ -109,12 +110,19 @@ def _one_line(error: Exception) -> str:
 
 
 def _as_options(message: str, own: Container[str]) -> str:
-    """With the arguments that the message begins with as the command's options."""
+    """With the command's arguments as its options: those that the message begins with, and those with a _ anywhere."""
     names, colon, rest = message.partition(": ")
     options = [_OPTIONS.get(name, name) for name in names.split(", ")]
     if not colon or not all(option in own for option in options):
         return message
-    return ", ".join("--" + option.replace("_", "-") for option in options) + colon + rest
+    rest = re.sub(
+        r"(?<![\w.-])[a-z]+(?:_[a-z]+)+(?![\w(])", lambda word: _option(word[0]) if word[0] in own else word[0], rest
+    )
+    return ", ".join(map(_option, options)) + colon + rest
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def prepare() -> Console:

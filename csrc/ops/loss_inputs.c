@@ -102,7 +102,7 @@ bool loss_check_lse(const clipft_tensor *t, int64_t n, clipft_error *error)
                        clipft_shape_text(t, shape, sizeof shape));
 }
 
-/* clipft/ops.py computes the same number for the fake tensor. */
+/* clipft/ops/losses.py computes the same number for the fake tensor. */
 static int64_t kept_rows(int64_t rows, int64_t cols)
 {
     const int64_t room = CLIPFT_KEEP / cols;
