@@ -32,10 +32,6 @@ MOVED: dict[str, dict[str, str]] = {
     "checkpoints": {
         "training.checkpoints": "StagedCheckpoints check_checkpoint kept=kept_checkpoints last_checkpoint",
     },
-    "cli.outcome": {
-        "cli.forgetting": "ControlData Distillation L2SP ReportTo WiseFT",
-        "recipes.outcome": "Outcome check_report_to control_set",
-    },
     "data": {
         "data.collate": "CLIPDataCollator FrozenFeatures model_inputs most_tokens tokenize",
         "data.rows": "DEFAULT_TEMPLATES PairRows class_names_of class_targets class_text column_names "

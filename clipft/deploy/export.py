@@ -215,9 +215,16 @@ def _info(model: Any, processor: Any) -> dict[str, Any]:
         "logit_scale": float(model.logit_scale.detach().exp()),
         "preprocessing": preprocessing,
         "tokenizer": "tokenizer.json",
-        "padding": family.padding,
-        "text_length": most_tokens(processor, family.most_positions(model.config), family=family),
+        **_padding(model, processor, family),
     }
+
+
+def _padding(model: Any, processor: Any, family: Family) -> dict[str, Any]:
+    """Of captions, where it is not to the longest, as CLIP's."""
+    if family.padding == "longest":
+        return {}
+    length = most_tokens(processor, family.most_positions(model.config), family=family)
+    return {"padding": family.padding, "text_length": length}
 
 
 def _write_info(folder: Path, info: dict[str, Any]) -> None:

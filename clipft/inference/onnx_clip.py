@@ -162,6 +162,6 @@ def _tokenizer(directory: Path, info: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"{directory / 'tokenizer_config.json'}: expected a pad_token of the tokenizer, got {pad!r}")
     length = info.get("text_length") or (int(length) if length < 1_000_000 else _LENGTH)
     tokenizer.enable_truncation(length)
-    full = info.get("padding") == "max_length"  # exports of 0.1 say neither, and are CLIP's
+    full = info.get("padding") == "max_length"  # a CLIP's export says neither
     tokenizer.enable_padding(pad_id=identity, pad_token=pad, length=length if full else None)
     return tokenizer
