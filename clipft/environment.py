@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from clipft._version import __version__
+
 __all__ = ["environment"]
 
 _PACKAGES = (
@@ -23,11 +25,10 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    import clipft
     from clipft import _C
 
     return {
-        "clipft": clipft.__version__,
+        "clipft": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),

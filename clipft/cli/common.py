@@ -19,6 +19,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from clipft._version import __version__
+
 __all__ = [
     "AllowOutside",
     "BadRows",
@@ -29,19 +31,46 @@ __all__ = [
     "Templates",
     "Workers",
     "app",
+    "examples",
     "output_folder",
     "prepare",
     "user_errors",
 ]
 
+
+def examples(*lines: str) -> str:
+    """For the end of a command's help: command lines as they are typed."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 120},
     help="Fine-tune, evaluate and deploy CLIP models.",
+    epilog=examples(
+        "clipft demo",
+        "clipft train --model openai/clip-vit-base-patch32 --data pictures/ --output run",
+        "clipft evaluate --model run --data test.csv",
+    ),
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"clipft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 Model = Annotated[
     str, typer.Option(help="A folder as save_pretrained writes it, an adapter folder, a hub name, or demo.")

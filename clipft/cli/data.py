@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipft.cli.common import AllowOutside, app, prepare, user_errors
+from clipft.cli.common import AllowOutside, app, examples, prepare, user_errors
 
 __all__: list[str] = []
 
@@ -18,7 +18,7 @@ _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 _SHOWN = 3  # examples of a finding; the JSON has more
 
 
-@app.command()
+@app.command(epilog=examples("clipft doctor pictures/ --eval-data test/ --model run"))
 @user_errors
 def doctor(
     data: Annotated[str, typer.Argument(help="As --data of train.")],

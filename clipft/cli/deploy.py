@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from clipft.cli.common import Model, app, output_folder, prepare, user_errors
+from clipft.cli.common import Model, app, examples, output_folder, prepare, user_errors
 
 CheckData = Annotated[
     str | None, typer.Option("--data", help="Data to compare on, as for train; default: embedded drawings.")
@@ -24,7 +24,7 @@ MinCosine = Annotated[
 ]
 
 
-@app.command()
+@app.command(epilog=examples("clipft merge --model run --output merged"))
 @user_errors
 def merge(
     *,
@@ -46,7 +46,7 @@ def merge(
     console.print(f"model in {output}")
 
 
-@app.command()
+@app.command(epilog=examples("clipft quantize --model run --output run-int8 --calibrate"))
 @user_errors
 def quantize(
     *,
@@ -103,7 +103,7 @@ def _quantization_table(found: dict[str, Any]) -> Table:
     return table
 
 
-@app.command()
+@app.command(epilog=examples("clipft export --model run --output run-onnx --int8"))
 @user_errors
 def export(
     *,

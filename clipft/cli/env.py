@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from clipft.cli.common import app, user_errors
+from clipft.cli.common import app, examples, user_errors
 
 
-@app.command()
+@app.command(epilog=examples("clipft env --json"))
 @user_errors
 def env(*, as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of lines.")] = False) -> None:
     """Versions, processor, kernels and threads, for a bug report."""

@@ -7,12 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from clipft.cli.common import Data, Model, app, prepare, user_errors
+from clipft.cli.common import Data, Model, app, examples, prepare, user_errors
 from clipft.cli.from_options import takes_options
 from clipft.recipes.options import EvaluateOptions
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "clipft evaluate --model run --data test.csv --output score.json",
+        "clipft evaluate --model run --data test/ --probe-data pictures/",
+    )
+)
 @user_errors
 @takes_options(EvaluateOptions)
 def evaluate(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from clipft.cli.common import OnBadRow, Workers, app, prepare, user_errors
+from clipft.cli.common import OnBadRow, Workers, app, examples, prepare, user_errors
 
 AnyModel = Annotated[
     str, typer.Option("--model", help="As for evaluate, or a folder that clipft export wrote, which ONNX Runtime runs.")
@@ -18,7 +18,7 @@ AnyModel = Annotated[
 Int8 = Annotated[bool, typer.Option("--int8", help="Of an ONNX folder, take the int8 encoders.")]
 
 
-@app.command()
+@app.command(epilog=examples("clipft embed --model run --data pictures/ --output pictures.parquet"))
 @user_errors
 def embed(
     *,
@@ -90,7 +90,7 @@ def _read_pictures(data: str) -> tuple[Any, list[str]]:
     return rows, [str(number) for number in range(len(rows))]
 
 
-@app.command()
+@app.command(epilog=examples('clipft search --index pictures.parquet --model run --text "a red apple" -k 10'))
 @user_errors
 def search(
     *,

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from clipft.cli.common import Data, Model, app, output_folder, prepare, user_errors
+from clipft.cli.common import Data, Model, app, examples, output_folder, prepare, user_errors
 from clipft.cli.config import Config
 from clipft.cli.from_options import Grouped, takes_options
 from clipft.recipes.options import TrainOptions
 
 
-@app.command()
+@app.command(epilog=examples("clipft demo --output clipft-demo"))
 @user_errors
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the model, report.json and queries.png.")] = Path(
@@ -27,7 +27,13 @@ def demo(
     run(output, console)
 
 
-@app.command(cls=Grouped)
+@app.command(
+    cls=Grouped,
+    epilog=examples(
+        "clipft train --model demo --data pictures/ --output run --epochs 20",
+        "clipft train --model run --data pairs.csv --output adapter --lora-r 16 --precision auto",
+    ),
+)
 @user_errors
 @takes_options(TrainOptions)
 def train(

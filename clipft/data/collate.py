@@ -22,7 +22,8 @@ __all__ = ["CLIPDataCollator", "FrozenFeatures", "model_inputs", "most_tokens", 
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """``pooler_output`` of frozen towers for one data set, from ``clipft.features``; None for a tower that trains.
+    """``pooler_output`` of frozen towers for one data set, from
+    ``clipft.training.feature_cache``; None for a tower that trains.
 
     Attributes:
         images: [N, D], in the order of the rows.
@@ -84,7 +85,7 @@ class CLIPDataCollator:
         """The batch of N rows with U distinct captions: ``pixel_values`` [N, 3, H, W], ``input_ids`` and
         ``attention_mask`` [U, L], ``text_index`` [N] where U < N, ``labels`` [N]; ``image_pooler_output`` [N, D] and
         ``text_pooler_output`` [U, D] instead where features are known; ``targets`` [N, K] of K heads. NaFlex models get
-        patches (see ``clipft.naflex``), SigLIP's an ``attention_mask`` only where their tokenizer gives one."""
+        patches (see ``clipft.families.naflex``), SigLIP's an ``attention_mask`` only where their tokenizer gives one."""
         pictures, captions = zip(*map(self._draw, rows), strict=True)
         known = self.features or FrozenFeatures()
         batch: dict[str, Tensor] = {}

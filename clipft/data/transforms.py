@@ -143,7 +143,7 @@ def build_transform(image_processor: Any, augmentation: Augmentation | None = No
 
 def stack_pictures(image_processor: Any, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
     """What the image tower takes of N pictures that :func:`build_transform` made: ``pixel_values`` [N, 3, H, W], or
-    patches (see ``clipft.naflex``)."""
+    patches (see ``clipft.families.naflex``)."""
     if naflex.is_naflex(image_processor):
         return naflex.patchify(pictures, image_processor)
     return {"pixel_values": torch.stack(list(pictures))}

@@ -46,7 +46,7 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
 
     Returns:
         A ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model`` in evaluation mode, with the classification heads that it
-        was saved with (``clipft.heads``), and its processor, whose image
+        was saved with (``clipft.models.heads``), and its processor, whose image
         processor is torchvision's: Hugging Face has two, their outputs differ by up to 0.015, and everything in clipft
         uses this one. An adapter comes as its base model with the adapter merged in; to train it on, load it into the
         base with ``peft.PeftModel.from_pretrained``.

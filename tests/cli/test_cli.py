@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +227,24 @@ def test_a_broken_picture_is_named(base: Path, tmp_path: Path, workers: int) -> 
     assert "error: row " in result.stderr
     assert "broken.png" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_every_command_shows_examples_that_parse() -> None:
+    group = typer.main.get_command(app)
+    commands = group.commands  # type: ignore[attr-defined]
+    for name, command in {"": group, **commands}.items():
+        lines = str(command.epilog).splitlines()[2:]
+        assert len(lines) == 3 if not name else 1 <= len(lines) <= 2, name
+        for line in lines:
+            program, verb, *words = shlex.split(line)
+            assert program == "clipft" and verb == (name or verb)
+            commands[verb].make_context(verb, words)
+        shown = CliRunner().invoke(app, [name, "--help"] if name else ["--help"], env={"COLUMNS": "100"}).output
+        assert all(line in shown for line in lines), shown
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"clipft {clipft.__version__}\n"
 
 
 def test_help_needs_no_torch() -> None:
