@@ -85,7 +85,8 @@ class CLIPDataCollator:
         """The batch of N rows with U distinct captions: ``pixel_values`` [N, 3, H, W], ``input_ids`` and
         ``attention_mask`` [U, L], ``text_index`` [N] where U < N, ``labels`` [N]; ``image_pooler_output`` [N, D] and
         ``text_pooler_output`` [U, D] instead where features are known; ``targets`` [N, K] of K heads. NaFlex models get
-        patches (see ``clipft.families.naflex``), SigLIP's an ``attention_mask`` only where their tokenizer gives one."""
+        patches (see ``clipft.families.naflex``), SigLIP's an ``attention_mask`` only where their tokenizer gives one.
+        """
         pictures, captions = zip(*map(self._draw, rows), strict=True)
         known = self.features or FrozenFeatures()
         batch: dict[str, Tensor] = {}

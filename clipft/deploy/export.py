@@ -13,7 +13,8 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,23 +89,29 @@ def export_onnx(
     if int8 and not family_of(plain).int8:
         raise ValueError(f"int8: expected {model_names('int8')}, got a {type(plain).__name__}")
     pictures, captions, described = pictures_and_captions(data, _PAIRS)
-    folder = Path(directory).expanduser()
+    with _staged(Path(directory).expanduser()) as (folder, staging):
+        info = _write_model(plain, processor, staging, skip if int8 else None)
+        parity = {"data": described} | _compare(plain, processor, staging, (pictures, captions), int8)
+        _check(parity, min_cosine, folder)
+        _write_info(staging, info | {"parity": parity})
+    return parity
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """The folder, and one beside it whose files move there when nothing has gone wrong."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"directory: expected a folder, {folder} is a file")
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
     try:
-        info = _write_model(plain, processor, staging, skip if int8 else None)
-        parity = {"data": described} | _compare(plain, processor, staging, (pictures, captions), int8)
-        _check(parity, min_cosine, folder)
-        _write_info(staging, info | {"parity": parity})
+        yield folder, staging
         folder.mkdir(exist_ok=True)
         for file in staging.iterdir():
             file.chmod(0o644)
             file.replace(folder / file.name)
     finally:
         shutil.rmtree(staging)
-    return parity
 
 
 def _write_model(model: Any, processor: Any, folder: Path, skip: Sequence[str] | None) -> dict[str, Any]:
