@@ -104,7 +104,7 @@ def test_large_batches_and_precision(base: Path, table: Path, tmp_path: Path) ->
     both = run(
         "train", "--model", base, "--data", table, "--output", tmp_path / "x", *options, "--grad-cache-chunk-size", 3
     )
-    assert both.exit_code == 2 and "--auto-batch: chooses grad_cache_chunk_size" in both.output
+    assert both.exit_code == 2 and "--auto-batch: chooses --grad-cache-chunk-size" in both.output
     result = run(
         "train", "--model", base, "--data", table, "--output", tmp_path / "p", "--epochs", 1, "--precision", "auto"
     )
