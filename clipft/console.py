@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["bar", "show"]
+__all__ = ["bar", "console_of_run", "show"]
 
 _TITLES = {"zero_shot": "zero-shot"}
 _CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "top5")
+
+
+def console_of_run() -> Console:
+    """Standard output; under torchrun of one process only."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)
 
 
 # ---- tables ----

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import re
 from collections.abc import Callable, Container
 from enum import StrEnum
@@ -23,12 +22,9 @@ from clipft._version import __version__
 
 __all__ = [
     "AllowOutside",
-    "BadRows",
-    "BatchSize",
     "Data",
     "Model",
     "OnBadRow",
-    "Templates",
     "Workers",
     "app",
     "examples",
@@ -90,15 +86,8 @@ class OnBadRow(StrEnum):
     skip = "skip"
 
 
-BadRows = Annotated[
-    OnBadRow, typer.Option("--on-bad-row", help="A row without caption or readable picture: an error, or left out.")
-]
 AllowOutside = Annotated[
     bool, typer.Option("--allow-outside-paths", help="Let the paths in a data file leave its folder.")
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pairs a step; all are negatives of each other.")]
-Templates = Annotated[
-    list[str] | None, typer.Option("--template", help="Caption of a class, with one {}; repeat for several.")
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load and augment pictures.")]
 
@@ -162,7 +151,9 @@ def prepare() -> Console:
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)  # under torchrun one process prints
+    from clipft.console import console_of_run
+
+    return console_of_run()
 
 
 def output_folder(output: Path) -> Path:

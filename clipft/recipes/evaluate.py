@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from clipft.console import show
+from clipft.console import console_of_run, show
 from clipft.data.rows import DEFAULT_TEMPLATES
 from clipft.data.sources import load_pairs
 from clipft.environment import environment
@@ -53,7 +52,7 @@ def evaluate(
         ValueError: an option or data that does not fit; the message names it.
     """
     settings = options_from(EvaluateOptions, options)
-    console = console or Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)
+    console = console or console_of_run()
     if (settings.probe_data is not None and settings.probe_data is data) or settings.probe_data == str(data):
         raise ValueError("probe_data: expected other pictures than data, which would be scored on themselves")
     if output is not None and Path(output).suffix == ".html":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from clipft.console import console_of_run
 from clipft.data.columns import checked_attributes
 from clipft.data.reading import Reading
 from clipft.data.rows import class_names_of, class_targets
@@ -98,7 +98,7 @@ def train(
     """
     further = [f"{name}={json.dumps(value)}" for name, value in (training_args or {}).items()]
     settings = options_from(TrainOptions, options | ({"set": [*options.get("set", ()), *further]} if further else {}))
-    console = console or Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)
+    console = console or console_of_run()
     heads = heads_asked_for(settings)
     _check_adapter(settings, heads, peft_config)
     check_report_to(settings.report_to or [])
