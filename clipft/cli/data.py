@@ -47,6 +47,7 @@ def doctor(
 
 def _show(result: dict[str, Any], console: Console) -> None:
     for statistics in result["statistics"].values():
+        console.print(Text(f"{statistics['source']}: {statistics['reading']['line']}"))
         sides = [statistics[side] for side in ("width", "height")]
         sizes = " x ".join("-".join(map(str, sorted({side["min"], side["max"]}))) for side in sides)
         parts = [f"{statistics['usable']} of {statistics['rows']} rows usable", f"{sizes} pixels"]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from clipft.cli.common import OnBadRow, Workers, app, examples, prepare, user_errors
+
+if TYPE_CHECKING:
+    from clipft.data.reading import Reading
 
 AnyModel = Annotated[
     str, typer.Option("--model", help="As for evaluate, or a folder that clipft export wrote, which ONNX Runtime runs.")
@@ -41,10 +45,12 @@ def embed(
         raise ValueError("--data, --texts: expected one of the two")
     console = prepare()
     from clipft.console import bar
+    from clipft.data.reading import UNREADABLE_KIND, Reading
     from clipft.inference.encode import load_encoder
     from clipft.inference.vectors import Description, embed_to_file
 
-    rows, ids = _read_texts(texts) if texts is not None else _read_pictures(str(data))
+    reading = Reading(source=str(data), skip=on_bad_row is OnBadRow.skip)
+    rows, ids = _read_texts(texts) if texts is not None else _read_pictures(str(data), reading)
     encoder = load_encoder(model, int8=int8, batch_size=batch_size)
     source = str(texts if texts is not None else data)
     source = str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source
@@ -64,8 +70,13 @@ def embed(
             done=lambda count: progress.advance(task, count),
         )
     if left_out:
-        console.print(f"{left_out} of {len(ids)} pictures cannot be read and were left out")
-    console.print(f"{len(ids) - left_out} vectors in {output}", highlight=False)
+        console.print(f"{len(left_out)} of {len(ids)} pictures cannot be read and were left out")
+    if data is not None:
+        for row in left_out:
+            reading.leave_out_row(row, UNREADABLE_KIND, ids[row])
+        reading.keep(sorted(set(range(len(ids))) - set(left_out)))
+        console.print(Text(f"{data}: {reading.line()}"))
+    console.print(f"{len(ids) - len(left_out)} vectors in {output}", highlight=False)
 
 
 def _read_texts(path: Path) -> tuple[list[str], list[str]]:
@@ -75,7 +86,7 @@ def _read_texts(path: Path) -> tuple[list[str], list[str]]:
     return texts, texts
 
 
-def _read_pictures(data: str) -> tuple[Any, list[str]]:
+def _read_pictures(data: str, reading: Reading) -> tuple[Any, list[str]]:
     from clipft.data.pictures import PICTURE_ENDINGS
 
     folder = Path(data).expanduser()
@@ -83,10 +94,12 @@ def _read_pictures(data: str) -> tuple[Any, list[str]]:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS)
         if not paths:
             raise ValueError(f"--data: expected pictures in {folder}, found none")
-        return paths, [str(path.relative_to(folder)) for path in paths]
-    from clipft import load_pairs
+        ids = [str(path.relative_to(folder)) for path in paths]
+        reading.places = [[name] for name in ids]
+        return paths, ids
+    from clipft.data.sources import read_pairs
 
-    rows = load_pairs(data)
+    rows = read_pairs(data, "train", reading)
     return rows, [str(number) for number in range(len(rows))]
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import datasets
 
-from clipft.data.reading import Reading
+from clipft.data.reading import BadRowError, Reading
 
 __all__ = [
     "CAPTION_COLUMNS",
     "LABEL_COLUMNS",
+    "NO_CAPTION",
+    "NO_LABEL",
     "attribute_value",
     "check_attributes",
     "checked_attributes",
@@ -25,6 +27,7 @@ __all__ = [
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "filepath", "file_path", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "title")
 LABEL_COLUMNS = ("label", "class")
+NO_CAPTION, NO_LABEL = "without a caption", "without a label"  # kinds of bad rows
 
 
 # ---- captions and labels ----
@@ -34,7 +37,7 @@ def checked_captions(value: Any, where: str) -> list[str]:
     """A row's caption or captions as a list of one or more."""
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise ValueError(f"{where}: expected a caption or a list of captions, got {value!r}")
+        raise BadRowError(where, f"expected a caption or a list of captions, got {value!r}", NO_CAPTION)
     return captions
 
 

@@ -1,14 +1,35 @@
-"""How a data set is read, and what was left out of it."""
+"""How a data set is read, and the account of it: what was given, what was read, what was left out and why.
+
+Whoever reads a source counts here, each row or file that is given once; what is not left out was read. ``kind`` reads
+after a number (``"hidden"``, ``".heic (install pillow-heif)"``), ``name`` is a place in the source (``"cat/7.jpg"``,
+``"row 3"``; with the source before it, it is shortened):
+
+- ``reading.leave_out(kind, name)``: a file that is no row, whatever the user says;
+- ``with reading.row():`` around the work on a row: a :class:`BadRowError`, or any other ValueError or OSError, is raised or,
+  with ``skip``, left out and named;
+- ``reading.places``: for each row of the result, the rows or files of the source that are in it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["Reading"]
+__all__ = ["UNREADABLE_KIND", "BadRowError", "Reading"]
 
+UNREADABLE_KIND = "unreadable"
+_UNUSABLE, _NO_FILE = "unusable", "without its file"
 _SHOWN = 5  # bad rows that a message names
+
+
+class BadRowError(ValueError):
+    """A row that cannot be used: ``place`` names source and row, ``kind`` says what it lacks after a number."""
+
+    def __init__(self, place: str, why: str, kind: str = _UNUSABLE) -> None:
+        super().__init__(f"{place}: {why}")
+        self.place, self.kind = place, kind
 
 
 @dataclass
@@ -20,16 +41,33 @@ class Reading:
         skip: leave bad rows out.
         allow_outside: let paths leave the file's folder.
         attributes: columns kept beside these.
-        skipped: why each row was left out.
-        places: where each row of the result comes from, if the source says.
+        source: what is read, as it was given.
+        split: which split of it was read, if it has several.
+        skipped: why each bad row was left out.
+        left_out: by kind, the places of rows and files that are not in the result.
+        places: for each row of the result, where its rows come from; empty where nobody says.
     """
 
     named: Sequence[str | None] = (None, None, None)
     skip: bool = False
     allow_outside: bool = False
     attributes: Sequence[str] = ()
+    source: str = ""
+    split: str | None = None
     skipped: list[str] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    places: list[list[str]] = field(default_factory=list)
+    _rows: int = 0  # of the result, where there are no places
+    _bad: set[str] = field(default_factory=set)  # kinds of bad rows, which are named
+
+    # ---- counting ----
+
+    def leave_out(self, kind: str, name: str, why: str = "") -> None:
+        """Count one file or row that is not in the result; ``why``, of a bad row, is a message of its own."""
+        self.left_out.setdefault(kind, []).append(self._short(name))
+        if why:
+            self.skipped.append(why)
+            self._bad.add(kind)
 
     @contextmanager
     def row(self) -> Iterator[None]:
@@ -39,9 +77,73 @@ class Reading:
         except (ValueError, OSError) as error:
             if not self.skip:
                 raise
-            self.skipped.append(str(error))
+            message = str(error)
+            if isinstance(error, BadRowError):
+                self.leave_out(error.kind, error.place, message)
+            else:
+                kind = _NO_FILE if isinstance(error, FileNotFoundError) else _UNUSABLE
+                self.leave_out(kind, message.partition(": ")[0], message)
 
-    def summary(self, source: str, kept: int) -> str:
-        """One line for the user."""
+    def place(self, row: int) -> str:
+        """Where a row of the result comes from, for messages: its first place."""
+        return self.places[row][0] if self.places else f"{self.source}, row {row}"
+
+    def leave_out_row(self, row: int, kind: str, why: str) -> None:
+        """Count a row of the result so far that is to go (:meth:`keep`): all rows of the source that are in it."""
+        first, *others = self.places[row] if self.places else [self.place(row)]
+        self.leave_out(kind, first, why)
+        for place in others:
+            self.leave_out(kind, place)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Of the result so far, these rows alone."""
+        self.places = [self.places[row] for row in rows] if self.places else [[self.place(row)] for row in rows]
+
+    def finish(self, rows: int) -> None:
+        """The result has so many rows."""
+        self._rows = rows
+
+    # ---- the account ----
+
+    @property
+    def read(self) -> int:
+        """Rows and files of the source that are in the result."""
+        return sum(map(len, self.places)) if self.places else self._rows
+
+    @property
+    def given(self) -> int:
+        """Rows and files that were there."""
+        return self.read + sum(map(len, self.left_out.values()))
+
+    def line(self) -> str:
+        """``read 118 of 131: 9 .heic (install pillow-heif), 3 hidden, 1 unreadable: cat/7.jpg``."""
+        parts = []
+        for kind, names in sorted(self.left_out.items(), key=lambda entry: (entry[0] in self._bad, -len(entry[1]))):
+            shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+            parts.append(f"{len(names)} {kind}" + (f": {shown}" if kind in self._bad else ""))
+        split = f"split {self.split}, " if self.split else ""
+        return _printable(f"{split}read {self.read} of {self.given}" + (": " if parts else "") + ", ".join(parts))
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for report.json, with all names."""
+        return {
+            "source": self.source,
+            "split": self.split,
+            "given": self.given,
+            "read": self.read,
+            "line": self.line(),
+            "left_out": {kind: {"count": len(names), "names": names} for kind, names in self.left_out.items()},
+        }
+
+    def summary(self) -> str:
+        """One line for the user: which bad rows were left out, and why."""
         shown = "; ".join(self.skipped[:_SHOWN]) + ("; ..." if len(self.skipped) > _SHOWN else "")
-        return f"{source}: left out {len(self.skipped)} of {kept + len(self.skipped)} rows: {shown}"
+        return _printable(f"{self.source}: left out {len(self.skipped)} of {self.given} rows: {shown}")
+
+    def _short(self, name: str) -> str:
+        return name.removeprefix(f"{self.source}, ").removeprefix(f"{self.source.rstrip('/')}/")
+
+
+def _printable(text: str) -> str:
+    """Without what moves a terminal's cursor or ends its line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

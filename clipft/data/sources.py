@@ -20,6 +20,7 @@ import pyarrow.compute
 from clipft.data.columns import (
     CAPTION_COLUMNS,
     LABEL_COLUMNS,
+    NO_LABEL,
     attribute_value,
     check_attributes,
     checked_attributes,
@@ -29,7 +30,7 @@ from clipft.data.columns import (
     find_columns,
 )
 from clipft.data.pictures import PICTURE_ENDINGS, UNREADABLE, EncodedPicture, to_rgb
-from clipft.data.reading import Reading
+from clipft.data.reading import UNREADABLE_KIND, BadRowError, Reading
 from clipft.data.rows import read_stored, stored_pictures
 from clipft.data.shards import Address, samples, shard_paths
 from clipft.data.tables import add_row, dataset_of_pictures, from_table_rows, read_csv, read_jsonl, safe_path
@@ -90,14 +91,21 @@ def load_reading(path_or_name: str | Path, reading: Reading, split: str = "train
     """As :func:`load_pairs`; ``reading`` then says what was left out."""
     dataset = read_pairs(path_or_name, split, reading)
     if reading.skip:
-        dataset = _drop_unreadable(dataset, str(path_or_name), reading)
+        dataset = _drop_unreadable(dataset, reading)
     if reading.skipped:
-        _logger.warning("%s", reading.summary(str(path_or_name), len(dataset)))
+        _logger.warning("%s", reading.summary())
     return dataset
 
 
 def read_pairs(path_or_name: str | Path, split: str, reading: Reading) -> datasets.Dataset:
     """As :func:`load_pairs`, without a look at the pictures themselves."""
+    reading.source = str(path_or_name)
+    dataset = _read(path_or_name, split, reading)
+    reading.finish(len(dataset))
+    return dataset
+
+
+def _read(path_or_name: str | Path, split: str, reading: Reading) -> datasets.Dataset:
     path = Path(path_or_name).expanduser()
     if path.suffix.lower() == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
         shards = sorted(path.glob("*.tar")) if path.is_dir() else shard_paths(str(path_or_name))
@@ -113,13 +121,13 @@ def read_pairs(path_or_name: str | Path, split: str, reading: Reading) -> datase
     return _canonical(_by_name(str(path_or_name), split), str(path_or_name), None, reading)
 
 
-def _drop_unreadable(dataset: datasets.Dataset, where: str, reading: Reading) -> datasets.Dataset:
+def _drop_unreadable(dataset: datasets.Dataset, reading: Reading) -> datasets.Dataset:
     """Decode every picture, JPEGs at an eighth of their size, which reads the file to its end all the same."""
     stored = stored_pictures(dataset)
     assert stored is not None  # _decode_images has made it so
 
     def fault(number: int, image: dict[str, Any]) -> str | None:
-        place = reading.places[number] if reading.places else f"{where}, row {number}"
+        place = reading.place(number)
         try:
             to_rgb(EncodedPicture(read_stored(image), place).decode(8))
         except UNREADABLE as error:
@@ -132,18 +140,17 @@ def _drop_unreadable(dataset: datasets.Dataset, where: str, reading: Reading) ->
         for start in range(0, len(stored), _CHUNK):
             images = stored[start : start + _CHUNK]["image"]
             faults += pool.map(fault, range(start, start + len(images)), images)
-    found = [message for message in faults if message]
-    reading.skipped += found
-    return (
-        _select_rows(dataset, [number for number, message in enumerate(faults) if not message], where)
-        if found
-        else dataset
-    )
+    for number, message in enumerate(faults):
+        if message:
+            reading.leave_out_row(number, UNREADABLE_KIND, message)
+    good = [number for number, message in enumerate(faults) if not message]
+    return dataset if len(good) == len(dataset) else _select_rows(dataset, good, reading)
 
 
-def _select_rows(dataset: datasets.Dataset, rows: list[int], where: str) -> datasets.Dataset:
+def _select_rows(dataset: datasets.Dataset, rows: list[int], reading: Reading) -> datasets.Dataset:
     if not rows:
-        raise ValueError(f"{where}: expected at least one row that can be used, found none")
+        raise ValueError(f"{reading.source}: expected at least one row that can be used, found none")
+    reading.keep(rows)
     return dataset.select(rows)
 
 
@@ -239,7 +246,7 @@ def _from_shards(shards: Sequence[Path], where: str, reading: Reading) -> datase
             if row["image"] is None:
                 raise ValueError(f"{place}: expected a picture ({', '.join(_IMAGE_EXTENSIONS)}), found none")
             if present[1] and row["label"] is None:
-                raise ValueError(f"{place}: expected a label, found none")
+                raise BadRowError(place, "expected a label, found none", NO_LABEL)
             add_row(pictures, row["image"], row, present, place, reading.attributes)
     return dataset_of_pictures(pictures, present, where, reading)
 
@@ -295,6 +302,5 @@ def _checked_rows(
                 images.append(image)
             good.append(number)
     if len(good) < len(dataset):
-        dataset = _select_rows(dataset, good, where)
-        reading.places = [f"{where}, row {number}" for number in good]
+        dataset = _select_rows(dataset, good, reading)
     return dataset, images

@@ -101,8 +101,9 @@ def add_row(
         if None not in (earlier, value) and earlier != value:
             raise ValueError(f"{where}: expected {name} of an earlier row with this image, {earlier!r}, got {value!r}")
         values[name] = earlier if value is None else value
-    picture = pictures.setdefault(image, {"captions": [], "place": where, "label": row[label] if label else None})
+    picture = pictures.setdefault(image, {"captions": [], "places": [], "label": row[label] if label else None})
     picture["captions"] += captions
+    picture["places"].append(where)
     picture["attributes"] = values
 
 
@@ -126,7 +127,7 @@ def dataset_of_pictures(
     for name in reading.attributes:
         values = [picture["attributes"][name] for picture in pictures.values()]
         columns[name], features[name] = encode_attribute(values, name, where)
-    reading.places = [picture["place"] for picture in pictures.values()]
+    reading.places = [picture["places"] for picture in pictures.values()]
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 

@@ -128,7 +128,7 @@ def embed_to_file(
     skip: bool = False,
     restart: bool = False,
     done: Callable[[int], object] = lambda count: None,
-) -> int:
+) -> list[int]:
     """Write the vectors of ``rows`` (a list of texts or of paths, or a data set with the column ``image``) to ``path``.
 
     Args:
@@ -137,7 +137,7 @@ def embed_to_file(
         done: called with a number of rows whenever so many more are.
 
     Returns:
-        The number of rows left out.
+        The numbers of the rows left out.
 
     Raises:
         ValueError: an interrupted run of other rows or another model left its shards beside ``path``.
@@ -164,7 +164,7 @@ def embed_to_file(
     kept = [name for name, own in zip(ids, good.tolist(), strict=True) if own]
     VectorFile(kept, vectors[good], description).write(path)
     shutil.rmtree(parts)
-    return int((~good).sum())
+    return [row for row, own in enumerate(good.tolist()) if not own]
 
 
 def _digest_of(ids: Sequence[str]) -> str:

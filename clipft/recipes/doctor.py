@@ -23,7 +23,7 @@ from PIL import Image
 
 from clipft.data.collate import most_tokens
 from clipft.data.pictures import UNREADABLE, to_rgb, upright
-from clipft.data.reading import Reading
+from clipft.data.reading import UNREADABLE_KIND, Reading
 from clipft.data.rows import PairRows, class_names_of, read_stored, stored_pictures
 from clipft.data.sampling import UNEVEN
 from clipft.data.sources import read_pairs
@@ -121,14 +121,17 @@ class _Contents:
         reading = Reading(columns, skip=True, allow_outside=options.get("allow_outside", False))
         self.source = source
         dataset = read_pairs(source, options.get("split", "train"), reading)
-        places = reading.places or [f"row {number}" for number in range(len(dataset))]
-        self.unusable = list(reading.skipped)
+        places = [reading.place(number) for number in range(len(dataset))]
+        self.rows = len(dataset) + len(reading.skipped)
         seen = list(_look(dataset, places))
-        self.unusable += [found for found in seen if isinstance(found, str)]
+        for number, found in enumerate(seen):
+            if isinstance(found, str):
+                reading.leave_out_row(number, UNREADABLE_KIND, found)
+        self.account, self.unusable = reading, reading.skipped
         good = [number for number, found in enumerate(seen) if not isinstance(found, str)]
+        reading.keep(good)
         self.pictures = [found for found in seen if not isinstance(found, str)]
         self.places = [places[number].removeprefix(f"{source}, ") for number in good]
-        self.rows = len(dataset) + len(reading.skipped)
         names = class_names_of(dataset)
         has_captions = "caption" in dataset.column_names
         self.captions = PairRows(dataset.select(good)).captions() if good and (has_captions or names) else []
@@ -142,6 +145,7 @@ class _Contents:
         captions = [caption for own in self.captions for caption in own] if self.own_captions else []
         return {
             "source": self.source,
+            "reading": self.account.to_json(),
             "rows": self.rows,
             "usable": len(self.pictures),
             "captions": len(captions),

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from clipft.console import console_of_run, show
 from clipft.data.rows import DEFAULT_TEMPLATES
-from clipft.data.sources import load_pairs
 from clipft.environment import environment
 from clipft.evaluation.scoring import Scorer
 from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
@@ -19,6 +18,7 @@ from clipft.files import write_json
 from clipft.models.heads import LABEL, heads_of
 from clipft.models.loading import load
 from clipft.recipes.options import EvaluateOptions, options_from
+from clipft.recipes.sources import Sources
 from clipft.report.examples import examples
 from clipft.report.html import write_html
 
@@ -57,7 +57,8 @@ def evaluate(
         raise ValueError("probe_data: expected other pictures than data, which would be scored on themselves")
     if output is not None and Path(output).suffix == ".html":
         raise ValueError(f"output: expected the name of the JSON file, the page goes beside it, got {output}")
-    dataset = _rows(data, settings)
+    sources = Sources(settings, console, settings.attribute or ())
+    dataset = sources.rows("data", data)
     clip, processor = model if isinstance(model, tuple) else load(model)
     _check_attributes(clip, settings.attribute or (), console)
     templates = list(settings.template or DEFAULT_TEMPLATES)
@@ -68,38 +69,26 @@ def evaluate(
             "linear_probe": evaluate_linear_probe,
             "knn": functools.partial(evaluate_knn, k=settings.knn_k),
         }
-        neighbours = (
-            load_pairs(settings.probe_data) if isinstance(settings.probe_data, (str, Path)) else settings.probe_data
-        )
+        neighbours = sources.rows("probe_data", settings.probe_data, attributes=False)
         how: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.workers}
         result |= {name: probe(clip, processor, neighbours, dataset, **how) for name, probe in probes.items()}
     title = f"{_name(model)} on {len(dataset)} pictures of {_name(data)}"
     show({"score": result}, title, console)
     if output is not None:
-        _write(Path(output), title, result, found, dataset)
+        _write(Path(output), title, result, sources, found, dataset)
         console.print(f"{output}, and {Path(output).with_suffix('.html')} to look at")
     return result
-
-
-def _rows(data: Any, options: EvaluateOptions) -> Any:
-    if not isinstance(data, (str, Path)):
-        return data
-    return load_pairs(
-        data,
-        on_bad_row=options.on_bad_row,
-        allow_outside=options.allow_outside,
-        attribute_columns=options.attribute or (),
-    )
 
 
 def _name(data: Any) -> str:
     return str(data) if isinstance(data, (str, Path)) else f"a {type(data).__name__}"
 
 
-def _write(output: Path, title: str, result: dict[str, Any], found: Any, dataset: Any) -> None:
+def _write(output: Path, title: str, result: dict[str, Any], sources: Sources, found: Any, dataset: Any) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, result)
-    scores = {"score": result, "environment": environment()}
+    reading = {"reading": sources.to_json()}
+    write_json(output, result | reading)
+    scores = {"score": result, "environment": environment(), **reading}
     write_html(output.with_suffix(".html"), scores, title=title, examples=examples(found, dataset))
 
 

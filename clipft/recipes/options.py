@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from clipft.families.losses import LOSSES
 
-__all__ = ["GROUPS", "EvaluateOptions", "TrainOptions", "option", "options_from"]
+__all__ = ["GROUPS", "DataOptions", "EvaluateOptions", "TrainOptions", "option", "options_from"]
 
 Options = TypeVar("Options")
 
@@ -74,7 +74,19 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class DataOptions:
+    """How data is read, the same in every verb."""
+
+    on_bad_row: str = option(
+        "error", "A row without caption or readable picture: an error, or left out.", DATA, choices=("error", "skip")
+    )
+    allow_outside: bool = option(
+        False, "Let the paths in a data file leave its folder.", DATA, flag="--allow-outside-paths"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(DataOptions):
     """What ``clipft.train`` and ``clipft train`` take besides model, data and output."""
 
     eval_data: Any = option(None, "Data tested on before and after; default: a fifth of --data.", DATA, text=True)
@@ -188,12 +200,6 @@ class TrainOptions:
     workers: int = option(
         0, "Processes that load and augment pictures.", DATA, argument="dataloader_num_workers", least=0
     )
-    on_bad_row: str = option(
-        "error", "A row without caption or readable picture: an error, or left out.", DATA, choices=("error", "skip")
-    )
-    allow_outside: bool = option(
-        False, "Let the paths in a data file leave its folder.", DATA, flag="--allow-outside-paths"
-    )
     augmentation: str = option(
         "auto",
         "Random changes to training pictures: auto is crop in runs of more than 5 epochs that train the image tower, "
@@ -263,13 +269,9 @@ class TrainOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(DataOptions):
     """What ``clipft.evaluate`` and ``clipft evaluate`` take besides model, data and output."""
 
-    on_bad_row: str = option(
-        "error", "A row without caption or readable picture: an error, or left out.", choices=("error", "skip")
-    )
-    allow_outside: bool = option(False, "Let the paths in a data file leave its folder.", flag="--allow-outside-paths")
     batch_size: int = option(64, "Pictures at a time.", least=1)
     workers: int = option(0, "Processes that load pictures.", least=0)
     template: Sequence[str] | None = option(None, "Caption of a class, with one {}; repeat for several.")

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from clipft.console import show
 from clipft.data.drawings import control_drawings
-from clipft.data.sources import load_pairs
 from clipft.environment import environment
 from clipft.evaluation.scoring import gains
 from clipft.files import write_json, write_text
+from clipft.recipes.sources import Sources
 from clipft.report.examples import examples
 from clipft.report.html import write_html
 from clipft.report.model_card import write_model_card
@@ -38,31 +38,30 @@ def check_report_to(names: Sequence[str]) -> None:
         raise ImportError("--report-to tensorboard needs tensorboard: pip install 'clipft[tensorboard]'") from error
 
 
-def control_set(control_data: str) -> tuple[Any, str] | None:
+def control_set(control_data: str, sources: Sources) -> tuple[Any, str] | None:
     """The rows and their name."""
     if control_data == "none":
         return None
     if control_data == "drawings":
         return control_drawings(), "drawings of emoji in the package"
-    return load_pairs(control_data), control_data
+    return sources.rows("control_data", control_data, attributes=False), control_data
 
 
 @dataclass
 class Outcome:
     """Scores by stage (``before``, ``fine_tuned`` with ``--wise-ft``, ``after``) on the test rows and the control set.
 
-    ``test``, ``control``: a ``clipft.evaluation.scoring.Scorer`` each; ``skipped``: why rows of each source were left
-    out.
+    ``test``, ``control``: a ``clipft.evaluation.scoring.Scorer`` each; ``sources``: what the rows were read from.
     """
 
     test: Any
     test_name: str
+    sources: Sources
     control: Any = None
     control_name: str = ""
     found: dict[str, Any] = field(default_factory=dict)
     controls: dict[str, Any] = field(default_factory=dict)
     swept: Any = None
-    skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def measure(self, stage: str) -> None:
         """Score the model as it is now."""
@@ -85,8 +84,9 @@ class Outcome:
         if self.swept is not None:
             report["wise_ft"] = self.swept.to_json()
         report["test"] = {"data": self.test_name, "pictures": len(self.test.dataset)}
-        if self.skipped:  # with --on-bad-row skip
-            report["skipped"] = {source: {"count": len(why), "rows": why} for source, why in self.skipped.items()}
+        report["reading"] = self.sources.to_json()
+        if skipped := self.sources.skipped():  # with --on-bad-row skip
+            report["skipped"] = skipped
         kept = [{k: v for k, v in entry.items() if k in _KEPT or _is_metric(k)} for entry in log_history]
         report["history"] = [entry for entry in kept if entry.keys() - {"step", "epoch"}]
         report["environment"] = versions

@@ -17,11 +17,8 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from clipft.console import console_of_run
-from clipft.data.columns import checked_attributes
-from clipft.data.reading import Reading
 from clipft.data.rows import class_names_of, class_targets
 from clipft.data.sampling import classes_are_uneven
-from clipft.data.sources import load_reading
 from clipft.evaluation.scoring import Scorer
 from clipft.files import save_model
 from clipft.models.freezing import freeze
@@ -31,6 +28,7 @@ from clipft.models.lora import add_lora, import_peft
 from clipft.recipes.arguments import Heads, arguments_of, heads_asked_for
 from clipft.recipes.options import TrainOptions, options_from
 from clipft.recipes.outcome import Outcome, check_report_to, control_set
+from clipft.recipes.sources import Sources
 from clipft.training.arguments import default_learning_rate
 from clipft.training.checkpoints import last_checkpoint
 from clipft.training.progress import ProgressReport
@@ -134,7 +132,7 @@ class _Training:
     def run(self, model: Any, data: Any, callbacks: Sequence[Any], peft_config: Any, temporary: Any) -> Run:
         options, console = self.options, self.console
         sets = self._sets(data)
-        control = control_set(options.control_data)
+        control = control_set(options.control_data, sets.sources)
         base, processor = _loaded(model)
         adapted = options.lora_r is not None or peft_config is not None
         clip = self._what_trains(base, peft_config)
@@ -156,7 +154,7 @@ class _Training:
             sets.test_name,
             control=control and scorer(control[0]),
             control_name=control[1] if control else "",
-            skipped=sets.skipped,
+            sources=sets.sources,
         )
         self._train(trainer, outcome, clip, functools.partial(scorer, sets.validation))
         if trainer.is_world_process_zero():
@@ -191,25 +189,14 @@ class _Training:
         outcome.measure("after")
 
     def _sets(self, data: Any) -> Sets:
-        options, skipped = self.options, {}  # type: ignore[var-annotated]
-
-        def rows_of(source: Any) -> datasets.Dataset:
-            if not isinstance(source, (str, Path)):
-                return source
-            how = Reading(
-                skip=options.on_bad_row == "skip",
-                allow_outside=options.allow_outside,
-                attributes=checked_attributes(self.heads.columns),
-            )
-            rows, skipped[str(source)] = load_reading(source, how), how.skipped
-            return rows
-
-        train, validation, name = rows_of(data), None, _name_of(data)
+        options = self.options
+        sources = Sources(options, self.console, self.heads.columns)
+        train, validation, name = sources.rows("data", data), None, _name_of(data)
         if options.eval_data is None:
             train, test = _hold_out(train, HELD_OUT, options.seed)
             test_name = f"{len(test)} pictures of {name}, held out of training (seed {options.seed})"
         else:
-            test = rows_of(options.eval_data)
+            test = sources.rows("eval_data", options.eval_data)
             test_name = f"{len(test)} pictures of {_name_of(options.eval_data)}"
         if options.early_stopping_patience is not None or options.wise_ft:
             train, validation = _hold_out(train, VALIDATION, options.seed)
@@ -217,7 +204,7 @@ class _Training:
         if validation is not None:
             more = f"{len(validation)} more pictures, held out of training, choose the epoch or the weights"
             self.console.print(more)
-        return Sets(train, validation, test, test_name, skipped if options.on_bad_row == "skip" else {})
+        return Sets(train, validation, test, test_name, sources)
 
     def _what_trains(self, base: Any, peft_config: Any) -> Any:
         """The model with its frozen parts, or with a fresh adapter."""
@@ -290,7 +277,7 @@ class Sets:
     validation: datasets.Dataset | None
     test: datasets.Dataset
     test_name: str
-    skipped: dict[str, list[str]]  # by source, why each row was left out
+    sources: Sources
 
 
 def _loaded(model: Any) -> tuple[Any, Any]:

@@ -1,0 +1,60 @@
+"""The data sets of a recipe: read as its options say, each with its account said and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from clipft.data.columns import checked_attributes
+from clipft.data.reading import Reading
+from clipft.data.sources import load_reading
+from clipft.recipes.options import DataOptions
+
+__all__ = ["Sources"]
+
+
+@dataclass
+class Sources:
+    """Reads what :func:`clipft.load_pairs` takes; a data set that is given as an object stays as it is.
+
+    Attributes:
+        options: how.
+        console: where each account goes, as a line.
+        attributes: columns of classes beside image, caption and label.
+        accounts: by the name of the option that gave the source (``data``, ``eval_data``, ...), for report.json.
+    """
+
+    options: DataOptions
+    console: Console
+    attributes: Sequence[str] = ()
+    accounts: dict[str, Reading] = field(default_factory=dict)
+
+    def rows(self, option: str, source: Any, *, attributes: bool = True) -> Any:
+        """The rows of a source that ``option`` gave; ``attributes=False`` for one that needs none of these columns."""
+        if not isinstance(source, (str, Path)):
+            return source
+        reading = Reading(
+            skip=self.options.on_bad_row == "skip",
+            allow_outside=self.options.allow_outside,
+            attributes=checked_attributes(self.attributes) if attributes else (),
+        )
+        rows = load_reading(source, reading)
+        self.accounts[option] = reading
+        self.console.print(Text(f"{source}: {reading.line()}"))
+        return rows
+
+    def skipped(self) -> dict[str, Any]:
+        """With ``on_bad_row="skip"``, why rows of each source were left out: ``skipped`` in report.json."""
+        if self.options.on_bad_row != "skip":
+            return {}
+        found = [reading for option, reading in self.accounts.items() if option != "control_data"]
+        return {own.source: {"count": len(own.skipped), "rows": own.skipped} for own in found}
+
+    def to_json(self) -> dict[str, Any]:
+        """The accounts, under ``reading`` in report.json."""
+        return {option: reading.to_json() for option, reading in self.accounts.items()}
