@@ -80,7 +80,9 @@ def embed(
 
 
 def _read_texts(path: Path) -> tuple[list[str], list[str]]:
-    texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    from clipft.data.text_tables import read_text_lines
+
+    texts = read_text_lines(path)
     if not texts:
         raise ValueError(f"{path}: expected a text a line, found none")
     return texts, texts

@@ -1,8 +1,11 @@
-"""Columns of a data set: found by their usual names, captions checked, labels and attributes encoded as classes."""
+"""Columns of a data set: found by their usual names, captions and labels checked, labels and attributes encoded as
+classes.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +25,16 @@ __all__ = [
     "encode_attribute",
     "encode_labels",
     "find_columns",
+    "find_image",
+    "label_value",
 ]
 
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "filepath", "file_path", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "title")
 LABEL_COLUMNS = ("label", "class")
+_LIST_AS_TEXT = re.compile(r"""\s*[\[(]\s*(['"]).*\1\s*,?\s*[\])]\s*""", re.DOTALL)  # of Python, JSON or numpy
+_WHOLE_FLOAT = re.compile(r"^([+-]?\d+)\.0+$")
+_SHOWN = 200  # characters of a value in a message
 NO_CAPTION, NO_LABEL = "without a caption", "without a label"  # kinds of bad rows
 
 
@@ -37,23 +45,56 @@ def checked_captions(value: Any, where: str) -> list[str]:
     """A row's caption or captions as a list of one or more."""
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise BadRowError(where, f"expected a caption or a list of captions, got {value!r}", NO_CAPTION)
+        raise BadRowError(where, f"expected a caption or a list of captions, got {_short(value)}", NO_CAPTION)
+    for caption in captions:
+        _check_text(caption, where, NO_CAPTION)
+        if caption.lstrip()[:1] in ("[", "(") and _LIST_AS_TEXT.fullmatch(caption):
+            hint = "a row for each of them, or a list in .jsonl or .parquet"
+            raise BadRowError(
+                where, f"expected a caption, got a list as text, {_short(caption)}; give {hint}", NO_CAPTION
+            )
     return captions
 
 
-def encode_labels(values: list[Any]) -> tuple[list[int], Any]:
-    """Whole numbers stay as they are, since they may index names kept elsewhere; other values become named classes."""
-    if all(str(value).strip().isdecimal() for value in values):
+def label_value(value: Any, where: str) -> str:
+    """A row's label as the name of its class: without blanks around it, and 1.0 is 1."""
+    if isinstance(value, (list, tuple, dict, set, bytes)):
+        why = f"expected one label, got a {type(value).__name__}, {_short(value)}"
+        raise BadRowError(where, f"{why}; for several classes a row, see attribute_columns", NO_LABEL)
+    name = attribute_value(value)
+    if name is None:
+        raise BadRowError(where, f"expected a label, got {value!r}", NO_LABEL)
+    _check_text(name, where, NO_LABEL)
+    return name
+
+
+def encode_labels(values: list[str]) -> tuple[list[int], Any]:
+    """Of :func:`label_value`. Whole numbers stay as they are, since they may index names kept elsewhere; other values
+    become named classes.
+    """
+    if all(value.isdecimal() for value in values):
         return [int(value) for value in values], datasets.Value("int64")
-    names = sorted(set(map(str, values)))
+    names = sorted(set(values))
     number = {name: index for index, name in enumerate(names)}
-    return [number[str(value)] for value in values], datasets.ClassLabel(names=names)
+    return [number[value] for value in values], datasets.ClassLabel(names=names)
 
 
 def attribute_value(value: Any) -> str | None:
-    """An attribute's value as text, None where it is not known."""
+    """A class's name as text: None where it is not known, and 1.0 is 1."""
     missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
-    return None if missing else str(value).strip()
+    return None if missing else _WHOLE_FLOAT.sub(r"\1", str(value).strip())
+
+
+def _check_text(text: str, where: str, kind: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(where, f"expected text, got half a character in {_short(text)}", kind) from error
+
+
+def _short(value: Any) -> str:
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def encode_attribute(values: list[str | None], name: str, where: str) -> tuple[list[int | None], Any]:
@@ -82,6 +123,13 @@ def check_attributes(columns: Sequence[str], used: Sequence[str | None], where: 
     wrong = [name for name in reading.attributes if name not in rest]
     if wrong:
         raise ValueError(f"attribute_columns: expected columns of {where} among {rest}, got {wrong}")
+
+
+def find_image(columns: Sequence[str], named: str | None) -> int | None:
+    """Where the column of images is, if it is named or has a usual name."""
+    lower = [column.lower() for column in columns]
+    usual = next((lower.index(name) for name in IMAGE_COLUMNS if name in lower), None)
+    return usual if named is None else columns.index(named) if named in columns else None
 
 
 def find_columns(columns: Sequence[str], where: str, named: Sequence[str | None]) -> list[str | None]:

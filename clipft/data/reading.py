@@ -5,8 +5,8 @@ after a number (``"hidden"``, ``".heic (install pillow-heif)"``), ``name`` is a 
 ``"row 3"``; with the source before it, it is shortened):
 
 - ``reading.leave_out(kind, name)``: a file that is no row, whatever the user says;
-- ``with reading.row():`` around the work on a row: a :class:`BadRowError`, or any other ValueError or OSError, is raised or,
-  with ``skip``, left out and named;
+- ``with reading.row():`` around the work on a row: a :class:`BadRowError`, or any other ValueError or OSError, is
+  raised or, with ``skip``, left out and named;
 - ``reading.places``: for each row of the result, the rows or files of the source that are in it.
 """
 
@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["UNREADABLE_KIND", "BadRowError", "Reading"]
+__all__ = ["NO_FILE", "UNREADABLE_KIND", "BadRowError", "Reading"]
 
 UNREADABLE_KIND = "unreadable"
-_UNUSABLE, _NO_FILE = "unusable", "without its file"
+_UNUSABLE, NO_FILE = "unusable", "without its file"
 _SHOWN = 5  # bad rows that a message names
 
 
@@ -42,9 +42,11 @@ class Reading:
         allow_outside: let paths leave the file's folder.
         attributes: columns kept beside these.
         source: what is read, as it was given.
+        encoding: of text files, where it is not UTF-8.
         split: which split of it was read, if it has several.
         skipped: why each bad row was left out.
         left_out: by kind, the places of rows and files that are not in the result.
+        listed: the picture files that tables name.
         places: for each row of the result, where its rows come from; empty where nobody says.
     """
 
@@ -52,11 +54,13 @@ class Reading:
     skip: bool = False
     allow_outside: bool = False
     attributes: Sequence[str] = ()
+    encoding: str | None = None
     source: str = ""
     split: str | None = None
     skipped: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     places: list[list[str]] = field(default_factory=list)
+    listed: set[str] = field(default_factory=set)
     _rows: int = 0  # of the result, where there are no places
     _bad: set[str] = field(default_factory=set)  # kinds of bad rows, which are named
 
@@ -81,7 +85,7 @@ class Reading:
             if isinstance(error, BadRowError):
                 self.leave_out(error.kind, error.place, message)
             else:
-                kind = _NO_FILE if isinstance(error, FileNotFoundError) else _UNUSABLE
+                kind = NO_FILE if isinstance(error, FileNotFoundError) else _UNUSABLE
                 self.leave_out(kind, message.partition(": ")[0], message)
 
     def place(self, row: int) -> str:

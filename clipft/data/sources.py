@@ -15,62 +15,57 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import pyarrow.compute
 
-from clipft.data.columns import (
-    CAPTION_COLUMNS,
-    LABEL_COLUMNS,
-    NO_LABEL,
-    attribute_value,
-    check_attributes,
-    checked_attributes,
-    checked_captions,
-    encode_attribute,
-    encode_labels,
-    find_columns,
-)
+from clipft.data.columns import CAPTION_COLUMNS, LABEL_COLUMNS, NO_LABEL, checked_attributes, find_columns
 from clipft.data.pictures import PICTURE_ENDINGS, UNREADABLE, EncodedPicture, to_rgb
 from clipft.data.reading import UNREADABLE_KIND, BadRowError, Reading
 from clipft.data.rows import read_stored, stored_pictures
 from clipft.data.shards import Address, samples, shard_paths
-from clipft.data.tables import add_row, dataset_of_pictures, from_table_rows, read_csv, read_jsonl, safe_path
+from clipft.data.splits import TABLE_ENDINGS, chosen_split, existing, sources_of_splits, split_of_name, visible
+from clipft.data.stored import canonical, holds_paths, read_parquet, read_saved, select_rows
+from clipft.data.tables import add_row, dataset_of_pictures, from_table_rows
+from clipft.data.text_tables import checked_encoding, read_csv, read_jsonl
 
 __all__ = ["load_pairs", "load_reading", "read_pairs"]
 
 _logger = logging.getLogger(__name__)
 _CHUNK = 256  # pictures in memory while they are looked at
 _IMAGE_EXTENSIONS = [suffix[1:] for suffix in sorted(PICTURE_ENDINGS)]
-_PATHS, _BYTES = ("string", "large_string"), ("binary", "large_binary")
-_TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_NO_TABLE, _NO_SHARD, _UNLISTED = "table beside the classes", "shard beside the classes", "not in the table"
 
 
 def load_pairs(
     path_or_name: str | Path,
     *,
-    split: str = "train",
+    split: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
     label_column: str | None = None,
     attribute_columns: Sequence[str] = (),
     on_bad_row: str = "error",
     allow_outside: bool = False,
+    encoding: str | None = None,
 ) -> datasets.Dataset:
     """Load a data set for training or evaluation.
 
     Args:
         path_or_name: a folder with one sub-folder of pictures a class; a ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``
             file with image paths relative to the file (which may not leave its folder) or image bytes, and a caption or
-            a list of captions a row; WebDataset shards (a ``.tar`` file, a folder of them, ``shards/{000..127}.tar``,
-            ``shards/*.tar``), which are read in place; a folder written by ``Dataset.save_to_disk``; any other folder
-            or name that ``datasets.load_dataset`` takes.
-        split: which split of a data set by name.
+            a list of captions a row, or a folder with such files or with ``metadata.csv`` (or ``.jsonl``, ``.parquet``)
+            beside the pictures; WebDataset shards (a ``.tar`` file, a folder of them, ``shards/{000..127}.tar``,
+            ``shards/*.tar``), which are read in place; a folder written by ``save_to_disk``; a folder of splits, as
+            :mod:`clipft.data.splits` has them; or a name that ``datasets.load_dataset`` takes. ``SOURCE:SPLIT`` names a
+            split too.
+        split: which split, of a source that has several; default: train.
         image_column, caption_column, label_column: where they are not called by a usual name (``image``, ``file_name``,
             ``filepath``, ``path``; ``caption``, ``captions``, ``text``, ``title``; ``label``, ``class``); in shards, an
             extension or a member of the ``.json`` (usual: ``jpg`` and the like; ``txt``; ``cls``).
         attribute_columns: further columns of classes, for heads of their own; empty or null is a value not known.
-        on_bad_row: ``"error"``: a row without caption or file is an error here, a picture that cannot be decoded when
-            its turn comes. ``"skip"`` leaves such rows out and logs how many and which; it decodes every picture once.
+        on_bad_row: ``"error"``: a row without caption, label or file is an error here, a picture that cannot be decoded
+            when its turn comes. ``"skip"`` leaves such rows out and logs how many and which; it decodes every picture
+            once.
         allow_outside: let the paths in a file leave its folder.
+        encoding: of text files that are not UTF-8; a byte-order mark in a file goes before.
 
     Returns:
         A ``datasets.Dataset`` with ``image`` (decoded to PIL on access) and ``caption`` (a string or a list of strings)
@@ -78,18 +73,24 @@ def load_pairs(
 
     Raises:
         FileNotFoundError: the file or folder, or an image that a table names, does not exist.
-        ValueError: a column, caption or path is not as expected; the message names file and row.
+        ValueError: a column, caption, label or path is not as expected; the message names file and row.
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row: expected 'error' or 'skip', got {on_bad_row!r}")
     named = (image_column, caption_column, label_column)
-    reading = Reading(named, on_bad_row == "skip", allow_outside, checked_attributes(attribute_columns))
+    reading = Reading(
+        named, on_bad_row == "skip", allow_outside, checked_attributes(attribute_columns), checked_encoding(encoding)
+    )
     return load_reading(path_or_name, reading, split)
 
 
-def load_reading(path_or_name: str | Path, reading: Reading, split: str = "train") -> datasets.Dataset:
-    """As :func:`load_pairs`; ``reading`` then says what was left out."""
-    dataset = read_pairs(path_or_name, split, reading)
+def load_reading(
+    path_or_name: str | Path, reading: Reading, split: str | None = None, purpose: str = "train"
+) -> datasets.Dataset:
+    """As :func:`load_pairs`; ``reading`` then says what was left out. ``purpose``: of
+    :func:`clipft.data.splits.chosen_split`.
+    """
+    dataset = read_pairs(path_or_name, split, reading, purpose)
     if reading.skip:
         dataset = _drop_unreadable(dataset, reading)
     if reading.skipped:
@@ -97,34 +98,43 @@ def load_reading(path_or_name: str | Path, reading: Reading, split: str = "train
     return dataset
 
 
-def read_pairs(path_or_name: str | Path, split: str, reading: Reading) -> datasets.Dataset:
-    """As :func:`load_pairs`, without a look at the pictures themselves."""
-    reading.source = str(path_or_name)
-    dataset = _read(path_or_name, split, reading)
+def read_pairs(
+    path_or_name: str | Path, split: str | None, reading: Reading, purpose: str = "train"
+) -> datasets.Dataset:
+    """As :func:`load_reading`, without a look at the pictures themselves."""
+    source, own = split_of_name(path_or_name)
+    if own is not None and split not in (None, own):
+        raise ValueError(f"split: expected the split of {str(path_or_name)!r}, got {split!r}")
+    reading.source = str(source)
+    dataset = _read(source, split or own, reading, purpose)
     reading.finish(len(dataset))
     return dataset
 
 
-def _read(path_or_name: str | Path, split: str, reading: Reading) -> datasets.Dataset:
-    path = Path(path_or_name).expanduser()
-    if path.suffix.lower() == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
-        shards = sorted(path.glob("*.tar")) if path.is_dir() else shard_paths(str(path_or_name))
-        return _from_shards(shards, str(path_or_name), reading)
-    if path.is_file():
-        return _from_file(path, reading)
-    if path.is_dir():
-        return _from_folder(path, split, reading)
-    if path.suffix.lower() in _TABLE_SUFFIXES or str(path_or_name).startswith((".", "/", "~")):
+def _read(source: str | Path, split: str | None, reading: Reading, purpose: str) -> datasets.Dataset:
+    path = existing(source)
+    if Path(source).suffix.lower() == ".tar" and (path is None or path.is_file()):
+        return _from_shards(shard_paths(str(source)), str(source), reading)
+    if path is None and (Path(source).suffix.lower() in TABLE_ENDINGS or str(source).startswith((".", "/", "~"))):
         raise FileNotFoundError(
-            f"path_or_name: expected a file, a folder or a data set's name, there is no {str(path)!r}"
+            f"path_or_name: expected a file, a folder or a data set's name, there is no {str(source)!r}"
         )
-    return _canonical(_by_name(str(path_or_name), split), str(path_or_name), None, reading)
+    if path is None:
+        return _by_name(str(source), split, reading, purpose)
+    parts = sources_of_splits(path) if path.is_dir() else None
+    if parts is None:
+        if split not in (None, "train"):
+            raise ValueError(f"split: {source} has no splits, got {split!r}")
+        return _from_folder(path, reading) if path.is_dir() else _from_files([path], reading)
+    reading.split = chosen_split(parts, split, purpose, str(source))
+    chosen = parts[reading.split]
+    return _from_folder(chosen[0], reading) if chosen[0].is_dir() else _from_files(chosen, reading)
 
 
 def _drop_unreadable(dataset: datasets.Dataset, reading: Reading) -> datasets.Dataset:
     """Decode every picture, JPEGs at an eighth of their size, which reads the file to its end all the same."""
     stored = stored_pictures(dataset)
-    assert stored is not None  # _decode_images has made it so
+    assert stored is not None  # read_pairs has made it so
 
     def fault(number: int, image: dict[str, Any]) -> str | None:
         place = reading.place(number)
@@ -144,33 +154,75 @@ def _drop_unreadable(dataset: datasets.Dataset, reading: Reading) -> datasets.Da
         if message:
             reading.leave_out_row(number, UNREADABLE_KIND, message)
     good = [number for number, message in enumerate(faults) if not message]
-    return dataset if len(good) == len(dataset) else _select_rows(dataset, good, reading)
-
-
-def _select_rows(dataset: datasets.Dataset, rows: list[int], reading: Reading) -> datasets.Dataset:
-    if not rows:
-        raise ValueError(f"{reading.source}: expected at least one row that can be used, found none")
-    reading.keep(rows)
-    return dataset.select(rows)
+    return dataset if len(good) == len(dataset) else select_rows(dataset, good, reading)
 
 
 # ---- folders and names ----
 
 
-def _from_folder(folder: Path, split: str, reading: Reading) -> datasets.Dataset:
+def _from_folder(folder: Path, reading: Reading) -> datasets.Dataset:
+    """One that has no splits, or is one. What is in it decides, never a README nor code beside the data."""
     if (folder / "state.json").is_file():
-        return _canonical(datasets.Dataset.load_from_disk(str(folder)), str(folder), folder, reading)
-    if (
-        any(entry.suffix.lower() in _TABLE_SUFFIXES for entry in folder.rglob("*"))
-        or (folder / "dataset_dict.json").exists()
-    ):
-        return _canonical(_by_name(str(folder), split), str(folder), folder, reading)
+        return canonical(read_saved(folder), str(folder), folder, reading)
+    entries = visible(folder)
+    files = [entry for entry in folder.rglob("*") if not _hidden(entry, folder)]
+    tables = sorted(file for file in files if file.suffix.lower() in TABLE_ENDINGS)
+    shards = [entry for entry in entries if entry.suffix.lower() == ".tar"]
+    if metadata := [table for table in tables if table.stem == "metadata"]:
+        return _from_folder_of_tables(metadata, files, reading)
+    pictured = {file.relative_to(folder).parts[0] for file in files if file.suffix.lower() in PICTURE_ENDINGS}
+    if len(pictured & {entry.name for entry in entries if entry.is_dir()}) > 1:
+        return _from_classes_and_more(folder, tables, shards, reading)
+    if shards:
+        return _from_shards(shards, str(folder), reading)
+    if tables:
+        return _from_folder_of_tables(tables, files, reading)
+    return _from_class_folders(folder, reading)
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+
+
+def _from_folder_of_tables(tables: Sequence[Path], files: Sequence[Path], reading: Reading) -> datasets.Dataset:
+    dataset = _from_files(tables, reading)
+    for file in sorted(files):
+        if file.suffix.lower() in PICTURE_ENDINGS and os.path.realpath(file) not in reading.listed:
+            reading.leave_out(_UNLISTED, str(file))
+    return dataset
+
+
+def _from_classes_and_more(
+    folder: Path, tables: Sequence[Path], shards: Sequence[Path], reading: Reading
+) -> datasets.Dataset:
+    """Class folders; a table or shard beside them is counted, and refused if it may be what is meant."""
+    for table in tables:
+        if _lists_pictures(table, reading):
+            raise ValueError(
+                f"{folder}: has class folders, and {table.relative_to(folder)}, which lists pictures too: give "
+                "the file itself, or move it away"
+            )
+        reading.leave_out(_NO_TABLE, str(table))
+    for shard in shards:
+        reading.leave_out(_NO_SHARD, str(shard))
+    return _from_class_folders(folder, reading)
+
+
+def _lists_pictures(table: Path, reading: Reading) -> bool:
+    try:
+        columns = _rows_of(table, Reading(encoding=reading.encoding, skip=True))
+        names = (
+            columns.column_names if isinstance(columns, datasets.Dataset) else list(columns[0][1]) if columns else []
+        )
+        find_columns(names, str(table), reading.named)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _from_class_folders(folder: Path, reading: Reading) -> datasets.Dataset:
     if reading.attributes:
         raise ValueError(f"attribute_columns: {folder} has class folders and no columns; give a table")
-    return _from_class_folders(folder)
-
-
-def _from_class_folders(folder: Path) -> datasets.Dataset:
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     pictures = {
         entry.name: sorted(p for p in entry.iterdir() if p.suffix.lower() in PICTURE_ENDINGS) for entry in classes
@@ -190,32 +242,45 @@ def _from_class_folders(folder: Path) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def _by_name(name: str, split: str) -> datasets.Dataset:
-    loaded = datasets.load_dataset(name, split=split)
-    return cast(datasets.Dataset, loaded)
+def _by_name(name: str, split: str | None, reading: Reading, purpose: str) -> datasets.Dataset:
+    if split is None:
+        names = datasets.get_dataset_split_names(name)
+        split = chosen_split(names, None, purpose, name)
+    reading.split = split
+    return canonical(datasets.load_dataset(name, split=split), name, None, reading)
 
 
 # ---- tables ----
 
 
-def _from_file(path: Path, reading: Reading) -> datasets.Dataset:
+def _from_files(paths: Sequence[Path], reading: Reading) -> datasets.Dataset:
+    """The rows of files of one kind, one after the other."""
+    where = str(paths[0]) if len(paths) == 1 else str(reading.source)
+    found = [_rows_of(path, reading) for path in paths]
+    stored = [rows for rows in found if isinstance(rows, datasets.Dataset)]
+    if not stored:
+        rows = [(path, *row) for path, own in zip(paths, found, strict=True) for row in cast(Any, own)]
+        return from_table_rows(rows, where, reading)
+    columns = [sorted(rows.column_names) for rows in stored]
+    if len(stored) < len(found) or any(own != columns[0] for own in columns):
+        raise ValueError(f"{where}: expected files with the same columns, got {', '.join(path.name for path in paths)}")
+    places = [f"{path}, row {row}" for path, own in zip(paths, stored, strict=True) for row in range(len(own))]
+    rows = stored[0] if len(stored) == 1 else datasets.concatenate_datasets(stored)
+    return canonical(rows, where, paths[0].parent, reading, places)
+
+
+def _rows_of(path: Path, reading: Reading) -> datasets.Dataset | list[tuple[int, dict[str, Any]]]:
+    """Of a table with paths, the rows with their numbers; of one with pictures in it, a data set."""
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _from_parquet(path, reading)
     if suffix in (".csv", ".tsv"):
-        return from_table_rows(read_csv(path, "\t" if suffix == ".tsv" else ",", reading), path, reading)
+        return read_csv(path, "\t" if suffix == ".tsv" else ",", reading)
     if suffix == ".jsonl":
-        return from_table_rows(read_jsonl(path, reading), path, reading)
-    known = ", ".join((*_TABLE_SUFFIXES, ".tar"))
+        return read_jsonl(path, reading)
+    if suffix == ".parquet":
+        dataset = read_parquet(path)
+        return list(enumerate(dataset.to_list())) if holds_paths(dataset, str(path), reading) else dataset
+    known = ", ".join((*TABLE_ENDINGS, ".tar"))
     raise ValueError(f"{path}: expected a file ending in {known}, got {suffix or 'no ending'!r}")
-
-
-def _from_parquet(path: Path, reading: Reading) -> datasets.Dataset:
-    dataset = cast(datasets.Dataset, datasets.Dataset.from_parquet(str(path)))
-    image = find_columns(dataset.column_names, str(path), reading.named)[0]
-    if getattr(dataset.features[cast(str, image)], "dtype", None) in _PATHS:
-        return from_table_rows(list(enumerate(cast(list[dict[str, Any]], dataset.to_list()))), path, reading)
-    return _canonical(dataset, str(path), path.parent, reading)
 
 
 # ---- shards ----
@@ -253,54 +318,3 @@ def _from_shards(shards: Sequence[Path], where: str, reading: Reading) -> datase
 
 def _first_value(fields: dict[str, Any], names: Sequence[str]) -> Any:
     return next((fields[name] for name in names if fields.get(name) is not None), None)
-
-
-def _canonical(dataset: Any, where: str, folder: Path | None, reading: Reading) -> datasets.Dataset:
-    """Rename the columns, drop the rest, and have images decoded."""
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(f"{where}: expected one split with a length, got {type(dataset).__name__}")
-    columns = find_columns(dataset.column_names, where, reading.named)
-    names = {column: name for column, name in zip(columns, ("image", "caption", "label"), strict=True) if column}
-    check_attributes(dataset.column_names, columns, where, reading)
-    dataset = dataset.select_columns([*names, *reading.attributes])
-    dataset = dataset.rename_columns({column: name for column, name in names.items() if column != name})
-    dataset, images = _checked_rows(dataset, where, folder, reading)
-    if "label" in dataset.column_names and isinstance(dataset.features["label"], datasets.Value):
-        values, feature = encode_labels(list(dataset["label"]))
-        dataset = dataset.remove_columns("label").add_column("label", values, feature=feature)
-    for name in reading.attributes:
-        if not isinstance(dataset.features[name], datasets.ClassLabel):
-            attributes, feature = encode_attribute([attribute_value(value) for value in dataset[name]], name, where)
-            dataset = dataset.remove_columns(name).add_column(name, attributes, feature=feature)
-    if images is None:
-        return dataset.cast_column("image", datasets.Image())
-    return dataset.remove_columns("image").add_column("image", images, feature=datasets.Image())
-
-
-def _checked_rows(
-    dataset: datasets.Dataset, where: str, folder: Path | None, reading: Reading
-) -> tuple[datasets.Dataset, list[Any] | None]:
-    """The rows with captions and pictures, and the pictures where their paths had to be looked at."""
-    feature = dataset.features["image"]
-    kind = getattr(feature, "dtype", None)
-    if not isinstance(feature, (datasets.Image, dict)) and kind not in _BYTES:
-        raise ValueError(f"{where}: expected images or their bytes in the image column, found {feature}")
-    stored = dataset.cast_column("image", datasets.Image(decode=False))
-    in_files = bool(pyarrow.compute.struct_field(stored.data.column("image"), "bytes").null_count)
-    images: list[Any] | None = [] if in_files and folder is not None else None
-    captions = list(dataset["caption"]) if "caption" in dataset.column_names else None
-    good = []
-    for number in range(len(dataset)):
-        with reading.row():
-            place = f"{where}, row {number}"
-            if captions is not None:
-                checked_captions(captions[number], place)
-            if images is not None and folder is not None:
-                image = stored[number]["image"] or {"bytes": None, "path": None}
-                if not image["bytes"]:
-                    image = {"bytes": None, "path": safe_path(image["path"], folder, place, reading)}
-                images.append(image)
-            good.append(number)
-    if len(good) < len(dataset):
-        dataset = _select_rows(dataset, good, reading)
-    return dataset, images

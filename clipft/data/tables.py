@@ -1,4 +1,4 @@
-"""Tables in text files: rows of .csv, .tsv and .jsonl, joined by the picture that they name.
+"""Rows of tables, whatever file they are of, joined by the picture that they name.
 
 Rows with the same image path are one picture with several captions, as in Flickr30k and COCO: taken as separate
 pictures, they would be each other's negatives.
@@ -6,8 +6,7 @@ pictures, they would be each other's negatives.
 
 from __future__ import annotations
 
-import csv
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,62 +20,31 @@ from clipft.data.columns import (
     encode_attribute,
     encode_labels,
     find_columns,
+    label_value,
 )
-from clipft.data.reading import Reading
+from clipft.data.reading import NO_FILE, BadRowError, Reading
 from clipft.data.shards import shard_of
+from clipft.data.splits import existing
 
-__all__ = ["add_row", "dataset_of_pictures", "from_table_rows", "read_csv", "read_jsonl", "safe_path"]
-
-
-def read_csv(path: Path, delimiter: str, reading: Reading) -> list[tuple[int, dict[str, Any]]]:
-    """The rows with their numbers, without those left out."""
-    rows = []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
-        for number, row in enumerate(reader):
-            with reading.row():
-                if None in row or None in row.values():
-                    raise ValueError(
-                        f"{path}, row {number}: expected {len(reader.fieldnames or ())} fields, as in the header; a "
-                        f"field that holds {delimiter!r} must be quoted"
-                    )
-                rows.append((number, row))
-    return rows
+__all__ = ["add_row", "dataset_of_pictures", "from_table_rows", "safe_path"]
 
 
-def read_jsonl(path: Path, reading: Reading) -> list[tuple[int, dict[str, Any]]]:
-    """The rows with their numbers, without those left out."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        if not line.strip():
-            continue
-        with reading.row():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number + 1}: expected one JSON object a line ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number + 1}: expected a JSON object, got {type(row).__name__}")
-            rows.append((number, row))
-    return rows
-
-
-def from_table_rows(rows: list[tuple[int, dict[str, Any]]], path: Path, reading: Reading) -> datasets.Dataset:
-    """Numbered rows of a table whose image column holds paths."""
+def from_table_rows(rows: list[tuple[Path, int, dict[str, Any]]], where: str, reading: Reading) -> datasets.Dataset:
+    """Rows of tables whose image column holds paths, each with its file and number."""
     if not rows:
-        raise ValueError(f"{path}: expected at least one row, found none")
-    keys = rows[0][1].keys()
-    names = find_columns(list(keys), str(path), reading.named)
-    check_attributes(list(keys), names, str(path), reading)
+        raise ValueError(f"{where}: expected at least one row, found none")
+    first, keys = rows[0][1], rows[0][2].keys()
+    names = find_columns(list(keys), where, reading.named)
+    check_attributes(list(keys), names, where, reading)
     pictures: dict[str, dict[str, Any]] = {}
-    for number, row in rows:
-        where = f"{path}, row {number}"
+    for path, number, row in rows:
+        place = f"{path}, row {number}"
         with reading.row():
             if row.keys() != keys:
-                raise ValueError(f"{where}: expected the keys of row {rows[0][0]}, {sorted(keys)}, got {sorted(row)}")
-            image = safe_path(row[cast(str, names[0])], path.parent, where, reading)
-            add_row(pictures, image, row, names[1:], where, reading.attributes)
-    return dataset_of_pictures(pictures, names[1:], str(path), reading)
+                raise ValueError(f"{place}: expected the keys of row {first}, {sorted(keys)}, got {sorted(row)}")
+            image = safe_path(row[cast(str, names[0])], path.parent, place, reading)
+            add_row(pictures, image, row, names[1:], place, reading.attributes)
+    return dataset_of_pictures(pictures, names[1:], where, reading)
 
 
 def add_row(
@@ -90,10 +58,11 @@ def add_row(
     """Add a row to the picture that it names."""
     caption, label = names
     captions = checked_captions(row[caption], where) if caption else []
+    own = label_value(row[label], where) if label else None
     known = pictures.get(image, {})
-    if label and known.get("label", row[label]) != row[label]:
+    if known.get("label", own) != own:
         raise ValueError(
-            f"{where}: expected the label of an earlier row with this image, {known['label']!r}, got {row[label]!r}"
+            f"{where}: expected the label of an earlier row with this image, {known['label']!r}, got {own!r}"
         )
     values = {name: attribute_value(row[name]) for name in attributes}
     for name, value in values.items():
@@ -101,7 +70,7 @@ def add_row(
         if None not in (earlier, value) and earlier != value:
             raise ValueError(f"{where}: expected {name} of an earlier row with this image, {earlier!r}, got {value!r}")
         values[name] = earlier if value is None else value
-    picture = pictures.setdefault(image, {"captions": [], "places": [], "label": row[label] if label else None})
+    picture = pictures.setdefault(image, {"captions": [], "places": [], "label": own})
     picture["captions"] += captions
     picture["places"].append(where)
     picture["attributes"] = values
@@ -133,17 +102,29 @@ def dataset_of_pictures(
 
 def safe_path(value: Any, folder: Path, where: str, reading: Reading) -> str:
     """The absolute path of an image named in a table, or its address in a shard; it must exist and lie in the table's
-    folder.
+    folder. Back-slashes are read as Windows means them, where no file has such a name.
     """
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{where}: expected the path of an image, got {value!r}")
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise BadRowError(where, f"expected the path of an image, got {value!r}", NO_FILE)
     shard = shard_of(value)
-    path = (folder / (shard or value)).resolve()
-    if not reading.allow_outside and not path.is_relative_to(folder.resolve()):
+    name = str(shard or value)
+    if "\\" in name and not _is_file(folder / name):
+        name = name.replace("\\", "/")
+    try:
+        path = os.path.realpath(folder / name)
+    except UnicodeEncodeError as error:
+        raise BadRowError(where, f"expected the path of an image, got {value!r}", NO_FILE) from error
+    if not reading.allow_outside and not Path(path).is_relative_to(os.path.realpath(folder)):
         raise ValueError(
             f"{where}: expected an image inside {folder}, the file's folder, got {value!r}, which leaves it; if that "
             "is meant, allow_outside=True (--allow-outside-paths)"
         )
-    if not path.is_file():
+    if not _is_file(path):
         raise FileNotFoundError(f"{where}: there is no image {value!r} in {folder}")
-    return value if shard else str(path)
+    reading.listed.add(path)
+    return value if shard else path
+
+
+def _is_file(path: str | Path) -> bool:
+    found = existing(path)
+    return found is not None and found.is_file()

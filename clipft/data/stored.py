@@ -1,0 +1,170 @@
+"""Data sets that hold their pictures, or the paths of them, in a column: Parquet files, folders of ``save_to_disk``,
+and what ``datasets`` loads by name.
+
+Files are read where they are: nothing is copied to a cache, which could be stale or not be written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Any, cast
+
+import datasets
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from clipft.data.columns import (
+    NO_LABEL,
+    attribute_value,
+    check_attributes,
+    checked_captions,
+    encode_attribute,
+    encode_labels,
+    find_columns,
+    label_value,
+)
+from clipft.data.reading import BadRowError, Reading
+from clipft.data.tables import safe_path
+
+__all__ = ["canonical", "holds_paths", "read_parquet", "read_saved", "select_rows"]
+
+_PATHS, _BYTES = ("string", "large_string"), ("binary", "large_binary")
+_IN_MEMORY = 2 << 30  # bytes of a table; a larger one is unpacked to the disk
+
+
+# ---- files ----
+
+
+def read_parquet(path: Path) -> datasets.Dataset:
+    """The rows of a file, in memory; of a large one in a file that goes with the process.
+
+    Raises:
+        ValueError: no Parquet, or a damaged file.
+    """
+    info = path.stat()
+    fingerprint = hashlib.blake2b(f"{path.resolve()} {info.st_size} {info.st_mtime_ns}".encode(), digest_size=8)
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+            if size <= _IN_MEMORY:
+                return datasets.Dataset(datasets.table.InMemoryTable(file.read()), fingerprint=fingerprint.hexdigest())
+            unpacked = Path(_scratch().name, f"{fingerprint.hexdigest()}.arrow")
+            with pyarrow.ipc.new_stream(unpacked, file.schema_arrow) as stream:
+                for batch in file.iter_batches():
+                    stream.write_batch(batch)
+        return datasets.Dataset.from_file(str(unpacked))
+    except Exception as error:  # whatever a damaged file makes pyarrow and datasets raise
+        raise ValueError(f"{path}: expected a Parquet file ({error})") from error
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="clipft-parquet-")
+
+
+def read_saved(folder: Path) -> datasets.Dataset:
+    """A folder of ``Dataset.save_to_disk``, whose files are its own.
+
+    Raises:
+        ValueError: it is damaged, or names files elsewhere.
+    """
+    try:
+        files = [str(entry["filename"]) for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+        if any(PurePath(name).name != name for name in files):
+            raise ValueError(f"its state.json names files outside of it, {files}")
+        return datasets.Dataset.load_from_disk(str(folder))
+    except Exception as error:  # whatever a damaged file makes datasets raise
+        raise ValueError(f"{folder}: expected a data set that save_to_disk wrote ({error})") from error
+
+
+def holds_paths(dataset: datasets.Dataset, where: str, reading: Reading) -> bool:
+    """Whether the column of images has their paths as text."""
+    image = cast(str, find_columns(dataset.column_names, where, reading.named)[0])
+    return getattr(dataset.features[image], "dtype", None) in _PATHS
+
+
+# ---- columns and rows ----
+
+
+def canonical(
+    dataset: Any, where: str, folder: Path | None, reading: Reading, places: Sequence[str] = ()
+) -> datasets.Dataset:
+    """Rename the columns, drop the rest and the bad rows, and have images decoded.
+
+    ``folder``: what paths are relative to, if the data may have any; ``places``: of the rows, default: their numbers.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(f"{where}: expected one split with a length, got {type(dataset).__name__}")
+    columns = find_columns(dataset.column_names, where, reading.named)
+    names = {column: name for column, name in zip(columns, ("image", "caption", "label"), strict=True) if column}
+    check_attributes(dataset.column_names, columns, where, reading)
+    dataset = dataset.select_columns([*names, *reading.attributes])
+    dataset = dataset.rename_columns({column: name for column, name in names.items() if column != name})
+    reading.places = [[place] for place in places or (f"{where}, row {number}" for number in range(len(dataset)))]
+    good, images, labels = _checked_rows(dataset, where, folder, reading)
+    if len(good) < len(dataset):
+        dataset = select_rows(dataset, good, reading)
+    if labels is not None:
+        values, feature = encode_labels(labels)
+        dataset = dataset.remove_columns("label").add_column("label", values, feature=feature)
+    for name in reading.attributes:
+        if not isinstance(dataset.features[name], datasets.ClassLabel):
+            attributes, feature = encode_attribute([attribute_value(value) for value in dataset[name]], name, where)
+            dataset = dataset.remove_columns(name).add_column(name, attributes, feature=feature)
+    if images is None:
+        return dataset.cast_column("image", datasets.Image())
+    return dataset.remove_columns("image").add_column("image", images, feature=datasets.Image())
+
+
+def select_rows(dataset: datasets.Dataset, rows: list[int], reading: Reading) -> datasets.Dataset:
+    """These rows of it, also in the account; one at least."""
+    if not rows:
+        raise ValueError(f"{reading.source}: expected at least one row that can be used, found none")
+    reading.keep(rows)
+    return dataset.select(rows)
+
+
+def _checked_rows(
+    dataset: datasets.Dataset, where: str, folder: Path | None, reading: Reading
+) -> tuple[list[int], list[Any] | None, list[str] | None]:
+    """The rows that can be used, their pictures where their paths had to be looked at, and their labels where these
+    have no classes yet.
+    """
+    feature = dataset.features["image"]
+    if not isinstance(feature, (datasets.Image, dict)) and getattr(feature, "dtype", None) not in _BYTES:
+        raise ValueError(f"{where}: expected images or their bytes in the image column, found {feature}")
+    stored = dataset.cast_column("image", datasets.Image(decode=False))
+    in_files = bool(pyarrow.compute.struct_field(stored.data.column("image"), "bytes").null_count)
+    images: list[Any] | None = [] if in_files and folder is not None else None
+    captions, labels = (list(dataset[name]) if name in dataset.column_names else None for name in ("caption", "label"))
+    own = dataset.features.get("label")
+    classes = own.names if isinstance(own, datasets.ClassLabel) else None
+    good, names = [], []
+    for number in range(len(dataset)):
+        with reading.row():
+            place = reading.place(number)
+            if captions is not None:
+                checked_captions(captions[number], place)
+            name = None if labels is None else _checked_label(labels[number], classes, place)
+            if images is not None and folder is not None:
+                image = stored[number]["image"] or {"bytes": None, "path": None}
+                if not image["bytes"]:
+                    image = {"bytes": None, "path": safe_path(image["path"], folder, place, reading)}
+                images.append(image)
+            names.append(name)
+            good.append(number)
+    return good, images, cast(list[str], names) if labels is not None and classes is None else None
+
+
+def _checked_label(value: Any, classes: Sequence[str] | None, place: str) -> str:
+    if classes is None:
+        return label_value(value, place)
+    if value is None or not 0 <= value < len(classes):
+        raise BadRowError(place, f"expected the number of one of {len(classes)} classes, got {value}", NO_LABEL)
+    return classes[value]

@@ -1,0 +1,189 @@
+"""Rows of text files: .csv and .tsv, .jsonl, and plain lines.
+
+Lines end at \\n and \\r\\n alone, so U+2028 and its like are text. A byte-order mark says the encoding and is no part
+of the text. What cannot be read is a row with a number, whatever stands in the rows after it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipft.data.columns import find_image
+from clipft.data.reading import BadRowError, Reading
+
+__all__ = ["checked_encoding", "read_csv", "read_jsonl", "read_lines", "read_text_lines"]
+
+Row = tuple[int, dict[str, Any]]
+
+_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_LONGEST_FIELD = 131072  # characters; the csv module's limit
+_FILE_NAME = re.compile(r"\S\.\w{2,5}")
+_BROKEN = "broken"  # kind of a bad row
+
+
+# ---- lines ----
+
+
+def checked_encoding(name: str | None) -> str | None:
+    """A name of a text encoding that Python knows, or None for UTF-8."""
+    try:
+        "".encode(name or "utf-8")
+    except LookupError as error:
+        raise ValueError(
+            f"encoding: expected a text encoding such as latin-1, cp1252 or utf-16, got {name!r}"
+        ) from error
+    return name
+
+
+def read_lines(path: Path, encoding: str | None = None) -> list[str]:
+    """The lines of a text file without their ends, but for the \\r of one that ends in \\r\\n. Bytes that are not of
+    the encoding (default: UTF-8) become lone surrogates, which :func:`check_line` names with their line.
+    """
+    data = path.read_bytes()
+    mark, own = next(((mark, own) for mark, own in _MARKS if data.startswith(mark)), (b"", encoding or "utf-8"))
+    try:
+        text = data[len(mark) :].decode(own, "surrogateescape")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected text in {own} ({error}); name its encoding with encoding (--encoding)"
+        ) from error
+    lines = text.split("\n")
+    return lines[:-1] if not lines[-1] else lines
+
+
+def read_text_lines(path: Path, encoding: str | None = None) -> list[str]:
+    """The lines of a list, a text each: without blanks around them, and without empty ones.
+
+    Raises:
+        ValueError: a line is no text of the encoding.
+    """
+    lines = read_lines(path, encoding)
+    for number, line in enumerate(lines):
+        check_line(line, f"{path}, line {number + 1}", encoding)
+    return [line.strip() for line in lines if line.strip()]
+
+
+def check_line(line: str, place: str, encoding: str | None) -> None:
+    """That a line of :func:`read_lines` was of the encoding, and holds no NUL."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(line[error.start]) - 0xDC00
+        raise BadRowError(
+            place,
+            f"expected text in {encoding or 'UTF-8'}, got the byte 0x{byte:02x}; name the file's encoding with "
+            "encoding (--encoding)",
+            "in another encoding",
+        ) from error
+    if "\0" in line:
+        raise BadRowError(place, "expected text, got a NUL byte; for UTF-16, encoding (--encoding utf-16)", _BROKEN)
+
+
+# ---- .csv and .tsv ----
+
+
+def read_csv(path: Path, delimiter: str, reading: Reading) -> list[Row]:
+    """The rows with their numbers, from 0 and without empty lines, but for those left out."""
+    lines = read_lines(path, reading.encoding)
+    first = next((number for number, line in enumerate(lines) if line.removesuffix("\r")), len(lines))
+    if first == len(lines):
+        return []
+    check_line(lines[first], f"{path}, header", reading.encoding)
+    header, count = _record(lines, first, delimiter)
+    header = _checked_header(header, path)
+    image = find_image(header, reading.named[0])
+
+    def is_row(line: str) -> bool:
+        fields = line.removesuffix("\r").split(delimiter)
+        value = fields[image] if image is not None and len(fields) == len(header) else ""
+        return bool(_FILE_NAME.search(value)) and not value.endswith(('"', "."))
+
+    rows: list[Row] = []
+    for number, (start, fields) in enumerate(_records(lines, first + count, delimiter, is_row)):
+        with reading.row():
+            place = f"{path}, row {number}"
+            check_line(lines[start], place, reading.encoding)
+            if isinstance(fields, str):
+                raise BadRowError(place, fields, _BROKEN)
+            if len(fields) != len(header):
+                why = (
+                    f"expected {len(header)} fields, as in the header; a field that holds {delimiter!r} must be quoted"
+                )
+                raise BadRowError(place, why, _BROKEN)
+            rows.append((number, dict(zip(header, fields, strict=True))))
+    return rows
+
+
+def _checked_header(fields: list[str] | str, path: Path) -> list[str]:
+    if isinstance(fields, str):
+        raise ValueError(f"{path}, header: {fields}")
+    if twice := sorted({name for name in fields if fields.count(name) > 1}):
+        raise ValueError(f"{path}: expected each column once, got {', '.join(map(repr, twice))} more than once")
+    return fields
+
+
+def _records(
+    lines: Sequence[str], start: int, delimiter: str, is_row: Callable[[str], bool]
+) -> Iterator[tuple[int, list[str] | str]]:
+    """The number of each record's first line, and its fields or what is wrong with it: then the next record begins in
+    the next line, so that a quote swallows no row.
+    """
+    while start < len(lines):
+        if not lines[start].removesuffix("\r"):
+            start += 1
+            continue
+        fields, count = _record(lines, start, delimiter)
+        if any(is_row(line) for line in lines[start + 1 : start + count]):
+            fields, count = "a quote that begins here and swallows rows after this one; close it, or double it", 1
+        yield start, fields
+        start += count
+
+
+def _record(lines: Sequence[str], start: int, delimiter: str) -> tuple[list[str] | str, int]:
+    """The fields of the record that begins in a line, or what is wrong with it, and how many lines it has."""
+    if '"' not in lines[start]:
+        fields = lines[start].removesuffix("\r").split(delimiter)
+        if max(map(len, fields)) > _LONGEST_FIELD:
+            return f"a field of more than {_LONGEST_FIELD} characters", 1
+        return fields, 1
+    reader = csv.reader((f"{lines[number]}\n" for number in range(start, len(lines))), delimiter=delimiter, strict=True)
+    try:
+        return next(reader), reader.line_num
+    except csv.Error as error:
+        if "field limit" in str(error):
+            return f"a field of more than {_LONGEST_FIELD} characters, or a quote that does not close", 1
+        return f"a quote that does not close, or text after one ({error}); a field's quotes must be doubled", 1
+
+
+# ---- .jsonl ----
+
+
+def read_jsonl(path: Path, reading: Reading) -> list[Row]:
+    """The rows with their numbers, which count empty lines, but for those left out."""
+    rows = []
+    for number, line in enumerate(read_lines(path, reading.encoding)):
+        if not line.strip():
+            continue
+        with reading.row():
+            place = f"{path}, line {number + 1}"
+            check_line(line, place, reading.encoding)
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadRowError(place, f"expected one JSON object a line ({error})", _BROKEN) from error
+            if not isinstance(row, dict):
+                raise BadRowError(place, f"expected a JSON object, got {type(row).__name__}", _BROKEN)
+            rows.append((number, row))
+    return rows
