@@ -85,7 +85,7 @@ class CLIPDataCollator:
         """The batch of N rows with U distinct captions: ``pixel_values`` [N, 3, H, W], ``input_ids`` and
         ``attention_mask`` [U, L], ``text_index`` [N] where U < N, ``labels`` [N]; ``image_pooler_output`` [N, D] and
         ``text_pooler_output`` [U, D] instead where features are known; ``targets`` [N, K] of K heads. NaFlex models get
-        patches (see ``clipft.families.naflex``), SigLIP's an ``attention_mask`` only where their tokenizer gives one.
+        patches (see ``clipft.families.naflex``), SigLIP's no ``attention_mask``, which they never saw.
         """
         pictures, captions = zip(*map(self._draw, rows), strict=True)
         known = self.features or FrozenFeatures()
@@ -133,15 +133,15 @@ class CLIPDataCollator:
 def tokenize(
     processor: Any, captions: list[str], max_length: int | None = None, *, family: Family | None = None
 ) -> dict[str, Tensor]:
-    """``input_ids`` and, where the tokenizer gives it, ``attention_mask`` [N, L]: cut at ``max_length`` and the
-    tokenizer's maximum, and padded to the longest, for SigLIP to that length. ``family``: as in
-    :class:`CLIPDataCollator`."""
+    """``input_ids`` and ``attention_mask`` [N, L]: cut at ``max_length`` and the tokenizer's maximum, and padded to the
+    longest; for SigLIP to that length, and without a mask. ``family``: as in :class:`CLIPDataCollator`."""
     family = family or family_of_processor(processor)
     length = most_tokens(processor, max_length, family=family)
     tokens = processor.tokenizer(
         captions, padding=family.padding, truncation=True, max_length=length, return_tensors="pt"
     )
-    return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
+    names = ("input_ids",) if family.padding == "max_length" else ("input_ids", "attention_mask")
+    return {name: tokens[name] for name in names if name in tokens}
 
 
 def most_tokens(processor: Any, max_length: int | None = None, *, family: Family | None = None) -> int:

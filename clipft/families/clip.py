@@ -148,6 +148,30 @@ def _class_token_encoder(model: Any) -> dict[str, Any]:
     return {"class_token_only": True}
 
 
+# ---- the end of a text ----
+
+_LEGACY_END = 2  # what configurations said before transformers 4.31, whatever the tokenizer had
+
+
+def _fit_end(model: Any, tokenizer: Any) -> str | None:
+    """A text is pooled at its end token. Where an old configuration names none, transformers takes the largest number
+    for it, which a token that was added later is.
+    """
+    config, end = model.config.text_config, tokenizer.eos_token_id
+    said = config.eos_token_id
+    if end is None:
+        raise ValueError("expected a tokenizer with an end token, at which a CLIP's texts are pooled")
+    if said == end or (said == _LEGACY_END and end == max(tokenizer.get_vocab().values())):
+        return None
+    if said != _LEGACY_END:
+        raise ValueError(
+            f"config.json says that texts end with token {said} (text_config.eos_token_id), the tokenizer ends them "
+            f"with {end}: all texts would have one embedding"
+        )
+    config.eos_token_id = model.text_model.eos_token_id = end
+    return f"texts are pooled at the tokenizer's end token, {end}; config.json has the old eos_token_id 2"
+
+
 CLIP = Family(
     model_type="clip",
     model=CLIPModel,
@@ -172,6 +196,7 @@ CLIP = Family(
     dim=lambda config: int(config.projection_dim),
     fuse_layers=fuse_last_layer,
     image_encoder=_class_token_encoder,
+    fit_tokenizer=_fit_end,
     onnx=True,
     int8=True,
 )

@@ -82,6 +82,10 @@ def _no_layers(model: Any) -> None:
     """For families whose layers clipft leaves as they are."""
 
 
+def _fits(model: Any, tokenizer: Any) -> None:
+    """For families whose checkpoints have no more than one way of captions."""
+
+
 def _no_options(model: Any) -> dict[str, Any]:
     return {}
 
@@ -106,6 +110,8 @@ class Family:
         fuse_layers: takes over layers of a model that compute less than Hugging Face's.
         image_encoder: makes a plain model ready for export, and gives what its ``get_image_features`` then takes
             besides pixels.
+        fit_tokenizer: brings a model and a tokenizer, as they were loaded, to the captions that the family was trained
+            on, where the checkpoint's files do not say them; gives a line on what it changed.
         onnx, int8: whether ``clipft.export_onnx`` and ``clipft.quantize`` take it.
     """
 
@@ -125,6 +131,7 @@ class Family:
     scale_shape: tuple[int, ...] = ()
     fuse_layers: Callable[[Any], None] = _no_layers
     image_encoder: Callable[[Any], dict[str, Any]] = _no_options
+    fit_tokenizer: Callable[[Any, Any], str | None] = _fits
     onnx: bool = False
     int8: bool = False
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import normalizers
 from torch import Tensor
-from transformers import SiglipModel, SiglipProcessor
+from transformers import GemmaTokenizer, Siglip2Tokenizer, SiglipModel, SiglipProcessor
 from transformers.models.siglip.modeling_siglip import SiglipOutput
 from transformers.utils.generic import can_return_tuple
 
 from clipft.families.family import Family, Tower
 from clipft.families.forward import PairForward
 
-__all__ = ["SIGLIP", "SiglipTowersForward", "embedding_dim", "siglip_tower"]
+__all__ = ["SIGLIP", "SiglipTowersForward", "embedding_dim", "fit_captions", "siglip_tower"]
 
 
 @dataclass
@@ -100,6 +101,26 @@ def embedding_dim(config: Any) -> int:
     return int(config.text_config.projection_size)
 
 
+def fit_captions(model: Any, tokenizer: Any) -> str | None:
+    """Of either family, as big_vision trained them: in small letters and padded on the right. SigLIP 2's checkpoints
+    come with Gemma's tokenizer, which does neither by itself.
+    """
+    said = []
+    if tokenizer.padding_side != "right":
+        tokenizer.padding_side = "right"
+        said.append("padded on the right")
+    if isinstance(tokenizer, GemmaTokenizer) or (
+        isinstance(tokenizer, Siglip2Tokenizer) and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]
+    ):
+        backend = tokenizer.backend_tokenizer
+        steps = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
+        backend.normalizer = normalizers.Sequence(steps)
+        tokenizer.__class__ = Siglip2Tokenizer  # which is saved, and lowers letters in transformers too
+        said.append("in small letters")
+    tokenizer.model_input_names = ["input_ids"]
+    return f"captions are {' and '.join(said)}, as SigLIP was trained; its tokenizer says otherwise" if said else None
+
+
 SIGLIP = Family(
     model_type="siglip",
     model=SiglipModel,
@@ -113,4 +134,5 @@ SIGLIP = Family(
     text=siglip_tower("text"),
     dim=embedding_dim,
     scale_shape=(1,),
+    fit_tokenizer=fit_captions,
 )

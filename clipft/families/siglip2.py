@@ -10,7 +10,7 @@ from transformers import Siglip2Model, Siglip2Processor
 from transformers.utils.generic import can_return_tuple
 
 from clipft.families.family import Family
-from clipft.families.siglip import FusedSiglipOutput, SiglipTowersForward, embedding_dim, siglip_tower
+from clipft.families.siglip import FusedSiglipOutput, SiglipTowersForward, embedding_dim, fit_captions, siglip_tower
 
 __all__ = ["SIGLIP2"]
 
@@ -55,4 +55,5 @@ SIGLIP2 = Family(
     text=siglip_tower("text"),
     dim=embedding_dim,
     scale_shape=(1,),
+    fit_tokenizer=fit_captions,
 )

@@ -24,7 +24,7 @@ from clipft.data.collate import tokenize
 from clipft.data.pictures import UNREADABLE, open_picture
 from clipft.data.rows import read_row, render
 from clipft.data.transforms import build_transform, stack_pictures
-from clipft.families.registry import family_of
+from clipft.families.registry import base_model, family_of
 from clipft.inference.onnx_clip import OnnxCLIP
 from clipft.models.loading import load
 
@@ -255,6 +255,8 @@ def embed_texts(
     computed.
     """
     family = family_of(model)
+    positions = family.most_positions(base_model(model).config)
+    max_length = min(positions, max_length or positions)
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     with evaluating(model) as device:
         parts = []

@@ -69,9 +69,24 @@ def attach_head(model: Any, head: ClassificationHead) -> None:
     model.heads.append(head)
 
 
+def _stored(config: Any) -> list[dict[str, Any]]:
+    """The heads that a configuration names."""
+    heads = getattr(config, HEADS_KEY, None) or []
+    if not isinstance(heads, list) or not all(_is_head(head) for head in heads):
+        raise ValueError(f"config.json: expected {HEADS_KEY} to be a list of heads, each with its name and classes")
+    return heads
+
+
+def _is_head(stored: Any) -> bool:
+    if not isinstance(stored, dict) or not isinstance(stored.get("name"), str):
+        return False
+    classes = stored.get("classes")
+    return isinstance(classes, list) and bool(classes) and all(isinstance(name, str) for name in classes)
+
+
 def restore_heads(model: Any) -> None:
     """Give a model the heads that its configuration names, without their weights, which are loaded next."""
-    for stored in getattr(model.config, HEADS_KEY, None) or []:
+    for stored in _stored(model.config):
         weight = torch.empty(len(stored["classes"]), family_of(model).dim(model.config))
         attach_head(model, ClassificationHead(stored["name"], stored["classes"], weight))
 

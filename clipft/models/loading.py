@@ -5,21 +5,25 @@ The only module that knows every kind of folder.
 
 from __future__ import annotations
 
-import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from safetensors import safe_open
-from transformers import CLIPConfig, PreTrainedConfig
+from transformers import CLIPConfig
 from transformers.utils.hub import cached_file
 
 from clipft.families.family import Family
-from clipft.families.registry import MOST_TOKENS, family_of_type
+from clipft.families.registry import family_of_type
+from clipft.files import check_file, read_json
+from clipft.models.adapters import base_of, put_adapter
+from clipft.models.configurations import check_sizes, check_trust
 from clipft.models.formats import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     DEMO_MODEL,
-    HEADS_KEY,
+    FLOAT_WEIGHTS,
     INT8_WEIGHTS,
     QUANT_METHOD,
     WEIGHT_FILES,
@@ -28,8 +32,13 @@ from clipft.models.formats import (
 from clipft.models.heads import with_heads
 from clipft.models.int8 import load_quantized
 from clipft.models.lora import import_peft
+from clipft.models.processors import fit, load_processor
+from clipft.models.weights import check_shapes, check_whole, shards_of, tensors_of, weight_files
 
 __all__ = ["load", "load_merged"]
+
+_READ = (".json", ".safetensors", ".txt", ".model", ".jinja")  # what transformers opens in a folder
+_logger = logging.getLogger(__name__)
 
 # ---- loading ----
 
@@ -56,7 +65,8 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         ValueError: another kind of model.
         ImportError: an adapter without peft installed, or a SigLIP's tokenizer without sentencepiece.
     """
-    folder = DEMO_MODEL if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
+    check_trust(kwargs)
+    folder = _folder_of(name_or_path)
     if is_adapter_folder(folder):
         return load_merged(folder, **kwargs)
     source = str(folder)
@@ -68,57 +78,93 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         )
     else:
         source = str(name_or_path)
+    with _named(source, kwargs):
+        return _load(source, kwargs)
+
+
+def _load(source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     revision = kwargs.get("revision", "main")
-    config = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    folder = Path(source) if Path(source).is_dir() else _fetched(source, revision)
+    config = read_json(folder / "config.json")
     family = family_of_type(config.get("model_type"), source)
-    processor = _load_processor(family, source, revision)
-    model = _load_int8(family, source, kwargs) or _load_float(family, source, bool(config.get(HEADS_KEY)), kwargs)
-    tokenizer = cast(Any, processor).tokenizer
-    if tokenizer.model_max_length > MOST_TOKENS:
-        tokenizer.model_max_length = family.most_positions(model.config)
+    check_trust(config, folder / "config.json")
+    processor = load_processor(family, source, revision, folder)
+    model = _load_int8(family, source, folder, config, kwargs) or _load_float(family, source, folder, kwargs)
+    fit(family, model, processor, folder)
     return model.eval(), processor
 
 
-def _load_processor(family: Family, source: str, revision: str) -> Any:
+@contextmanager
+def _named(source: str, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Whatever a library raises over a model's files has the model's name, and is an error of a kind to expect."""
     try:
-        processor = family.processor.from_pretrained(source, revision=revision, backend="torchvision")
-    except ImportError as error:
-        if "sentencepiece" not in str(error).lower() and "protobuf" not in str(error).lower():
+        yield
+    except Exception as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in message:
+            raise ValueError(f"{source}: asks to run code of its own folder, which clipft does not") from error
+        named = isinstance(error, OSError | ValueError) and source in message and "\n" not in str(error)
+        if named or isinstance(error, ImportError):
             raise
-        raise ImportError(f"{source}: its tokenizer needs sentencepiece: pip install 'clipft[siglip]'") from error
-    backend = getattr(processor.image_processor, "backend", None)
-    if backend != "torchvision":
-        raise ImportError(
-            f"name_or_path: {source!r}: expected an image processor with the torchvision backend, got {backend!r}: "
-            "install torchvision"
-        )
-    return processor
+        if kwargs.keys() - {"revision"} and isinstance(error, TypeError):  # the caller's, not the folder's
+            raise
+        kind = type(error) if type(error) in (OSError, FileNotFoundError) else ValueError
+        known = isinstance(error, OSError | ValueError)
+        raise kind(f"{source}: {'' if known else f'{type(error).__name__}: '}{message[:500]}") from error
 
 
-def _load_float(family: Family, source: str, has_heads: bool, kwargs: dict[str, Any]) -> Any:
-    """The model, with its classification heads where the configuration names some."""
-    kind: Any = with_heads(family.model) if has_heads else family.model
-    model, found = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **kwargs)
-    missing = sorted(name for name in found["missing_keys"] if name.startswith("heads."))
-    if missing:
-        raise ValueError(f"{source}: expected weights of the heads in config.json, these are missing: {missing}")
+def _fetched(source: str, revision: str) -> Path:
+    """A model on the hub: the folder of the cache with its configuration and its float weights, if it has any."""
+    fetch = partial(cached_file, source, revision=revision)
+    folder = Path(str(fetch("config.json"))).parent
+    for name in FLOAT_WEIGHTS:
+        if fetch(name, _raise_exceptions_for_missing_entries=False):
+            for shard in shards_of(folder / name) if name.endswith(".json") else ():
+                fetch(shard)
+            break
+    return folder
+
+
+def _load_float(family: Family, source: str, folder: Path, kwargs: dict[str, Any]) -> Any:
+    """The model, with the classification heads that its configuration names."""
+    files = weight_files(folder)
+    stored = tensors_of(files) if files else None  # transformers may know another way to a model of the hub
+    tolerant = bool(kwargs.get("ignore_mismatched_sizes"))
+
+    class Checked(with_heads(family.model)):  # type: ignore[misc]
+        """Made on the device "meta": it is held against the weights before anything is allocated for it."""
+
+        def __init__(self, config: Any) -> None:
+            check_sizes(config, folder / "config.json", None if stored is None else len(stored))
+            super().__init__(config)
+            if stored is not None and not tolerant:
+                check_shapes(folder, self.state_dict(), stored)
+
+    Checked.__name__ = family.model.__name__
+    given = {"ignore_mismatched_sizes": True, "trust_remote_code": False} | kwargs  # mismatches are told below
+    model, found = Checked.from_pretrained(source, use_safetensors=True, output_loading_info=True, **given)
+    mismatched = [] if tolerant else [key[0] for key in found["mismatched_keys"]]
+    check_whole(folder, {*found["missing_keys"], *mismatched}, found["unexpected_keys"])
     model.__class__ = family.model
     return model
 
 
-def _load_int8(family: Family, source: str, kwargs: dict[str, Any]) -> Any:
+def _load_int8(family: Family, source: str, folder: Path, config: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """The int8 model, where the configuration says that it is one."""
-    if not family.int8:
+    if "quantization_config" not in config:
         return None
-    revision = kwargs.get("revision", "main")
-    config = CLIPConfig.from_pretrained(source, revision=revision)
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") != QUANT_METHOD:
-        return None
-
+    method = (config["quantization_config"] or {}).get("quant_method")
+    if not family.int8 or method != QUANT_METHOD:
+        raise ValueError(f"{folder / 'config.json'}: expected a float model or clipft's int8, found {method!r}")
     other = sorted(kwargs.keys() - {"revision"})
     if other:
         raise TypeError(f"{other[0]}: not for {source!r}, an int8 model, which comes as it was saved")
-    return load_quantized(Path(str(cached_file(source, INT8_WEIGHTS, revision=revision))), config)
+    weights = Path(str(cached_file(source, INT8_WEIGHTS, revision=kwargs.get("revision", "main"))))
+    return load_quantized(weights, CLIPConfig.from_dict(config))
+
+
+def _folder_of(name_or_path: str | Path) -> Path:
+    return DEMO_MODEL if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
 
 
 def _looks_like_path(name: str) -> bool:
@@ -126,17 +172,17 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _check_folder(folder: Path) -> None:
+    """That the files are there, and are files."""
     config = folder / "config.json"
-    if not config.is_file():
+    if not config.exists():
         found = ", ".join(sorted(entry.name for entry in folder.glob("*"))[:8]) or "nothing"
         raise FileNotFoundError(
             f"{folder}: expected a model folder as save_pretrained writes it, with config.json; found {found}"
         )
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{config}: expected a JSON object with the model's configuration ({error})") from error
-    family_of_type(kind, str(config))
+    for path in folder.iterdir():
+        if path.suffix in _READ and path.exists():
+            check_file(path)
+    family_of_type(read_json(config).get("model_type"), str(config))
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         hint = (
             "; pytorch_model.bin is a pickle, which clipft does not open: save it again with save_pretrained(...)"
@@ -144,6 +190,8 @@ def _check_folder(folder: Path) -> None:
             else ""
         )
         raise FileNotFoundError(f"{folder}: expected the weights in {WEIGHT_FILES[0]}, which is missing{hint}")
+    if parts := sorted(path.name for path in folder.glob("shard-*-model-*.safetensors")):
+        raise ValueError(f"{folder}: expected one set of weights, found parts of a distributed run too: {parts[0]}")
 
 
 def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
@@ -159,46 +207,25 @@ def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
         ValueError: not LoRA, no base model named, or weights that do not fit it.
     """
     peft = import_peft()
-    base, revision = _base_of(folder)
-
+    check_trust(kwargs)
+    base, revision = base_of(folder)
+    _check_chain(folder)
+    if _folder_of(base) != DEMO_MODEL:
+        _logger.warning("%s: an adapter of the model %r, which is loaded now", folder, base)
     try:
         model, processor = load(base, **({"revision": revision} if revision else {}) | kwargs)
     except OSError as error:
         raise FileNotFoundError(f"{folder / ADAPTER_CONFIG}: the base model {base!r} does not load: {error}") from error
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError) as error:
-        first = " ".join(str(error).split("\n")[:2])  # of a line per tensor
-        raise ValueError(f"{folder}: the adapter does not fit its base model {base!r}: {first}") from error
-    _check_keys(folder, base, set(peft.get_peft_model_state_dict(adapted)))
-    merged = adapted.merge_and_unload().requires_grad_(True).eval()
+    merged = put_adapter(peft, model, folder, base).merge_and_unload().requires_grad_(True).eval()
     merged.name_or_path = str(folder)  # not the base's: these are other weights
     return merged, processor
 
 
-def _base_of(folder: Path) -> tuple[str, str | None]:
-    path = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind, base, revision = (config.get(key) for key in ("peft_type", "base_model_name_or_path", "revision"))
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a JSON object with the adapter's configuration ({error})") from error
-    if kind != "LORA":
-        raise ValueError(f"{path}: expected peft_type 'LORA', found {kind!r}")
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"{path}: expected base_model_name_or_path to name the base model, found {base!r}")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        hint = "; adapter_model.bin is a pickle, which clipft does not open" * (folder / "adapter_model.bin").exists()
-        raise FileNotFoundError(
-            f"{folder}: expected the adapter's weights in {ADAPTER_WEIGHTS}, which is missing{hint}"
-        )
-    return base, revision
-
-
-def _check_keys(folder: Path, base: str, expected: set[str]) -> None:
-    """peft only warns where an adapter's weights are not those that its configuration asks for."""
-    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-        found = set(file.keys())
-    if found != expected:
-        odd = ", ".join(sorted(found ^ expected)[:4])
-        raise ValueError(f"{folder}: the adapter does not fit its base model {base!r}: missing or left over: {odd} ...")
+def _check_chain(folder: Path) -> None:
+    """That an adapter, whose base may be one again, does not lead back to itself."""
+    seen = [folder.resolve()]
+    while is_adapter_folder(seen[-1]):
+        base = _folder_of(base_of(seen[-1])[0]).resolve()
+        if base in seen:
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: expected a base model, found that it leads back to {base}")
+        seen.append(base)

@@ -1,0 +1,164 @@
+"""What the files of a model's weights hold, read from their headers, and whether it is what the model asks for.
+
+Nothing is allocated for a file that lies: names, shapes and types are compared before a number is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from clipft.files import check_file, read_json
+from clipft.models.formats import FLOAT_WEIGHTS
+
+__all__ = [
+    "Stored",
+    "check_floats_stored",
+    "check_shapes",
+    "check_whole",
+    "listed",
+    "shards_of",
+    "tensors_of",
+    "weight_files",
+]
+
+_FLOATS = ("F", "BF")  # beginnings of safetensors' words: F32, F8_E5M2, BF16
+_HARMLESS = ("position_ids", "logit_bias")  # ends of names that older versions and other libraries save
+_NAMED = 4  # tensors in a message
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a file's header describes it; ``dtype`` in safetensors' words: F32, BF16, I8, ..."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+# ---- files ----
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Of a float model, in the order in which transformers looks for them; none if it has none.
+
+    Raises:
+        FileNotFoundError, ValueError: an index that does not name files of its own folder.
+    """
+    single, index = (folder / name for name in FLOAT_WEIGHTS)
+    if single.exists():
+        return [single]
+    files = [folder / name for name in shards_of(index)] if index.exists() else []
+    for path in files:
+        if not path.exists():
+            raise FileNotFoundError(f"{index}: names {path.name}, which is missing in {folder}")
+    return files
+
+
+def shards_of(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        ValueError: others than .safetensors of its own folder.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index}: expected a weight_map, from the names of tensors to those of files")
+    for name in names.values():
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: expected names of .safetensors files in its own folder, found {name!r}")
+    return sorted(set(names.values()))
+
+
+def tensors_of(files: Iterable[Path]) -> dict[str, Stored]:
+    """All that stands in the headers.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a file is damaged, or holds nothing.
+    """
+    found: dict[str, Stored] = {}
+    for path in files:
+        check_file(path)
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found |= {name: Stored(tuple(own.get_shape()), own.get_dtype()) for name, own in slices.items()}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{path}: expected weights as safetensors; the file is damaged or was cut ({error}): copy or download "
+                "it again"
+            ) from error
+        if not found:
+            raise ValueError(f"{path}: expected weights as safetensors, found a file without any")
+    return found
+
+
+# ---- held against a model ----
+
+
+def check_shapes(where: Path, expected: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
+    """Before a model is allocated: that the weights fill it, and that what has the same name has the same shape.
+
+    Names alone may differ still: transformers renames those of older versions.
+
+    Args:
+        where: the folder.
+        expected: the model's tensors by name, on the device "meta".
+        found: what its files hold.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    odd = [
+        f"{name} {list(found[name].shape)} in place of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tuple(tensor.shape)
+    ]
+    if odd:
+        raise ValueError(f"{where}: expected weights of the shapes that config.json asks for, found {listed(odd)}")
+    asked = sum(tensor.numel() for tensor in expected.values())
+    held = sum(math.prod(stored.shape) for stored in found.values())
+    if asked > held:
+        check_whole(where, [name for name in expected if name not in found], ())
+        raise ValueError(f"{where}: config.json asks for {asked:,} numbers, the weights hold {held:,}")
+    check_floats_stored(where, {name: stored for name, stored in found.items() if name in expected})
+
+
+def check_floats_stored(where: Path, found: Mapping[str, Stored]) -> None:
+    """That tensors are of floats.
+
+    Raises:
+        ValueError: others are among them.
+    """
+    odd = [f"{name} {stored.dtype}" for name, stored in found.items() if not stored.dtype.startswith(_FLOATS)]
+    if odd:
+        raise ValueError(f"{where}: expected weights of a float type, found {listed(odd)}")
+
+
+def check_whole(where: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """That a model got all its weights, and weights are left over only where older versions saved more.
+
+    Raises:
+        ValueError: with their names.
+    """
+    if missing:
+        raise ValueError(
+            f"{where}: weights that config.json asks for are missing: {listed(missing)}. They would be random numbers: "
+            "save the model again with save_pretrained, or download it again"
+        )
+    over = [name for name in unexpected if name.rpartition(".")[2] not in _HARMLESS]
+    if over:
+        raise ValueError(
+            f"{where}: expected only the weights that config.json asks for, found others too: {listed(over)}. "
+            "They belong to another model, or to a config.json with more layers or heads"
+        )
+
+
+def listed(names: Collection[str]) -> str:
+    """The first few."""
+    chosen = sorted(names)
+    return ", ".join(chosen[:_NAMED]) + (f" and {len(chosen) - _NAMED} more" if len(chosen) > _NAMED else "")

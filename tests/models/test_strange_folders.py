@@ -1,0 +1,151 @@
+"""Model folders of strangers: nothing in them runs, and what is wrong with one is said in a line that names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import clipft
+
+
+@pytest.fixture
+def folder(base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base, tmp_path / "model"))
+
+
+def edit(path: Path, **change: Any) -> None:
+    config = json.loads(path.read_text())
+    for name, value in change.items():
+        part, _, key = name.rpartition("__")
+        (config[part] if part else config)[key] = value
+    path.write_text(json.dumps(config))
+
+
+def weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        clipft.load(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"text_config__hidden_size": 1 << 20}, "shapes that config.json asks for"),
+        ({"text_config__hidden_size": 1 << 31}, "hidden_size to be a number from 1 to"),
+        ({"text_config__num_hidden_layers": 10**6}, "asks for 1000000 layers"),
+        ({"text_config__num_hidden_layers": 4}, "missing: text_model.encoder.layers.3"),
+        ({"text_config__num_attention_heads": -2}, "num_attention_heads to be a number from 1 to .*, found -2"),
+        ({"vision_config__patch_size": 0}, "patch_size to be a number from 1 to .*, found 0"),
+        ({"text_config__eos_token_id": 7}, "all texts would have one embedding"),
+        ({"attn_implementation": "kernels-community/flash-attn"}, "no kernel of the hub"),
+        ({"transformers_weights": "other.safetensors"}, "expected no transformers_weights"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "found 'fp8'"),
+        ({"clipft_heads": [{"name": "label"}]}, "clipft_heads to be a list of heads"),
+        ({"clipft_heads": [{"name": "label", "classes": ["a"]}]}, "missing: heads.0.weight"),
+    ],
+)
+def test_a_configuration_that_lies(folder: Path, change: dict[str, Any], message: str) -> None:
+    edit(folder / "config.json", **change)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: tensors.clear() or tensors.update(x=torch.zeros(2)), "are missing: .* and 1.. more"),
+        (
+            lambda tensors: tensors.update({"visual_projection.weight": torch.zeros(3, 3)}),
+            r"visual_projection.weight \[3",
+        ),
+        (lambda tensors: tensors.update(other=torch.zeros(2)), "found others too: other"),
+        (lambda tensors: tensors.update(logit_scale=torch.tensor(1)), "float type, found logit_scale I64"),
+    ],
+)
+def test_weights_that_are_not_whole(folder: Path, change: Callable[..., Any], message: str) -> None:
+    weights(folder, change)
+    refused(folder, message)
+
+
+def test_what_older_versions_saved_loads(folder: Path) -> None:
+    ids = torch.arange(24).view(1, -1)
+    weights(
+        folder,
+        lambda tensors: tensors.update({"text_model.embeddings.position_ids": ids, "logit_bias": torch.zeros(1)}),
+    )
+    assert clipft.load(folder)[0].config.projection_dim == 16
+
+
+def test_files_that_are_none(folder: Path) -> None:
+    good = (folder / "model.safetensors").read_bytes()
+    for data in (good[:-100], b""):
+        (folder / "model.safetensors").write_bytes(data)
+        refused(folder, "damaged or was cut")
+    (folder / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "../model.safetensors"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        refused(folder, "safetensors files in its own folder")
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors").write_bytes(good)
+    (folder / "config.json").write_text('{"a":' * 100_000)
+    refused(folder, "config.json: expected a JSON object")
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    refused(folder, "a pipe or a device")
+
+
+def test_a_folder_without_a_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    refused(folder, "expected the model's tokenizer, tokenizer.json or vocab.json and merges.txt, which is missing")
+
+
+def test_code_of_a_folder_never_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass P: pass\n")
+    config = json.loads((folder / "processor_config.json").read_text())
+    auto = {"AutoImageProcessor": "own.P"}
+    config["image_processor"] |= {"image_processor_type": "Other", "auto_map": auto}
+    (folder / "processor_config.json").write_text(json.dumps(config | {"auto_map": auto}))
+    refused(folder, "code of its own folder")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        clipft.load(folder, trust_remote_code=True)
+
+
+def test_captions_are_cut_at_the_models_positions(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for stated, cut in ((12, 12), (77, 24), (10**30, 24)):
+        edit(folder / "tokenizer_config.json", model_max_length=stated)
+        assert clipft.load(folder)[1].tokenizer.model_max_length == cut
+    assert [line for line in caplog.messages if "captions are cut at 12" in line]
+
+
+def test_adapters_of_strangers(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    adapter = tmp_path / "adapter"
+    clipft.add_lora(clipft.load(base)[0], r=2).save_pretrained(adapter)
+    good = (adapter / "adapter_config.json").read_text()
+    edit(adapter / "adapter_config.json", target_modules=r".*encoder.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)")
+    clipft.load(adapter)
+    for change, message in (
+        ({"target_modules": r"(([a-z_.0-9]+)+)+X"}, "target_modules"),
+        ({"base_model_name_or_path": str(adapter)}, "leads back to"),
+        ({"r": 10**9}, "asks for rank 1000000000"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "imports a module"),
+        ({"lora_alpha": float("nan")}, "lora_alpha to be a number above 0"),
+    ):
+        (adapter / "adapter_config.json").write_text(good)
+        edit(adapter / "adapter_config.json", **change)
+        refused(adapter, message)
