@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class OnnxCLIP:
     Args:
         directory: the folder.
         int8: take the int8 encoders, which are there if the export was told so.
-        threads: of ONNX Runtime; default: all cores.
+        threads: of ONNX Runtime; default: one for each core that this process may use.
         providers: ONNX Runtime's execution providers.
 
     Attributes:
@@ -59,11 +60,25 @@ class OnnxCLIP:
         if int8 and not (self.directory / "image_encoder.int8.onnx").is_file():
             raise FileNotFoundError(f"{self.directory}: no int8 encoders here; export with int8=True (--int8)")
         self._paths = [self.directory / f"{name}_encoder{kind}.onnx" for name in ("image", "text")]
-        self._image, self._text = (_session(path, threads, providers) for path in self._paths)
+        self._threads, self._providers = threads, tuple(providers)
+        self._open()
         path = self.directory / "processor_config.json"
         self._preprocessing = _read_json(path).get("image_processor", {})
         check_preprocessing(self._preprocessing, str(path))
         self._tokenizer = _tokenizer(self.directory, self.info)
+
+    def _open(self) -> None:
+        self._image, self._text = (_session(path, self._threads, self._providers) for path in self._paths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """ONNX Runtime's sessions stay behind; a process that was spawned opens its own if it needs them."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_image", "_text")}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("_image", "_text"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._open()
+        return self.__dict__[name]
 
     def encode_images(
         self, images: Sequence[Any], batch_size: int = 32, progress: Callable[[range], Any] | None = None
@@ -133,13 +148,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _cores() -> int:
+    """ONNX Runtime by itself counts the machine's, and binds its threads to them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _session(path: Path, threads: int | None, providers: Sequence[str]) -> onnxruntime.InferenceSession:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.parent}: expected a folder that clipft.export_onnx wrote; {path.name} is missing"
         )
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or _cores()
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime has no common class of its own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,13 @@ def test_without_torch(exported: tuple[Path, dict[str, Any]], tmp_path: Path) ->
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_it_is_pickled_for_workers(exported: tuple[Path, dict[str, Any]]) -> None:
+    clip = clipft.OnnxCLIP(exported[0], threads=1)
+    copy = pickle.loads(pickle.dumps(clip))
+    assert len(pickle.dumps(clip)) < 1_000_000
+    assert np.array_equal(copy.encode_texts(["a red square"]), clip.encode_texts(["a red square"]))
 
 
 # ---- what goes wrong ----
