@@ -10,7 +10,6 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Container
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +20,8 @@ from rich.text import Text
 from clipft._version import __version__
 
 __all__ = [
-    "AllowOutside",
     "Data",
     "Model",
-    "OnBadRow",
     "Workers",
     "app",
     "examples",
@@ -79,16 +76,6 @@ Data = Annotated[
 ]
 
 
-class OnBadRow(StrEnum):
-    """What to do about a row without caption or file, or a picture that cannot be read."""
-
-    error = "error"
-    skip = "skip"
-
-
-AllowOutside = Annotated[
-    bool, typer.Option("--allow-outside-paths", help="Let the paths in a data file leave its folder.")
-]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load and augment pictures.")]
 
 
@@ -131,12 +118,13 @@ def _as_options(message: str, own: Container[str]) -> str:
     """With the command's arguments as its options: those that the message begins with, and those with a _ anywhere."""
     names, colon, rest = message.partition(": ")
     options = [_OPTIONS.get(name, name) for name in names.split(", ")]
-    if not colon or not all(option in own for option in options):
-        return message
-    rest = re.sub(
-        r"(?<![\w.-])[a-z]+(?:_[a-z]+)+(?![\w(])", lambda word: _option(word[0]) if word[0] in own else word[0], rest
+    if colon and all(option in own for option in options):
+        names = ", ".join(map(_option, options))
+    return re.sub(
+        r"(?<![\w.'\"/-])[a-z]+(?:_[a-z]+)+(?![\w(.'\"/])",
+        lambda word: _option(word[0]) if word[0] in own else word[0],
+        names + colon + rest,
     )
-    return ", ".join(map(_option, options)) + colon + rest
 
 
 def _option(name: str) -> str:

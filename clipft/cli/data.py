@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipft.cli.common import AllowOutside, app, examples, prepare, user_errors
+from clipft.cli.common import app, examples, prepare, user_errors
+from clipft.cli.from_options import takes_options
+from clipft.recipes.options import DataOptions
 
 __all__: list[str] = []
 
@@ -20,21 +22,23 @@ _SHOWN = 3  # examples of a finding; the JSON has more
 
 @app.command(epilog=examples("clipft doctor pictures/ --eval-data test/ --model run"))
 @user_errors
+@takes_options(DataOptions)
 def doctor(
+    *,
     data: Annotated[str, typer.Argument(help="As --data of train.")],
     eval_data: Annotated[str | None, typer.Option(help="A test set, to look for leakage.")] = None,
     model: Annotated[
         str | None, typer.Option(help="A model: its tokenizer, preprocessing and logit scale are looked at too.")
     ] = None,
-    allow_outside: AllowOutside = False,
     json: Annotated[Path | None, typer.Option("--json", help="File for the findings, as JSON.")] = None,
+    **options: Any,
 ) -> None:
     """Look for what spoils a training run: bad rows, duplicates, leakage, cut captions, drift. Status 1 on problems."""
     console = prepare()
     from clipft.files import write_json
     from clipft.recipes.doctor import examine
 
-    result = examine(data, eval_data=eval_data, model=model, allow_outside=allow_outside)
+    result = examine(data, eval_data=eval_data, model=model, **options)
     _show(result, console)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipft.cli.common import OnBadRow, Workers, app, examples, prepare, user_errors
+from clipft.cli.common import Workers, app, examples, prepare, user_errors
+from clipft.cli.from_options import takes_options
+from clipft.recipes.options import DataOptions, options_from
 
 if TYPE_CHECKING:
     from clipft.data.reading import Reading
@@ -24,6 +26,7 @@ Int8 = Annotated[bool, typer.Option("--int8", help="Of an ONNX folder, take the 
 
 @app.command(epilog=examples("clipft embed --model run --data pictures/ --output pictures.parquet"))
 @user_errors
+@takes_options(DataOptions)
 def embed(
     *,
     model: AnyModel,
@@ -35,22 +38,26 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts at a time.")] = 64,
     workers: Workers = 0,
     int8: Int8 = False,
-    on_bad_row: Annotated[OnBadRow, typer.Option(help="A picture that cannot be read: an error, or left out.")] = (
-        OnBadRow.error
-    ),
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False,
+    **options: Any,
 ) -> None:
     """Turn pictures or texts to vectors in a file; goes on where an interrupted run was."""
     if (data is None) == (texts is None):
         raise ValueError("--data, --texts: expected one of the two")
     console = prepare()
     from clipft.console import bar
-    from clipft.data.reading import UNREADABLE_KIND, Reading
+    from clipft.data.reading import UNREADABLE_KIND
     from clipft.inference.encode import load_encoder
     from clipft.inference.vectors import Description, embed_to_file
+    from clipft.recipes.sources import reading_of
 
-    reading = Reading(source=str(data), skip=on_bad_row is OnBadRow.skip)
-    rows, ids = _read_texts(texts) if texts is not None else _read_pictures(str(data), reading)
+    settings = options_from(DataOptions, options)
+    reading = reading_of(settings)
+    reading.source = str(data)
+    if texts is not None:
+        rows, ids = _read_texts(texts, settings.encoding)
+    else:
+        rows, ids = _read_pictures(str(data), settings.split, reading)
     encoder = load_encoder(model, int8=int8, batch_size=batch_size)
     source = str(texts if texts is not None else data)
     source = str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source
@@ -65,7 +72,7 @@ def embed(
             description,
             batch_size=batch_size,
             num_workers=workers,
-            skip=on_bad_row is OnBadRow.skip,
+            skip=reading.skip,
             restart=restart,
             done=lambda count: progress.advance(task, count),
         )
@@ -79,29 +86,35 @@ def embed(
     console.print(f"{len(ids) - len(left_out)} vectors in {output}", highlight=False)
 
 
-def _read_texts(path: Path) -> tuple[list[str], list[str]]:
+def _read_texts(path: Path, encoding: str | None) -> tuple[list[str], list[str]]:
     from clipft.data.text_tables import read_text_lines
 
-    texts = read_text_lines(path)
+    texts = read_text_lines(path, encoding)
     if not texts:
         raise ValueError(f"{path}: expected a text a line, found none")
     return texts, texts
 
 
-def _read_pictures(data: str, reading: Reading) -> tuple[Any, list[str]]:
+def _read_pictures(data: str, split: str | None, reading: Reading) -> tuple[Any, list[str]]:
     from clipft.data.pictures import PICTURE_ENDINGS
+    from clipft.data.splits import TABLE_ENDINGS
 
     folder = Path(data).expanduser()
-    if folder.is_dir() and not any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
+    if (
+        split is None
+        and folder.is_dir()
+        and not any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
+    ):
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS)
-        if not paths:
+        if paths:
+            ids = [str(path.relative_to(folder)) for path in paths]
+            reading.places = [[name] for name in ids]
+            return paths, ids
+        if not any(path.suffix.lower() in (*TABLE_ENDINGS, ".tar") for path in folder.rglob("*")):
             raise ValueError(f"--data: expected pictures in {folder}, found none")
-        ids = [str(path.relative_to(folder)) for path in paths]
-        reading.places = [[name] for name in ids]
-        return paths, ids
     from clipft.data.sources import read_pairs
 
-    rows = read_pairs(data, "train", reading)
+    rows = read_pairs(data, split, reading, "all")
     return rows, [str(number) for number in range(len(rows))]
 
 

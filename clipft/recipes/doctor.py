@@ -23,13 +23,15 @@ from PIL import Image
 
 from clipft.data.collate import most_tokens
 from clipft.data.pictures import UNREADABLE, to_rgb, upright
-from clipft.data.reading import UNREADABLE_KIND, Reading
+from clipft.data.reading import UNREADABLE_KIND
 from clipft.data.rows import PairRows, class_names_of, read_stored, stored_pictures
 from clipft.data.sampling import UNEVEN
 from clipft.data.sources import read_pairs
 from clipft.families.clip import CLIP
 from clipft.families.registry import family_of
 from clipft.models.loading import load
+from clipft.recipes.options import DataOptions, options_from
+from clipft.recipes.sources import reading_of
 
 __all__ = ["Finding", "examine"]
 
@@ -80,7 +82,7 @@ def examine(data: str, *, eval_data: str | None = None, model: str | None = None
     """
     sets = {"data": _Contents(data, options)}
     if eval_data is not None:
-        sets["eval_data"] = _Contents(eval_data, options)
+        sets["eval_data"] = _Contents(eval_data, options, "test")
     findings: list[Finding] = []
     clip, processor = _load(model)
     for contents in sets.values():
@@ -116,11 +118,11 @@ class _Picture:
 class _Contents:
     """A data set's captions and labels, and what a look at each picture gave."""
 
-    def __init__(self, source: str, options: dict[str, Any]) -> None:
-        columns = tuple(options.get(f"{name}_column") for name in ("image", "caption", "label"))
-        reading = Reading(columns, skip=True, allow_outside=options.get("allow_outside", False))
+    def __init__(self, source: str, options: dict[str, Any], purpose: str = "train") -> None:
+        settings = options_from(DataOptions, options | {"on_bad_row": "skip"})
+        reading = reading_of(settings)
         self.source = source
-        dataset = read_pairs(source, options.get("split", "train"), reading)
+        dataset = read_pairs(source, settings.split if purpose == "train" else None, reading, purpose)
         places = [reading.place(number) for number in range(len(dataset))]
         self.rows = len(dataset) + len(reading.skipped)
         seen = list(_look(dataset, places))

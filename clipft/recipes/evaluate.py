@@ -58,7 +58,7 @@ def evaluate(
     if output is not None and Path(output).suffix == ".html":
         raise ValueError(f"output: expected the name of the JSON file, the page goes beside it, got {output}")
     sources = Sources(settings, console, settings.attribute or ())
-    dataset = sources.rows("data", data)
+    dataset = sources.rows("data", data, purpose="test")
     clip, processor = model if isinstance(model, tuple) else load(model)
     _check_attributes(clip, settings.attribute or (), console)
     templates = list(settings.template or DEFAULT_TEMPLATES)

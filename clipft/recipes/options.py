@@ -77,6 +77,14 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 class DataOptions:
     """How data is read, the same in every verb."""
 
+    split: str | None = option(
+        None, "Split of --data, if it has several; of any data also as NAME:SPLIT. Default: by what it is for.", DATA
+    )
+    image_column: str | None = option(None, "Column of pictures, if it has no usual name.", DATA)
+    caption_column: str | None = option(None, "Column of captions, if it has no usual name.", DATA)
+    label_column: str | None = option(None, "Column of labels, if it has no usual name.", DATA)
+    encoding: str | None = option(None, "Of text tables that are not UTF-8, for instance latin-1.", DATA)
+
     on_bad_row: str = option(
         "error", "A row without caption or readable picture: an error, or left out.", DATA, choices=("error", "skip")
     )

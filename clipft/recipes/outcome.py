@@ -44,7 +44,7 @@ def control_set(control_data: str, sources: Sources) -> tuple[Any, str] | None:
         return None
     if control_data == "drawings":
         return control_drawings(), "drawings of emoji in the package"
-    return sources.rows("control_data", control_data, attributes=False), control_data
+    return sources.rows("control_data", control_data, purpose="test", attributes=False), control_data
 
 
 @dataclass

@@ -13,9 +13,21 @@ from rich.text import Text
 from clipft.data.columns import checked_attributes
 from clipft.data.reading import Reading
 from clipft.data.sources import load_reading
+from clipft.data.text_tables import checked_encoding
 from clipft.recipes.options import DataOptions
 
-__all__ = ["Sources"]
+__all__ = ["Sources", "reading_of"]
+
+
+def reading_of(options: DataOptions, attributes: Sequence[str] = ()) -> Reading:
+    """How the options say that data is read."""
+    return Reading(
+        named=(options.image_column, options.caption_column, options.label_column),
+        skip=options.on_bad_row == "skip",
+        allow_outside=options.allow_outside,
+        attributes=checked_attributes(attributes),
+        encoding=checked_encoding(options.encoding),
+    )
 
 
 @dataclass
@@ -34,16 +46,19 @@ class Sources:
     attributes: Sequence[str] = ()
     accounts: dict[str, Reading] = field(default_factory=dict)
 
-    def rows(self, option: str, source: Any, *, attributes: bool = True) -> Any:
-        """The rows of a source that ``option`` gave; ``attributes=False`` for one that needs none of these columns."""
+    def rows(self, option: str, source: Any, *, purpose: str = "train", attributes: bool = True) -> Any:
+        """The rows of a source that ``option`` gave.
+
+        Args:
+            option: by which it came; ``split`` is that of ``data``.
+            source: as given.
+            purpose: which split is read where none is named, as :func:`clipft.data.splits.chosen_split` has it.
+            attributes: whether the columns of attributes are needed.
+        """
         if not isinstance(source, (str, Path)):
             return source
-        reading = Reading(
-            skip=self.options.on_bad_row == "skip",
-            allow_outside=self.options.allow_outside,
-            attributes=checked_attributes(self.attributes) if attributes else (),
-        )
-        rows = load_reading(source, reading)
+        reading = reading_of(self.options, self.attributes if attributes else ())
+        rows = load_reading(source, reading, self.options.split if option == "data" else None, purpose)
         self.accounts[option] = reading
         self.console.print(Text(f"{source}: {reading.line()}"))
         return rows

@@ -196,7 +196,7 @@ class _Training:
             train, test = _hold_out(train, HELD_OUT, options.seed)
             test_name = f"{len(test)} pictures of {name}, held out of training (seed {options.seed})"
         else:
-            test = sources.rows("eval_data", options.eval_data)
+            test = sources.rows("eval_data", options.eval_data, purpose="test")
             test_name = f"{len(test)} pictures of {_name_of(options.eval_data)}"
         if options.early_stopping_patience is not None or options.wise_ft:
             train, validation = _hold_out(train, VALIDATION, options.seed)

@@ -76,3 +76,29 @@ def test_every_verb_says_it(base: Path, faulty: Path, tmp_path: Path) -> None:
     assert [(own["given"], own["read"], own["left_out"]["unreadable"]["count"]) for own in found] == [(9, 5, 2)] * 3
     for page in (tmp_path / "run" / "report.html", tmp_path / "s.html"):
         assert "read 5 of 9: " in page.read_text()
+
+
+def test_splits_and_columns_from_every_verb(base: Path, tmp_path: Path) -> None:
+    """And errors name the options, not Python's arguments."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, count in (("train", 12), ("test", 3)):
+        rows = [{"photo": f"{split}{i}.png", "words": f"{split} {i}"} for i in range(count)]
+        for i in range(count):
+            picture(i)[0].save(data / f"{split}{i}.png")
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ("--image-column", "photo", "--caption-column", "words")
+    verbs = {
+        "evaluate": ("evaluate", "--model", base, "--data"),
+        "doctor": ("doctor",),
+        "embed": ("embed", "--model", base, "--output", tmp_path / "v.parquet", "--data"),
+        "train": ("train", "--model", base, "--output", tmp_path / "run", "--epochs", 0, "--data"),
+    }
+    for verb, words in verbs.items():
+        refused = run(*words, f"{data}:test")
+        assert "name it with --image-column" in refused.stderr, verb
+        count = 12 if verb == "train" else 3
+        for how in ((f"{data}:test",), (data, "--split", "test")) if verb != "train" else ((data,),):
+            said = " ".join(run(*words, *how, *columns).output.split())
+            assert f"split {'train' if verb == 'train' else 'test'}, read {count} of {count}" in said, verb
+    assert "split test, read 3 of 3" in run(*verbs["evaluate"], data, *columns).output  # never train in silence
