@@ -81,9 +81,9 @@ def fit(family: Family, model: Any, processor: Any, folder: Path) -> None:
         ValueError: they do not fit.
     """
     tokenizer = processor.tokenizer
-    vocabulary = model.config.text_config.vocab_size
+    vocabulary = getattr(model.config.text_config, "vocab_size", None)  # a family may call it otherwise
     largest = max(tokenizer.get_vocab().values())
-    if largest >= vocabulary:
+    if vocabulary is not None and largest >= vocabulary:
         raise ValueError(
             f"{folder}: the tokenizer has tokens up to {largest}, config.json's vocab_size is {vocabulary}: use the "
             "model's own tokenizer, or model.text_model.resize_token_embeddings"
