@@ -5,6 +5,7 @@ hence equal on all ranks and after a resume.
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -141,7 +142,7 @@ _CANDIDATES = 8  # for each negative wanted: some are taken by then
 
 
 class HardNegativeSampler(Sampler[tuple[int, int]]):
-    """Batches made of neighbourhoods: a pair and the hardest negatives of it that are left in the epoch.
+    """Batches of pairs that are hard to tell apart, each grown from a pair by its nearest that are left in the epoch.
 
     Every row comes once an epoch. The order follows from seed, epoch and the embeddings as the epoch begins; a
     checkpoint within the epoch takes it along.
@@ -149,7 +150,7 @@ class HardNegativeSampler(Sampler[tuple[int, int]]):
     Args:
         embed: from nothing to image and text embeddings of all rows, [N, D] each, L2-normalised, equal on all ranks.
         positives: of each row a number; rows of equal number are no negatives of each other.
-        negatives: mined for a pair.
+        negatives: that a pair is to meet of its hardest; its next ones pull less and less.
         batch_size: of all ranks together.
         seed: of all draws.
         epoch: the number of the coming epoch.
@@ -179,28 +180,17 @@ class HardNegativeSampler(Sampler[tuple[int, int]]):
 
     def _mine(self, epoch: int) -> list[int]:
         images, texts = self.embed()
-        count = _CANDIDATES * self.negatives
-        candidates = hardest(images, texts, torch.tensor(self.positives, device=images.device), count).tolist()
+        positives = torch.tensor(self.positives, device=images.device)
+        candidates = hardest(images, texts, positives, _CANDIDATES * self.negatives)
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch, "hard negatives"))
-        left, neighbourhoods = set(range(len(self))), []
-        for anchor in torch.randperm(len(self), generator=generator).tolist():
-            if anchor in left:
-                neighbourhoods.append(self._neighbourhood(anchor, candidates[anchor], left))
-        neighbourhoods.sort(key=len, reverse=True)  # so that few are cut by the end of a batch
-        rows = [row for own in neighbourhoods for row in own]
+        starts = torch.randperm(len(self), generator=generator).tolist()
+        rows = _grow(
+            _ties(candidates.cpu(), self.negatives), _Clashes(images, texts, positives), starts, self.batch_size
+        )
         whole = len(rows) // self.batch_size
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         order = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]
         return [row for number in order for row in batches[number]]
-
-    def _neighbourhood(self, anchor: int, candidates: list[int], left: set[int]) -> list[int]:
-        rows, seen = [anchor], {self.positives[anchor]}
-        for row in candidates:
-            if len(rows) <= self.negatives and row in left and self.positives[row] not in seen:
-                rows.append(row)
-                seen.add(self.positives[row])
-        left.difference_update(rows)
-        return rows
 
     def save(self, folder: Path) -> None:
         """What a resume within the epoch needs: the embeddings as it began are gone by then."""
@@ -228,21 +218,87 @@ def hardest(images: Tensor, texts: Tensor, positives: Tensor, count: int, chunk:
     """Of each pair the rows that are hardest to tell from it, [N, count], hardest first, then -1.
 
     How hard: the larger similarity of one's picture to the other's text. Left out: rows of the same number in
-    ``positives`` [N], and those nearer than 95 % of a pair's own similarity, either way (NV-Retriever,
-    arXiv:2407.15831, TopK-PercPos). Takes N² D operations, ``chunk`` rows at once.
+    ``positives`` [N], and those nearer than 95 % of the pair's own similarity (NV-Retriever, arXiv:2407.15831,
+    TopK-PercPos). Takes N² D operations, ``chunk`` rows at once.
     """
-    own = (images * texts).sum(1)
-    limit = own - (1.0 - _SHARE) * own.abs()
+    limit = _limits(images, texts)
     parts = []
     for start in range(0, len(images), chunk):
         rows = slice(start, start + chunk)
-        to_texts, to_images = images[rows] @ texts.T, texts[rows] @ images.T
-        near = (to_texts > limit[rows, None]) | (to_images > limit)
-        score = torch.maximum(to_texts, to_images)
-        score.masked_fill_(near | (positives[rows, None] == positives), -torch.inf)
-        value, index = score.topk(min(count, len(images)))
+        score = torch.maximum(images[rows] @ texts.T, texts[rows] @ images.T)
+        left_out = (score > limit[rows, None]) | (positives[rows, None] == positives)
+        value, index = score.masked_fill_(left_out, -torch.inf).topk(min(count, len(images)))
         parts.append(index.masked_fill(value.isneginf(), -1))
     return torch.cat(parts)
+
+
+def _limits(images: Tensor, texts: Tensor) -> Tensor:
+    own = (images * texts).sum(1)
+    return own - (1.0 - _SHARE) * own.abs()
+
+
+def _ties(candidates: Tensor, negatives: int) -> csr_array:
+    """[N, N]: how strongly rows belong into one batch, by the rank that either has among the other's hardest."""
+    rows, ranks = (candidates >= 0).nonzero(as_tuple=True)
+    weights = 1.0 / (1.0 + ranks.double() / negatives)
+    shape = (len(candidates), len(candidates))
+    ties = coo_array((weights.numpy(), (rows.numpy(), candidates[rows, ranks].numpy())), shape=shape)
+    return csr_array(ties + ties.T)
+
+
+class _Clashes:
+    """Which rows are not to be made negatives of each other: what :func:`hardest` leaves out, of either."""
+
+    def __init__(self, images: Tensor, texts: Tensor, positives: Tensor) -> None:
+        parts = (images, texts, _limits(images, texts), positives)
+        self.images, self.texts, self.limits, self.positives = (part.cpu().numpy() for part in parts)
+
+    def any(self, row: int, others: list[int]) -> bool:
+        """Of ``row`` with any of the others."""
+        near = np.maximum(self.images[others] @ self.texts[row], self.texts[others] @ self.images[row])
+        clash = (near > self.limits[row]) | (near > self.limits[others])
+        return bool((clash | (self.positives[others] == self.positives[row])).any())
+
+
+def _grow(ties: csr_array, clashes: _Clashes, starts: list[int], size: int) -> list[int]:
+    """An order of all rows: neighbourhoods, from each start the row with the strongest ties to those taken, until the
+    batch is full or no row is left that fits.
+    """
+    left, waiting = [True] * len(starts), iter(starts)
+    order: list[int] = []
+    own: list[int] = []
+    strength: dict[int, float] = {}
+    heap: list[tuple[float, int]] = []
+    while len(order) < len(starts):
+        if len(order) % size == 0:
+            heap = []
+        row = _next_fitting(heap, strength, left, clashes, own)
+        if row is None:
+            row = next(start for start in waiting if left[start])
+            own, strength, heap = [], {}, []
+        own.append(row)
+        order.append(row)
+        left[row] = False
+        near = slice(ties.indptr[row], ties.indptr[row + 1])
+        for other, tie in zip(ties.indices[near].tolist(), ties.data[near].tolist(), strict=True):
+            if left[other]:
+                strength[other] = strength.get(other, 0.0) + tie
+                heapq.heappush(heap, (-strength[other], other))
+    return order
+
+
+def _next_fitting(
+    heap: list[tuple[float, int]], strength: dict[int, float], left: list[bool], clashes: _Clashes, own: list[int]
+) -> int | None:
+    """The row with the strongest ties; one that clashes is out for this neighbourhood."""
+    while heap:
+        found, row = heapq.heappop(heap)
+        if not left[row] or strength[row] != -found:  # taken, or here with more by now
+            continue
+        if not clashes.any(row, own):
+            return row
+        strength[row] = -np.inf
+    return None
 
 
 def positives_of_each_other(captions: Sequence[Sequence[str]], labels: Sequence[int] | None = None) -> list[int]:

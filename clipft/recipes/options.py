@@ -98,7 +98,13 @@ class TrainOptions(DataOptions):
     """What ``clipft.train`` and ``clipft train`` take besides model, data and output."""
 
     eval_data: Any = option(None, "Data tested on before and after; default: a fifth of --data.", DATA, text=True)
-    freeze: str = option("none", "none, text, vision, towers, vision:N or text:N (last N layers train).", MODEL)
+    freeze: str = option(
+        "none",
+        "text or vision: that tower stays; text:N or vision:N: it stays but for its last N layers; towers: both stay "
+        "but for their projections. The other tower trains whole unless a comma adds it (text,vision:2), the logit "
+        "scale always.",
+        MODEL,
+    )
     epochs: float = option(5.0, "Passes over the data.", SCHEDULE, argument="num_train_epochs", least=0.0)
     batch_size: int = option(
         32, "Pairs a step; all are negatives of each other.", BATCHES, argument="per_device_train_batch_size", least=1
@@ -181,7 +187,7 @@ class TrainOptions(DataOptions):
     )
     hard_negatives: int = option(
         0,
-        "Put each pair into a batch with so many of its hardest negatives, mined each epoch.",
+        "Batches of pairs that are hard to tell apart, mined each epoch: most meet so many of their hardest negatives.",
         BATCHES,
         argument="hard_negatives",
         least=0,

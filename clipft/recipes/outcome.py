@@ -115,6 +115,8 @@ class Outcome:
         tuned: tuple[str, ...] = ("before", "after")
         if self.swept is not None:
             console.print(f"\nWiSE-FT: alpha {self.swept.alpha:g}, {RULE}", highlight=False)
+            if self.swept.note:
+                console.print(f"WiSE-FT: {self.swept.note}", highlight=False)
             tuned = ("before", "fine_tuned", "after")
         if self.controls:
             name = f"control set: {len(self.control.dataset)} pictures of {self.control_name}"

@@ -21,7 +21,7 @@ from clipft.data.rows import class_names_of, class_targets
 from clipft.data.sampling import classes_are_uneven
 from clipft.evaluation.scoring import Scorer
 from clipft.files import save_model
-from clipft.models.freezing import freeze
+from clipft.models.freezing import freeze, what_trains
 from clipft.models.fusing import fuse, unfuse
 from clipft.models.loading import load
 from clipft.models.lora import add_lora, import_peft
@@ -140,6 +140,7 @@ class _Training:
         self.arguments.learning_rate = default_learning_rate(base, lora=adapted) if lr is None else lr
         self.arguments.class_balanced = self._drawn_by_class(sets.train)
         trainer = self._trainer(clip, processor, sets, callbacks)
+        console.print(f"what trains: {what_trains(clip)}", highlight=False)
         scorer = functools.partial(
             Scorer,
             clip,

@@ -118,7 +118,10 @@ class CLIPTrainingArguments(TrainingArguments):
     )
     hard_negatives: int = field(
         default=0,
-        metadata={"help": "Put each pair into a batch with so many of its hardest negatives, mined each epoch."},
+        metadata={
+            "help": "Batches of pairs that are hard to tell apart, mined each epoch: most meet so many of their "
+            "hardest negatives."
+        },
     )
     gradual_unfreezing: float = field(
         default=0.0,

@@ -23,7 +23,10 @@ from clipft.models.fusing import check_float, unfuse
 __all__ = ["RULE", "Sweep", "WeightLine", "sweep", "wise_ft"]
 
 ALPHAS = tuple(number / 10 for number in range(11))
-RULE = "the smallest alpha whose score on held-out rows is within one standard error of the best (paired bootstrap)"
+RULE = (
+    "the smallest alpha whose score on held-out rows is within one standard error of the best (paired bootstrap), or "
+    "the best itself where its lead over the start is below two, too little to give any of it away"
+)
 
 
 # ---- weights between start and end ----
@@ -113,6 +116,7 @@ class Sweep:
     Attributes:
         alpha: the chosen point, by ``RULE``.
         metric: what was compared.
+        note: that the rows were too few, or the start the best; else empty.
         points: ``alpha``, ``held_out`` (the score), ``difference`` and ``standard_error`` (of the best to it), and
             ``control`` where it was scored.
     """
@@ -120,10 +124,12 @@ class Sweep:
     alpha: float
     metric: str
     points: list[dict[str, float]]
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For report.json."""
-        return {"alpha": self.alpha, "rule": RULE, "metric": self.metric, "points": self.points}
+        note = {"note": self.note} if self.note else {}
+        return {"alpha": self.alpha, "rule": RULE, "metric": self.metric, "points": self.points, **note}
 
 
 def sweep(
@@ -153,9 +159,17 @@ def sweep(
     for point, resampled in zip(points, samples, strict=True):
         point["difference"] = points[best]["held_out"] - point["held_out"]
         point["standard_error"] = float(np.std(samples[best] - resampled))
-    chosen = next(p["alpha"] for p in points if p["difference"] <= p["standard_error"])
-    line.move_to(chosen)
-    return Sweep(chosen, _metric_name(found), points)
+    chosen, metric = points[best], _metric_name(found)
+    if (lead := points[0]["difference"]) >= 2.0 * points[0]["standard_error"]:
+        chosen = next(point for point in points if point["difference"] <= point["standard_error"])
+        note = "" if lead else f"no point of the fine-tune scored above the start on the {found.pictures} held-out rows"
+    else:
+        note = (
+            f"{found.pictures} held-out rows are too few to tell the best from the start ({metric} +{lead:.3f}, "
+            f"standard error {points[0]['standard_error']:.3f}), so the best was taken: more rows choose better"
+        )
+    line.move_to(chosen["alpha"])
+    return Sweep(chosen["alpha"], metric, points, note)
 
 
 def _metric_name(found: Found) -> str:

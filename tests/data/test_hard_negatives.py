@@ -46,9 +46,7 @@ def test_the_hardest_are_those_of_the_whole_matrix() -> None:
         allowed = [
             (-max(similarity[i][j], similarity[j][i]), j)
             for j in range(37)
-            if i // 2 != j // 2
-            and similarity[i][j] <= own[i] - 0.05 * abs(own[i])
-            and similarity[j][i] <= own[j] - 0.05 * abs(own[j])
+            if i // 2 != j // 2 and max(similarity[i][j], similarity[j][i]) <= own[i] - 0.05 * abs(own[i])
         ]
         rows = [j for _, j in sorted(allowed)][:5]
         expected.append(rows + [-1] * (5 - len(rows)))
@@ -63,13 +61,50 @@ def test_what_is_nearer_than_the_pair_itself_is_no_negative() -> None:
     assert hardest(images, texts, torch.arange(3), 2)[0].tolist() == [2, -1]  # the second text fits the first picture
 
 
-def test_batches_are_made_of_neighbourhoods_and_every_row_comes_once() -> None:
-    embeds = clusters(8, 4)
-    rows = [index for _, index in sampler_of(embeds)]
-    assert sorted(rows) == list(range(32))
-    together = [len({row // 4 for row in rows[start : start + 8]}) for start in range(0, 32, 8)]
-    assert together == [2, 2, 2, 2]
-    assert [len({row // 4 for row in rows[start : start + 8]}) for start in range(0, 32, 8)] == together
+def test_either_side_is_held_against_the_pairs_own_similarity() -> None:
+    """Pair 0 is at .4, its text at .6 to the picture of pair 1, which is at .9."""
+    images, texts = torch.zeros(3, 6), torch.zeros(3, 6)
+    images[0, 0], images[0, 3], images[1, 0], images[1, 1] = 0.4, 0.84**0.5, 0.6, 0.8
+    texts[0, 0], texts[1, 0], texts[1, 1], texts[1, 4] = 1.0, 0.54, 0.72, 0.19**0.5
+    images[2, 2] = texts[2, 2] = 1.0
+    assert hardest(images, texts, torch.arange(3), 2)[:2].tolist() == [[2, -1], [0, 2]]
+
+
+def batches_of(sampler: Any, size: int) -> list[list[int]]:
+    rows = [index for _, index in sampler]
+    assert sorted(rows) == list(range(len(rows)))  # every row comes once
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def test_nearly_every_pair_meets_three_of_its_hardest() -> None:
+    batches = batches_of(sampler_of(clusters(16, 8, 16), batch=16), 16)
+    met = [sum(row // 8 == other // 8 for other in batch) > 3 for batch in batches for row in batch]
+    assert sum(met) >= 0.9 * len(met)
+
+
+def test_what_is_nearer_than_the_pair_itself_is_not_drawn_in_by_others() -> None:
+    """Rows 0 and 1 are all but one; each is among the hardest of the six others of their cluster."""
+    embeds = torch.eye(50)
+    embeds[:8] += embeds[8]
+    embeds[1] = embeds[0] + 0.1 * embeds[9]
+    embeds = torch.nn.functional.normalize(embeds, dim=1)
+    for seed in range(4):
+        batch = next(own for own in batches_of(sampler_of((embeds, embeds), batch=10, seed=seed), 10) if 0 in own)
+        assert 1 not in batch
+
+
+@pytest.mark.parametrize("dim, noise", [(16, 0.2), (32, 0.5)])
+def test_batches_are_harder_than_random_ones(dim: int, noise: float) -> None:
+    images, _ = clusters(32, 8, dim)
+    texts = torch.nn.functional.normalize(images + noise * torch.randn(images.shape).div(dim**0.5), dim=1)
+
+    def loss(batches: list[list[int]]) -> float:
+        return float(
+            torch.stack([clipft.contrastive_loss(images[b], texts[b], torch.tensor(20.0)) for b in batches]).mean()
+        )
+
+    mined = loss(batches_of(sampler_of((images, texts), batch=32), 32))
+    assert mined > 1.5 * loss(list(torch.randperm(256).view(8, 32).tolist()))
 
 
 def test_equal_labels_and_captions_are_not_mined() -> None:

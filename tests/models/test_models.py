@@ -16,6 +16,7 @@ from tiny_clip import LENGTH, SIZE, tiny_clip, tiny_model, tiny_tokenizer
 from transformers import CLIPModel, CLIPVisionModel
 
 import clipft
+from clipft.models.freezing import what_trains
 
 
 @pytest.fixture
@@ -120,7 +121,21 @@ def test_freeze_all_but_the_last_layers() -> None:
     assert trainable(clipft.freeze(model, "text:2")) == everything - names(model, "text_model.embeddings", *first)
 
 
-@pytest.mark.parametrize("strategy", ["foo", "vision:", "vision:-1", "towers:1", "", "text:x"])
+def test_freeze_takes_one_strategy_a_tower_and_says_what_trains() -> None:
+    model = clipft.freeze(tiny_model(), "text, vision:1")
+    own = ("vision_model.encoder.layers.2.", "vision_model.post_layernorm", "visual_projection", "logit_scale")
+    assert trainable(model) == names(model, *own)
+    vision = [p for name, p in model.named_parameters() if name.startswith("vis")]
+    share = f"{sum(p.numel() for p in vision if p.requires_grad):,} of {sum(p.numel() for p in vision):,} parameters"
+    assert what_trains(model) == f"{share} of the vision tower, nothing of the text tower, the logit scale"
+    assert what_trains(clipft.freeze(model, "vision")).startswith("nothing of the vision tower, all of the text tower")
+    assert trainable(clipft.freeze(model, "text,vision")) == {"logit_scale"}
+    for strategy in ("text,text:2", "vision:1,vision"):
+        with pytest.raises(ValueError, match="freeze: expected each tower once"):
+            clipft.freeze(model, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["foo", "vision:", "vision:-1", "towers:1", "", "text:x", "text,", "towers,text"])
 def test_freeze_lists_the_strategies(strategy: str) -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match=r'"none", "text", "vision", "towers", "vision:N", "text:N"'):

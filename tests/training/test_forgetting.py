@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tiny_trainer import StopAfter, arguments, losses, same, trainer_of
 import clipft
 from clipft.evaluation.metrics import Classification
 from clipft.training.regularizers import StartingPoint
-from clipft.training.wise_ft import RULE, WeightLine, sweep
+from clipft.training.wise_ft import RULE, Sweep, WeightLine, sweep
 
 SGD: dict[str, Any] = {
     "optim": "sgd",
@@ -200,6 +201,34 @@ def test_the_sweep_takes_the_smallest_alpha_as_good_as_the_best() -> None:
     expected = {"alpha": 0.6, "held_out": 59 / 60, "control": 59 / 60, "difference": 1 / 60, "standard_error": 1 / 60}
     assert found.points[6] == pytest.approx(expected, abs=2e-3)
     assert found.to_json()["rule"] == RULE
+
+
+def test_too_few_rows_give_nothing_of_a_gain_away() -> None:
+    """Of 22 rows the fine-tune gets 3 more right, which noise might."""
+    model, _ = tiny_clip()
+    start, labels = model.logit_scale.item(), np.arange(22) % 2
+
+    def swept(right: list[int]) -> Sweep:
+        line = WeightLine(model)
+        with torch.no_grad():
+            model.logit_scale.add_(1.0)
+
+        def score() -> Classification:
+            place = round(10 * (model.logit_scale.item() - start))
+            guess = np.where(np.isin(np.arange(22), np.arange(right[place])), labels, 1 - labels)
+            guess[:4] = 1 - guess[:4] if place == 10 else guess[:4]  # it loses others
+            return Classification(labels, np.eye(2)[guess], ["a", "b"])
+
+        found = sweep(line, score)
+        line.move_to(0.0)
+        return found
+
+    found = swept([12] * 10 + [19])
+    assert found.alpha == 1.0
+    assert re.match(r"22 held-out rows are too few .*balanced accuracy \+0\.136, standard error 0\.\d+", found.note)
+    assert found.to_json()["note"] == found.note
+    worse = swept([12] + [11] * 9 + [14])
+    assert worse.alpha == 0.0 and worse.note.startswith("no point of the fine-tune scored above the start")
 
 
 def test_embeddings_stay_where_only_the_text_tower_trains(tmp_path: Path) -> None:
