@@ -166,6 +166,8 @@ class _Pixels(Dataset[Any]):
     """Transformed pictures by index; with ``skip``, None for one that cannot be read."""
 
     def __init__(self, transform: Callable[[Any], Any], pictures: Any, names: Sequence[str] | None, skip: bool) -> None:
+        if isinstance(pictures, (list, tuple)):  # a spawned worker may stand in another folder
+            pictures = [Path(one).absolute() if isinstance(one, (str, Path)) else one for one in pictures]
         self.transform, self.pictures, self.names, self.skip = transform, pictures, names, skip
 
     def __len__(self) -> int:

@@ -33,6 +33,7 @@ from transformers.models.clip.modeling_clip import (
 from transformers.utils.generic import can_return_tuple
 
 from clipft.families.forward import records
+from clipft.models.configurations import check_sizes
 from clipft.models.formats import FLOAT_WEIGHTS, INT8_REPORT, INT8_WEIGHTS, QUANT_METHOD
 from clipft.models.heads import restore_heads
 from clipft.ops.attention import attention
@@ -284,6 +285,7 @@ def load_quantized(weights: Path, config: CLIPConfig) -> QuantizedCLIPModel:
         tensors = load_file(weights)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{weights}: expected weights as safetensors; the file is damaged ({error})") from error
+    _check_stored(weights, config, tensors)
     with init_empty_weights():
         plain = CLIPModel(config)
         restore_heads(plain)
@@ -297,6 +299,20 @@ def load_quantized(weights: Path, config: CLIPConfig) -> QuantizedCLIPModel:
     report = weights.with_name(INT8_REPORT)
     model.quantization_report = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     return cast(QuantizedCLIPModel, model.requires_grad_(False).eval())
+
+
+def _check_stored(weights: Path, config: CLIPConfig, tensors: Mapping[str, Tensor]) -> None:
+    """That codes are int8, scales float32 and all else numbers of the one float type of the model."""
+    check_sizes(config, weights.with_name("config.json"), len(tensors))
+    kinds = {tensors[name].dtype for name in ("logit_scale",) if name in tensors}
+    for name, tensor in tensors.items():
+        codes, scale = name.endswith(".weight_int8"), name.endswith(".weight_scale")
+        wanted = {torch.int8} if codes else {torch.float32} if scale else kinds | {torch.float32}
+        if tensor.dtype not in wanted:
+            expected, found = (str(dtype).removeprefix("torch.") for dtype in (min(wanted, key=str), tensor.dtype))
+            raise ValueError(f"{weights}: expected {name} in {expected}, found {found}: quantize the model again")
+        if not codes and not torch.isfinite(tensor).all():
+            raise ValueError(f"{weights}: expected numbers in {name}, found NaN or Inf: quantize the model again")
 
 
 def _empty_layer(model: CLIPModel, name: str, tensors: Mapping[str, Tensor]) -> QuantizedLinear:

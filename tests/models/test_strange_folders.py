@@ -149,3 +149,19 @@ def test_adapters_of_strangers(base: Path, tmp_path: Path) -> None:
         (adapter / "adapter_config.json").write_text(good)
         edit(adapter / "adapter_config.json", **change)
         refused(adapter, message)
+
+
+def test_an_int8_folder_that_lies(base: Path, tmp_path: Path) -> None:
+    model, processor = clipft.load(base)
+    clipft.quantize(model).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "clipft_int8.safetensors"
+    good = load_file(path)
+    layer = next(name for name in good if name.endswith("qkv_proj.weight_int8")).removesuffix("weight_int8")
+    for name, change, message in (
+        ("bias", torch.Tensor.long, "bias in float32, found int64"),
+        ("weight_scale", torch.Tensor.half, "weight_scale in float32, found float16"),
+        ("weight_scale", lambda scale: scale * float("nan"), "weight_scale, found NaN"),
+    ):
+        save_file(good | {layer + name: change(good[layer + name])}, path, metadata={"format": "pt"})
+        refused(tmp_path, message)
