@@ -369,7 +369,7 @@ def _check_leakage(train: _Contents, test: _Contents) -> list[Finding]:
 
 def _check_preprocessing(clip: Any, processor: Any) -> list[Finding]:
     """Against what a checkpoint of this kind is pre-trained with: a processor of the same class, untouched."""
-    images, vision = processor.image_processor, clip.config.vision_config
+    images = processor.image_processor
     usual = type(images)()
     found = []
     for name in ("image_mean", "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_normalize"):
@@ -377,14 +377,6 @@ def _check_preprocessing(clip: Any, processor: Any) -> list[Finding]:
         numbers = isinstance(want, (list, tuple, float))
         if not (np.allclose(have, want, atol=1e-3) if numbers and have is not None else have == want):
             found.append(f"{name}: {have}, usual {want}")
-    out = images.crop_size if getattr(images, "do_center_crop", False) else images.size
-    side = (out.height or out.shortest_edge, out.width or out.shortest_edge) if out else None
-    size = getattr(vision, "image_size", None)
-    if side is not None and size is not None and side != (size, size):
-        found.append(f"size: {side[1]} x {side[0]} pixels, the model's {size} x {size}")
-    tokenizer, text = processor.tokenizer, clip.config.text_config
-    if len(tokenizer) > text.vocab_size:
-        found.append(f"tokenizer: {len(tokenizer)} tokens, the model's {text.vocab_size}")
     return [
         _finding(
             "preprocessing",

@@ -146,12 +146,6 @@ def test_class_balance(tmp_path: Path) -> None:
         ({"image_mean": [0.5, 0.5, 0.5]}, "preprocessing", "problem", "image_mean: "),
         ({"resample": 2}, "preprocessing", "problem", "resample: "),
         ({"do_normalize": False}, "preprocessing", "problem", "do_normalize: False"),
-        (
-            {"crop_size": {"height": 48, "width": 48}},
-            "preprocessing",
-            "problem",
-            "size: 48 x 48 pixels, the model's 32",
-        ),
         ({"scale": 100.0}, "logit scale", "note", "100.0, ceiling 100"),
         ({"scale": 120.0}, "logit scale", "problem", "120.0, ceiling 100"),
     ],
@@ -164,6 +158,15 @@ def test_a_model_that_has_drifted(
     assert list(found) == [check]
     assert found[check]["status"] == status
     assert text in found[check]["summary"] + "".join(found[check]["examples"])
+
+
+def test_a_processor_of_another_size_is_an_error(clean: Path, tmp_path: Path) -> None:
+    model = save(tmp_path / "model", crop_size={"height": 48, "width": 48})
+    result = run("doctor", str(clean), "--model", str(model))
+    assert result.exit_code == 2
+    assert "makes [3, 48, 48] of a picture, the model in config.json takes [3, 32, 32]" in " ".join(
+        result.stderr.split()
+    )
 
 
 def test_user_errors() -> None:
