@@ -179,7 +179,7 @@ def test_weights_that_are_missing_are_an_error(tmp_path: Path) -> None:
     del model.heads
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"these are missing: \['heads.0.weight'\]"):
+    with pytest.raises(ValueError, match="are missing: heads.0.weight"):
         clipft.load(tmp_path)
 
 
@@ -490,7 +490,7 @@ def test_train_and_evaluate_a_head(base: Path, tmp_path: Path) -> None:
     score, other = tmp_path / "score.json", class_folders(tmp_path / "other", 8)
     (other / "blue").rename(other / "navy")
     command("evaluate", "--model", str(run), "--data", str(other), "--output", str(score))
-    assert list(json.loads(score.read_text())) == ["zero_shot"]
+    assert list(json.loads(score.read_text())) == ["zero_shot", "reading"]
     line = ["train", "--model", str(base), "--data", data, "--eval-data", str(other), "--output", str(run), *options]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 2
