@@ -179,7 +179,7 @@ def test_weights_that_are_missing_are_an_error(tmp_path: Path) -> None:
     del model.heads
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="are missing: heads.0.weight"):
+    with pytest.raises(ValueError, match=r"are missing: heads\.0\.weight"):
         clipft.load(tmp_path)
 
 
