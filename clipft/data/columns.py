@@ -127,9 +127,14 @@ def check_attributes(columns: Sequence[str], used: Sequence[str | None], where: 
 
 def find_image(columns: Sequence[str], named: str | None) -> int | None:
     """Where the column of images is, if it is named or has a usual name."""
-    lower = [column.lower() for column in columns]
-    usual = next((lower.index(name) for name in IMAGE_COLUMNS if name in lower), None)
-    return usual if named is None else columns.index(named) if named in columns else None
+    column = _usual(columns, IMAGE_COLUMNS) if named is None else named
+    return columns.index(column) if column in columns else None
+
+
+def _usual(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """The column with the first of these names that any has."""
+    lower = {column.lower(): column for column in reversed(columns)}
+    return next((lower[name] for name in names if name in lower), None)
 
 
 def find_columns(columns: Sequence[str], where: str, named: Sequence[str | None]) -> list[str | None]:
@@ -139,8 +144,7 @@ def find_columns(columns: Sequence[str], where: str, named: Sequence[str | None]
     for argument, name, known in zip(("image_column", "caption_column", "label_column"), named, usual, strict=True):
         if name is not None and name not in columns:
             raise ValueError(f"{where}: {argument}: expected one of its columns {list(columns)}, got {name!r}")
-        lower = {column.lower(): column for column in reversed(columns)}
-        found.append(name or next((lower[usual_name] for usual_name in known if usual_name in lower), None))
+        found.append(name or _usual(columns, known))
     image, caption, label = found
     if image is None:
         raise ValueError(

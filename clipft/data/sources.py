@@ -21,7 +21,7 @@ from clipft.data.pictures import PICTURE_ENDINGS, UNREADABLE, EncodedPicture, to
 from clipft.data.reading import UNREADABLE_KIND, BadRowError, Reading
 from clipft.data.rows import read_stored, stored_pictures
 from clipft.data.shards import Address, samples, shard_paths
-from clipft.data.splits import TABLE_ENDINGS, chosen_split, existing, sources_of_splits, split_of_name, visible
+from clipft.data.splits import TABLE_ENDINGS, chosen_split, existing, hidden, sources_of_splits, split_of_name, visible
 from clipft.data.stored import canonical, holds_paths, read_parquet, read_saved, select_rows
 from clipft.data.tables import add_row, dataset_of_pictures, from_table_rows
 from clipft.data.text_tables import checked_encoding, read_csv, read_jsonl
@@ -165,7 +165,7 @@ def _from_folder(folder: Path, reading: Reading) -> datasets.Dataset:
     if (folder / "state.json").is_file():
         return canonical(read_saved(folder), str(folder), folder, reading)
     entries = visible(folder)
-    files = [entry for entry in folder.rglob("*") if not _hidden(entry, folder)]
+    files = [entry for entry in folder.rglob("*") if not hidden(entry, folder)]
     tables = sorted(file for file in files if file.suffix.lower() in TABLE_ENDINGS)
     shards = [entry for entry in entries if entry.suffix.lower() == ".tar"]
     if metadata := [table for table in tables if table.stem == "metadata"]:
@@ -178,10 +178,6 @@ def _from_folder(folder: Path, reading: Reading) -> datasets.Dataset:
     if tables:
         return _from_folder_of_tables(tables, files, reading)
     return _from_class_folders(folder, reading)
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
 
 
 def _from_folder_of_tables(tables: Sequence[Path], files: Sequence[Path], reading: Reading) -> datasets.Dataset:

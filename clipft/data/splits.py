@@ -7,17 +7,19 @@ A folder is splits if all its sub-folders are named among train, val, valid, val
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 
 import datasets
 
+from clipft.files import read_json
+
 __all__ = [
     "TABLE_ENDINGS",
     "chosen_split",
     "existing",
+    "hidden",
     "names_of_splits",
     "sources_of_splits",
     "split_of_name",
@@ -54,7 +56,12 @@ def split_of_name(source: str | Path) -> tuple[str | Path, str | None]:
 
 def visible(folder: Path) -> list[Path]:
     """What a folder holds, sorted, but for hidden entries and those that systems leave."""
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "__")))
+    return sorted(entry for entry in folder.iterdir() if not hidden(entry, folder))
+
+
+def hidden(path: Path, folder: Path) -> bool:
+    """Whether a file or folder in ``folder``, or one above it there, is hidden or a system's."""
+    return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
 
 
 # ---- which there are ----
@@ -100,8 +107,8 @@ def sources_of_splits(folder: Path) -> dict[str, list[Path]] | None:
 
 def _saved_splits(folder: Path) -> list[str]:
     try:
-        names = [str(name) for name in json.loads((folder / "dataset_dict.json").read_bytes())["splits"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        names = [str(name) for name in read_json(folder / "dataset_dict.json")["splits"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'dataset_dict.json'}: expected the names of splits ({error})") from error
     if any(PurePath(name).name != name for name in names):
         raise ValueError(f"{folder / 'dataset_dict.json'}: names splits outside of its folder, {names}")

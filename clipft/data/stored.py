@@ -7,7 +7,6 @@ Files are read where they are: nothing is copied to a cache, which could be stal
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -31,6 +30,7 @@ from clipft.data.columns import (
 )
 from clipft.data.reading import BadRowError, Reading
 from clipft.data.tables import safe_path
+from clipft.files import read_json
 
 __all__ = ["canonical", "holds_paths", "read_parquet", "read_saved", "select_rows"]
 
@@ -75,7 +75,7 @@ def read_saved(folder: Path) -> datasets.Dataset:
         ValueError: it is damaged, or names files elsewhere.
     """
     try:
-        files = [str(entry["filename"]) for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+        files = [str(entry["filename"]) for entry in read_json(folder / "state.json")["_data_files"]]
         if any(PurePath(name).name != name for name in files):
             raise ValueError(f"its state.json names files outside of it, {files}")
         return datasets.Dataset.load_from_disk(str(folder))

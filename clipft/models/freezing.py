@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from clipft.families.family import Family, Tower
+from clipft.families.family import Family, Tower, TowerName
 from clipft.families.registry import base_model, check_model, family_of
 from clipft.models.fusing import check_float
 from clipft.models.heads import heads_of
@@ -63,7 +63,7 @@ def _frozen_by(model: nn.Module, family: Family, strategy: str) -> list[nn.Modul
 
 def _frozen_of_tower(model: nn.Module, family: Family, part: str, strategy: str) -> list[nn.Module | nn.Parameter]:
     name, colon, count = part.partition(":")
-    tower = next(tower for own, tower in family.towers.items() if own == name)
+    tower = family.towers[cast(TowerName, name)]
     if not colon:
         return [*tower.body_of(model), tower.projection_of(model)]
     if not count.isdecimal():

@@ -33,6 +33,7 @@ from transformers.models.clip.modeling_clip import (
 from transformers.utils.generic import can_return_tuple
 
 from clipft.families.forward import records
+from clipft.files import read_json
 from clipft.models.configurations import check_sizes
 from clipft.models.formats import FLOAT_WEIGHTS, INT8_REPORT, INT8_WEIGHTS, QUANT_METHOD
 from clipft.models.heads import restore_heads
@@ -297,7 +298,7 @@ def load_quantized(weights: Path, config: CLIPConfig) -> QuantizedCLIPModel:
         reason = " ".join(str(error).split("\n")[:2])
         raise ValueError(f"{weights}: expected the weights of the model in config.json ({reason})") from error
     report = weights.with_name(INT8_REPORT)
-    model.quantization_report = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    model.quantization_report = read_json(report) if report.is_file() else {}
     return cast(QuantizedCLIPModel, model.requires_grad_(False).eval())
 
 
