@@ -1,23 +1,66 @@
-"""What commands show on the terminal: tables of metrics by stage, bars."""
+"""What commands show on the terminal: tables of metrics by stage, bars.
+
+Names, ids and queries come from data, which may be a stranger's: :class:`PlainConsole` takes nothing in them for markup
+or for a command to the terminal. All printing goes through it.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import sys
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["bar", "console_of_run", "show"]
+__all__ = ["PlainConsole", "bar", "console_of_run", "log_to_terminal", "show", "shown", "worst_classes"]
 
 _TITLES = {"zero_shot": "zero-shot"}
 _CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "top5")
+_CLASSES = 50  # rows of the table of classes
+# C0 and C1, marks and overrides of direction, line and paragraph separators, halves of surrogate pairs
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: str, *, lines: bool = False) -> str:
+    """Text with its control characters as escapes, ESC as ``\\x1b``: one line, or with ``lines`` several."""
+    kept = "\n\t" if lines else ""
+    return _CONTROL.sub(lambda c: c[0] if c[0] in kept else c[0].encode("unicode_escape").decode(), text)
+
+
+class PlainConsole(Console):
+    """Prints strings as they are: no markup, no names of emoji, control characters as escapes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, soft_wrap=True, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """What rich makes of every string, also in tables."""
+        return super().render_str(shown(text, lines=True), **options)
 
 
 def console_of_run() -> Console:
     """Standard output; under torchrun of one process only."""
-    return Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)
+    return PlainConsole(quiet=os.environ.get("RANK", "0") != "0")
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(shown(self.format(record), lines=True), file=sys.stderr)
+
+
+def log_to_terminal() -> None:
+    """Have what clipft logs printed like all else, and characters that the terminal does not have as escapes."""
+    logger = logging.getLogger("clipft")
+    if not logger.hasHandlers():
+        logger.addHandler(_Warnings())
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 # ---- tables ----
@@ -52,9 +95,9 @@ def _metrics_table(results: dict[str, dict[str, Any]], with_intervals: bool) -> 
     intervals = {stage: _intervals(results[stage]) if with_intervals else {} for stage in stages}
     for name in _flat(results[stages[0]]):
         values = [_flat(results[stage])[name] for stage in stages]
-        shown = [number(name, value, intervals[stage].get(name)) for stage, value in zip(stages, values, strict=True)]
-        gain = [_gain(name, values[-1] - values[0])] if len(values) > 1 else []
-        table.add_row(name, *shown, *gain)
+        cells = [number(name, value, intervals[stage].get(name)) for stage, value in zip(stages, values, strict=True)]
+        gains = [gain(name, values[-1] - values[0])] if len(values) > 1 else []
+        table.add_row(name, *cells, *gains)
     table.caption = "in brackets: 95 % bootstrap interval over the pictures" if with_intervals else None
     table.caption_justify = "left"
     return table
@@ -66,8 +109,8 @@ def _flat(result: dict[str, Any]) -> dict[str, float]:
         names = [name for name in part if name != "intervals"]
         if "per_class" in part:
             # of five classes all are in the top 5
-            shown = _CLASSIFICATION if len(part["per_class"]) > 5 else _CLASSIFICATION[:-1]
-            names = [name for name in (*shown, "auc") if name in part]
+            usual = _CLASSIFICATION if len(part["per_class"]) > 5 else _CLASSIFICATION[:-1]
+            names = [name for name in (*usual, "auc") if name in part]
         rows |= {f"{title_of(kind)} {name.replace('_', ' ')}": part[name] for name in names}
     return rows
 
@@ -88,27 +131,36 @@ def number(name: str, value: float, edges: list[float] | None = None) -> str:
     return f"{value:.{digits}f}{between}"
 
 
-def _gain(name: str, value: float) -> str:
+def gain(name: str, value: float) -> Text:
+    """A difference of a metric, green where it is for the better."""
     better = value < 0 if name.endswith("rank") else value > 0
     colour = "green" if better else "red" if value else "default"
-    return f"[{colour}]{value:+.{1 if name.endswith('rank') else 3}f}[/]"
+    return Text(f"{value:+.{1 if name.endswith('rank') else 3}f}", colour)
+
+
+def worst_classes(rows: list[dict[str, Any]], most: int) -> tuple[list[dict[str, Any]], str]:
+    """The rows of ``per_class`` that are shown, and where these are not all, which they are."""
+    if len(rows) <= most:
+        return rows, ""
+    tested = sorted((row for row in rows if row["support"]), key=lambda row: row["f1"])  # type: ignore[no-any-return]
+    return tested[:most], f"{len(tested[:most])} of {len(rows)} classes, those with pictures and the lowest f1"
 
 
 def _per_class_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("class")
+    chosen, which = worst_classes(rows, _CLASSES)
+    table = Table("class", caption=which or None, caption_justify="left")
     for name in ("precision", "recall", "f1", "support"):
         table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            row["class"], *(f"{row[name]:.3f}" for name in ("precision", "recall", "f1")), str(row["support"])
-        )
+    for row in chosen:
+        numbers = (f"{row[name]:.3f}" for name in ("precision", "recall", "f1"))
+        table.add_row(shown(row["class"]), *numbers, str(row["support"]))
     return table
 
 
 def bar(console: Console) -> Progress:
     """A progress bar with counts and times."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from clipft._version import __version__
+from clipft.console import PlainConsole, console_of_run, log_to_terminal, shown
 
 __all__ = [
     "Data",
@@ -98,8 +99,8 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):  # one that was killed
                 raise
-            Console(stderr=True, soft_wrap=True).print(
-                Text.assemble(("error: ", "red"), _as_options(_one_line(error), own))
+            PlainConsole(stderr=True).print(
+                Text.assemble(("error: ", "red"), shown(_as_options(_one_line(error), own)))
             )
             raise typer.Exit(2) from error
 
@@ -139,8 +140,7 @@ def prepare() -> Console:
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    from clipft.console import console_of_run
-
+    log_to_terminal()
     return console_of_run()
 
 

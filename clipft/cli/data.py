@@ -12,6 +12,7 @@ from rich.text import Text
 
 from clipft.cli.common import app, examples, prepare, user_errors
 from clipft.cli.from_options import takes_options
+from clipft.console import shown
 from clipft.recipes.options import DataOptions
 
 __all__: list[str] = []
@@ -39,10 +40,10 @@ def doctor(
     from clipft.recipes.doctor import examine
 
     result = examine(data, eval_data=eval_data, model=model, **options)
-    _show(result, console)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         write_json(json, result)
+    _show(result, console)
     problems = sum(finding["status"] == "problem" for finding in result["findings"])
     console.print(f"{problems or 'no'} problem{'' if problems == 1 else 's'}", highlight=False)
     if problems:
@@ -63,12 +64,12 @@ def _show(result: dict[str, Any], console: Console) -> None:
     several = len(result["statistics"]) > 1
     table = Table("check", "", "finding")
     for finding in result["findings"]:
-        lines = Text(finding["summary"])
+        lines = Text(shown(finding["summary"]))
         if finding["status"] != "ok":
             lines.append("".join(f"\n  {_short(example)}" for example in finding["examples"][:_SHOWN]), style="dim")
             if finding["count"] > _SHOWN and len(finding["examples"]) > _SHOWN:
                 lines.append("\n  ...", style="dim")
-        of = f"\n{Path(finding['data']).name}" if several and finding["data"] else ""
+        of = f"\n{shown(Path(finding['data']).name)}" if several and finding["data"] else ""
         table.add_row(
             Text(finding["check"]).append(of, style="dim"),
             Text(finding["status"], style=_COLOURS[finding["status"]]),
@@ -78,4 +79,5 @@ def _show(result: dict[str, Any], console: Console) -> None:
 
 
 def _short(text: str) -> str:
+    text = shown(text)
     return text if len(text) <= 160 else f"{text[:157]}..."

@@ -75,14 +75,15 @@ def quantize(
         clip, skip=skip or (), inplace=True, data=pairs, processor=processor, calibrate=calibrate
     )
     found = quantized.quantization_report
+    low = [kind for kind in ("image", "text") if not found[f"{kind}_cosine"]["mean"] >= min_cosine]
+    if not low:
+        save_model(quantized, processor, output)
     console.print(_quantization_table(found))
-    for kind in ("image", "text"):
-        if not found[f"{kind}_cosine"]["mean"] >= min_cosine:
-            raise ValueError(
-                f"--min-cosine: expected at least {min_cosine}, the {kind} tower has "
-                f"{found[f'{kind}_cosine']['mean']:.5f}; nothing is written. Try --calibrate, or --skip layers"
-            )
-    save_model(quantized, processor, output)
+    for kind in low:
+        raise ValueError(
+            f"--min-cosine: expected at least {min_cosine}, the {kind} tower has "
+            f"{found[f'{kind}_cosine']['mean']:.5f}; nothing is written. Try --calibrate, or --skip layers"
+        )
     console.print(f"int8 model and quantization_report.json in {output}")
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from clipft.console import gain
+
 if TYPE_CHECKING:
     import datasets
 
@@ -126,7 +128,6 @@ def _table(title: str, stages: dict[str, dict[str, float]]) -> Table:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name in (name for name in stages["before"] if "_R@" in name):
         before, after = stages["before"][name], stages["after"][name]
-        gain = f"[{'green' if after > before else 'red'}]{after - before:+.3f}[/]"
         scratch = [f"{stages['from_scratch'][name]:.3f}"] if "from_scratch" in stages else []
-        table.add_row(name.replace("_", " "), f"{before:.3f}", f"{after:.3f}", gain, *scratch)
+        table.add_row(name.replace("_", " "), f"{before:.3f}", f"{after:.3f}", gain(name, after - before), *scratch)
     return table

@@ -14,28 +14,29 @@ the two models' intervals suggest, because they meet the same pictures.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import (
     accuracy_score,
-    balanced_accuracy_score,
     confusion_matrix,
     f1_score,
     precision_recall_fscore_support,
+    recall_score,
     roc_auc_score,
-    top_k_accuracy_score,
 )
 from torch import Tensor
 
-__all__ = ["Classification", "Retrieval", "interval", "retrieval_metrics"]
+__all__ = ["Blockwise", "Classification", "Retrieval", "interval", "retrieval_metrics"]
 
 RESAMPLES, LEVEL = 1000, 0.95
 KS = (1, 5, 10)
 _PER_CLASS = ("precision", "recall", "f1")
+LARGEST_MATRIX = 200  # classes: the square of more is no use to anyone
+_CONFUSIONS = 50
 _TILE = 1 << 22  # similarities at a time: 16 MB, and some copies
 Array = np.ndarray[Any, Any]
 
@@ -54,23 +55,30 @@ class _Resampled:
 
     pictures: int
     strata: Array | None = None  # [pictures]: drawn within
-    _drawn: tuple[tuple[int, int], dict[str, Array]] | None = None
+    _drawn: tuple[tuple[int, int], dict[str, Array], dict[str, Any]] | None = None
 
     def weighted(self, counts: Array) -> dict[str, Any]:
         """The metrics where picture i was drawn ``counts[i]`` times."""
         raise NotImplementedError
 
     def resampled(self, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Array]:
-        """Each metric's value in each resample, [resamples, ...]; computed once."""
-        if self._drawn is None or self._drawn[0] != (resamples, seed):
-            drawn = [self.weighted(counts) for counts in _draws(self.pictures, self.strata, resamples, seed)]
-            values = {name: np.array([values[name] for values in drawn]) for name in drawn[0]}
-            self._drawn = ((resamples, seed), values)
-        return dict(self._drawn[1])
+        """Each number's value in each resample, [resamples]; computed once."""
+        return dict(self._drawing(resamples, seed)[0])
 
     def intervals(self, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
         """Each metric's 95 % interval."""
-        return {name: interval(values) for name, values in self.resampled(resamples, seed).items()}
+        return dict(self._drawing(resamples, seed)[1])
+
+    def _drawing(self, resamples: int, seed: int) -> tuple[dict[str, Array], dict[str, Any]]:
+        """The values of the numbers, and all intervals: values of each class are too many to be kept."""
+        if self._drawn is None or self._drawn[0] != (resamples, seed):
+            values: dict[str, Array] = {}
+            for number, counts in enumerate(_draws(self.pictures, self.strata, resamples, seed)):
+                for name, value in self.weighted(counts).items():
+                    values.setdefault(name, np.empty((resamples, *np.shape(value))))[number] = value
+            numbers = {name: value for name, value in values.items() if value.ndim == 1}
+            self._drawn = ((resamples, seed), numbers, {name: interval(value) for name, value in values.items()})
+        return self._drawn[1:]
 
 
 def _draws(count: int, strata: Array | None, resamples: int, seed: int) -> Iterator[Array]:
@@ -176,24 +184,39 @@ def retrieval_metrics(image_embeds: Tensor, text_embeds: Tensor, texts_of: Seque
 # ---- classification ----
 
 
+@dataclass(frozen=True)
+class Blockwise:
+    """Scores [N, classes] of rows [N, ...] that are made where a block of them is wanted: all may be too many."""
+
+    rows: Any
+    score: Callable[[Any], Array]
+
+    def __getitem__(self, block: slice) -> Array:
+        return self.score(self.rows[block])
+
+
 class Classification(_Resampled):
     """Predictions of single-label classes.
 
     Args:
         labels: [N] integers, indices into ``class_names``.
-        scores: [N, classes], the larger the likelier.
+        scores: [N, classes], the larger the likelier; an array, or :class:`Blockwise`.
         class_names: in the order of the labels.
+        votes: whether a score of 0 says that nothing speaks for a class, which is then never among the best five.
     """
 
-    def __init__(self, labels: Array, scores: Array, class_names: Sequence[str]) -> None:
-        if not np.isfinite(scores).all():
-            raise ValueError("embeddings: expected finite numbers, got NaN or Inf; has the training diverged?")
-        self.labels, self.scores, self.class_names = labels, scores, list(class_names)
-        self.predicted = scores.argmax(1)
+    def __init__(
+        self, labels: Array, scores: Array | Blockwise, class_names: Sequence[str], *, votes: bool = False
+    ) -> None:
+        self.labels, self.class_names = labels, list(class_names)
         self.pictures, self.strata = len(labels), labels
-        own = scores[np.arange(len(labels)), labels]
-        self._among_five = (scores > own[:, None]).sum(1) < 5
-        self._auc = _AUC(labels, scores[:, 1] - scores[:, 0]) if self.has_auc else None
+        size = max(1, _TILE // len(self.class_names))
+        blocks = [
+            _judge(labels[start : start + size], scores[start : start + size], votes)
+            for start in range(0, len(labels), size)
+        ]
+        self.predicted, self._among_five, self._margin = (np.concatenate(part) for part in zip(*blocks, strict=True))
+        self._auc = _AUC(labels, self._margin) if self.has_auc else None
 
     @property
     def has_auc(self) -> bool:
@@ -201,8 +224,8 @@ class Classification(_Resampled):
         return len(self.class_names) == 2 and len(np.unique(self.labels)) == 2
 
     def metrics(self) -> dict[str, Any]:
-        """``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``top5``, with two classes ``auc``, and ``per_class``,
-        ``confusion_matrix``, by scikit-learn.
+        """``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``top5``, with two classes ``auc``, and ``per_class``, by
+        scikit-learn; ``confusions``, the most frequent, and up to 200 classes all in ``confusion_matrix``.
         """
         labels, predicted, every = self.labels, self.predicted, list(range(len(self.class_names)))
         columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0.0)
@@ -210,20 +233,32 @@ class Classification(_Resampled):
             {"class": name, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
             for name, p, r, f, n in zip(self.class_names, *columns, strict=True)
         ]
-        with warnings.catch_warnings():
-            # the mean is over the classes present
-            warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
-            balanced = balanced_accuracy_score(labels, predicted)
-        auc = {"auc": float(roc_auc_score(labels, self.scores[:, 1] - self.scores[:, 0]))} if self.has_auc else {}
+        balanced = recall_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0.0)
+        auc = {"auc": float(roc_auc_score(labels, self._margin))} if self.has_auc else {}
+        matrix = confusion_matrix(labels, predicted, labels=every).tolist() if len(every) <= LARGEST_MATRIX else None
         return {
             "accuracy": float(accuracy_score(labels, predicted)),
             "balanced_accuracy": float(balanced),
             "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
-            "top5": float(top_k_accuracy_score(labels, self.scores, k=5, labels=every)) if len(every) > 5 else 1.0,
+            "top5": float(np.mean(self._among_five)) if len(every) > 5 else 1.0,
             **auc,
             "per_class": rows,
-            "confusion_matrix": confusion_matrix(labels, predicted, labels=every).tolist(),
+            "confusions": self._confusions(),
+            **({} if matrix is None else {"confusion_matrix": matrix}),
         }
+
+    def _confusions(self) -> list[dict[str, Any]]:
+        """The most frequent: ``class``, what it was taken for as ``predicted``, and ``count``."""
+        wrong = self.predicted != self.labels
+        pairs, counts = np.unique(
+            np.stack([self.labels[wrong], self.predicted[wrong]]).astype(np.int64), axis=1, return_counts=True
+        )
+        order = np.argsort(-counts, kind="stable")[:_CONFUSIONS]
+        names = self.class_names
+        return [
+            {"class": names[pairs[0, place]], "predicted": names[pairs[1, place]], "count": int(counts[place])}
+            for place in order
+        ]
 
     def intervals(self, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
         """Of the numbers, and ``per_class``: a row for each class with those of ``precision``, ``recall``, ``f1``."""
@@ -254,6 +289,22 @@ class Classification(_Resampled):
         }
         per_class = dict(zip(_PER_CLASS, (hits / np.maximum(predicted, 1), recall, f1), strict=True))
         return {**{name: float(value) for name, value in values.items()}, **per_class}
+
+
+def _judge(labels: Array, scores: Array, votes: bool) -> tuple[Array, Array, Array]:
+    """Of a block of rows the best class, whether the right one is among the best five, and by how much the second class
+    scores above the first.
+
+    Ties are broken as in scikit-learn: the best class is the first of equals, among five are rather the last.
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError("embeddings: expected finite numbers, got NaN or Inf; has the training diverged?")
+    own = scores[np.arange(len(labels)), labels][:, None]
+    later = np.arange(scores.shape[1]) > labels[:, None]
+    among_five = ((scores > own) | (later & (scores == own))).sum(1) < 5
+    if votes:
+        among_five &= own[:, 0] > 0
+    return scores.argmax(1), among_five, scores[:, min(1, scores.shape[1] - 1)] - scores[:, 0]
 
 
 class _AUC:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from clipft.console import bar
 from clipft.data.rows import PairRows, class_names_of, class_targets, class_text, column_names, index_texts
 from clipft.evaluation.metrics import Classification, Retrieval, interval
-from clipft.evaluation.tasks import checked_labels, heads_found
+from clipft.evaluation.tasks import checked_labels, heads_found, similarities
 from clipft.inference.encode import Pictures, class_embeddings, embed_images, embed_texts
 from clipft.models.heads import LABEL, heads_of
 
@@ -94,7 +94,7 @@ class Scorer:
         if names:
             labels = checked_labels(self.dataset, len(names))
             text_embeds = class_embeddings(self.clip, self.processor, names, self.templates, self.batch_size)
-            parts["zero_shot"] = Classification(labels, (image_embeds @ text_embeds.t()).numpy(), names)
+            parts["zero_shot"] = Classification(labels, similarities(image_embeds, text_embeds), names)
             if LABEL in heads:  # it is what has learnt
                 names = heads[LABEL].class_names
                 labels = class_targets(self.dataset, LABEL, names)

@@ -6,6 +6,7 @@ The numbers and their intervals: ``clipft.evaluation.metrics``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from clipft.data.rows import (
     column_values,
     index_texts,
 )
-from clipft.evaluation.metrics import RESAMPLES, Classification, Retrieval
+from clipft.evaluation.metrics import RESAMPLES, Blockwise, Classification, Retrieval
 from clipft.inference.encode import Pictures, Progress, class_embeddings, embed_images, embed_texts
 from clipft.models.heads import heads_of
 
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate_retrieval",
     "evaluate_zero_shot",
     "heads_found",
+    "similarities",
 ]
 
 
@@ -105,9 +107,10 @@ def evaluate_zero_shot(
     Returns:
         ``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``top5`` in [0, 1], with two classes also ``auc`` (area under
         the ROC curve of the second class), ``per_class``: a list of rows with ``class``, ``precision``, ``recall``,
-        ``f1`` and ``support``, and ``confusion_matrix``: [true class][predicted class] pictures. A class that was never
-        predicted has precision 0. ``intervals``: [low, high] for each of these numbers, the 95 % bootstrap interval
-        over the pictures of each class.
+        ``f1`` and ``support``, ``confusions``: the 50 most frequent, rows with ``class``, what it was taken for as
+        ``predicted``, and ``count``, and, of up to 200 classes, ``confusion_matrix``: [true class][predicted class]
+        pictures. A class that was never predicted has precision 0. ``intervals``: [low, high] for each of these
+        numbers, the 95 % bootstrap interval over the pictures of each class.
     """
     check_class_names(class_names)
     labels = checked_labels(dataset, len(class_names))
@@ -115,7 +118,12 @@ def evaluate_zero_shot(
         model, processor, Pictures(dataset), batch_size=batch_size, num_workers=num_workers, progress=progress
     )
     classes = class_embeddings(model, processor, class_names, templates, batch_size)
-    return _with_intervals(Classification(labels, (image_embeds @ classes.t()).numpy(), class_names), resamples, seed)
+    return _with_intervals(Classification(labels, similarities(image_embeds, classes), class_names), resamples, seed)
+
+
+def similarities(image_embeds: Tensor, class_embeds: Tensor) -> Blockwise:
+    """Scores of pictures [N, D] for classes [C, D]."""
+    return Blockwise(image_embeds, lambda part: (part @ class_embeds.t()).numpy())
 
 
 def evaluate_heads(
@@ -163,11 +171,15 @@ def heads_found(model: Any, image_embeds: Tensor, dataset: Any, columns: Sequenc
         if name in columns:
             targets = class_targets(dataset, name, head.class_names)
             known = targets != MISSING
-            with torch.no_grad():
-                logits = head(image_embeds.to(head.weight.device)).cpu().numpy()
             if known.any():
-                found[name] = Classification(targets[known], logits[known], head.class_names)
+                logits = Blockwise(image_embeds[torch.from_numpy(known)], functools.partial(_logits, head))
+                found[name] = Classification(targets[known], logits, head.class_names)
     return found
+
+
+@torch.no_grad()
+def _logits(head: Any, image_embeds: Tensor) -> np.ndarray[Any, Any]:
+    return head(image_embeds.to(head.weight.device)).cpu().numpy()  # type: ignore[no-any-return]
 
 
 def evaluate_linear_probe(
@@ -208,8 +220,8 @@ def evaluate_linear_probe(
         probe = search.fit(features, labels).best_estimator_
     else:
         probe.fit(features, labels)
-    scores = _columns(probe.predict_proba(test_features), probe.classes_, len(names))
-    return {**_with_intervals(Classification(test_labels, scores, names), resamples, seed), "C": float(probe.C)}
+    found = _voted(probe, test_features, test_labels, names)
+    return {**_with_intervals(found, resamples, seed), "C": float(probe.C)}
 
 
 def evaluate_knn(
@@ -248,8 +260,7 @@ def evaluate_knn(
     # of unit vectors: distance² = 2 - 2 cosine
     votes = KNeighborsClassifier(k, algorithm="brute", weights=lambda far: np.exp(-(far**2) / (2 * temperature)))
     votes.fit(features, labels)
-    scores = _columns(votes.predict_proba(test_features), votes.classes_, len(names))
-    return _with_intervals(Classification(test_labels, scores, names), resamples, seed)
+    return _with_intervals(_voted(votes, test_features, test_labels, names), resamples, seed)
 
 
 def _with_intervals(found: Retrieval | Classification, resamples: int, seed: int) -> dict[str, Any]:
@@ -295,8 +306,12 @@ class _Features:
         return embed_images(self.model, self.processor, Pictures(dataset), **self.options).numpy()
 
 
-def _columns(scores: np.ndarray[Any, Any], present: np.ndarray[Any, Any], classes: int) -> np.ndarray[Any, Any]:
-    """[N, classes] from the columns of the classes that were fitted; the rest score 0."""
-    full = np.zeros((len(scores), classes))
-    full[:, present] = scores
-    return full
+def _voted(fitted: Any, features: Any, labels: Any, names: Sequence[str]) -> Classification:
+    """By the probabilities that scikit-learn gives; a class that was not fitted has none."""
+
+    def scores(part: Any) -> np.ndarray[Any, Any]:
+        full = np.zeros((len(part), len(names)))
+        full[:, fitted.classes_] = fitted.predict_proba(part)
+        return full
+
+    return Classification(labels, Blockwise(features, scores), names, votes=True)

@@ -73,9 +73,10 @@ def evaluate(
         how: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.workers}
         result |= {name: probe(clip, processor, neighbours, dataset, **how) for name, probe in probes.items()}
     title = f"{_name(model)} on {len(dataset)} pictures of {_name(data)}"
-    show({"score": result}, title, console)
     if output is not None:
         _write(Path(output), title, result, sources, found, dataset)
+    show({"score": result}, title, console)
+    if output is not None:
         console.print(f"{output}, and {Path(output).with_suffix('.html')} to look at")
     return result
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from clipft.console import by_class, number, title_of
+from clipft.console import by_class, number, title_of, worst_classes
 from clipft.files import write_text
 from clipft.report.charts import interval_bar, line_chart
 
@@ -22,6 +22,7 @@ _TITLES = {
     "head": "Classification head",
 }
 _LARGEST_MATRIX = 25  # classes
+_CLASSES = 200  # rows of the table of classes
 
 
 def write_html(
@@ -98,22 +99,34 @@ def _cell(name: str, value: float, edges: list[float]) -> dict[str, str]:
 
 
 def _classes(result: dict[str, Any], stage: str) -> dict[str, Any] | None:
-    """Per class rows and, up to a size, the confusion matrix with each row's shares."""
+    """Rows by class and, up to a size, the confusion matrix with each row's shares, else the commonest confusions."""
     kind = by_class(result)
     if kind is None:
         return None
     found = result[kind]
-    names = [row["class"] for row in found["per_class"]]
-    edges = found["intervals"]["per_class"]
+    edges = {row["class"]: row for row in found["intervals"]["per_class"]}
+    chosen, which = worst_classes(found["per_class"], _CLASSES)
     rows = [
         {
             "class": row["class"],
             "support": row["support"],
-            "cells": [_cell(name, row[name], own[name]) for name in ("precision", "recall", "f1")],
+            "cells": [_cell(name, row[name], edges[row["class"]][name]) for name in ("precision", "recall", "f1")],
         }
-        for row, own in zip(found["per_class"], edges, strict=True)
+        for row in chosen
     ]
-    matrix = [
+    names = [row["class"] for row in found["per_class"]] if len(found["per_class"]) <= _LARGEST_MATRIX else []
+    return {
+        "stage": _STAGES[stage],
+        "which": which,
+        "rows": rows,
+        "names": names,
+        "matrix": _matrix(names, found["confusion_matrix"]) if names else [],
+        "confusions": [] if names else found["confusions"],
+    }
+
+
+def _matrix(names: list[str], counts: list[list[int]]) -> list[dict[str, Any]]:
+    return [
         {
             "class": name,
             "cells": [
@@ -121,10 +134,8 @@ def _classes(result: dict[str, Any], stage: str) -> dict[str, Any] | None:
                 for column, count in enumerate(line)
             ],
         }
-        for row, (name, line) in enumerate(zip(names, found["confusion_matrix"], strict=True))
+        for row, (name, line) in enumerate(zip(names, counts, strict=True))
     ]
-    shown = matrix if len(names) <= _LARGEST_MATRIX else []
-    return {"stage": _STAGES[stage], "names": names, "rows": rows, "matrix": shown}
 
 
 def _curves(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

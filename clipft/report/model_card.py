@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from clipft.console import number
+from clipft.console import number, shown
 from clipft.files import write_text
 
 __all__ = ["write_model_card"]
@@ -34,7 +37,7 @@ def write_model_card(folder: Path, report: dict[str, Any], settings: dict[str, A
         adapter: whether the folder holds a LoRA adapter of the base model.
     """
     base, data = _name(settings["model"]), _name(settings["data"])
-    name = folder.resolve().name
+    name = shown(folder.resolve().name)
     card = ModelCardData(
         base_model=settings["model"] if _on_hub(settings["model"]) else None,
         library_name="peft" if adapter else "transformers",
@@ -44,32 +47,34 @@ def write_model_card(folder: Path, report: dict[str, Any], settings: dict[str, A
         eval_results=_results(report, data),
     )
     use = (
-        f'base, processor = clipft.load("{base}")\nmodel = peft.PeftModel.from_pretrained(base, "{name}")'
+        f"base, processor = clipft.load({_string(base)})\nmodel = peft.PeftModel.from_pretrained(base, {_string(name)})"
         if adapter
-        else f'model, processor = clipft.load("{name}")  # or AutoModel.from_pretrained'
+        else f"model, processor = clipft.load({_string(name)})  # or AutoModel.from_pretrained"
     )
     parts = [
         f"---\n{card.to_yaml()}\n---",
-        f"# {name}",
-        f"{base}, fine-tuned on {data} with [clipft](https://pypi.org/project/clipft/).",
+        f"# {_plain(name)}",
+        f"{_plain(base)}, fine-tuned on {_plain(data)} with [clipft](https://pypi.org/project/clipft/).",
         "## Results",
         f"On {report['test']['pictures']} test pictures; in brackets 95 % bootstrap intervals over the pictures.",
         _table(report),
     ]
     if "control" in report:
         control = report["control"]
-        about = f"On {_name(control['data'])} ({control['pictures']} pictures), which it was not tuned on:"
+        about = f"On {_plain(_name(control['data']))} ({control['pictures']} pictures), which it was not tuned on:"
         parts += ["## What it forgot", about, _table(control)]
     if "wise_ft" in report:
         parts.append(
             f"The weights are at alpha = {report['wise_ft']['alpha']:g} between the start (0) and the fine-tuned model "
             f"(1): {report['wise_ft']['rule']}."
         )
-    told = {key: value for key, value in settings.items() if value is not None and key not in ("output", "config")}
-    options = "\n".join(f"{key}: {_name(value) if isinstance(value, str) else value}" for key, value in told.items())
+    told = {
+        key: _told(value) for key, value in settings.items() if value is not None and key not in ("output", "config")
+    }
+    options = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
     versions = {"clipft": report["environment"]["clipft"], **report["environment"]["packages"]}
     known = ", ".join(f"{key} {value}" for key, value in versions.items() if value)
-    parts += ["## Use", f"```python\n{use}\n```", "## Training", f"```yaml\n{options}\n```", f"Versions: {known}."]
+    parts += ["## Use", _code("python", use), "## Training", _code("yaml", options), f"Versions: {known}."]
     write_text(folder / "README.md", str(ModelCard("\n\n".join(parts) + "\n")))
 
 
@@ -78,9 +83,32 @@ def _on_hub(model: str) -> bool:
 
 
 def _name(source: Any) -> str:
-    """A hub name as it is, and of a path the last part: folders are nobody else's business."""
+    """A hub name as it is, and of a path the last part: folders are nobody else's business. One line."""
     text = str(source)
-    return Path(text).name if Path(text).is_absolute() or Path(text).expanduser().exists() else text
+    return shown(Path(text).name if Path(text).is_absolute() or Path(text).expanduser().exists() else text)
+
+
+def _told(value: Any) -> Any:
+    """An option's value."""
+    if isinstance(value, list):
+        return [shown(part) if isinstance(part, str) else part for part in value]
+    return _name(value) if isinstance(value, str) else value
+
+
+def _plain(name: str) -> str:
+    """A name as it is, without a meaning in Markdown or HTML."""
+    return re.sub(r"[\\`*\[\]<>|~$&#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", name)
+
+
+def _string(name: str) -> str:
+    """In Python."""
+    return json.dumps(name, ensure_ascii=False)
+
+
+def _code(language: str, text: str) -> str:
+    """A block of it, whatever backticks it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
 
 
 def _results(report: dict[str, Any], data: str) -> list[EvalResult]:

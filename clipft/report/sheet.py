@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+
+from clipft.console import shown
 
 __all__ = ["Row", "draw_sheet"]
 
 _WIDTH = 18  # characters of a name under a picture
 _QUERY = 22  # characters of a line of a query
+# where the usual font has no such characters, and these are installed
+_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+          "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS",
+          "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji",
+          "Segoe UI Emoji", "Segoe UI Symbol", "Symbola")  # fmt: skip
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,35 @@ class Row:
 
 
 def draw_sheet(path: Path, rows: Sequence[Row]) -> None:
-    """A PNG, written under a temporary name and renamed."""
+    """A PNG, written under a temporary name and renamed; a warning says for which characters no font is there."""
     columns = 1 + max(len(row.hits) for row in rows)
+    installed = {font.name for font in fontManager.ttflist}
+    families = [*matplotlib.rcParams["font.family"], *(name for name in _FONTS if name in installed)]
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            figure = _sheet(rows, columns)
+            figure.savefig(temporary, format="png", facecolor="white")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _say_missing([str(warning.message) for warning in caught])
+
+
+def _say_missing(said: Sequence[str]) -> None:
+    codes = sorted({int(found[1]) for found in map(re.compile(r"Glyph (\d+)").match, said) if found})
+    if codes:
+        names = " ".join(map(chr, codes[:10])) + (" ..." if len(codes) > 10 else "")
+        _logger.warning(
+            "the sheet has boxes for %d characters that no font here has (%s): install one, such as Noto Sans CJK or "
+            "Noto Emoji",
+            len(codes),
+            names,
+        )
+
+
+def _sheet(rows: Sequence[Row], columns: int) -> Figure:
     figure = Figure(figsize=(1.7 * columns, 2.0 * len(rows)), dpi=110)
     grid = figure.add_gridspec(
         len(rows), columns, left=0.01, right=0.99, top=0.99, bottom=0.2 / len(rows), wspace=0.08, hspace=0.3
@@ -36,20 +77,16 @@ def draw_sheet(path: Path, rows: Sequence[Row]) -> None:
         for place, (name, score, picture) in enumerate(row.hits):
             axes = figure.add_subplot(grid[line, 1 + place])
             _draw(axes, picture, "no picture")
-            axes.set_xlabel(f"{score:.3f}\n{_short(name)}", fontsize=8, labelpad=2)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format="png", facecolor="white")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            # names are no formulas, whatever dollars they hold
+            axes.set_xlabel(f"{score:.3f}\n{_short(name)}", fontsize=8, labelpad=2, parse_math=False)
+    return figure
 
 
 def _draw_query(axes: Any, query: Any) -> None:
     if isinstance(query, str):
         axes.set_axis_off()
-        text = textwrap.fill(textwrap.shorten(f"“{query}”", 5 * _QUERY), _QUERY)
-        axes.text(0.95, 0.5, text, ha="right", va="center", fontsize=10, transform=axes.transAxes)
+        text = textwrap.fill(textwrap.shorten(f"“{shown(query)}”", 5 * _QUERY), _QUERY)
+        axes.text(0.95, 0.5, text, ha="right", va="center", fontsize=10, transform=axes.transAxes, parse_math=False)
     else:
         _draw(axes, query, "")
         axes.set_xlabel("query", fontsize=8, labelpad=2)
@@ -67,5 +104,5 @@ def _draw(axes: Any, picture: Any, instead: str) -> None:
 
 def _short(name: str) -> str:
     """The end of a name tells more than its folders."""
-    name = name.replace("\n", " ").replace("$", r"\$")
+    name = shown(name)
     return name if len(name) <= _WIDTH else "…" + name[-(_WIDTH - 1) :]

@@ -76,7 +76,7 @@ def test_zero_shot_equals_scikit_learn(clip) -> None:
         assert row["support"] == expected["support"]
     assert result["confusion_matrix"] == sklearn.metrics.confusion_matrix(labels, predicted).tolist()
     assert "auc" not in result
-    assert result["intervals"].keys() == result.keys() - {"confusion_matrix", "intervals"}
+    assert result["intervals"].keys() == result.keys() - {"confusion_matrix", "confusions", "intervals"}
 
 
 @pytest.mark.parametrize("evaluate", [clipft.evaluate_linear_probe, clipft.evaluate_knn])

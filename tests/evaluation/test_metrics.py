@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -9,7 +11,7 @@ import torch
 
 from clipft.data.rows import index_texts
 from clipft.evaluation import metrics
-from clipft.evaluation.metrics import Classification, Retrieval, retrieval_metrics
+from clipft.evaluation.metrics import Blockwise, Classification, Retrieval, retrieval_metrics
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -202,3 +204,54 @@ def test_intervals_of_retrieval_resample_pictures_with_their_captions() -> None:
         assert values["text_to_image_R@1"][number] == pytest.approx(np.average(hit, weights=pairs))
     low, high = found.intervals()["image_to_text_median_rank"]
     assert low <= found.metrics()["image_to_text_median_rank"] <= high
+
+
+# ---- ties and many classes ----
+
+
+def test_top5_and_its_interval_have_one_definition() -> None:
+    """Ties as scikit-learn breaks them."""
+    labels, scores = noisy(300, 9)
+    scores = scores.round(0)
+    found = Classification(labels, scores, [str(i) for i in range(9)])
+    expected = sklearn.metrics.top_k_accuracy_score(labels, scores, k=5)
+    assert found.metrics()["top5"] == found.weighted(np.ones(300))["top5"] == pytest.approx(expected)
+    low, high = found.intervals(100)["top5"]
+    assert low < expected < high
+
+
+def test_a_class_without_a_vote_is_not_among_the_best_five() -> None:
+    votes = np.zeros((40, 20))
+    votes[:, [3, 7]] = 0.4, 0.6
+    labels = np.array([3, 7, 18, 19] * 10)
+    found = Classification(labels, votes, [str(i) for i in range(20)], votes=True)
+    assert found.metrics()["top5"] == 0.5
+    assert found.intervals(50)["top5"] == [0.5, 0.5]  # within each class all are hits or none
+
+
+def test_ten_thousand_classes_take_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_TILE", 50_000)
+    labels, classes, largest = np.arange(40) % 20, 10_000, 0
+
+    def scores(rows: np.ndarray) -> np.ndarray:
+        nonlocal largest
+        largest = max(largest, rows.size * classes)
+        return np.eye(classes, dtype=np.float32)[np.where(rows % 20 < 2, 5, rows % 20)]
+
+    found = Classification(labels, Blockwise(np.arange(40), scores), [f"thing {i}" for i in range(classes)])
+    result = {**found.metrics(), "intervals": found.intervals(10)}
+    assert 0 < largest <= 50_000
+    assert "confusion_matrix" not in result and result["accuracy"] == 0.9
+    assert result["confusions"] == [
+        {"class": "thing 0", "predicted": "thing 5", "count": 2},
+        {"class": "thing 1", "predicted": "thing 5", "count": 2},
+    ]
+    assert result["balanced_accuracy"] == pytest.approx(0.9)
+    assert len(json.dumps(result)) < 300 * classes
+
+
+def test_blocks_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, scores = noisy(100, 7)
+    whole = Classification(labels, scores, [str(i) for i in range(7)]).metrics()
+    monkeypatch.setattr(metrics, "_TILE", 50)
+    assert Classification(labels, scores, [str(i) for i in range(7)]).metrics() == whole
