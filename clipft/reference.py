@@ -1,6 +1,7 @@
 """The ops in plain torch: the public name of ``clipft.ops.reference``."""
 
 from clipft.ops.reference import (
+    attention,
     contrastive_loss,
     contrastive_targets,
     dropout_mask,
@@ -12,6 +13,7 @@ from clipft.ops.reference import (
 )
 
 __all__ = [
+    "attention",
     "contrastive_loss",
     "contrastive_targets",
     "dropout_mask",

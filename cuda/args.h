@@ -49,20 +49,26 @@ typedef struct clipft_cuda_tile {
     long long row0, col0, row_offset; /* image i pairs with text row_offset + i */
 } clipft_cuda_tile;
 
+/* Of the columns, which are all pairs. */
+typedef struct clipft_cuda_labels {
+    CLIPFT_GLOBAL(const long long) data; /* elements `stride` apart, or null: each pair only of itself */
+    long long stride;
+} clipft_cuda_labels;
+
 /* Target probabilities: the pair, or uniform over the columns of its label, mixed with the uniform distribution. */
 typedef struct clipft_cuda_targets {
-    CLIPFT_GLOBAL(const long long) labels; /* [cols], elements label_stride apart, or null: each pair only of itself */
-    CLIPFT_GLOBAL(const float) weight;     /* [cols] 1 / number of columns with the label */
-    long long label_stride, cols;
+    clipft_cuda_labels labels;
+    CLIPFT_GLOBAL(const float) weight; /* [cols] 1 / number of columns with the label */
+    long long cols;
     float smoothing; /* e in (1 - e) * target + e / cols */
 } clipft_cuda_targets;
 
 /* ---- contrastive.cu ---- */
 
 typedef struct clipft_cuda_class_weights_args {
-    CLIPFT_GLOBAL(const long long) labels;
+    clipft_cuda_labels labels;
     CLIPFT_GLOBAL(float) weight; /* [cols] */
-    long long label_stride, cols;
+    long long cols;
 } clipft_cuda_class_weights_args;
 
 /* Maxima and sums of exponentials of rows or columns: of each block of a tile, [blocks, lines], and so far, [lines]. */
@@ -116,6 +122,7 @@ typedef struct clipft_cuda_sigmoid_args {
     clipft_cuda_tile tile;
     CLIPFT_GLOBAL(const float) scale;
     CLIPFT_GLOBAL(const float) bias;
+    clipft_cuda_labels labels; /* equal ones are positive pairs */
     CLIPFT_GLOBAL(double) sum; /* [blocks of a whole tile] of losses, or of coefficients */
     clipft_cuda_target out;    /* the coefficients and the pairs' (backward only), as in contrastive_grad */
     CLIPFT_GLOBAL(float) pair;

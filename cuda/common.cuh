@@ -332,6 +332,22 @@ DEVICE OwnPair own_pair(const clipft_cuda_tile &tile, const Place &at)
     return pair;
 }
 
+DEVICE long long label_of(const clipft_cuda_labels &labels, long long column) { return labels.data[column * labels.stride]; }
+
+/* Labels of a thread's columns, where there are any. */
+struct ColumnLabels {
+    long long of[CLIPFT_CUDA_LANE_COLS];
+};
+
+DEVICE ColumnLabels column_labels(const clipft_cuda_labels &labels, const clipft_cuda_tile &tile, const Place &at)
+{
+    ColumnLabels columns = {};
+#pragma unroll
+    for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k)
+        if (labels.data && at.col + k < tile.cols) columns.of[k] = label_of(labels, tile.col0 + at.col + k);
+    return columns;
+}
+
 /* Adds to the block's own sum, which launches on a stream take turns with. */
 template <class Shared> DEVICE void add_block_sum(CLIPFT_GLOBAL(double) sums, double value, bool first, Shared &warps)
 {

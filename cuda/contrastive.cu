@@ -17,12 +17,12 @@ KERNEL(CLIPFT_CUDA_THREADS) contrastive_class_weights(clipft_cuda_class_weights_
 {
     SHARED(long long, labels, CLIPFT_CUDA_THREADS);
     const long long own = (long long)blockIdx.x * CLIPFT_CUDA_THREADS + threadIdx.x;
-    const long long label = own < a.cols ? a.labels[own * a.label_stride] : 0;
+    const long long label = own < a.cols ? label_of(a.labels, own) : 0;
     int count = 0;
     for (long long begin = 0; begin < a.cols; begin += CLIPFT_CUDA_THREADS) {
         const long long rest = a.cols - begin;
         const int n = rest < CLIPFT_CUDA_THREADS ? (int)rest : (int)CLIPFT_CUDA_THREADS;
-        if ((int)threadIdx.x < n) labels[threadIdx.x] = a.labels[(begin + threadIdx.x) * a.label_stride];
+        if ((int)threadIdx.x < n) labels[threadIdx.x] = label_of(a.labels, begin + threadIdx.x);
         __syncthreads();
         for (int k = 0; k < n; ++k) count += labels[k] == label;
         __syncthreads();
@@ -39,31 +39,17 @@ struct RowTarget {
 DEVICE RowTarget row_target(const clipft_cuda_targets &t, long long pair)
 {
     RowTarget row = {0, 1.0f - t.smoothing, t.smoothing / (float)t.cols};
-    if (t.labels) {
-        row.label = t.labels[pair * t.label_stride];
+    if (t.labels.data) {
+        row.label = label_of(t.labels, pair);
         row.share *= t.weight[pair];
     }
     return row;
 }
 
-/* Labels of a thread's columns, where there are any. */
-struct ColumnLabels {
-    long long of[CLIPFT_CUDA_LANE_COLS];
-};
-
-DEVICE ColumnLabels column_labels(const clipft_cuda_targets &t, const clipft_cuda_tile &tile, const Place &at)
-{
-    ColumnLabels labels = {};
-#pragma unroll
-    for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k)
-        if (t.labels && at.col + k < tile.cols) labels.of[k] = t.labels[(tile.col0 + at.col + k) * t.label_stride];
-    return labels;
-}
-
 /* The target probability of the thread's k-th column. */
 DEVICE float target_of(const clipft_cuda_targets &t, const RowTarget &row, const ColumnLabels &labels, int k, bool pair)
 {
-    return row.all + ((t.labels ? labels.of[k] == row.label : pair) ? row.share : 0.0f);
+    return row.all + ((t.labels.data ? labels.of[k] == row.label : pair) ? row.share : 0.0f);
 }
 
 /* ---- forward ---- */
@@ -72,7 +58,7 @@ DEVICE float target_of(const clipft_cuda_targets &t, const RowTarget &row, const
 DEVICE double target_products(const clipft_cuda_contrastive_tile_args &a, const Place &at, const Elements &x)
 {
     const clipft_cuda_tile &tile = a.tile;
-    const ColumnLabels labels = column_labels(a.targets, tile, at);
+    const ColumnLabels labels = column_labels(a.targets.labels, tile, at);
     double target = 0.0;
 #pragma unroll
     for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r) {
@@ -207,7 +193,7 @@ KERNEL(CLIPFT_CUDA_THREADS) contrastive_tile(clipft_cuda_contrastive_tile_args a
     SHARED(double, warp_sums, CLIPFT_CUDA_WARPS);
     const Place at = place_in(a.tile);
     float scale = a.scale[0];
-    const bool spread = a.targets.labels || a.targets.smoothing > 0.0f; /* more targets than the pair */
+    const bool spread = a.targets.labels.data || a.targets.smoothing > 0.0f; /* more targets than the pair */
     Elements x;
     load_elements(a.tile, at, x);
     if (spread || at.pairs) {
@@ -355,9 +341,9 @@ DEVICE void make_coefficients(const clipft_cuda_contrastive_grad_args &a, const 
                               Shared &low)
 {
     const clipft_cuda_tile &tile = a.tile;
-    const bool spread = a.targets.labels || a.targets.smoothing > 0.0f;
+    const bool spread = a.targets.labels.data || a.targets.smoothing > 0.0f;
     ColumnLabels labels = {};
-    if (spread) labels = column_labels(a.targets, tile, at);
+    if (spread) labels = column_labels(a.targets.labels, tile, at);
     Lse col_lse[CLIPFT_CUDA_LANE_COLS];
 #pragma unroll
     for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {
@@ -391,7 +377,7 @@ DEVICE float pair_coefficient(const clipft_cuda_contrastive_grad_args &a, const 
     const clipft_cuda_tile &tile = a.tile;
     const long long own = tile.row_offset + tile.row0 + pair.row;
     RowTarget want = {0, 1.0f, 0.0f};
-    if (a.targets.labels || a.targets.smoothing > 0.0f) want = row_target(a.targets, own);
+    if (a.targets.labels.data || a.targets.smoothing > 0.0f) want = row_target(a.targets, own);
     const double logit = (double)scale * (double)pair.x;
     const double left = expm1(logit - a.row_lse[tile.row0 + pair.row]) + expm1(logit - a.col_lse[own]) + 2.0 * (1.0 - (double)want.share);
     return (float)(left - 2.0 * (double)want.all);

@@ -4,19 +4,29 @@
  */
 #include "common.cuh"
 
-/* The sum of a block's elements but pairs, by Terms, and of its pairs. */
-template <bool Whole, class Terms>
+/* A thread's part of a row: logits, times sign -1 where labels make a pair positive. */
+struct Logits {
+    float z[CLIPFT_CUDA_LANE_COLS], sign[CLIPFT_CUDA_LANE_COLS];
+};
+
+/* The sum of a block's elements but pairs, by Terms. */
+template <bool Whole, bool Labelled, class Terms>
 DEVICE void over_elements(const clipft_cuda_sigmoid_args &a, const Place &at, const Elements &x, Terms &terms)
 {
     const float scale = a.scale[0], bias = a.bias[0];
     const unsigned counted = Whole ? 0 : counted_elements(a.tile, at);
+    const ColumnLabels columns = Labelled ? column_labels(a.labels, a.tile, at) : ColumnLabels{};
 #pragma unroll
     for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r) {
-        float z[CLIPFT_CUDA_LANE_COLS];
+        if (!Whole && (at.row + r >= a.tile.rows || at.col >= a.tile.cols)) continue;
+        const long long label = Labelled ? label_of(a.labels, a.tile.row_offset + a.tile.row0 + at.row + r) : 0;
+        Logits row;
 #pragma unroll
-        for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) z[k] = fmaf(scale, x[r][k], bias);
-        if (Whole || (at.row + r < a.tile.rows && at.col < a.tile.cols))
-            terms.template row<Whole>(z, (at.row + r) * a.tile.stride + at.col, counted, r);
+        for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {
+            row.sign[k] = Labelled && columns.of[k] == label ? -1.0f : 1.0f;
+            row.z[k] = row.sign[k] * fmaf(scale, x[r][k], bias);
+        }
+        terms.template row<Whole>(row, (at.row + r) * a.tile.stride + at.col, counted, r);
     }
 }
 
@@ -27,10 +37,12 @@ template <class Terms, class Shared> DEVICE void over_block(const clipft_cuda_si
     load_elements(a.tile, at, x);
     const OwnPair pair = own_pair(a.tile, at);
     if (at.pairs) __syncthreads(); /* before `out`, maybe the tile itself, is written */
-    if (at.whole)
-        over_elements<true>(a, at, x, terms);
+    if (a.labels.data)
+        over_elements<false, true>(a, at, x, terms);
+    else if (at.whole)
+        over_elements<true, false>(a, at, x, terms);
     else
-        over_elements<false>(a, at, x, terms);
+        over_elements<false, false>(a, at, x, terms);
     double total = terms.total();
     if (pair.here) total += terms.pair(a.tile.row0 + pair.row, (double)a.scale[0] * (double)pair.x + (double)a.bias[0]);
     add_block_sum(a.sum, total, a.first, warp_sums);
@@ -41,14 +53,14 @@ template <class Terms, class Shared> DEVICE void over_block(const clipft_cuda_si
 struct Softplus {
     float linear[CLIPFT_CUDA_LANE_COLS], product[CLIPFT_CUDA_LANE_COLS];
 
-    template <bool Whole> DEVICE_MEMBER void row(const float (&z)[CLIPFT_CUDA_LANE_COLS], int, unsigned counted, int r)
+    template <bool Whole> DEVICE_MEMBER void row(const Logits &logits, int, unsigned counted, int r)
     {
 #pragma unroll
         for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {
             if (!is_counted<Whole>(counted, r, k)) continue;
-            const float e = exp_fast(-fabsf(z[k]));
+            const float z = logits.z[k], e = exp_fast(-fabsf(z));
             product[k] = fmaf(product[k], e, product[k] + e);
-            linear[k] = fmaf(0.0f, z[k], linear[k] + fmaxf(z[k], 0.0f)); /* Inf makes it NaN */
+            linear[k] = fmaf(0.0f, z, linear[k] + fmaxf(z, 0.0f)); /* Inf makes it NaN */
         }
     }
     DEVICE_MEMBER double total() const
@@ -66,17 +78,18 @@ KERNEL(CLIPFT_CUDA_THREADS, 4) sigmoid_tile(clipft_cuda_sigmoid_args a)
     over_block(a, Softplus{}, warp_sums);
 }
 
-/* The coefficients sigmoid(z), and sigmoid(z) - 1 of the pair. */
+/* The coefficients sigmoid(z), and -sigmoid(-z) of positive pairs. */
 struct Coefficients {
     const clipft_cuda_sigmoid_args &a;
     float sum[CLIPFT_CUDA_LANE_COLS];
 
-    template <bool Whole> DEVICE_MEMBER void row(const float (&z)[CLIPFT_CUDA_LANE_COLS], int element, unsigned counted, int r)
+    template <bool Whole> DEVICE_MEMBER void row(const Logits &logits, int element, unsigned counted, int r)
     {
         float out[CLIPFT_CUDA_LANE_COLS];
 #pragma unroll
         for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {
-            const float coefficient = is_counted<Whole>(counted, r, k) ? reciprocal(1.0f + exp_fast(-z[k])) : 0.0f;
+            const float sigmoid = reciprocal(1.0f + exp_fast(-logits.z[k]));
+            const float coefficient = is_counted<Whole>(counted, r, k) ? logits.sign[k] * sigmoid : 0.0f;
             sum[k] += coefficient;
             out[k] = coefficient * a.unit;
         }

@@ -24,23 +24,32 @@ class PairLoss:
             label_smoothing= if it smooths) -> 0-d loss.
         needs_bias: whether the model must have a ``logit_bias``.
         smooths: whether its targets are distributions, which ``label_smoothing_factor`` can smooth.
+        float64: the same in plain torch, where the function does not take float64, for models that compute in it.
     """
 
     name: str
     function: str | Callable[..., Any]
     needs_bias: bool = False
     smooths: bool = False
+    float64: str | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, image_embeds: Any, *args: Any, **kwargs: Any) -> Any:
         """The function's result."""
-        function = pkgutil.resolve_name(self.function) if isinstance(self.function, str) else self.function
-        return function(*args, **kwargs)
+        function = self.function
+        if self.float64 and kwargs.get("group") is None and str(image_embeds.dtype) == "torch.float64":
+            function = self.float64
+            kwargs = {name: value for name, value in kwargs.items() if name != "group"}
+        if isinstance(function, str):
+            function = pkgutil.resolve_name(function)
+        return function(image_embeds, *args, **kwargs)
 
 
 LOSSES = {
     loss.name: loss
     for loss in (
-        PairLoss("contrastive", "clipft.ops:contrastive_loss", smooths=True),
-        PairLoss("sigmoid", "clipft.ops:sigmoid_loss", needs_bias=True),
+        PairLoss(
+            "contrastive", "clipft.ops:contrastive_loss", smooths=True, float64="clipft.reference:contrastive_loss"
+        ),
+        PairLoss("sigmoid", "clipft.ops:sigmoid_loss", needs_bias=True, float64="clipft.reference:sigmoid_loss"),
     )
 }

@@ -132,20 +132,27 @@ class GroupSigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        labels: Tensor | None,
+        group: dist.ProcessGroup,
     ) -> Tensor:
         counts, offset, texts = _joined("sigmoid_loss", image, text, group)
+        labels = no_labels(image) if labels is None else gather_rows(labels, counts, group)
         keep = any(ctx.needs_input_grad[:4])
         op = torch.ops.clipft.sigmoid_loss_shard
-        loss, tiles = call(op, image, texts, scale, bias, keep, offset, name="sigmoid_loss")
+        loss, tiles = call(op, image, texts, scale, bias, labels, keep, offset, name="sigmoid_loss")
         dist.all_reduce(loss, group=group)
-        ctx.save_for_backward(image, texts, scale, bias, tiles)
+        ctx.save_for_backward(image, texts, scale, bias, labels, tiles)
         ctx.counts, ctx.offset, ctx.group = counts, offset, group
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        image, texts, scale, bias, tiles = ctx.saved_tensors
+        image, texts, scale, bias, labels, tiles = ctx.saved_tensors
         needs_image, needs_text = ctx.needs_input_grad[:2]
         d_image, d_texts, d_scale, d_bias = call(
             torch.ops.clipft.sigmoid_loss_backward,
@@ -154,6 +161,7 @@ class GroupSigmoid(torch.autograd.Function):
             texts,
             scale,
             bias,
+            labels,
             ctx.offset,
             tiles,
             needs_image,
@@ -162,4 +170,4 @@ class GroupSigmoid(torch.autograd.Function):
         scalars = torch.stack([d_scale, d_bias])
         dist.all_reduce(scalars, group=ctx.group)
         d_text = _own_text_gradient(d_texts, ctx.counts, ctx.offset, ctx.group) if needs_text else None
-        return d_image if needs_image else None, d_text, scalars[0], scalars[1], None
+        return d_image if needs_image else None, d_text, scalars[0], scalars[1], None, None

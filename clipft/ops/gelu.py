@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from clipft.ops import reference
-from clipft.ops.kernels import PLAIN, call, check_floats, check_tensors, has_kernel, no_second_derivative
+from clipft.ops.kernels import (
+    PLAIN,
+    call,
+    check_floats,
+    check_tensors,
+    differentiates_plainly,
+    has_kernel,
+    no_second_derivative,
+)
 
 __all__ = ["quick_gelu"]
 
@@ -26,7 +34,7 @@ def quick_gelu(input: Tensor) -> Tensor:  # noqa: A002
         TypeError: another dtype. ValueError: no dimensions, or more than 8.
     """
     check_tensors("quick_gelu", input=input)
-    if not has_kernel("quick_gelu", input, PLAIN):
+    if differentiates_plainly(input) or not has_kernel("quick_gelu", input, PLAIN):
         check_floats("quick_gelu", input=input)
         return reference.quick_gelu(input.float()).to(input.dtype)
     return call(torch.ops.clipft.quick_gelu, input.contiguous())

@@ -16,6 +16,7 @@ from clipft.ops.kernels import (
     check_tensors,
     dtype_name,
     has_kernel,
+    refuse_derivatives,
     shape_of,
 )
 
@@ -59,6 +60,7 @@ def quantized_linear(
     """
     name = "quantized_linear"
     check_tensors(name, input=input, weight_int8=weight_int8, weight_scale=weight_scale)
+    refuse_derivatives(name, input, weight_scale)
     some_bias, code = bias_or_empty(name, bias, weight_int8, input), activation_code(name, activation)
     if not has_kernel(name, input, PLAIN):
         check_floats(name, input=input)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd.forward_ad import unpack_dual
 
 import clipft._C
 
@@ -24,10 +26,12 @@ __all__ = [
     "check_fraction",
     "check_number",
     "check_tensors",
+    "differentiates_plainly",
     "dtype_name",
     "has_kernel",
     "no_second_derivative",
     "problem",
+    "refuse_derivatives",
     "shape_of",
     "without_autocast",
 ]
@@ -47,11 +51,13 @@ def _cuda_problem(index: int) -> str | None:
     return clipft._C.cuda_problem(index)
 
 
-def has_kernel(op: str, tensor: Tensor, instead: str, needed: str | None = None) -> bool:
+def has_kernel(op: str, tensor: Tensor, instead: str, needed: str | None = None, *, cpu_only: bool = False) -> bool:
     """Whether the kernels run on the tensor's device. Where they do not: ``instead`` happens, said once with the cause,
     or an error, in an environment with ``CLIPFT_STRICT=1`` or where something (``needed``) cannot do without.
+    ``cpu_only``: the op has none for any GPU.
     """
-    reason = problem(tensor.device)
+    on_gpu = cpu_only and tensor.device.type == "cuda"
+    reason = "there is none for cuda tensors" if on_gpu else problem(tensor.device)
     if reason is None:
         return True
     message = f"clipft.{op}: the kernels do not run here: {reason}"
@@ -61,6 +67,24 @@ def has_kernel(op: str, tensor: Tensor, instead: str, needed: str | None = None)
         _WARNED.add((op, tensor.device.type))
         warnings.warn(f"{message}. {instead}", stacklevel=3)
     return False
+
+
+def differentiates_plainly(*tensors: Tensor) -> bool:
+    """Whether derivatives are taken here that the ops do not have, but plain torch has: in forward mode, or within
+    ``torch.func.grad``, ``vjp``, ``jvp`` and what is made of them. (Dispatched as an op of ours, a dual tensor would
+    lose its tangent without a word.)"""
+    if torch.compiler.is_compiling():
+        return False
+    transforms = {transform.key() for transform in get_interpreter_stack() or ()}
+    if transforms & {TransformType.Grad, TransformType.Jvp}:
+        return True
+    return any(unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def refuse_derivatives(op: str, *tensors: Tensor) -> None:
+    """That none is taken in forward mode or by ``torch.func``, of an op that has none at all."""
+    if differentiates_plainly(*tensors):
+        raise NotImplementedError(f"clipft.{op}: int8 layers are for inference and have no derivative")
 
 
 def autocasts(device: torch.device) -> bool:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipft.ops import reference
-from clipft.ops.distributed import GroupContrastive, GroupSigmoid, gather_rows, no_labels, row_counts
+from clipft.ops.distributed import GroupContrastive, GroupSigmoid, no_labels
 from clipft.ops.kernels import (
     FLOATS,
     autocasts,
@@ -22,6 +22,7 @@ from clipft.ops.kernels import (
     check_floats,
     check_fraction,
     check_tensors,
+    differentiates_plainly,
     dtype_name,
     has_kernel,
     no_second_derivative,
@@ -82,7 +83,7 @@ def contrastive_loss(
     check_fraction(name, "label_smoothing", label_smoothing)
     if labels is not None:
         _check_labels(name, labels, image_embeds, text_embeds)
-    if not _has_kernel(name, image_embeds, text_embeds, group):
+    if not _has_kernel(name, image_embeds, text_embeds, group, scale):
         embeds = image_embeds.float(), text_embeds.float()
         with without_autocast(image_embeds.device):
             return reference.contrastive_loss(*embeds, scale, labels=labels, label_smoothing=label_smoothing)
@@ -109,10 +110,6 @@ def sigmoid_loss(
 
     Arguments, dtypes, errors and ``group`` are those of :func:`contrastive_loss`; ``logit_bias`` is a one-element
     tensor, which gets a gradient, or a float. Returns a 0-d float32 tensor.
-
-    A pair that ``labels`` make positive has softplus(-z) in place of softplus(z), which is z less. So the positives
-    beyond the diagonal are a sum over classes. (Beside large logits z of theirs what remains is rounded to float32 of
-    z, not of itself.)
     """
     name = "sigmoid_loss"
     image_embeds, text_embeds = _embeds(name, image_embeds, text_embeds)
@@ -120,49 +117,15 @@ def sigmoid_loss(
     bias = _scalar(name, "logit_bias", logit_bias, image_embeds)
     if labels is not None:
         _check_labels(name, labels, image_embeds, text_embeds)
-    if not _has_kernel(name, image_embeds, text_embeds, group):
+    if not _has_kernel(name, image_embeds, text_embeds, group, scale, bias):
         with without_autocast(image_embeds.device):
             return reference.sigmoid_loss(image_embeds.float(), text_embeds.float(), scale, bias, labels=labels)
     if group is not None:
-        loss = GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, group)
-    else:
-        keep = _needs_grad(image_embeds, text_embeds, scale, bias)
-        loss = call(torch.ops.clipft.sigmoid_loss, image_embeds, text_embeds, scale, bias, keep)[0]
+        return GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, labels, group)
     if labels is None:
-        return loss
-    return (loss.double() - _further_positives(image_embeds, text_embeds, scale, bias, labels, group)).float()
-
-
-def _further_positives(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, labels: Tensor, group: dist.ProcessGroup | None
-) -> Tensor:
-    """Sum over the pairs i != j of equal label of the logit s <I_i, T_j> + b, divided by N; 0-d float64."""
-    counts = [len(labels)] if group is None else row_counts(len(labels), image, group)
-    every = labels if group is None else gather_rows(labels, counts, group)
-    n = len(every)
-    classes = torch.searchsorted(every.sort().values, labels)  # in 0 ... n - 1
-    sizes = torch.zeros(n, dtype=torch.int64, device=image.device).index_add(0, classes, torch.ones_like(classes))
-    # Rows in the order of their classes, then a sum for each: a GPU's index_add would add them in any order. "unsafe":
-    # unchecked, for the host would wait for a check.
-    order = classes.argsort(stable=True)
-    image, text = (x.index_select(0, order).float() for x in (image, text))
-    own = _sum_of_products(image, text)  # before the sums, whose backward pass is then over when this one begins
-    images, texts = (torch.segment_reduce(x, "sum", lengths=sizes, unsafe=True, initial=0.0) for x in (image, text))
-    products = _sum_of_products(images, texts) - own
-    if group is not None:
-        sizes = sizes.clone()  # the sums' backward pass keeps this rank's
-        all_images, all_texts, all_own = images.detach().clone(), texts.detach().clone(), own.detach().clone()
-        for total in (all_images, all_texts, all_own, sizes):
-            dist.all_reduce(total, group=group)
-        # the value is that of all ranks, the gradient that of this rank's rows
-        local = _sum_of_products(images, all_texts) + _sum_of_products(all_images, texts) - own
-        products = _sum_of_products(all_images, all_texts) - all_own + local - local.detach()
-    return (scale.double() * products + bias.double() * (sizes.square().sum().double() - n)) / n
-
-
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """Of two float32 matrices; rows in float32, for torch would make a float64 copy of all products."""
-    return (a * b).sum(dim=1).sum(dtype=torch.float64)
+        labels = no_labels(image_embeds)
+    keep = _needs_grad(image_embeds, text_embeds, scale, bias)
+    return call(torch.ops.clipft.sigmoid_loss, image_embeds, text_embeds, scale, bias, labels, keep)[0]
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -195,7 +158,7 @@ def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
 
 
 def _check_labels(op: str, labels: Tensor, image: Tensor, text: Tensor) -> None:
-    """In C the sigmoid loss has none, and empty ones are none. Of embeddings that do not fit is told elsewhere."""
+    """In C empty ones are none. Of embeddings that do not fit is told elsewhere."""
     check_tensors(op, image_embeds=image, labels=labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"clipft.{op}: labels must be int64, got {dtype_name(labels)}")
@@ -205,10 +168,13 @@ def _check_labels(op: str, labels: Tensor, image: Tensor, text: Tensor) -> None:
         )
 
 
-def _has_kernel(op: str, image: Tensor, text: Tensor, group: dist.ProcessGroup | None) -> bool:
+def _has_kernel(op: str, image: Tensor, text: Tensor, group: dist.ProcessGroup | None, *scalars: Tensor) -> bool:
     """Whether the op runs. Where something comes before it or in its place, what it would find is found here."""
     instead = "Plain torch computes it, with the N x N matrix of logits"
-    here = has_kernel(op, image, instead, None if group is None else "a process group")
+    plainly = differentiates_plainly(image, text, *scalars)
+    if plainly and group is not None:
+        raise NotImplementedError(f"clipft.{op}: with a process group there is backward alone, no other derivative")
+    here = not plainly and has_kernel(op, image, instead, None if group is None else "a process group")
     if group is not None or not here or image.is_meta:
         _check_embeds(op, image, text, group is not None)
     return here
@@ -268,12 +234,12 @@ def _(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, smoothing: flo
 
 
 @torch.library.register_fake("clipft::sigmoid_loss")
-def _(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, keep: bool = False) -> Any:
+def _(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, labels: Tensor, keep: bool = False) -> Any:
     return image.new_empty((), dtype=torch.float32), _fake_tiles(image, text, keep)
 
 
 @torch.library.register_fake("clipft::sigmoid_loss_shard")
-def _(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, keep: bool, row_offset: int) -> Any:
+def _(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, labels: Tensor, keep: bool, row_offset: int) -> Any:
     return image.new_empty((), dtype=torch.float32), _fake_tiles(image, text, keep)
 
 
@@ -311,6 +277,7 @@ def _(
     text: Tensor,
     scale: Tensor,
     bias: Tensor,
+    labels: Tensor,
     row_offset: int,
     tiles: Tensor,
     needs_image: bool,
@@ -360,22 +327,24 @@ def _contrastive_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 def _sigmoid_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, scale, bias, _ = inputs
+    image, text, scale, bias, labels, _ = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(image, text, scale, bias, output[1])
+    ctx.save_for_backward(image, text, scale, bias, labels, output[1])
 
 
 def _sigmoid_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    image, text, scale, bias, tiles = ctx.saved_tensors
+    image, text, scale, bias, labels, tiles = ctx.saved_tensors
     needs_image, needs_text, needs_scale, needs_bias = ctx.needs_input_grad[:4]
+    op = torch.ops.clipft.sigmoid_loss_backward
     d_image, d_text, d_scale, d_bias = call(
-        torch.ops.clipft.sigmoid_loss_backward, grad, image, text, scale, bias, 0, tiles, needs_image, needs_text
+        op, grad, image, text, scale, bias, labels, 0, tiles, needs_image, needs_text
     )
     return (
         d_image if needs_image else None,
         d_text if needs_text else None,
         d_scale if needs_scale else None,
         d_bias if needs_bias else None,
+        None,
         None,
     )
 

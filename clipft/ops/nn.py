@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipft.ops import int8
-from clipft.ops.kernels import bias_or_empty, call, check_floats, check_tensors, has_kernel
+from clipft.ops.kernels import bias_or_empty, call, check_floats, check_tensors, has_kernel, refuse_derivatives
 from clipft.ops.losses import contrastive_loss, sigmoid_loss
 
 __all__ = ["ContrastiveLoss", "QuantizedLinear", "SigmoidLoss"]
@@ -123,6 +123,7 @@ class QuantizedLinear(nn.Module):
         input these are.
         """
         check_tensors(_NAME, input=input, weight_int8=self.weight_int8, weight_scale=self.weight_scale)
+        refuse_derivatives(_NAME, input)
         code = int8.activation_code(_NAME, self.activation)
         if then is not None and not (
             isinstance(then, QuantizedLinear) and then.in_features == self.out_features and then.activation is None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "attention",
     "contrastive_loss",
     "dropout_mask",
     "lora_linear",
@@ -70,6 +71,17 @@ def lora_linear(
     """LoRA (arXiv:2106.09685) as peft computes it; ``mask``, of the input's shape, says what dropout keeps."""
     kept = input if mask is None else torch.where(mask.bool(), input / (1.0 - dropout), torch.zeros_like(input))
     return F.linear(input, weight, bias) + scaling * F.linear(F.linear(kept, lora_a), lora_b)
+
+
+def attention(qkv: Tensor, heads: int, scale: float, causal: bool = False, queries: int | None = None) -> Tensor:
+    """[batch, length, 3 * heads * dim] -> [batch, queries, heads * dim], with the matrix of weights of every head."""
+    batch, length, width = qkv.shape
+    query, key, value = qkv.view(batch, length, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
+    logits = scale * query[:, :, :queries] @ key.transpose(2, 3)
+    if causal:
+        later = torch.ones(logits.shape[2:], dtype=torch.bool, device=qkv.device).triu(1)
+        logits = logits.masked_fill(later, float("-inf"))
+    return (logits.softmax(dim=3) @ value).transpose(1, 2).reshape(batch, -1, width // 3)
 
 
 def quick_gelu(input: Tensor) -> Tensor:  # noqa: A002

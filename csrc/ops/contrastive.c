@@ -10,38 +10,6 @@ typedef struct target_inputs {
     clipft_targets targets;
 } target_inputs;
 
-typedef struct labelled {
-    int64_t label, index;
-} labelled;
-
-static int by_label(const void *a, const void *b)
-{
-    const int64_t x = ((const labelled *)a)->label, y = ((const labelled *)b)->label;
-    return (x > y) - (x < y);
-}
-
-/* Labels of any value become class ids 0, 1, ... and 1 / size of the class. */
-static bool number_classes(target_inputs *t, int64_t n, clipft_error *error)
-{
-    labelled *order = malloc((size_t)n * sizeof *order);
-    t->ids = malloc((size_t)n * sizeof *t->ids);
-    t->weight = malloc((size_t)n * sizeof *t->weight);
-    const bool ok = order && t->ids && t->weight;
-    if (!ok) clipft_fail(error, CLIPFT_OUT_OF_MEMORY, "no memory for %lld labels", (long long)n);
-    for (int64_t i = 0; ok && i < n; ++i) order[i] = (labelled){((const int64_t *)t->labels.data)[i * t->labels.stride[0]], i};
-    if (ok) qsort(order, (size_t)n, sizeof *order, by_label);
-    int32_t id = 0;
-    for (int64_t begin = 0, end = 0; ok && begin < n; begin = end, ++id) {
-        while (end < n && order[end].label == order[begin].label) ++end;
-        for (int64_t k = begin; k < end; ++k) {
-            t->ids[order[k].index] = id;
-            t->weight[order[k].index] = 1.0F / (float)(end - begin);
-        }
-    }
-    free(order);
-    return ok;
-}
-
 static bool take_targets(target_inputs *t, const target_slots *slots, const loss_inputs *in, bool ok, clipft_error *error)
 {
     const int64_t n = in->logits.text.rows;
@@ -50,7 +18,10 @@ static bool take_targets(target_inputs *t, const target_slots *slots, const loss
     if (!ok || !loss_check_targets(&t->labels, smoothing, in, error)) return false;
     t->targets.smoothing = (float)smoothing;
     if (t->labels.ndim == 1 && t->labels.size[0] == 0) return true;
-    if (!number_classes(t, n, error)) return false;
+    t->ids = malloc((size_t)n * sizeof *t->ids);
+    t->weight = malloc((size_t)n * sizeof *t->weight);
+    if (!t->ids || !t->weight) return clipft_fail(error, CLIPFT_OUT_OF_MEMORY, "no memory for %lld labels", (long long)n);
+    if (!loss_number_classes(&t->labels, t->ids, t->weight, error)) return false;
     t->targets.class_ids = t->ids;
     t->targets.class_weight = t->weight;
     return true;

@@ -10,8 +10,8 @@ static bool take_targets(cuda_loss *loss, const target_slots *slots, clipft_tens
     *targets = (clipft_cuda_targets){.cols = loss->cols, .smoothing = (float)smoothing};
     if (labels->size[0] == 0) return true;
     float *weight = cuda_work(&loss->call, clipft_dtype_float32(), loss->cols);
-    clipft_cuda_class_weights_args args = {labels->data, weight, labels->stride[0], loss->cols};
-    targets->labels = labels->data, targets->label_stride = labels->stride[0], targets->weight = weight;
+    targets->labels = (clipft_cuda_labels){labels->data, labels->stride[0]}, targets->weight = weight;
+    clipft_cuda_class_weights_args args = {targets->labels, weight, loss->cols};
     return weight && cuda_launch_items(&loss->call, CLIPFT_CUDA_contrastive_class_weights, loss->cols, &args);
 }
 

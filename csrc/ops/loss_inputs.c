@@ -79,10 +79,15 @@ bool loss_result(int32_t dtype, double value, clipft_tensor *out, clipft_error *
 
 bool loss_check_targets(const clipft_tensor *labels, double smoothing, const loss_inputs *in, clipft_error *error)
 {
-    const int64_t n = in->text.size[0];
-    char shape[64];
     if (!(smoothing >= 0.0 && smoothing < 1.0))
         return clipft_fail(error, CLIPFT_VALUE_ERROR, "label_smoothing must be in [0, 1), got %g", smoothing);
+    return loss_check_labels(labels, in, error);
+}
+
+bool loss_check_labels(const clipft_tensor *labels, const loss_inputs *in, clipft_error *error)
+{
+    const int64_t n = in->text.size[0];
+    char shape[64];
     if (labels->ndim == 1 && labels->size[0] == 0) return true;
     if (!clipft_check_dtype(labels, clipft_dtype_int64(), "int64", error)) return false;
     if (labels->ndim != 1 || labels->size[0] != n)
@@ -91,6 +96,35 @@ bool loss_check_targets(const clipft_tensor *labels, double smoothing, const los
     if (!clipft_check_beside(labels, &in->image, error)) return false;
     return n <= INT32_MAX ||
            clipft_fail(error, CLIPFT_VALUE_ERROR, "labels must number at most %d pairs, got %lld", INT32_MAX, (long long)n);
+}
+
+typedef struct labelled {
+    int64_t label, index;
+} labelled;
+
+static int by_label(const void *a, const void *b)
+{
+    const int64_t x = ((const labelled *)a)->label, y = ((const labelled *)b)->label;
+    return (x > y) - (x < y);
+}
+
+bool loss_number_classes(const clipft_tensor *labels, int32_t *ids, float *weight, clipft_error *error)
+{
+    const int64_t n = labels->size[0];
+    labelled *order = malloc((size_t)n * sizeof *order);
+    if (!order) return clipft_fail(error, CLIPFT_OUT_OF_MEMORY, "no memory for %lld labels", (long long)n);
+    for (int64_t i = 0; i < n; ++i) order[i] = (labelled){((const int64_t *)labels->data)[i * labels->stride[0]], i};
+    qsort(order, (size_t)n, sizeof *order, by_label);
+    int32_t id = 0;
+    for (int64_t begin = 0, end = 0; begin < n; begin = end, ++id) {
+        while (end < n && order[end].label == order[begin].label) ++end;
+        for (int64_t k = begin; k < end; ++k) {
+            ids[order[k].index] = id;
+            if (weight) weight[order[k].index] = 1.0F / (float)(end - begin);
+        }
+    }
+    free(order);
+    return true;
 }
 
 bool loss_check_lse(const clipft_tensor *t, int64_t n, clipft_error *error)

@@ -41,6 +41,10 @@ typedef struct target_slots {
     clipft_slot_float label_smoothing;
 } target_slots;
 bool loss_check_targets(const clipft_tensor *labels, double smoothing, const loss_inputs *in, clipft_error *error);
+/* The same of the labels alone. */
+bool loss_check_labels(const clipft_tensor *labels, const loss_inputs *in, clipft_error *error);
+/* Labels of any value on the CPU become class ids 0, 1, ... [n] and, unless `weight` is NULL, 1 / size of the class [n]. */
+bool loss_number_classes(const clipft_tensor *labels, int32_t *ids, float *weight, clipft_error *error);
 /* What the contrastive loss's forward pass returned: float64, [n]. */
 bool loss_check_lse(const clipft_tensor *lse, int64_t n, clipft_error *error);
 

@@ -1,12 +1,21 @@
 /* torch.ops.clipft.sigmoid_loss and its parts on CUDA: see kernels/loss/sigmoid.c for the mathematics, cuda/sigmoid.cu for the kernels. */
 #include "loss_cuda.h"
 
-/* The bias, and where the blocks of a tile leave their sums. */
-static bool begin(cuda_loss *loss, clipft_slot_Tensor slot, clipft_tensor *bias, clipft_cuda_sigmoid_args *args, bool ok)
+typedef struct term_inputs {
+    clipft_tensor bias, labels;
+} term_inputs;
+
+/* The bias, the labels, and where the blocks of a tile leave their sums. */
+static bool begin(cuda_loss *loss, clipft_slot_Tensor bias, clipft_slot_Tensor labels, term_inputs *t, clipft_cuda_sigmoid_args *args,
+                  bool ok)
 {
-    ok &= clipft_unbox(slot, "logit_bias", bias, loss->call.error);
-    if (!ok || !loss_check_scalar(bias, &loss->in.image, loss->call.error)) return false;
-    args->scale = loss->in.scale.data, args->bias = bias->data;
+    ok &= clipft_unbox(bias, "logit_bias", &t->bias, loss->call.error);
+    ok &= clipft_unbox(labels, "labels", &t->labels, loss->call.error);
+    if (!ok || !loss_check_scalar(&t->bias, &loss->in.image, loss->call.error) ||
+        !loss_check_labels(&t->labels, &loss->in, loss->call.error))
+        return false;
+    args->scale = loss->in.scale.data, args->bias = t->bias.data;
+    if (t->labels.size[0] > 0) args->labels = (clipft_cuda_labels){t->labels.data, t->labels.stride[0]};
     args->sum = cuda_work(&loss->call, clipft_dtype_float64(), cuda_loss_tile_blocks(loss));
     return args->sum;
 }
@@ -29,14 +38,23 @@ static bool forward_tile(cuda_loss *loss, const clipft_cuda_tile *tile, void *ct
     return cuda_loss_launch_tile(loss, CLIPFT_CUDA_sigmoid_tile, tile, ctx);
 }
 
-static void forward(const loss_slots *embeds, clipft_slot_Tensor bias_slot, sigmoid_loss_results *results, clipft_error *error)
+static void end(cuda_loss *loss, term_inputs *t)
+{
+    clipft_release(&t->bias);
+    clipft_release(&t->labels);
+    cuda_loss_end(loss);
+}
+
+static void forward(const loss_slots *embeds, clipft_slot_Tensor bias, clipft_slot_Tensor labels, sigmoid_loss_results *results,
+                    clipft_error *error)
 {
     cuda_loss loss = {.call.error = error};
-    clipft_tensor bias = {0}, value = {0}, tiles = {0};
+    term_inputs t = {0};
+    clipft_tensor value = {0}, tiles = {0};
     clipft_cuda_sigmoid_args args = {.unit = 1.0F};
 
     bool ok = cuda_loss_begin(&loss, embeds);
-    ok = begin(&loss, bias_slot, &bias, &args, ok);
+    ok = begin(&loss, bias, labels, &t, &args, ok);
     const int64_t no_tiles[] = {0, loss.cols};
     ok = ok && clipft_empty_beside(&loss.in.image, clipft_dtype_float32(), 2, no_tiles, &tiles, error) &&
          cuda_loss_walk(&loss, forward_tile, &args);
@@ -44,14 +62,13 @@ static void forward(const loss_slots *embeds, clipft_slot_Tensor bias_slot, sigm
         *results = (sigmoid_loss_results){clipft_box(&value), clipft_box(&tiles)};
     clipft_release(&value);
     clipft_release(&tiles);
-    clipft_release(&bias);
-    cuda_loss_end(&loss);
+    end(&loss, &t);
 }
 
 static void run_sigmoid_loss(const sigmoid_loss_args *args, sigmoid_loss_results *results, clipft_error *error)
 {
     const loss_slots embeds = {args->image_embeds, args->text_embeds, args->logit_scale, false, 0};
-    forward(&embeds, args->logit_bias, results, error);
+    forward(&embeds, args->logit_bias, args->labels, results, error);
 }
 CLIPFT_CUDA_ENTRY(sigmoid_loss)
 
@@ -59,7 +76,7 @@ static void run_sigmoid_loss_shard(const sigmoid_loss_shard_args *args, sigmoid_
 {
     const loss_slots embeds = {args->image_embeds, args->text_embeds, args->logit_scale, true, clipft_unbox_int(args->row_offset)};
     sigmoid_loss_results whole = {0};
-    forward(&embeds, args->logit_bias, &whole, error);
+    forward(&embeds, args->logit_bias, args->labels, &whole, error);
     *results = (sigmoid_loss_shard_results){whole.loss, whole.tiles};
 }
 CLIPFT_CUDA_ENTRY(sigmoid_loss_shard)
@@ -82,10 +99,11 @@ static void run_sigmoid_loss_backward(const sigmoid_loss_backward_args *args, si
     const bool needs_image = clipft_unbox_bool(args->needs_image), needs_text = clipft_unbox_bool(args->needs_text);
     cuda_loss loss = {.call.error = error};
     backward_job job = {0};
-    clipft_tensor upstream, tiles, bias, d_scale = {0}, d_bias = {0};
+    term_inputs t = {0};
+    clipft_tensor upstream, tiles, d_scale = {0}, d_bias = {0};
 
     bool ok = cuda_loss_begin(&loss, &embeds);
-    ok = begin(&loss, args->logit_bias, &bias, &job.args, ok);
+    ok = begin(&loss, args->logit_bias, args->labels, &t, &job.args, ok);
     ok &= clipft_unbox(args->grad, "grad", &upstream, error);
     ok &= clipft_unbox(args->tiles, "tiles", &tiles, error);
     ok = ok && loss_check_scalar(&upstream, &loss.in.image, error) && cuda_gradients_make(&loss, needs_image, needs_text, &job.grad);
@@ -105,7 +123,6 @@ done:
     clipft_release(&d_bias);
     clipft_release(&upstream);
     clipft_release(&tiles);
-    clipft_release(&bias);
-    cuda_loss_end(&loss);
+    end(&loss, &t);
 }
 CLIPFT_CUDA_ENTRY(sigmoid_loss_backward)

@@ -99,21 +99,24 @@ static void test_matches(const row_case *c, int64_t n)
     free(x), free(y), free(ids);
 }
 
-static void test_sigmoid(const row_case *c, int64_t n)
+/* With ids every third element counts with the other sign. */
+static void test_sigmoid(const row_case *c, int64_t n, bool labelled)
 {
     float *x = row_values(c, n), *out = floats(n);
+    int32_t *some = check_alloc(n, sizeof *some), *ids = labelled ? some : NULL;
+    for (int64_t j = 0; j < n; ++j) some[j] = (int32_t)(j % 3);
     const float bias = -10.0F, gain = 0.5F;
-    double loss = 0.0, size = 0.0, grad = 0.0;
-    const double got = (double)clipft_kernel_table.loss.row_softplus_sum(x, n, c->scale, bias);
-    const double got_grad = (double)clipft_kernel_table.loss.row_sigmoid_grad(x, out, n, c->scale, bias, gain);
+    double loss = 0.0, size = 0.0, grad = 0.0, grad_size = 0.0;
+    const double got = (double)clipft_kernel_table.loss.row_softplus_sum(x, n, c->scale, bias, ids, 1);
+    const double got_grad = (double)clipft_kernel_table.loss.row_sigmoid_grad(x, out, n, c->scale, bias, gain, ids, 1);
     for (int64_t j = 0; j < n; ++j) {
-        const double z = (double)c->scale * (double)x[j] + (double)bias;
-        const double f = fmax(z, 0.0) + log1p(exp(-fabs(z))), g = (double)gain / (1.0 + exp(-z));
-        loss += f, grad += g;
+        const double sign = labelled && j % 3 == 1 ? -1.0 : 1.0, z = sign * ((double)c->scale * (double)x[j] + (double)bias);
+        const double f = fmax(z, 0.0) + log1p(exp(-fabs(z))), g = sign * (double)gain / (1.0 + exp(-z));
+        loss += f, grad += g, grad_size += fabs(g);
         const double slack = fabs(z) + 2.0 * product_rounding * fabs((double)c->scale * (double)x[j]);
         size += f * (8.0 + slack);
         if (isfinite(x[j]))
-            check_near((double)out[j], g, u * g * (8.0 + slack) + 1e-30, c->name, n);
+            check_near((double)out[j], g, u * fabs(g) * (8.0 + slack) + 1e-30, c->name, n);
         else if (isnan(x[j]))
             check_near((double)out[j], NAN, 0.0, c->name, n);
     }
@@ -122,9 +125,9 @@ static void test_sigmoid(const row_case *c, int64_t n)
         check_near(got_grad, NAN, 0.0, c->name, n);
     } else if (!special(c, n)) {
         check_near(got, loss, u * (size + (double)n * loss) + 1e-37 * (double)n, c->name, n);
-        check_near(got_grad, grad, u * (size + (double)(n + 120) * grad) + 1e-30 * (double)n, c->name, n);
+        check_near(got_grad, grad, u * (size + (double)(n + 120) * grad_size) + 1e-30 * (double)n, c->name, n);
     }
-    free(x), free(out);
+    free(x), free(out), free(some);
 }
 
 static void test_col_lse(const row_case *c, int64_t cols)
@@ -154,7 +157,8 @@ void test_loss_rows(void)
             test_exp_sum(&cases[k], sizes[s]);
             test_softmax_grad(&cases[k], sizes[s]);
             test_matches(&cases[k], sizes[s]);
-            test_sigmoid(&cases[k], sizes[s]);
+            test_sigmoid(&cases[k], sizes[s], false);
+            test_sigmoid(&cases[k], sizes[s], true);
             test_col_lse(&cases[k], sizes[s]);
         }
 }

@@ -122,6 +122,23 @@ def test_op_and_compile() -> None:
     assert torch.equal(attention(strided, 2), attention(qkv, 2))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_device_without_the_kernel_takes_plain_torch(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = projected(2, 9, 2, 8).bfloat16()
+    want = attention(qkv, 2, causal=causal, queries=4)
+    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device: "there are none for such tensors")
+    monkeypatch.setattr("clipft.ops.kernels._WARNED", set())
+    with pytest.warns(
+        UserWarning, match=r"clipft\.attention: the kernels do not run here: there are none .* Plain torch"
+    ):
+        got = attention(qkv, 2, causal=causal, queries=4)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+    monkeypatch.setenv("CLIPFT_STRICT", "1")
+    with pytest.raises(NotImplementedError, match=r"clipft\.attention: the kernels do not run here"):
+        attention(qkv, 2)
+
+
 def test_no_gradient() -> None:
     qkv = projected(1, 4, 1, 8).requires_grad_()
     with pytest.raises(RuntimeError, match=r"clipft\.attention has no gradient"):
@@ -142,8 +159,14 @@ def test_no_gradient() -> None:
         (torch.zeros(1, 2, 6), {"heads": 1, "scale": float("nan")}, ValueError, "scale must be finite and > 0"),
     ],
 )
-def test_bad_input(qkv: Any, options: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_bad_input(
+    qkv: Any, options: dict[str, Any], kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(kind, match=message):
+        attention(qkv, **options)
+    with monkeypatch.context() as without_kernels, pytest.raises(kind, match=message):
+        without_kernels.setattr("clipft.ops.kernels.problem", lambda device: "there are none for such tensors")
+        without_kernels.setattr("clipft.ops.kernels._WARNED", {("attention", "cpu")})
         attention(qkv, **options)
     if isinstance(qkv, Tensor):  # the op checks for itself
         heads, queries, scale = options["heads"], options.get("queries", 1), options.get("scale", 1.0)

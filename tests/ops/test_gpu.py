@@ -31,7 +31,6 @@ from loss_cases import (
     LossCase,
     check_contrastive,
     check_sigmoid,
-    check_sigmoid_labels,
     run,
     unit,
 )
@@ -80,7 +79,7 @@ def test_sigmoid_against_float64(case: LossCase) -> None:
 
 @pytest.mark.parametrize("case", LABEL_CASES, ids=str)
 def test_sigmoid_with_labels_against_float64(case: LossCase) -> None:
-    check_sigmoid_labels(case, "cuda")
+    check_sigmoid(case, "cuda", labelled=True)
 
 
 @every_loss

@@ -21,7 +21,7 @@ from loss_cases import (
     check_extreme_logits,
     check_sigmoid,
     check_sigmoid_bias_near_convergence,
-    check_sigmoid_labels,
+    check_sigmoid_labels_near_convergence,
     run,
     unit,
 )
@@ -45,7 +45,7 @@ def test_sigmoid_against_float64(case: LossCase, isa: str) -> None:
 
 @pytest.mark.parametrize("case", LABEL_CASES, ids=str)
 def test_sigmoid_with_labels_against_float64(case: LossCase, isa: str) -> None:
-    check_sigmoid_labels(case)
+    check_sigmoid(case, labelled=True)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.n >= 300 and c.dtype == torch.float32], ids=str)
@@ -178,7 +178,10 @@ def op_samples(grad: bool) -> list[tuple]:
         (torch.ops.clipft.contrastive_loss.default, (image, text, scale, none, 0.0, grad)),
         (torch.ops.clipft.contrastive_loss.default, (image, text, scale, labels, 0.1, False)),
         (torch.ops.clipft.contrastive_loss.default, (image.bfloat16(), text.bfloat16(), scale, none, 0.0, grad)),
-        (torch.ops.clipft.sigmoid_loss.default, (image, text, scale, torch.tensor(-5.0, requires_grad=grad), grad)),
+        (
+            torch.ops.clipft.sigmoid_loss.default,
+            (image, text, scale, torch.tensor(-5.0, requires_grad=grad), labels, grad),
+        ),
     ]
 
 
@@ -196,10 +199,10 @@ def backward_samples() -> list[tuple]:
             torch.ops.clipft.contrastive_loss_backward.default,
             (torch.ones(()), image, text, scale, none, 0.0, 0, row, col, tiles, False, True),
         ),
-        (torch.ops.clipft.sigmoid_loss_shard.default, (image[:9], text, scale, torch.tensor(-5.0), False, 5)),
+        (torch.ops.clipft.sigmoid_loss_shard.default, (image[:9], text, scale, torch.tensor(-5.0), none, False, 5)),
         (
             torch.ops.clipft.sigmoid_loss_backward.default,
-            (torch.ones(()), image, text, scale, torch.tensor(-5.0), 0, tiles, True, False),
+            (torch.ones(()), image, text, scale, torch.tensor(-5.0), none, 0, tiles, True, False),
         ),
     ]
 
@@ -415,7 +418,7 @@ def test_sigmoid_names_its_arguments() -> None:
     with pytest.raises(ValueError, match=r"clipft.sigmoid_loss: text_embeds must have the shape"):
         clipft.sigmoid_loss(unit(4), unit(5), 1.0, 0.0)
     with pytest.raises(RuntimeError, match=r"clipft.sigmoid_loss: logit_bias must be a float32 tensor, got int64"):
-        torch.ops.clipft.sigmoid_loss(unit(4), unit(4), torch.tensor(1.0), torch.tensor(1))
+        torch.ops.clipft.sigmoid_loss(unit(4), unit(4), torch.tensor(1.0), torch.tensor(1), NONE)
 
 
 # ---- memory ----
@@ -501,6 +504,10 @@ def test_plain_torch_keeps_float32_logits_under_autocast(monkeypatch: pytest.Mon
 
 def test_sigmoid_bias_gradient_near_convergence(isa: str) -> None:
     check_sigmoid_bias_near_convergence(1024)
+
+
+def test_sigmoid_labels_near_convergence(isa: str) -> None:
+    check_sigmoid_labels_near_convergence()
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7F800001, -1])

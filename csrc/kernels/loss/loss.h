@@ -33,10 +33,16 @@ bool clipft_contrastive_forward(const clipft_logits *logits, const clipft_target
 bool clipft_contrastive_backward(const clipft_logits *logits, const clipft_targets *targets, const clipft_host *host, const double *row_lse,
                                  const double *col_lse, double grad, clipft_matrix d_image, clipft_matrix d_text, double *d_scale);
 
-/* *loss = sum over these rows of softplus(-z logit), z = 1 on pairs and -1 elsewhere, divided by cols. */
-bool clipft_sigmoid_forward(const clipft_logits *logits, float bias, const clipft_host *host, double *loss);
+/* What the sigmoid loss adds to the products, and which of its pairs are positive besides each row's own. */
+typedef struct clipft_sigmoid_terms {
+    float bias;
+    const int32_t *class_ids; /* [cols], or NULL: no other; else those of the row's class */
+} clipft_sigmoid_terms;
 
-bool clipft_sigmoid_backward(const clipft_logits *logits, float bias, const clipft_host *host, double grad, clipft_matrix d_image,
-                             clipft_matrix d_text, double *d_scale, double *d_bias);
+/* *loss = sum over these rows of softplus(-y logit), y = 1 on positive pairs and -1 elsewhere, divided by cols. */
+bool clipft_sigmoid_forward(const clipft_logits *logits, const clipft_sigmoid_terms *terms, const clipft_host *host, double *loss);
+
+bool clipft_sigmoid_backward(const clipft_logits *logits, const clipft_sigmoid_terms *terms, const clipft_host *host, double grad,
+                             clipft_matrix d_image, clipft_matrix d_text, double *d_scale, double *d_bias);
 
 #endif

@@ -46,11 +46,12 @@ typedef struct clipft_loss_kernels {
     /* x[j] += value where ids[j] == id. */
     void (*row_match_add)(float *x, int64_t cols, const int32_t *ids, int32_t id, float value);
 
-    /* Returns sum_j softplus(scale * x[j] + bias). */
-    float (*row_softplus_sum)(const float *x, int64_t cols, float scale, float bias);
+    /* Returns sum_j softplus(z), z = scale * x[j] + bias, or softplus(-z) where ids[j] == id; without ids (NULL) nowhere. */
+    float (*row_softplus_sum)(const float *x, int64_t cols, float scale, float bias, const int32_t *ids, int32_t id);
 
-    /* out[j] = gain * sigmoid(scale * x[j] + bias); returns the sum of out. out may be x. */
-    float (*row_sigmoid_grad)(const float *x, float *out, int64_t cols, float scale, float bias, float gain);
+    /* out[j] = gain * sigmoid(z), or -gain * sigmoid(-z), in the same places; returns the sum of out. out may be x. */
+    float (*row_sigmoid_grad)(const float *x, float *out, int64_t cols, float scale, float bias, float gain, const int32_t *ids,
+                              int32_t id);
 } clipft_loss_kernels;
 
 #endif

@@ -71,21 +71,23 @@ void clipft_loss_row_match_add_ref(float *x, int64_t cols, const int32_t *ids, i
         if (ids[j] == id) x[j] += value;
 }
 
-float clipft_loss_row_softplus_sum_ref(const float *x, int64_t cols, float scale, float bias)
+float clipft_loss_row_softplus_sum_ref(const float *x, int64_t cols, float scale, float bias, const int32_t *ids, int32_t id)
 {
     double sum = 0.0;
     for (int64_t j = 0; j < cols; ++j) {
-        const float z = fmaf(scale, x[j], bias);
+        const float sign = ids && ids[j] == id ? -1.0F : 1.0F, z = sign * fmaf(scale, x[j], bias);
         sum += (double)((z < 0.0F ? 0.0F : z) + log1pf(expf(-fabsf(z))));
     }
     return (float)sum;
 }
 
-float clipft_loss_row_sigmoid_grad_ref(const float *x, float *out, int64_t cols, float scale, float bias, float gain)
+float clipft_loss_row_sigmoid_grad_ref(const float *x, float *out, int64_t cols, float scale, float bias, float gain, const int32_t *ids,
+                                       int32_t id)
 {
     double sum = 0.0;
     for (int64_t j = 0; j < cols; ++j) {
-        out[j] = gain / (1.0F + expf(-fmaf(scale, x[j], bias)));
+        const float sign = ids && ids[j] == id ? -1.0F : 1.0F;
+        out[j] = sign * gain / (1.0F + expf(-sign * fmaf(scale, x[j], bias)));
         sum += (double)out[j];
     }
     return (float)sum;

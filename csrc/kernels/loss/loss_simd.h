@@ -143,43 +143,70 @@ CLIPFT_TARGET void KERNEL(loss_row_match_add)(float *x, int64_t cols, const int3
         if (ids[j] == id) x[j] += value;
 }
 
-SIMD f32v softplus_step(f32v x, float scale, float bias)
+/* The sign bit of the lanes whose id is the row's, which makes z and its sigmoid's factor negative; nothing without ids. */
+SIMD i32v match_signs(const bool matching, const int32_t *ids, int64_t j, int64_t n, int32_t id)
 {
-    const f32v z = x * scale + bias;
+    if (!matching) return (i32v){0};
+    return ((n < CLIPFT_LANES ? load_ids_part(ids + j, n) : i32v_load(ids + j)) == id) & INT32_MIN;
+}
+
+SIMD f32v with_signs(f32v v, i32v signs) { return (f32v)((i32v)v ^ signs); }
+
+SIMD f32v softplus_step(f32v x, float scale, float bias, i32v signs)
+{
+    const f32v z = with_signs(x * scale + bias, signs);
     const f32v positive = f32v_zero_where(z < 0.0F, z);
     return positive + f32v_log1p(f32v_exp(f32v_select(z < 0.0F, z, -z)));
 }
 
-CLIPFT_TARGET float KERNEL(loss_row_softplus_sum)(const float *x, int64_t cols, float scale, float bias)
+SIMD float softplus_sum(const bool matching, const float *x, int64_t cols, float scale, float bias, const int32_t *ids, int32_t id)
 {
     f32v sum = f32v_set(0.0F);
     int64_t j = 0;
-    for (; j + CLIPFT_LANES <= cols; j += CLIPFT_LANES) sum += softplus_step(f32v_load(x + j), scale, bias);
-    if (j < cols) sum += f32v_zero_where(~first_lanes(cols - j), softplus_step(load_part(x + j, cols - j, 0.0F), scale, bias));
+    for (; j + CLIPFT_LANES <= cols; j += CLIPFT_LANES)
+        sum += softplus_step(f32v_load(x + j), scale, bias, match_signs(matching, ids, j, CLIPFT_LANES, id));
+    if (j < cols) {
+        const i32v signs = match_signs(matching, ids, j, cols - j, id);
+        sum += f32v_zero_where(~first_lanes(cols - j), softplus_step(load_part(x + j, cols - j, 0.0F), scale, bias, signs));
+    }
     return f32v_sum(sum);
 }
 
-/* sigmoid(z) = 1 / (1 + e) or e / (1 + e) with e = exp(-|z|), which cannot overflow. */
-SIMD f32v sigmoid_step(f32v x, float scale, float bias, float gain)
+CLIPFT_TARGET float KERNEL(loss_row_softplus_sum)(const float *x, int64_t cols, float scale, float bias, const int32_t *ids, int32_t id)
 {
-    const f32v z = x * scale + bias;
-    const f32v e = f32v_exp(f32v_select(z < 0.0F, z, -z));
-    return flush_probability(f32v_select(z < 0.0F, e, f32v_set(1.0F)) / (e + 1.0F)) * gain;
+    return ids ? softplus_sum(true, x, cols, scale, bias, ids, id) : softplus_sum(false, x, cols, scale, bias, ids, id);
 }
 
-CLIPFT_TARGET float KERNEL(loss_row_sigmoid_grad)(const float *x, float *out, int64_t cols, float scale, float bias, float gain)
+/* sigmoid(z) = 1 / (1 + e) or e / (1 + e) with e = exp(-|z|), which cannot overflow. */
+SIMD f32v sigmoid_step(f32v x, float scale, float bias, float gain, i32v signs)
+{
+    const f32v z = with_signs(x * scale + bias, signs);
+    const f32v e = f32v_exp(f32v_select(z < 0.0F, z, -z));
+    return with_signs(flush_probability(f32v_select(z < 0.0F, e, f32v_set(1.0F)) / (e + 1.0F)) * gain, signs);
+}
+
+SIMD float sigmoid_grad(const bool matching, const float *x, float *out, int64_t cols, float scale, float bias, float gain,
+                        const int32_t *ids, int32_t id)
 {
     f32v sum = f32v_set(0.0F);
     int64_t j = 0;
     for (; j + CLIPFT_LANES <= cols; j += CLIPFT_LANES) {
-        const f32v g = sigmoid_step(f32v_load(x + j), scale, bias, gain);
+        const f32v g = sigmoid_step(f32v_load(x + j), scale, bias, gain, match_signs(matching, ids, j, CLIPFT_LANES, id));
         sum += g;
         f32v_store(out + j, g);
     }
     if (j < cols) {
-        const f32v g = f32v_zero_where(~first_lanes(cols - j), sigmoid_step(load_part(x + j, cols - j, 0.0F), scale, bias, gain));
+        const i32v signs = match_signs(matching, ids, j, cols - j, id);
+        const f32v g = f32v_zero_where(~first_lanes(cols - j), sigmoid_step(load_part(x + j, cols - j, 0.0F), scale, bias, gain, signs));
         sum += g;
         store_part(out + j, cols - j, g);
     }
     return f32v_sum(sum);
+}
+
+CLIPFT_TARGET float KERNEL(loss_row_sigmoid_grad)(const float *x, float *out, int64_t cols, float scale, float bias, float gain,
+                                                  const int32_t *ids, int32_t id)
+{
+    return ids ? sigmoid_grad(true, x, out, cols, scale, bias, gain, ids, id)
+               : sigmoid_grad(false, x, out, cols, scale, bias, gain, ids, id);
 }
