@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 SIZE, LENGTH = 32, 24
@@ -100,3 +101,19 @@ def encoded(image: Image.Image, **options: Any) -> Any:
     file = io.BytesIO()
     image.save(file, **({"format": "JPEG", "quality": 95} | options))
     return EncodedPicture(file.getvalue(), "row 0")
+
+
+def check_gradients(fused: nn.Module, plain: nn.Module, exact: nn.Module) -> None:
+    """The fused model may err no more than transformers in float32, up to the luck of the order of sums: a few ulps of
+    what is summed. That is as large as the gradients of the block's other parameters of the same kind; a key's bias
+    moves all logits of a query alike, so its own is zero but for their rounding.
+    """
+    truths = {name: parameter.grad for name, parameter in exact.named_parameters()}
+    largest: dict[tuple[str, torch.Size], Tensor] = {}
+    for name, truth in truths.items():
+        block = name.rsplit(".", 2)[0], truth.shape
+        largest[block] = torch.maximum(truth.abs().max(), largest.get(block, truth.new_zeros(())))
+    for name, truth in truths.items():
+        error, of_plain = ((model.get_parameter(name).grad - truth).abs().max() for model in (fused, plain))
+        rounding = torch.finfo(torch.float32).eps * largest[name.rsplit(".", 2)[0], truth.shape]
+        assert error <= 4 * of_plain + 8 * rounding, f"{name}: {error:.3g}, of transformers {of_plain:.3g}"

@@ -14,9 +14,9 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 from transformers.utils.generic import can_return_tuple
 
 from clipft.families.family import Family, Tower
-from clipft.families.forward import PairForward, records
+from clipft.families.forward import PairForward, is_watched, records
 
-__all__ = ["CLIP", "FusedCLIPOutput", "FusedLastLayer", "fuse_last_layer"]
+__all__ = ["CLIP", "FusedCLIPOutput", "FusedLastLayer", "fuse_last_layer", "needs_all_tokens"]
 
 
 # ---- the model ----
@@ -40,6 +40,7 @@ class CLIPForward(PairForward):
     if TYPE_CHECKING:
         config: Any
         text_model: Any
+        vision_model: Any
         visual_projection: nn.Linear
         text_projection: nn.Linear
 
@@ -59,15 +60,16 @@ class CLIPForward(PairForward):
         **kwargs: Any,
     ) -> FusedCLIPOutput:
         """As ``CLIPModel.forward``, but with ``return_loss=True`` logits come only with ``return_logits=True``. Without
-        them the image tower's last layer computes the class token alone, and ``last_hidden_state`` is None there; and
-        with neither loss nor logits pictures or texts may come alone.
+        them the image tower's last layer computes the class token alone, unless a hook or a replaced forward is there
+        for all tokens, and ``last_hidden_state`` is None there; and with neither loss nor logits pictures or texts may
+        come alone.
 
         ``image_pooler_output`` and ``text_pooler_output`` [N, D]: what that tower gave before the projection, in place
         of pixels or tokens. ``text_index`` [N]: the text of each picture, where texts that are equal come once.
         """
         if return_logits is None:
             return_logits = not return_loss
-        everything = return_logits or records(self.config.vision_config, kwargs)
+        everything = return_logits or needs_all_tokens(self, kwargs)
         vision: Any = None
         text: Any = None
         if image_pooler_output is not None:
@@ -121,6 +123,15 @@ class FusedLastLayer(CLIPEncoderLayer):
 
 
 FusedLastLayer.__name__ = CLIPEncoderLayer.__name__  # FSDP's wrapping policies go by it
+
+
+def needs_all_tokens(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether more than the class token is asked for of the image tower, by a configuration, a call, or someone who
+    waits for what its last layer, or what holds that, gives."""
+    tower = model.vision_model
+    if records(model.config.vision_config, kwargs):
+        return True
+    return is_watched(tower, tower.encoder, tower.encoder.layers, *tower.encoder.layers[-1].modules())
 
 
 def fuse_last_layer(model: Any) -> None:

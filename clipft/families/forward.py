@@ -16,7 +16,7 @@ from clipft.families.losses import LOSSES
 if TYPE_CHECKING:
     from clipft.families.family import Family
 
-__all__ = ["PairForward", "loss_parameters", "normalised", "records"]
+__all__ = ["PairForward", "is_watched", "loss_parameters", "normalised", "records"]
 
 
 class PairForward:
@@ -112,6 +112,27 @@ def records(config: Any, kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) or getattr(config, name, False) for name in names)
 
 
+# transformers' leaves, which records() knows of, and FSDP's, which look at no tokens
+_HOOKS_OF_OTHERS = ("transformers.utils.output_capturing", "torch.distributed.fsdp")
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether someone waits for calls of one of these modules, by a hook or in a forward of his own: what a fused
+    forward does not call, or calls for some tokens alone, must then run as Hugging Face's does."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    return any("forward" in vars(module) or _has_hooks(module) for module in modules)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Of the user's."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(
+        not getattr(hook, "__module__", "").startswith(_HOOKS_OF_OTHERS) for hooks in kinds for hook in hooks.values()
+    )
+
+
 def normalised(embeds: Tensor) -> Tensor:
     """[N, D], each row at length 1; float32 or wider."""
-    return embeds / torch.linalg.vector_norm(embeds, dim=-1, keepdim=True, dtype=torch.float32)
+    wide = torch.promote_types(embeds.dtype, torch.float32)
+    return embeds / torch.linalg.vector_norm(embeds, dim=-1, keepdim=True, dtype=wide)

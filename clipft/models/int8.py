@@ -32,7 +32,8 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from clipft.families.forward import records
+from clipft.families.clip import needs_all_tokens
+from clipft.families.forward import is_watched
 from clipft.files import read_json
 from clipft.models.configurations import check_sizes
 from clipft.models.formats import FLOAT_WEIGHTS, INT8_REPORT, INT8_WEIGHTS, QUANT_METHOD
@@ -106,6 +107,8 @@ class QuantizedEncoderLayer(CLIPEncoderLayer):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """As ``CLIPEncoderLayer.forward``: [B, L, D] -> [B, L, D]."""
+        if is_watched(self.layer_norm1, self.layer_norm2, self.mlp, self.mlp.fc1, self.mlp.fc2, self.self_attn):
+            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[arg-type]
         return self._block(hidden_states, hidden_states, attention_mask, **kwargs)
 
     def _block(self, states: Tensor, residual: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -185,9 +188,10 @@ class QuantizedCLIPModel(CLIPModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """As ``CLIPModel.get_image_features``, for ``pooler_output`` [N, D]. With ``class_token_only`` the last layer
-        computes that token alone, and ``last_hidden_state`` is None, unless hidden states or attentions are asked for.
+        computes that token alone, and ``last_hidden_state`` is None, unless hidden states or attentions are asked for
+        or hooks wait for all tokens.
         """
-        only = class_token_only and not records(self.config.vision_config, kwargs)
+        only = class_token_only and not needs_all_tokens(self, kwargs)
         options = {"class_token_only": True} if only else {}
         features = super().get_image_features(pixel_values, interpolate_pos_encoding, **options, **kwargs)
         features.last_hidden_state = None if only else features.last_hidden_state

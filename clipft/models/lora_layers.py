@@ -16,6 +16,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPMLP
 
+from clipft.families.forward import is_watched
 from clipft.models.fused import FusedQuickGELU
 from clipft.ops import lora_linear, quick_gelu_lora_linear
 from clipft.ops.kernels import FLOATS, MAX_DIM, autocasts, problem
@@ -169,15 +170,7 @@ def _why_not_dropout(dropout: nn.Module) -> str | None:
 
 def _why_not_called(module: nn.Module) -> str | None:
     """The fused forward does not call the modules inside, so what hangs on their calls would be lost."""
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    ):
-        return "a module inside has a hook or a replaced forward"
-    return None
+    return "a module inside has a hook or a replaced forward" if is_watched(module) else None
 
 
 def _why_not_adapter(lora_b: Any, scaling: Any) -> str | None:

@@ -182,17 +182,29 @@ def test_one_picture() -> None:
 
 
 def test_the_last_layer_computes_the_class_token_alone(batch: dict[str, Tensor]) -> None:
-    quantized, rows = clipft.quantize(tiny_model()), []
-    last = quantized.vision_model.encoder.layers[-1]
-    last.mlp.fc1.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    quantized = clipft.quantize(tiny_model())
     pixels = batch["pixel_values"]
     whole, only = (quantized.get_image_features(pixels, class_token_only=flag) for flag in (False, True))
-    assert rows == [5, 1] and whole.last_hidden_state.shape == (len(pixels), 5, 32) and only.last_hidden_state is None
+    assert whole.last_hidden_state.shape == (len(pixels), 5, 32) and only.last_hidden_state is None
     assert torch.nn.functional.cosine_similarity(whole.pooler_output, only.pooler_output).min() > 0.9999
     hidden = quantized.get_image_features(pixels, output_hidden_states=True)
     assert len(hidden.hidden_states) == 4 and torch.equal(hidden.last_hidden_state, whole.last_hidden_state)
     layer = quantized.vision_model.encoder.layers[0]  # kwargs reach every layer
     assert layer(torch.randn(2, 5, 32), class_token_only=True).shape == (2, 5, 32)
+
+
+@pytest.mark.parametrize(
+    "part", ["", "layer_norm1", "self_attn", "self_attn.out_proj", "layer_norm2", "mlp", "mlp.fc1", "mlp.fc2"]
+)
+@pytest.mark.parametrize("layer", [0, -1])
+def test_hooks_of_every_part_see_all_tokens(layer: int, part: str, batch: dict[str, Tensor]) -> None:
+    quantized, shapes = clipft.quantize(tiny_model()), []
+    want = embeddings(quantized, batch)[0]
+    block = quantized.vision_model.encoder.layers[layer]
+    block.get_submodule(part).register_forward_hook(
+        lambda _, inputs, output: shapes.append((output[0] if isinstance(output, tuple) else output).shape[1])
+    )
+    assert cosine(embeddings(quantized, batch)[0], want) > 0.999 and shapes == [5]
 
 
 def test_attention_is_ours_but_under_a_mask(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

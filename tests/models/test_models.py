@@ -7,12 +7,13 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_clip import LENGTH, SIZE, tiny_clip, tiny_model, tiny_tokenizer
+from tiny_clip import LENGTH, SIZE, check_gradients, tiny_clip, tiny_model, tiny_tokenizer
 from transformers import CLIPModel, CLIPVisionModel
 
 import clipft
@@ -165,15 +166,16 @@ def test_fused_loss_and_gradients_are_those_of_transformers(batch: dict[str, tor
         results[name].loss.backward()
     torch.testing.assert_close(results["fused"].loss, results["plain"].loss)
     torch.testing.assert_close(results["fused"].image_embeds, results["plain"].image_embeds)
-    for name, truth in exact.named_parameters():
-        grad, other = (
-            truth.grad,
-            {key: model.get_parameter(name).grad for key, model in (("plain", plain), ("fused", fused))},
-        )
-        # no worse than transformers' own rounding, up to the luck of the order of sums
-        allowed = 4 * (other["plain"] - grad).abs().max() + 8 * torch.finfo(torch.float32).eps * grad.abs().max()
-        error = (other["fused"] - grad).abs().max()
-        assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+    check_gradients(fused, plain, exact)
+
+
+def test_fused_in_float64(batch: dict[str, torch.Tensor]) -> None:
+    plain = tiny_model().double()
+    inputs = batch | {"pixel_values": batch["pixel_values"].double()}
+    want = plain(**inputs, return_loss=True).loss
+    got = clipft.fuse(plain)(**inputs, return_loss=True)
+    assert got.loss.dtype == got.image_embeds.dtype == torch.float64
+    torch.testing.assert_close(got.loss, want, rtol=1e-12, atol=0.0)
 
 
 def test_fused_logits_only_when_asked(batch: dict[str, torch.Tensor]) -> None:
@@ -269,7 +271,9 @@ def gradients(model: CLIPModel, **options: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_last_layer_computes_the_class_token_alone(attention: str, checkpointing: bool) -> None:
+def test_the_last_layer_computes_the_class_token_alone(
+    attention: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_clip()[0].train()
     model.set_attn_implementation(attention)
     want = gradients(model)
@@ -278,14 +282,55 @@ def test_the_last_layer_computes_the_class_token_alone(attention: str, checkpoin
         fused.gradient_checkpointing_enable()
     rows = []
     last = fused.vision_model.encoder.layers[-1]
-    last.mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    forward = type(last.mlp).forward
+    monkeypatch.setattr(type(last.mlp), "forward", lambda mlp, x: (rows.append(x.shape[1]), forward(mlp, x))[1])
     got = gradients(fused)
-    assert set(rows) == {1} and got.keys() == want.keys()
+    assert 1 in rows and got.keys() == want.keys()
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6, msg=name)
     rows.clear()
     gradients(fused, return_logits=True)
-    assert set(rows) == {5}  # 4 patches and the class token
+    assert 1 not in rows  # 4 patches and the class token in all layers, 7 tokens of text
+
+
+LAST = "vision_model.encoder.layers.2"
+WATCHED = ["vision_model", "vision_model.encoder", LAST] + [
+    f"{LAST}.{part}"
+    for part in ("self_attn", "self_attn.q_proj", "self_attn.out_proj", "layer_norm2", "mlp", "mlp.fc2")
+]
+
+
+@pytest.mark.parametrize("how", ["forward hook", "pre-hook", "replaced forward", "global hook"])
+def test_who_watches_the_last_layer_sees_all_tokens(how: str) -> None:
+    """Each module that Hugging Face calls is called, with what it gives it."""
+    plain = tiny_clip()[0]
+    fused = clipft.fuse(copy.deepcopy(plain))
+    for name in WATCHED:
+        seen: list[list[Any]] = []
+        for model in (plain, fused):
+            calls: list[Any] = []
+            undo = watch(model.get_submodule(name), how, calls)
+            model(**inputs_of(model), return_loss=True)
+            undo()
+            seen.append(calls)
+        assert seen[0] and seen[0] == seen[1], name
+
+
+def watch(module: Any, how: str, calls: list[Any]) -> Callable[[], Any]:
+    def shape(value: Any) -> Any:
+        value = value[0] if isinstance(value, tuple) and value else value
+        return list(getattr(value, "last_hidden_state", value).shape) if value != () else None
+
+    if how == "global hook":
+        note = lambda called, args, output: calls.append(shape(output)) if called is module else None  # noqa: E731
+        return torch.nn.modules.module.register_module_forward_hook(note).remove
+    if how == "forward hook":
+        return module.register_forward_hook(lambda _, args, output: calls.append(shape(output))).remove
+    if how == "pre-hook":
+        return module.register_forward_pre_hook(lambda _, args: calls.append(shape(args))).remove
+    own = module.forward
+    module.forward = lambda *args, **kwargs: (calls.append(shape(args)), own(*args, **kwargs))[1]
+    return lambda: vars(module).pop("forward")
 
 
 def test_who_asks_for_all_tokens_gets_them() -> None:
