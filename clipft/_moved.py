@@ -178,7 +178,8 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "report": {
         "console": "bar by_class number show title_of",
-        "files": "save_model write_json write_text",
+        "files": "write_json write_text",
+        "models.saving": "save_model",
         "training.progress": "ProgressReport",
     },
     "sampling": {

@@ -1,19 +1,54 @@
-"""Files and folders that appear whole."""
+"""Files and folders that are always whole: whoever is killed leaves the old state or the new one.
+
+A file is written in a staging folder beside it, then renamed. A *set*, files that belong together, is staged likewise,
+and a manifest with sizes and digests is written last. Renaming the staging folder to its committed name is the point of
+no return: what is left to do then (siblings of the set before go, files move into place, the manifest last) can be done
+again, and whoever finds a committed folder does so (:func:`settle`). Locks are the kernel's and go with their process.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
+import logging
+import os
+import re
 import shutil
 import stat
-import tempfile
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_file", "read_json", "save_model", "write_json", "write_text"]
+__all__ = [
+    "check_file",
+    "check_set",
+    "empty",
+    "locked",
+    "note_changes",
+    "read_json",
+    "replace_set",
+    "set_of",
+    "settle",
+    "unchanged",
+    "write_json",
+    "write_manifest",
+    "write_text",
+    "writing",
+]
 
 _MOST_JSON = 64 << 20  # bytes; a description of this length is none
+_STAGING, _COMMITTED, _PLAN = ".clipft-staging", ".clipft-committed", ".plan.json"
+_SMALL = 1 << 20  # bytes of a file that is worth a digest only to tell that it was edited
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_FILES = "files"  # key of a manifest: {name: [size, digest]}
+_logger = logging.getLogger(__name__)
 
-# ---- files ----
+# ---- a file ----
 
 
 def check_file(path: Path) -> None:
@@ -55,20 +90,330 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """A reader sees the old file or the new one."""
+    with writing(path) as staged:
+        staged.write_text(text, encoding="utf-8")
 
 
-def save_model(model: Any, processor: Any, folder: Path) -> None:
-    """``save_pretrained`` of both into a temporary folder, then file by file into place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=folder))
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yields where to write the file, which gets its name when the block ends without an error.
+
+    Raises:
+        OSError: it cannot be written; the error has its name.
+    """
+    if path.exists() and not path.is_file():  # a device or a pipe
+        yield path
+        return
+    with _disk_errors(path), _staged(path.parent, f".{path.name}", wait=True) as staging:
+        staged = staging / path.name
+        yield staged
+        staged.chmod(staging.stat().st_mode & 0o666)  # some libraries write for the owner alone
+        staged.replace(path)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """A full disk is an OSError with this name, whatever class the library that wrote gives it (the tokenizers' a bare
+    Exception).
+    """
     try:
-        model.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        for file in staging.iterdir():
-            file.replace(folder / file.name)
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(found[1]) if found else error.errno if isinstance(error, OSError) else None
+        if code not in _NO_ROOM:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+# ---- a set of files ----
+
+
+@contextmanager
+def replace_set(
+    folder: Path,
+    manifest: str,
+    *,
+    obsolete: Iterable[str] = (),
+    replaces: Iterable[str] = (),
+    keep: Collection[str] = (),
+    tag: str | None = None,
+) -> Iterator[Path]:
+    """Yields an empty folder to write a whole set into; it takes the place of ``folder``'s when the block ends without
+    an error. Files of the set before that are not in the new one go; all else in ``folder`` stays.
+
+    Args:
+        folder: for the set; made when needed.
+        manifest: name of a JSON file, which is given the other files' sizes and digests; one of the set's own, or new.
+        obsolete: patterns of names that go although no manifest knows them: what would pass for a part of the set.
+        replaces: manifests of other sets that go too.
+        keep: names and patterns that stay.
+        tag: of a set that is a part of its folder only, and does not lock the rest: a name.
+
+    Raises:
+        BlockingIOError: another process is at it.
+    """
+    name = f".{tag}" if tag else ""
+    with (
+        _disk_errors(folder),
+        nullcontext() if tag else locked(folder),
+        _staged(folder, name, wait=False) as staging,
+    ):
+        settle(folder, tag)
+        yield staging
+        files = write_manifest(staging, manifest)
+        for own in (*files, manifest):
+            (staging / own).chmod(staging.stat().st_mode & 0o666)
+        former = _former(folder, [manifest, *replaces], obsolete) - {*files, manifest}
+        plan = {"move": [*files, manifest], "remove": sorted(own for own in former if not _matches(own, keep))}
+        (staging / _PLAN).write_text(json.dumps(plan), encoding="utf-8")
+        committed = staging.rename(folder / f"{_COMMITTED}{name}")
+        _finish(folder, committed)
+
+
+def settle(folder: Path, tag: str | None = None) -> None:
+    """Finish what a process that was killed had begun to put into place. To be called before a set is read."""
+    committed = folder / f"{_COMMITTED}{f'.{tag}' if tag else ''}"
+    if committed.is_symlink() or not committed.is_dir():
+        return
+    try:
+        with suppress(FileNotFoundError), _held_folder(committed, wait=True):  # not found: somebody else has done it
+            _finish(folder, committed)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: a process was killed while it put its files in place here, and that cannot be finished "
+            f"({error}): it takes somebody who may write there"
+        ) from error
+
+
+def _finish(folder: Path, committed: Path) -> None:
+    """May be broken off anywhere, and begun again."""
+    if (committed / _PLAN).is_file():
+        plan = read_json(committed / _PLAN)
+        for name in _listed(plan, "remove", folder):
+            path = _place(folder, name)
+            path.unlink(missing_ok=True)
+            if path.parent != folder:
+                with suppress(OSError):
+                    path.parent.rmdir()
+        for name in _listed(plan, "move", folder):
+            path = _place(folder, name)
+            if (committed / name).is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                (committed / name).replace(path)
+        (committed / _PLAN).unlink()
+    shutil.rmtree(committed, ignore_errors=True)
+
+
+def _listed(plan: dict[str, Any], key: str, folder: Path) -> list[str]:
+    names = plan.get(key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{folder / _COMMITTED}: expected a list of names under {key} in its {_PLAN}, found {names!r:.80}"
+        )
+    return names
+
+
+def _former(folder: Path, manifests: Iterable[str], obsolete: Iterable[str]) -> set[str]:
+    """Names of what was written before. What its manifest alone knows counts only while it is as it was written."""
+    patterns = list(obsolete)
+    found = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
+    for manifest in manifests:
+        for name, entry in (set_of(folder, manifest) or {}).items():
+            if not _differs(_place(folder, name), entry):
+                found.add(name)
+    return found
+
+
+def _place(folder: Path, name: str) -> Path:
+    path = folder / name
+    if ".." in path.parts or not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder}: expected names within the folder in its list of files, found {name!r}")
+    return path
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return name in patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+# ---- what a manifest says ----
+
+
+def write_manifest(folder: Path, manifest: str, pattern: str = "*") -> list[str]:
+    """Add sizes and digests of a folder's files to a JSON file in it, made when needed; returns their names."""
+    path = folder / manifest
+    about = read_json(path) if path.is_file() else {}
+    files = [file for file in sorted(folder.rglob(pattern)) if file.is_file() and file != path]
+    about[_FILES] = {file.relative_to(folder).as_posix(): [file.stat().st_size, _digest(file)] for file in files}
+    path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return list(about[_FILES])
+
+
+def set_of(folder: Path, manifest: str) -> dict[str, list[Any]] | None:
+    """Sizes and digests of a set's files by name; None without a manifest, as of 0.1, or with one that is damaged."""
+    try:
+        files = read_json(folder / manifest)[_FILES]
+        return {str(name): [int(size), str(digest)] for name, (size, digest) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def check_set(folder: Path, manifest: str, names: Iterable[str] | None = None) -> None:
+    """That files are those that the manifest was written with. ``names``: what is read; default: all of the set.
+
+    Raises:
+        ValueError: the folder is a mix, or damaged.
+    """
+    files = set_of(folder, manifest)
+    if files is None:
+        return
+    read = list(files if names is None else names)
+    odd = [name for name in read if _differs(_place(folder, name), files.get(name))]
+    if odd:
+        rest = [name for name in read if name not in odd]
+        raise ValueError(
+            f"{folder}: expected files that were written together: {', '.join(odd)} not as {manifest} knows "
+            f"{'it' if len(odd) == 1 else 'them'}{', with which ' + ', '.join(rest) + ' belong' if rest else ''}. "
+            "One or the other was changed or is of an earlier model: write all anew"
+        )
+
+
+def unchanged(folder: Path, manifest: str, name: str) -> bool:
+    """Whether a file is the one that the manifest was written with."""
+    files = set_of(folder, manifest) or {}
+    return name in files and not _differs(folder / name, files[name])
+
+
+def note_changes(folder: Path, manifest: str) -> None:
+    """Of a folder that anybody may edit: a line where it is no longer as the manifest has it."""
+    files = set_of(folder, manifest) or {}
+    odd = [name for name, entry in files.items() if _differs(folder / name, entry, most=_SMALL)]
+    if odd:
+        _logger.warning("%s: %s changed since %s was written; taken as found", folder, ", ".join(odd), manifest)
+
+
+def _differs(path: Path, entry: list[Any] | None, most: int | None = None) -> bool:
+    if entry is None or not path.is_file() or path.stat().st_size != entry[0]:
+        return True
+    return (most is None or entry[0] <= most) and _digest(path) != entry[1]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def empty(folder: Path) -> None:
+    """Remove all that is in it."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+# ---- locks ----
+
+_held: dict[int, tuple[tuple[int, int], int]] = {}  # by handle: which folder, and the thread
+_without_locks: set[int] = set()  # devices
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """No other process may replace the folder's set, or lock it, meanwhile; it is made when needed, and goes again if
+    nothing has come into it.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: there cannot be such a folder, or nothing can be written into it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with _held_folder(folder, wait=False, make=True):
+        try:
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(f"{folder}: expected a folder that may be written into")
+            yield
+        finally:
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
+
+
+@contextmanager
+def _staged(folder: Path, name: str, *, wait: bool) -> Iterator[Path]:
+    """An empty folder, without what a killed process left in it; gone at the end unless it has been renamed."""
+    staging = folder / f"{_STAGING}{name}"
+    with _held_folder(staging, wait=wait, make=True):
+        empty(staging)
+        identity = staging.stat().st_ino
+        try:
+            yield staging
+        finally:
+            if staging.exists() and staging.stat().st_ino == identity:
+                shutil.rmtree(staging)
+
+
+@contextmanager
+def _held_folder(folder: Path, *, wait: bool, make: bool = False) -> Iterator[None]:
+    """The lock alone. A thread may take one that it has."""
+    handle = None
+    while handle is None:
+        if make:
+            _make(folder)
+        try:
+            handle = _lock(folder, wait)
+        except FileNotFoundError:  # gone between two lines
+            if not make:
+                raise
+    try:
+        yield
     finally:
-        shutil.rmtree(staging)
+        if handle >= 0:
+            del _held[handle]
+            os.close(handle)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        found = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+        raise NotADirectoryError(f"{folder}: expected a folder, {found} is none") from error
+
+
+def _lock(folder: Path, wait: bool) -> int:
+    """A handle to close, or -1 where this thread has the lock."""
+    handle = os.open(folder, os.O_RDONLY)
+    status = os.fstat(handle)
+    own = (status.st_dev, status.st_ino), threading.get_ident()
+    if own in _held.values():
+        os.close(handle)
+        return -1
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(handle)
+        raise BlockingIOError(
+            f"{folder.parent if folder.name.startswith(_STAGING) else folder}: another process is writing into this "
+            "folder: wait until it has ended, or take another folder"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        if status.st_dev not in _without_locks:
+            _without_locks.add(status.st_dev)
+            _logger.warning("%s: cannot be locked (%s); see to it that nobody else writes there", folder, error)
+    if not folder.exists() or folder.stat().st_ino != status.st_ino:
+        os.close(handle)
+        raise FileNotFoundError(folder)
+    _held[handle] = own
+    return handle
+
+
+def _forget_locks() -> None:
+    """In a process that was forked, as a loader's: it may outlive the one that holds them."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)

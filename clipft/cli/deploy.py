@@ -32,15 +32,17 @@ def merge(
     output: Annotated[Path, typer.Option(help="Folder for the plain model.")],
 ) -> None:
     """Merge a LoRA adapter into its base model and save that as a plain CLIPModel."""
+    from clipft.files import settle
     from clipft.models.formats import is_adapter_folder
 
+    settle(model)
     if not is_adapter_folder(model):
         raise FileNotFoundError(f"--model: expected an adapter folder, with adapter_config.json, got {model}")
     if output_folder(output).resolve() == model.resolve():
         raise ValueError(f"--output: expected a folder other than the adapter's, got {output}")
     console = prepare()
-    from clipft.files import save_model
     from clipft.models.loading import load
+    from clipft.models.saving import save_model
 
     save_model(*load(model), output)
     console.print(f"model in {output}")
@@ -64,9 +66,9 @@ def quantize(
     console = prepare()
     from clipft import load_pairs
     from clipft.deploy.quantize import quantize as quantize_model
-    from clipft.files import save_model
     from clipft.models.int8 import check_own_folder
     from clipft.models.loading import load
+    from clipft.models.saving import save_model
 
     check_own_folder(output)
     clip, processor = load(model)

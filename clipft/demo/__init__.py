@@ -43,9 +43,11 @@ def run(output: str | Path, console: Console) -> dict[str, Any]:
     from clipft.demo.gallery import draw_queries
     from clipft.demo.styles import noto, openmoji, split_by_name
     from clipft.evaluation.tasks import evaluate_retrieval
-    from clipft.files import save_model, write_json
+    from clipft.files import locked, write_json
+    from clipft.models.formats import model_set
     from clipft.models.fusing import unfuse
     from clipft.models.loading import load
+    from clipft.models.saving import write_model
 
     folder = Path(output)
     train, test = split_by_name(openmoji())
@@ -60,17 +62,19 @@ def run(output: str | Path, console: Console) -> dict[str, Any]:
     def score(clip: CLIPModel, dataset: datasets.Dataset) -> dict[str, Any]:
         return {"retrieval": evaluate_retrieval(clip, processor, dataset)}
 
-    results: dict[str, Any] = {"before": score(base, test), "old_style": {"before": score(base, old_style)}}
-    fine_tune(model, processor, train, folder, "fine-tuning", console)
-    results |= {"after": score(model, test)}
-    results["old_style"]["after"] = score(model, old_style)
-    scratch = random_weights(model.config)
-    fine_tune(scratch, processor, train, folder, "from scratch", console)
-    results["from_scratch"] = score(scratch, test)
+    with locked(folder):
+        results: dict[str, Any] = {"before": score(base, test), "old_style": {"before": score(base, old_style)}}
+        fine_tune(model, processor, train, folder, "fine-tuning", console)
+        results |= {"after": score(model, test)}
+        results["old_style"]["after"] = score(model, old_style)
+        scratch = random_weights(model.config)
+        fine_tune(scratch, processor, train, folder, "from scratch", console)
+        results["from_scratch"] = score(scratch, test)
 
-    save_model(unfuse(model), processor, folder)
-    write_json(folder / "report.json", results)
-    draw_queries(folder / "queries.png", {"before": base, "after": model}, processor, test, QUERIES)
+        with model_set(folder) as staging:
+            write_model(unfuse(model), processor, staging)
+            write_json(staging / "report.json", results)
+            draw_queries(staging / "queries.png", {"before": base, "after": model}, processor, test, QUERIES)
     show(results, len(test), console)
     console.print(f"\nmodel, report.json and queries.png in {folder}")
     return results

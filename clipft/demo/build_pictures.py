@@ -20,6 +20,7 @@ from PIL import Image
 
 from clipft.data.drawings import PICTURES
 from clipft.demo.glyphs import sequence_glyphs
+from clipft.files import writing
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 CLDR = Path("/usr/share/unicode/cldr/common")
@@ -84,9 +85,8 @@ def main() -> None:
         if not source.exists():
             raise SystemExit(f"{source} is missing: apt install fonts-noto-color-emoji unicode-cldr-core")
     rows = build_rows()
-    staged = PICTURES.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), staged, compression="zstd")
-    staged.replace(PICTURES)
+    with writing(PICTURES) as staged:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), staged, compression="zstd")
     print(f"{len(rows)} pictures, {PICTURES.stat().st_size / 1e6:.1f} MB: {PICTURES}")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from clipft.data.rows import PairRows
+from clipft.files import writing
 from clipft.inference.encode import embed_images, embed_texts
 
 HITS = 5
@@ -40,9 +41,8 @@ def draw_queries(
     for block, stage in enumerate(rankings):
         left = grid[0, block * (HITS + 1)].get_position(figure).x0
         figure.text(left, 0.93, f"{stage}: first {HITS} of {len(dataset)}", ha="left", fontsize=12, weight="bold")
-    staged = path.with_name(f".{path.name}.tmp")
-    figure.savefig(staged, format="png", facecolor="white")
-    staged.replace(path)
+    with writing(path) as staged:
+        figure.savefig(staged, format="png", facecolor="white")
 
 
 def _rank(model: Any, processor: Any, dataset: datasets.Dataset, captions: Sequence[str]) -> np.ndarray:

@@ -1,16 +1,14 @@
 """``clipft.export_onnx``: two encoders as ONNX files, and proof that they compute what the model computes.
 
-Everything is written into a folder of its own beside the target, loaded again by ``clipft.OnnxCLIP`` as a user would,
-compared with torch on pictures and captions, and only then moved into place.
+Everything is staged, loaded again by ``clipft.OnnxCLIP`` as a user would, compared with torch on pictures and captions,
+and only then moved into place.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +30,11 @@ from clipft.deploy.quantize import pictures_and_captions, plain_model, quantize
 from clipft.evaluation.metrics import retrieval_metrics
 from clipft.families.family import Family
 from clipft.families.registry import family_of, model_names
+from clipft.files import replace_set, set_of, write_json
 from clipft.inference.encode import embed_images, embed_texts
 from clipft.inference.onnx_clip import INFO, OnnxCLIP
+from clipft.models.formats import MODEL_MANIFEST, ONNX_MODELS
+from clipft.models.int8 import QuantizedCLIPModel
 
 __all__ = ["export_onnx"]
 
@@ -63,7 +64,7 @@ def export_onnx(
     Args:
         model: a float ``CLIPModel``, fused or not, or a peft model of one, whose adapters are merged in. Not changed.
         processor: the model's, as :func:`clipft.load` gives it.
-        directory: may exist; files of an earlier export are replaced, others stay.
+        directory: may exist; an earlier export is replaced, int8 encoders included, other files stay.
         int8: write ``image_encoder.int8.onnx`` and ``text_encoder.int8.onnx`` too: :func:`clipft.quantize`'s linear
             layers in ONNX's integer operators, with the same weights.
         data: a data set with captions or classes to compare on, of which at most 500 rows are taken; default: 300 of
@@ -102,28 +103,19 @@ def _staged(folder: Path) -> Iterator[tuple[Path, Path]]:
     """The folder, and one beside it whose files move there when nothing has gone wrong."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"directory: expected a folder, {folder} is a file")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
-    try:
+    keep = set_of(folder, MODEL_MANIFEST) or ()  # of a model in the same folder
+    with replace_set(folder, INFO, obsolete=ONNX_MODELS, keep=keep) as staging:
         yield folder, staging
-        folder.mkdir(exist_ok=True)
-        for file in staging.iterdir():
-            file.chmod(0o644)
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(staging)
 
 
 def _write_model(model: Any, processor: Any, folder: Path, skip: Sequence[str] | None) -> dict[str, Any]:
     """Encoders, processor and description, which is returned; with ``skip`` the int8 encoders too."""
-    family = family_of(model)
     processor.save_pretrained(folder)
     info = _info(model, processor)
-    options = family.image_encoder(model)
-    _write_encoders(model, family, options, folder, "", info)
+    _write_encoders(model, folder, "", info)
     if skip is not None:
         quantized = quantize(model, skip=skip, processor=processor)
-        _write_encoders(quantized, family, options, folder, ".int8", info)
+        _write_encoders(quantized, folder, ".int8", info)
     _write_info(folder, info)
     return info
 
@@ -157,9 +149,9 @@ class _TextEncoder(nn.Module):
         return nn.functional.normalize(features.pooler_output, dim=-1)
 
 
-def _write_encoders(
-    model: Any, family: Family, options: dict[str, Any], folder: Path, kind: str, info: dict[str, Any]
-) -> None:
+def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any]) -> None:
+    family = family_of(model)
+    options = {} if isinstance(model, QuantizedCLIPModel) else family.image_encoder(model)  # int8 has its own way
     config: Any = model.config
     batch = torch.export.Dim("batch")
     most = family.most_positions(config)
@@ -235,7 +227,7 @@ def _padding(model: Any, processor: Any, family: Family) -> dict[str, Any]:
 
 
 def _write_info(folder: Path, info: dict[str, Any]) -> None:
-    (folder / INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / INFO, info)
 
 
 # ---- the parity report ----

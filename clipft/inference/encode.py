@@ -25,7 +25,9 @@ from clipft.data.pictures import UNREADABLE, open_picture
 from clipft.data.rows import read_row, render
 from clipft.data.transforms import build_transform, stack_pictures
 from clipft.families.registry import base_model, family_of
+from clipft.files import settle
 from clipft.inference.onnx_clip import OnnxCLIP
+from clipft.models.formats import ONNX_INFO
 from clipft.models.loading import load
 
 __all__ = [
@@ -112,7 +114,8 @@ def load_encoder(name: str, *, int8: bool = False, batch_size: int = 64) -> Enco
     that :func:`clipft.load` takes.
     """
     folder = Path(name).expanduser()
-    if (folder / "clipft_onnx.json").is_file():
+    settle(folder)
+    if (folder / ONNX_INFO).is_file():
         return encoder_of(OnnxCLIP(folder, int8=int8), None, batch_size)
     if int8:
         raise ValueError(f"--int8: chooses between the encoders of an ONNX folder, which {name!r} is not")

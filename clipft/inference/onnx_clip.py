@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from clipft.data.pictures import check_preprocessing, open_picture, to_pixels
+from clipft.files import check_set, settle
+from clipft.models.formats import ONNX_INFO as INFO
 
 __all__ = ["INFO", "OnnxCLIP"]
 
@@ -23,7 +25,6 @@ except ImportError as error:
     raise ImportError("ONNX needs onnxruntime: pip install 'clipft[onnx]'") from error
 
 
-INFO = "clipft_onnx.json"
 _LENGTH = 77  # tokens of a caption, where the tokenizer does not say
 
 
@@ -41,7 +42,8 @@ class OnnxCLIP:
         info: the folder's ``clipft_onnx.json``.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is damaged, or not of such an export.
+        FileNotFoundError: a file is missing. ValueError: a file is damaged, or not of such an export, or of another
+            one than the rest.
         ImportError: onnxruntime is not installed.
     """
 
@@ -54,6 +56,7 @@ class OnnxCLIP:
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
         self.directory = Path(directory).expanduser()
+        settle(self.directory)
         self.info = _read_json(self.directory / INFO)
         self.logit_scale = float(self.info["logit_scale"])
         kind = ".int8" if int8 else ""
@@ -66,6 +69,8 @@ class OnnxCLIP:
         self._preprocessing = _read_json(path).get("image_processor", {})
         check_preprocessing(self._preprocessing, str(path))
         self._tokenizer = _tokenizer(self.directory, self.info)
+        read = (*(path.name for path in self._paths), path.name, "tokenizer.json", "tokenizer_config.json")
+        check_set(self.directory, INFO, read)
 
     def _open(self) -> None:
         self._image, self._text = (_session(path, self._threads, self._providers) for path in self._paths)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipft.files import check_set, empty, locked, replace_set, settle, write_json, writing
 from clipft.inference.encode import Encoder, encode_pictures
 
 __all__ = ["Description", "VectorFile", "embed_to_file", "search"]
@@ -52,6 +53,7 @@ class VectorFile:
     @staticmethod
     def read(path: Path) -> VectorFile:
         """Raises FileNotFoundError, or ValueError where it is no such file or a damaged one."""
+        settle(path.parent, path.name)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: there is no such file; clipft embed writes one")
         try:
@@ -60,18 +62,15 @@ class VectorFile:
             raise ValueError(f"{path}: expected a file that clipft embed wrote ({error})") from error
 
     def write(self, path: Path) -> None:
-        """Under a temporary name, then renamed."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            if _suffix(path) == ".npy":
-                with temporary.open("wb") as file:
-                    np.save(file, self.vectors)
-                _write_json(_sidecar(path), {"ids": self.ids, **asdict(self.description)})
-            else:
-                pq.write_table(self._table(), temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """The old file stays until the new one is whole; so with the two of ``.npy``."""
+        if _suffix(path) == ".npy":
+            beside = _sidecar(path).name
+            with replace_set(path.parent, beside, tag=path.name) as staging:
+                np.save(staging / path.name, self.vectors)
+                write_json(staging / beside, {"ids": self.ids, **asdict(self.description)})
+        else:
+            with writing(path) as staged:
+                pq.write_table(self._table(), staged)
 
     def _table(self) -> pa.Table:
         flat = pa.array(np.ascontiguousarray(self.vectors, np.float32).reshape(-1))
@@ -92,6 +91,8 @@ def _read_npy(path: Path) -> VectorFile:
     vectors = np.load(path, allow_pickle=False)
     beside = json.loads(_sidecar(path).read_text(encoding="utf-8"))
     ids = beside.pop("ids")
+    if beside.pop("files", None) is not None:
+        check_set(path.parent, _sidecar(path).name)
     if vectors.ndim != 2 or len(ids) != len(vectors):
         raise ValueError(f"{len(ids)} ids for an array of shape {list(vectors.shape)}")
     return VectorFile(ids, vectors, Description(**beside))
@@ -105,12 +106,6 @@ def _suffix(path: Path) -> str:
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 # ---- writing, with a way back in ----
@@ -141,29 +136,22 @@ def embed_to_file(
 
     Raises:
         ValueError: an interrupted run of other rows or another model left its shards beside ``path``.
+        BlockingIOError: another process is writing the same file.
     """
     _suffix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     parts = path.with_name(f".{path.name}.parts")
-    if restart:
-        shutil.rmtree(parts, ignore_errors=True)
-    _claim_shards(parts, {**asdict(description), "rows": len(ids), "ids": _digest_of(ids)})
-    shards = [parts / f"{number:06d}.npy" for number in range(-(-len(ids) // SHARD))]
-    for number, shard in enumerate(shards):
-        chosen = slice(number * SHARD, (number + 1) * SHARD)
-        if shard.exists():
-            done(len(ids[chosen]))
-            continue
-        part = rows[chosen] if isinstance(rows, list) else rows.select(range(len(ids))[chosen])
+    with locked(parts):
+        if restart:
+            empty(parts)
+        _claim_shards(parts, {**asdict(description), "rows": len(ids), "ids": _digest_of(ids)})
         run = _Run(batch_size, num_workers, skip, done)
-        _save_shard(shard, _encode(encoder, part, ids[chosen], description.kind, run))
-    vectors = _join_shards(shards)
-    good: Any = ~np.isnan(vectors).all(axis=1)
-    if not good.any():
-        raise ValueError(f"{description.source}: expected at least one row that can be read, found none")
-    kept = [name for name, own in zip(ids, good.tolist(), strict=True) if own]
-    VectorFile(kept, vectors[good], description).write(path)
-    shutil.rmtree(parts)
+        vectors = _join_shards(list(_shards(encoder, rows, ids, parts, description.kind, run)))
+        good: Any = ~np.isnan(vectors).all(axis=1)
+        if not good.any():
+            raise ValueError(f"{description.source}: expected at least one row that can be read, found none")
+        kept = [name for name, own in zip(ids, good.tolist(), strict=True) if own]
+        VectorFile(kept, vectors[good], description).write(path)
+        shutil.rmtree(parts)
     return [row for row, own in enumerate(good.tolist()) if not own]
 
 
@@ -172,7 +160,7 @@ def _digest_of(ids: Sequence[str]) -> str:
 
 
 def _claim_shards(parts: Path, work: dict[str, Any]) -> None:
-    """Make the folder of shards, or find it to be of the same work."""
+    """Take the folder of shards, or find it to be of the same work."""
     file = parts / "work.json"
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -182,8 +170,8 @@ def _claim_shards(parts: Path, work: dict[str, Any]) -> None:
                 f"{parts}: an interrupted run is there, whose {' and '.join(other)} differ; --restart forgets it"
             )
         return
-    parts.mkdir(exist_ok=True)
-    _write_json(file, work)
+    empty(parts)  # of a run that was killed as it cleared up
+    write_json(file, work)
 
 
 @dataclass(frozen=True)
@@ -194,6 +182,20 @@ class _Run:
     num_workers: int
     skip: bool
     done: Callable[[int], object]
+
+
+def _shards(encoder: Encoder, rows: Any, ids: Sequence[str], parts: Path, kind: str, run: _Run) -> Iterator[Path]:
+    """Those that an earlier run left, and those that are still to be written."""
+    for number, start in enumerate(range(0, len(ids), SHARD)):
+        shard, chosen = parts / f"{number:06d}.npy", slice(start, start + SHARD)
+        if shard.exists():
+            run.done(len(ids[chosen]))
+        else:
+            part = rows[chosen] if isinstance(rows, list) else rows.select(range(len(ids))[chosen])
+            encoded = _encode(encoder, part, ids[chosen], kind, run)
+            with writing(shard) as staged:
+                np.save(staged, encoded)
+        yield shard
 
 
 def _encode(encoder: Encoder, rows: Any, names: Sequence[str], kind: str, run: _Run) -> Array:
@@ -212,13 +214,6 @@ def _encode(encoder: Encoder, rows: Any, names: Sequence[str], kind: str, run: _
     if found:
         result[np.array(good)] = np.concatenate(found)
     return result
-
-
-def _save_shard(path: Path, vectors: Array) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, vectors)
-    temporary.replace(path)
 
 
 def _join_shards(shards: Sequence[Path]) -> Array:

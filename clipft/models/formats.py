@@ -1,8 +1,12 @@
-"""Names of the files and keys that models are saved under."""
+"""Names of the files and keys that models are saved under, and the set that the files of a folder are."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
+
+from clipft.files import replace_set
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -12,9 +16,16 @@ __all__ = [
     "HEADS_KEY",
     "INT8_REPORT",
     "INT8_WEIGHTS",
+    "MERGED",
+    "MODEL_MANIFEST",
+    "ONNX_INFO",
+    "ONNX_MODELS",
+    "PROCESSOR_FILES",
     "QUANT_METHOD",
     "WEIGHT_FILES",
+    "folder_of",
     "is_adapter_folder",
+    "model_set",
 ]
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
@@ -24,8 +35,36 @@ WEIGHT_FILES = (*FLOAT_WEIGHTS, INT8_WEIGHTS)  # a model folder holds one of the
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's
 QUANT_METHOD = "clipft_int8"  # of a configuration's quantization_config
 HEADS_KEY = "clipft_heads"  # of a configuration: names and classes of the classification heads
+MERGED = "merged"  # of a LoRA run's folder: the folder with the adapter's base, merged
+MODEL_MANIFEST = "clipft_files.json"
+ONNX_INFO, ONNX_MODELS = "clipft_onnx.json", ("image_encoder*.onnx*", "text_encoder*.onnx*")
+PROCESSOR_FILES = (
+    "*tokenizer*",
+    "*processor_config.json",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
+_SHARDS = "model-*-of-*.safetensors"
+_MODELS = (*WEIGHT_FILES, _SHARDS, INT8_REPORT, ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
+
+
+def folder_of(name_or_path: str | Path) -> Path:
+    """Where a model is, if it is on this machine: a name on the hub is no folder."""
+    return DEMO_MODEL if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
 
 
 def is_adapter_folder(path: str | Path) -> bool:
     """Whether this is a folder as peft's ``save_pretrained`` writes it."""
     return (Path(path).expanduser() / ADAPTER_CONFIG).is_file()
+
+
+def model_set(folder: Path, keep: Collection[str] = ()) -> AbstractContextManager[Path]:
+    """Where to write a model, whatever its kind, to take the place of whatever model is in the folder; encoders that
+    were exported into the same folder go with that. Of the merged model of an earlier LoRA run nothing stays either.
+    """
+    obsolete = [*_MODELS, ONNX_INFO, *ONNX_MODELS]
+    if is_adapter_folder(folder):
+        obsolete += [f"{MERGED}/{name}" for name in ("config.json", *_MODELS)]
+    return replace_set(folder, MODEL_MANIFEST, obsolete=obsolete, replaces=[ONNX_INFO], keep=keep)

@@ -9,8 +9,6 @@ make a model with random linears; with the name that it has, transformers refuse
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -34,9 +32,17 @@ from transformers.utils.generic import can_return_tuple
 
 from clipft.families.clip import needs_all_tokens
 from clipft.families.forward import is_watched
-from clipft.files import read_json
+from clipft.files import check_set, read_json, settle, write_json
 from clipft.models.configurations import check_sizes
-from clipft.models.formats import FLOAT_WEIGHTS, INT8_REPORT, INT8_WEIGHTS, QUANT_METHOD
+from clipft.models.formats import (
+    FLOAT_WEIGHTS,
+    INT8_REPORT,
+    INT8_WEIGHTS,
+    MODEL_MANIFEST,
+    PROCESSOR_FILES,
+    QUANT_METHOD,
+    model_set,
+)
 from clipft.models.heads import restore_heads
 from clipft.ops.attention import attention
 from clipft.ops.nn import QuantizedLinear
@@ -198,7 +204,8 @@ class QuantizedCLIPModel(CLIPModel):
         return features
 
     def save_pretrained(self, save_directory: str | Path) -> None:  # type: ignore[override]
-        """Write ``config.json``, the weights and the report, in that order; :func:`clipft.load` reads them back.
+        """Write ``config.json``, the weights and the report; :func:`clipft.load` reads them back. A processor's files
+        stay.
 
         Raises:
             ValueError: the folder holds a float model, which would pass for this one.
@@ -206,23 +213,21 @@ class QuantizedCLIPModel(CLIPModel):
         folder = Path(save_directory)
         check_own_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=folder))
-        try:
-            tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-            save_file(tensors, staging / INT8_WEIGHTS, metadata={"format": "pt"})
-            report = json.dumps(self.quantization_report, indent=2, ensure_ascii=False)
-            (staging / INT8_REPORT).write_text(report + "\n", encoding="utf-8")
-            self.config.save_pretrained(staging)
-            _mark(staging / "config.json", str(self.dtype).removeprefix("torch."))
-            for name in ("config.json", INT8_REPORT, INT8_WEIGHTS):
-                (staging / name).chmod(0o644)
-                (staging / name).replace(folder / name)
-        finally:
-            shutil.rmtree(staging)
+        with model_set(folder, keep=PROCESSOR_FILES) as staging:
+            self.write_files(staging)
+
+    def write_files(self, folder: Path) -> None:
+        """The files of :meth:`save_pretrained`, into an empty folder."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / INT8_WEIGHTS, metadata={"format": "pt"})
+        write_json(folder / INT8_REPORT, self.quantization_report)
+        self.config.save_pretrained(folder)
+        _mark(folder / "config.json", str(self.dtype).removeprefix("torch."))
 
 
 def check_own_folder(folder: Path) -> None:
     """That no float model lies where an int8 one is to be written."""
+    settle(folder)
     present = [name for name in FLOAT_WEIGHTS if (folder / name).exists()]
     if present:
         raise ValueError(f"{folder}: expected a folder of its own for an int8 model, found {present[0]} in it")
@@ -284,7 +289,7 @@ def load_quantized(weights: Path, config: CLIPConfig) -> QuantizedCLIPModel:
     """The model whose weights lie in this file.
 
     Raises:
-        ValueError: the file is damaged, or does not fit the configuration.
+        ValueError: the file is damaged, does not fit the configuration, or was not written with the files beside it.
     """
     try:
         tensors = load_file(weights)
@@ -301,6 +306,7 @@ def load_quantized(weights: Path, config: CLIPConfig) -> QuantizedCLIPModel:
     except (AttributeError, RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split("\n")[:2])
         raise ValueError(f"{weights}: expected the weights of the model in config.json ({reason})") from error
+    check_set(weights.parent, MODEL_MANIFEST)
     report = weights.with_name(INT8_REPORT)
     model.quantization_report = read_json(report) if report.is_file() else {}
     return cast(QuantizedCLIPModel, model.requires_grad_(False).eval())

@@ -10,23 +10,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import CLIPConfig
 from transformers.utils.hub import cached_file
 
 from clipft.families.family import Family
 from clipft.families.registry import family_of_type
-from clipft.files import check_file, read_json
+from clipft.files import check_file, note_changes, read_json, settle
 from clipft.models.adapters import base_of, put_adapter
+from clipft.models.bases import recorded_base
 from clipft.models.configurations import check_sizes, check_trust
 from clipft.models.formats import (
     ADAPTER_CONFIG,
     DEMO_MODEL,
     FLOAT_WEIGHTS,
     INT8_WEIGHTS,
+    MERGED,
+    MODEL_MANIFEST,
     QUANT_METHOD,
     WEIGHT_FILES,
+    folder_of,
     is_adapter_folder,
 )
 from clipft.models.heads import with_heads
@@ -35,7 +39,7 @@ from clipft.models.lora import import_peft
 from clipft.models.processors import fit, load_processor
 from clipft.models.weights import check_shapes, check_whole, shards_of, tensors_of, weight_files
 
-__all__ = ["load", "load_merged"]
+__all__ = ["load", "load_merged", "settle_model"]
 
 _READ = (".json", ".safetensors", ".txt", ".model", ".jinja")  # what transformers opens in a folder
 _logger = logging.getLogger(__name__)
@@ -66,7 +70,8 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         ImportError: an adapter without peft installed, or a SigLIP's tokenizer without sentencepiece.
     """
     check_trust(kwargs)
-    folder = _folder_of(name_or_path)
+    folder = folder_of(name_or_path)
+    settle_model(folder)
     if is_adapter_folder(folder):
         return load_merged(folder, **kwargs)
     source = str(folder)
@@ -127,6 +132,7 @@ def _fetched(source: str, revision: str) -> Path:
 
 def _load_float(family: Family, source: str, folder: Path, kwargs: dict[str, Any]) -> Any:
     """The model, with the classification heads that its configuration names."""
+    note_changes(folder, MODEL_MANIFEST)
     files = weight_files(folder)
     stored = tensors_of(files) if files else None  # transformers may know another way to a model of the hub
     tolerant = bool(kwargs.get("ignore_mismatched_sizes"))
@@ -161,10 +167,6 @@ def _load_int8(family: Family, source: str, folder: Path, config: dict[str, Any]
         raise TypeError(f"{other[0]}: not for {source!r}, an int8 model, which comes as it was saved")
     weights = Path(str(cached_file(source, INT8_WEIGHTS, revision=kwargs.get("revision", "main"))))
     return load_quantized(weights, CLIPConfig.from_dict(config))
-
-
-def _folder_of(name_or_path: str | Path) -> Path:
-    return DEMO_MODEL if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
 
 
 def _looks_like_path(name: str) -> bool:
@@ -204,28 +206,63 @@ def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
     Raises:
         ImportError: peft is not installed.
         FileNotFoundError: no weights as safetensors, or no base model.
-        ValueError: not LoRA, no base model named, or weights that do not fit it.
+        ValueError: not LoRA, no base model named, weights that do not fit it, or a base model that has other weights
+            than the one that the adapter was trained on.
     """
     peft = import_peft()
     check_trust(kwargs)
-    base, revision = base_of(folder)
-    _check_chain(folder)
-    if _folder_of(base) != DEMO_MODEL:
-        _logger.warning("%s: an adapter of the model %r, which is loaded now", folder, base)
-    try:
-        model, processor = load(base, **({"revision": revision} if revision else {}) | kwargs)
-    except OSError as error:
-        raise FileNotFoundError(f"{folder / ADAPTER_CONFIG}: the base model {base!r} does not load: {error}") from error
+    _check_chain(folder, (), set())
+    base, model, processor = _load_base(folder, kwargs)
+    note_changes(folder, MODEL_MANIFEST)
     merged = put_adapter(peft, model, folder, base).merge_and_unload().requires_grad_(True).eval()
     merged.name_or_path = str(folder)  # not the base's: these are other weights
     return merged, processor
 
 
-def _check_chain(folder: Path) -> None:
+def settle_model(folder: Path) -> None:
+    """:func:`clipft.files.settle`, also where the folder is a part of a run's set."""
+    settle(folder)
+    if folder.name == MERGED:
+        settle(folder.parent)
+
+
+def _places(folder: Path) -> list[str]:
+    """Where an adapter's base may be: beside it, as when it was trained, or else by its name."""
+    name, recorded = base_of(folder)[0], recorded_base(folder)
+    return recorded.places(name) if recorded else [name]
+
+
+def _load_base(folder: Path, kwargs: dict[str, Any]) -> tuple[str, Any, Any]:
+    """Its place, and what it loads as: the first that has the weights of when the adapter was trained."""
+    revision, recorded = base_of(folder)[1], recorded_base(folder)
+    source = {"revision": revision} if revision else {}
+    failed: Exception | None = None
+    for place in _places(folder):
+        if folder_of(place) != DEMO_MODEL:
+            _logger.warning("%s: an adapter of the model %r, which is loaded now", folder, place)
+        try:
+            model, processor = load(place, **source | kwargs)
+            plain = load(place, **source)[0] if recorded and kwargs.keys() - {"revision"} else model  # as it is stored
+        except OSError as error:
+            failed = failed or FileNotFoundError(
+                f"{folder / ADAPTER_CONFIG}: the base model {place!r} does not load: {error}"
+            )
+            continue
+        if recorded is None or recorded.is_of(plain):
+            return place, model, processor
+        failed = ValueError(
+            f"{folder}: expected the base model that the adapter was trained on; {place!r} has other weights: put "
+            "those of then back, or train the adapter anew"
+        )
+    raise cast(Exception, failed)
+
+
+def _check_chain(folder: Path, above: tuple[Path, ...], done: set[Path]) -> None:
     """That an adapter, whose base may be one again, does not lead back to itself."""
-    seen = [folder.resolve()]
-    while is_adapter_folder(seen[-1]):
-        base = _folder_of(base_of(seen[-1])[0]).resolve()
-        if base in seen:
-            raise ValueError(f"{folder / ADAPTER_CONFIG}: expected a base model, found that it leads back to {base}")
-        seen.append(base)
+    here = folder.resolve()
+    if here in above:
+        raise ValueError(f"{above[0] / ADAPTER_CONFIG}: expected a base model, found that it leads back to {here}")
+    if here not in done and is_adapter_folder(here):
+        done.add(here)
+        for place in _places(here):
+            _check_chain(folder_of(place), (*above, here), done)

@@ -17,13 +17,16 @@ from clipft.data.drawings import control_drawings
 from clipft.environment import environment
 from clipft.evaluation.scoring import gains
 from clipft.files import write_json, write_text
+from clipft.models.formats import MERGED, model_set
+from clipft.models.fusing import unfuse
+from clipft.models.saving import write_model
 from clipft.recipes.sources import Sources
 from clipft.report.examples import examples
 from clipft.report.html import write_html
 from clipft.report.model_card import write_model_card
 from clipft.training.wise_ft import RULE, sweep
 
-__all__ = ["Outcome", "check_report_to", "control_set"]
+__all__ = ["Outcome", "check_report_to", "control_set", "save_run"]
 
 _KEPT = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
@@ -92,8 +95,10 @@ class Outcome:
         report["environment"] = versions
         return report
 
-    def write(self, output: Path, log_history: list[dict[str, Any]], settings: dict[str, Any], *, merged: bool) -> None:
-        """report.json, report.html, config.yaml and model cards beside the weights in ``output``."""
+    def write(
+        self, output: Path, name: str, log_history: list[dict[str, Any]], settings: dict[str, Any], *, merged: bool
+    ) -> None:
+        """report.json, report.html, config.yaml and model cards of this name beside the weights in ``output``."""
         versions = environment()
         report = self.to_json(log_history, versions)
         write_json(output / "report.json", report)
@@ -106,9 +111,9 @@ class Outcome:
             examples=examples(self.found["after"], self.test.dataset),
             settings=settings,
         )
-        write_model_card(output, report, settings, adapter=merged)
+        write_model_card(output, name, report, settings, adapter=merged)
         if merged:
-            write_model_card(output / "merged", report, settings, adapter=False)
+            write_model_card(output / MERGED, MERGED, report, settings, adapter=False)
 
     def show(self, console: Console) -> None:
         """The tables."""
@@ -122,6 +127,30 @@ class Outcome:
             name = f"control set: {len(self.control.dataset)} pictures of {self.control_name}"
             show({stage: self.controls[stage].to_json() for stage in tuned}, name, console, classes=False)
         show({stage: self.found[stage].to_json() for stage in tuned}, self.test_name, console)
+
+
+def save_run(
+    output: Path,
+    model: Any,
+    processor: Any,
+    outcome: Outcome,
+    log_history: list[dict[str, Any]],
+    settings: dict[str, Any],
+) -> None:
+    """All that a run leaves for use, as one set: the model, or an adapter and beside it the model with it merged in,
+    reports and model cards. ``model`` is not of use for training any more.
+    """
+    failed = None
+    with model_set(output) as staging:
+        write_model(unfuse(model), processor, staging)
+        if merged := hasattr(model, "merge_and_unload"):
+            write_model(model.merge_and_unload(), processor, staging / MERGED)
+        try:
+            outcome.write(staging, output.resolve().name, log_history, settings, merged=merged)
+        except Exception as error:  # hours of training are worth more than the page about them
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 def _is_metric(name: str) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,16 @@ from clipft.console import console_of_run
 from clipft.data.rows import class_names_of, class_targets
 from clipft.data.sampling import classes_are_uneven
 from clipft.evaluation.scoring import Scorer
-from clipft.files import save_model
+from clipft.files import locked
+from clipft.models.bases import check_base_stays
+from clipft.models.formats import MERGED
 from clipft.models.freezing import freeze, what_trains
 from clipft.models.fusing import fuse, unfuse
 from clipft.models.loading import load
 from clipft.models.lora import add_lora, import_peft
 from clipft.recipes.arguments import Heads, arguments_of, heads_asked_for
 from clipft.recipes.options import TrainOptions, options_from
-from clipft.recipes.outcome import Outcome, check_report_to, control_set
+from clipft.recipes.outcome import Outcome, check_report_to, control_set, save_run
 from clipft.recipes.sources import Sources
 from clipft.training.arguments import default_learning_rate
 from clipft.training.checkpoints import last_checkpoint
@@ -93,6 +97,8 @@ def train(
     Raises:
         TypeError: no such option.
         ValueError: an option or data that does not fit; the message names it.
+        BlockingIOError: another run is writing into ``output``.
+        OSError: ``output`` cannot be written into.
     """
     further = [f"{name}={json.dumps(value)}" for name, value in (training_args or {}).items()]
     settings = options_from(TrainOptions, options | ({"set": [*options.get("set", ()), *further]} if further else {}))
@@ -102,8 +108,15 @@ def train(
     check_report_to(settings.report_to or [])
     temporary = tempfile.TemporaryDirectory(prefix="clipft-run-") if output is None else None
     folder = Path(temporary.name if output is None and temporary else str(output)).expanduser()
-    arguments = arguments_of(settings, folder, heads, console)
-    return _Training(settings, folder, heads, arguments, console).run(model, data, callbacks, peft_config, temporary)
+    with _lock_of_run(folder):
+        arguments = arguments_of(settings, folder, heads, console)
+        training = _Training(settings, folder, heads, arguments, console)
+        return training.run(model, data, callbacks, peft_config, temporary)
+
+
+def _lock_of_run(folder: Path) -> AbstractContextManager[None]:
+    """One run at a time into a folder. Of several processes of one run the first has the lock."""
+    return locked(folder) if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
 def _check_adapter(options: TrainOptions, heads: Heads, peft_config: Any) -> None:
@@ -131,10 +144,12 @@ class _Training:
 
     def run(self, model: Any, data: Any, callbacks: Sequence[Any], peft_config: Any, temporary: Any) -> Run:
         options, console = self.options, self.console
+        adapted = options.lora_r is not None or peft_config is not None
+        if adapted:
+            check_base_stays(_name_of(model), self.folder)
         sets = self._sets(data)
         control = control_set(options.control_data, sets.sources)
         base, processor = _loaded(model)
-        adapted = options.lora_r is not None or peft_config is not None
         clip = self._what_trains(base, peft_config)
         lr = options.lr
         self.arguments.learning_rate = default_learning_rate(base, lora=adapted) if lr is None else lr
@@ -159,13 +174,14 @@ class _Training:
         )
         self._train(trainer, outcome, clip, functools.partial(scorer, sets.validation))
         if trainer.is_world_process_zero():
-            self._save(clip, processor, adapted)
-            outcome.write(self.folder, trainer.state.log_history, self._settings(model, data), merged=adapted)
+            history = trainer.state.log_history
+            save_run(self.folder, clip, processor, outcome, history, self._settings(model, data))
             outcome.show(console)
             what = "adapter, the model with it merged in (merged)" if adapted else "model"
             console.print(f"{what}, report.html, report.json and config.yaml in {self.folder}")
         trainer.accelerator.end_training()  # leaves the process group while the interpreter still runs
         tuned = clip.merge_and_unload() if adapted and hasattr(clip, "merge_and_unload") else clip
+        tuned.name_or_path = str(self.folder / MERGED if adapted else self.folder)  # not the base's: other weights
         scores = outcome.to_json(trainer.state.log_history, {})
         return Run(
             unfuse(tuned).eval(),
@@ -253,11 +269,6 @@ class _Training:
             trainer.add_callback(report)
             trainer.progress = report.track
         return trainer
-
-    def _save(self, clip: Any, processor: Any, adapted: bool) -> None:
-        save_model(unfuse(clip), processor, self.folder)
-        if adapted:
-            save_model(clip.merge_and_unload(), processor, self.folder / "merged")
 
     def _settings(self, model: Any, data: Any) -> dict[str, Any]:
         """What ``config.yaml`` holds: every option as it was used."""

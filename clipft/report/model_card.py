@@ -27,17 +27,20 @@ _TASKS = {
 }
 
 
-def write_model_card(folder: Path, report: dict[str, Any], settings: dict[str, Any], *, adapter: bool) -> None:
+def write_model_card(
+    folder: Path, name: str, report: dict[str, Any], settings: dict[str, Any], *, adapter: bool
+) -> None:
     """Write ``folder``/README.md with YAML front matter, as the Hugging Face hub reads it.
 
     Args:
         folder: with the weights.
+        name: of the model.
         report: as in report.json.
         settings: the run's options by name. Of a path only the last part is told.
         adapter: whether the folder holds a LoRA adapter of the base model.
     """
     base, data = _name(settings["model"]), _name(settings["data"])
-    name = shown(folder.resolve().name)
+    name = shown(name)
     card = ModelCardData(
         base_model=settings["model"] if _on_hub(settings["model"]) else None,
         library_name="peft" if adapter else "transformers",

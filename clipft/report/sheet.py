@@ -17,6 +17,8 @@ from matplotlib.font_manager import fontManager
 
 from clipft.console import shown
 
+from clipft.files import writing
+
 __all__ = ["Row", "draw_sheet"]
 
 _WIDTH = 18  # characters of a name under a picture
@@ -39,19 +41,14 @@ class Row:
 
 
 def draw_sheet(path: Path, rows: Sequence[Row]) -> None:
-    """A PNG, written under a temporary name and renamed; a warning says for which characters no font is there."""
+    """A PNG, which appears whole; a warning says for which characters no font is there."""
     columns = 1 + max(len(row.hits) for row in rows)
     installed = {font.name for font in fontManager.ttflist}
     families = [*matplotlib.rcParams["font.family"], *(name for name in _FONTS if name in installed)]
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            figure = _sheet(rows, columns)
-            figure.savefig(temporary, format="png", facecolor="white")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with writing(path) as staged:
+            _sheet(rows, columns).savefig(staged, format="png", facecolor="white")
     _say_missing([str(warning.message) for warning in caught])
 
 

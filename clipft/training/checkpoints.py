@@ -1,4 +1,6 @@
-"""Checkpoints that have their name only when whole: staged, then renamed; and the last of them."""
+"""Checkpoints that have their name only when whole: staged, then renamed, with digests of their weights; and the last
+of them.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,14 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
+from clipft.files import check_set, write_manifest
+from clipft.models.formats import MODEL_MANIFEST
+
 __all__ = ["StagedCheckpoints", "check_checkpoint", "kept_checkpoints", "last_checkpoint"]
 
 _logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_STAGING, _REPLACED = "tmp-checkpoint", "replaced"
 
 
 class StagedCheckpoints(Trainer):
@@ -34,9 +40,10 @@ class StagedCheckpoints(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
-        staging = folder / "tmp-checkpoint"
+        staging = folder / _STAGING
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
+            _finish_replacing(folder)
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with _named_errors(staging, folder / name):
@@ -64,9 +71,11 @@ class StagedCheckpoints(Trainer):
             self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
             self.state.save_to_json(str(staged / "trainer_state.json"))
-            shutil.rmtree(final, ignore_errors=True)  # of an earlier run in this folder
+            write_manifest(staged, MODEL_MANIFEST, "*.safetensors")
+            if final.exists():  # of an earlier run in this folder
+                final.rename(staged.with_name(_REPLACED))  # whoever finds it knows that the other is whole
             staged.rename(final)
-            staged.parent.rmdir()
+            shutil.rmtree(staged.parent)
             rotate_checkpoints(
                 str(final.parent), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
@@ -122,8 +131,16 @@ def check_checkpoint(path: str | Path) -> None:
         raise ValueError(f"resume_from_checkpoint: {path} is not a whole checkpoint ({fault})")
 
 
+def _finish_replacing(folder: Path) -> None:
+    """A process was killed between the two renames that put a checkpoint in the place of another."""
+    if (folder / _STAGING / _REPLACED).is_dir():
+        for path in (folder / _STAGING).glob("checkpoint-*"):
+            path.rename(folder / path.name)
+
+
 def _by_step(folder: str | Path) -> list[Path]:
     """Latest first."""
+    _finish_replacing(Path(folder))
     named = ((_CHECKPOINT.fullmatch(path.name), path) for path in Path(folder).glob("checkpoint-*"))
     return [path for _, path in sorted(((int(match[1]), path) for match, path in named if match), reverse=True)]
 
@@ -140,6 +157,10 @@ def _fault_of_file(checkpoint: Path) -> str:
             _READERS[path.name.partition(".")[2]](path)
         except Exception as error:  # whatever a damaged file may lead to
             return f"{path.name} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    try:
+        check_set(checkpoint, MODEL_MANIFEST)
+    except ValueError as error:
+        return str(error)
     return ""
 
 

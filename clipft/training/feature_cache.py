@@ -10,7 +10,6 @@ preprocessing or data misses.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -29,6 +28,7 @@ from clipft.data.rows import PairRows, read_stored, stored_pictures
 from clipft.data.transforms import build_transform, stack_pictures
 from clipft.families.family import TowerName
 from clipft.families.registry import base_model, family_of
+from clipft.files import writing
 from clipft.inference.encode import Progress, evaluating
 
 __all__ = ["FrozenTowers", "frozen_towers"]
@@ -185,9 +185,6 @@ def _read(path: Path) -> tuple[dict[bytes, int], Tensor | None]:
 
 
 def _write(path: Path, rows: dict[bytes, int], table: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     digests = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, _DIGEST)
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as staging:
-        staged = Path(staging) / path.name
+    with writing(path) as staged:
         save_file({"digests": digests, "pooler_output": table.contiguous()}, staged)
-        staged.replace(path)

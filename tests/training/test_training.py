@@ -319,6 +319,37 @@ def test_unfinished_checkpoints_are_passed_over(tmp_path: Path) -> None:
     assert not (tmp_path / "tmp-checkpoint").exists()
 
 
+def test_a_wrong_byte_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    trainer_of(tmp_path, captioned(16), save_strategy="steps", save_steps=1).train()
+    path = max(tmp_path.glob("checkpoint-*")) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1001] ^= 0x40
+    path.write_bytes(data)
+    assert last_checkpoint(tmp_path) != path.parent
+    with pytest.raises(ValueError, match=r"is not a whole checkpoint .* model.safetensors not as clipft_files.json"):
+        trainer_of(tmp_path, captioned(16)).train(resume_from_checkpoint=str(path.parent))
+
+
+def test_a_checkpoint_takes_the_place_of_another_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two renames: the new one is whole, and found."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer_of(tmp_path, captioned(16), **options).train()
+    before = (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if target == tmp_path / "checkpoint-2":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        trainer_of(tmp_path, captioned(16), **options, learning_rate=0.1).train()
+    assert not (tmp_path / "checkpoint-2").exists()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes() != before
+
+
 def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a whole checkpoint-N in"):
         trainer_of(tmp_path, captioned(8)).train(resume_from_checkpoint=True)

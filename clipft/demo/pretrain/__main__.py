@@ -33,8 +33,8 @@ from clipft.demo.pretrain.sources import Drawing
 from clipft.demo.pretrain.teacher import GLOBAL, LOCAL, Teacher
 from clipft.demo.pretrain.views import SCENE, Views, crop
 from clipft.demo.styles import noto
-from clipft.files import save_model
 from clipft.models.formats import DEMO_MODEL
+from clipft.models.saving import save_model
 from clipft.training.progress import ProgressReport
 
 REPEATS = {"emoji": 16, "clipart": 4, "fashion": 1}  # views of each drawing an epoch; emoji are about half of them

@@ -1,0 +1,120 @@
+"""The model that an adapter was trained on: recorded, kept, found again after a move, and recognised by its weights.
+
+The record is in the manifest of the adapter's folder; peft's own files stay as peft writes them, but for the base's
+name, which is made absolute, so that it holds in every working directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from clipft.files import read_json, unchanged, write_json
+from clipft.models.formats import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DEMO_MODEL,
+    MERGED,
+    MODEL_MANIFEST,
+    folder_of,
+)
+
+__all__ = ["Base", "check_base_stays", "digest_of_base", "record_base", "recorded_base"]
+
+_KEY = "base"  # of the manifest
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter's folder knows of its base.
+
+    Attributes:
+        weights: their digest, without those that the adapter's own file holds.
+        trained: the names of these: biases, or modules that were trained whole.
+        beside: the base's folder where it lies as it lay then, seen from the adapter's; None on the hub.
+    """
+
+    weights: str
+    trained: frozenset[str]
+    beside: Path | None
+
+    def is_of(self, model: Any) -> bool:
+        """Whether the model has these weights."""
+        return digest_of_base(model, self.trained) == self.weights
+
+    def places(self, name: str) -> list[str]:
+        """Where to look for it; ``name``: as the adapter's configuration has it."""
+        near = [str(self.beside)] if self.beside is not None and self.beside.is_dir() else []
+        return [*near, *([] if near and Path(near[0]).resolve() == folder_of(name).resolve() else [name])]
+
+
+def record_base(model: Any, staging: Path, home: Path) -> None:
+    """Beside an adapter that peft has written into ``staging``, for the folder ``home``."""
+    config = read_json(staging / ADAPTER_CONFIG)
+    folder, beside = folder_of(config["base_model_name_or_path"] or ""), None
+    if folder.resolve() == DEMO_MODEL:
+        config["base_model_name_or_path"] = "demo"  # on every machine
+    elif config["base_model_name_or_path"] and folder.is_dir():
+        config["base_model_name_or_path"] = str(folder.resolve())
+        beside = os.path.relpath(folder.resolve(), home.resolve())
+    write_json(staging / ADAPTER_CONFIG, config)
+    write_json(
+        staging / MODEL_MANIFEST, {_KEY: {"weights": digest_of_base(model, _trained(staging)), "folder": beside}}
+    )
+
+
+def recorded_base(folder: Path) -> Base | None:
+    """None for an adapter that plain peft saved, or clipft 0.1: there is nothing to know its base by."""
+    try:
+        about = read_json(folder / MODEL_MANIFEST)[_KEY]
+        weights, beside = str(about["weights"]), about["folder"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not unchanged(folder, MODEL_MANIFEST, ADAPTER_WEIGHTS):
+        return None
+    return Base(weights, _trained(folder), (folder / beside).resolve() if isinstance(beside, str) else None)
+
+
+def _trained(folder: Path) -> frozenset[str]:
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        return frozenset(_plain(name) for name in file.keys())  # noqa: SIM118
+
+
+def check_base_stays(base: str, folder: Path) -> None:
+    """That an adapter does not take the place of the model that it needs.
+
+    Raises:
+        ValueError: it would.
+    """
+    needed = folder_of(base).resolve()
+    if {folder.resolve(), (folder / MERGED).resolve()} & {needed, needed / MERGED}:
+        raise ValueError(
+            f"output: expected a folder other than that of the base model, which the adapter needs: {base}"
+        )
+
+
+def digest_of_base(model: Any, trained: Collection[str] = ()) -> str:
+    """Of the weights of a model without its adapters and what else was ``trained``, by value: in float32, whatever they
+    are stored as.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    named = {_plain(name): tensor for name, tensor in plain.state_dict().items()}
+    for name in sorted(named.keys() - set(trained)):
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            tensor = named[name].detach().to("cpu", torch.float32).contiguous()
+            digest.update(f"{name}/{tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def _plain(name: str) -> str:
+    """Of a tensor, without what peft puts into its name."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
