@@ -26,7 +26,9 @@ from typing import Any
 
 __all__ = [
     "check_file",
+    "check_places",
     "check_set",
+    "drop_link",
     "empty",
     "locked",
     "note_changes",
@@ -163,13 +165,15 @@ def replace_set(
         settle(folder, tag)
         yield staging
         files = write_manifest(staging, manifest)
+        check_places(folder, (*files, manifest))
         for own in (*files, manifest):
             (staging / own).chmod(staging.stat().st_mode & 0o666)
         former = _former(folder, [manifest, *replaces], obsolete) - {*files, manifest}
         plan = {"move": [*files, manifest], "remove": sorted(own for own in former if not _matches(own, keep))}
         (staging / _PLAN).write_text(json.dumps(plan), encoding="utf-8")
-        committed = staging.rename(folder / f"{_COMMITTED}{name}")
-        _finish(folder, committed)
+        committed = folder / f"{_COMMITTED}{name}"
+        drop_link(committed)
+        _finish(folder, staging.rename(committed), tag)
 
 
 def settle(folder: Path, tag: str | None = None) -> None:
@@ -179,7 +183,9 @@ def settle(folder: Path, tag: str | None = None) -> None:
         return
     try:
         with suppress(FileNotFoundError), _held_folder(committed, wait=True):  # not found: somebody else has done it
-            _finish(folder, committed)
+            _finish(folder, committed, tag)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove {committed}, which clipft has not written like this") from error
     except OSError as error:
         raise OSError(
             f"{folder}: a process was killed while it put its files in place here, and that cannot be finished "
@@ -187,30 +193,33 @@ def settle(folder: Path, tag: str | None = None) -> None:
         ) from error
 
 
-def _finish(folder: Path, committed: Path) -> None:
-    """May be broken off anywhere, and begun again."""
+def _finish(folder: Path, committed: Path, tag: str | None) -> None:
+    """May be broken off anywhere, and begun again. The plan may be a stranger's: it reaches what is in the folder, and
+    of a tagged set only files of that name.
+    """
     if (committed / _PLAN).is_file():
         plan = read_json(committed / _PLAN)
-        for name in _listed(plan, "remove", folder):
+        for name in _listed(plan, "remove", folder, tag):
             path = _place(folder, name)
             path.unlink(missing_ok=True)
             if path.parent != folder:
                 with suppress(OSError):
                     path.parent.rmdir()
-        for name in _listed(plan, "move", folder):
-            path = _place(folder, name)
-            if (committed / name).is_file():
+        for name in _listed(plan, "move", folder, tag):
+            staged, path = _place(committed, name), _place(folder, name)
+            if staged.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                (committed / name).replace(path)
+                staged.replace(path)
         (committed / _PLAN).unlink()
     shutil.rmtree(committed, ignore_errors=True)
 
 
-def _listed(plan: dict[str, Any], key: str, folder: Path) -> list[str]:
+def _listed(plan: dict[str, Any], key: str, folder: Path, tag: str | None) -> list[str]:
     names = plan.get(key)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.startswith(tag or "") for name in names):
         raise ValueError(
-            f"{folder / _COMMITTED}: expected a list of names under {key} in its {_PLAN}, found {names!r:.80}"
+            f"{folder / _COMMITTED}: expected a list of {f'names of {tag}' if tag else 'names'} under {key} in its "
+            f"{_PLAN}, found {names!r:.80}"
         )
     return names
 
@@ -221,16 +230,37 @@ def _former(folder: Path, manifests: Iterable[str], obsolete: Iterable[str]) -> 
     found = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
     for manifest in manifests:
         for name, entry in (set_of(folder, manifest) or {}).items():
-            if not _differs(_place(folder, name), entry):
+            if not _differs(folder, name, entry):
                 found.add(name)
-    return found
+    return {name for name in found if _inside(folder, name) and not (folder / name).is_dir()}
+
+
+def check_places(folder: Path, names: Iterable[str]) -> None:
+    """That files of these names can be put into the folder.
+
+    Raises:
+        IsADirectoryError, NotADirectoryError: something else has such a name; it is named.
+    """
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(f"{path}: expected a file or nothing, found a folder: move it away")
+        for above in path.parents[: len(Path(name).parents) - 1]:
+            if above.is_symlink() or (above.exists() and not above.is_dir()):
+                raise NotADirectoryError(f"{above}: expected a folder or nothing, found a file or a link: move it away")
 
 
 def _place(folder: Path, name: str) -> Path:
-    path = folder / name
-    if ".." in path.parts or not path.parent.resolve().is_relative_to(folder.resolve()):
+    if not _inside(folder, name):
         raise ValueError(f"{folder}: expected names within the folder in its list of files, found {name!r}")
-    return path
+    return folder / name
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a name is of a file in the folder, also with links taken into account."""
+    above = Path(name).parent
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and (folder / name).parent.resolve() == folder.resolve() / above
 
 
 def _matches(name: str, patterns: Collection[str]) -> bool:
@@ -269,7 +299,7 @@ def check_set(folder: Path, manifest: str, names: Iterable[str] | None = None) -
     if files is None:
         return
     read = list(files if names is None else names)
-    odd = [name for name in read if _differs(_place(folder, name), files.get(name))]
+    odd = [name for name in read if _differs(folder, name, files.get(name))]
     if odd:
         rest = [name for name in read if name not in odd]
         raise ValueError(
@@ -282,19 +312,20 @@ def check_set(folder: Path, manifest: str, names: Iterable[str] | None = None) -
 def unchanged(folder: Path, manifest: str, name: str) -> bool:
     """Whether a file is the one that the manifest was written with."""
     files = set_of(folder, manifest) or {}
-    return name in files and not _differs(folder / name, files[name])
+    return name in files and not _differs(folder, name, files[name])
 
 
 def note_changes(folder: Path, manifest: str) -> None:
     """Of a folder that anybody may edit: a line where it is no longer as the manifest has it."""
     files = set_of(folder, manifest) or {}
-    odd = [name for name, entry in files.items() if _differs(folder / name, entry, most=_SMALL)]
+    odd = [name for name, entry in files.items() if _differs(folder, name, entry, most=_SMALL)]
     if odd:
         _logger.warning("%s: %s changed since %s was written; taken as found", folder, ", ".join(odd), manifest)
 
 
-def _differs(path: Path, entry: list[Any] | None, most: int | None = None) -> bool:
-    if entry is None or not path.is_file() or path.stat().st_size != entry[0]:
+def _differs(folder: Path, name: str, entry: list[Any] | None, most: int | None = None) -> bool:
+    path = folder / name
+    if entry is None or not _inside(folder, name) or not path.is_file() or path.stat().st_size != entry[0]:
         return True
     return (most is None or entry[0] <= most) and _digest(path) != entry[1]
 
@@ -302,6 +333,12 @@ def _differs(path: Path, entry: list[Any] | None, most: int | None = None) -> bo
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def drop_link(path: Path) -> None:
+    """Where a folder of ours is to be: a link is none, and what it leads to is not to be emptied."""
+    if path.is_symlink():
+        path.unlink()
 
 
 def empty(folder: Path) -> None:
@@ -344,6 +381,7 @@ def locked(folder: Path) -> Iterator[None]:
 def _staged(folder: Path, name: str, *, wait: bool) -> Iterator[Path]:
     """An empty folder, without what a killed process left in it; gone at the end unless it has been renamed."""
     staging = folder / f"{_STAGING}{name}"
+    drop_link(staging)
     with _held_folder(staging, wait=wait, make=True):
         empty(staging)
         identity = staging.stat().st_ino

@@ -93,20 +93,64 @@ def test_an_error_leaves_all_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "there" / "a").read_text() == "1"
 
 
+def planned(folder: Path, move: list[str], remove: list[str], tag: str = "") -> Path:
+    """What a killed process leaves, or a stranger."""
+    committed = folder / f".clipft-committed{tag}"
+    committed.mkdir(parents=True)
+    (committed / ".plan.json").write_text(json.dumps({"move": move, "remove": remove}))
+    return committed
+
+
 def test_a_plan_does_not_lead_outside(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("mine")
-    for name in ("../victim", str(tmp_path / "victim"), "link/victim"):
-        folder = tmp_path / "folder"
-        (folder / ".clipft-committed").mkdir(parents=True)
-        (folder / "link").symlink_to(tmp_path)
-        (folder / ".clipft-committed" / ".plan.json").write_text(json.dumps({"move": [], "remove": [name]}))
-        with pytest.raises(ValueError, match="expected names within the folder"):
-            settle(folder)
-        write_json(folder / "list.json", {"files": {name: [4, "0"]}})
-        with pytest.raises(ValueError, match="expected names within the folder"):
-            check_set(folder, "list.json")
-        shutil.rmtree(folder)
-    assert (tmp_path / "victim").read_text() == "mine"
+    for number, name in enumerate(["../victim", str(tmp_path / "victim"), "link/victim", "", ".", "a/../../victim"]):
+        for way in ("move", "remove"):
+            folder = tmp_path / f"{way}-{number}"
+            committed = planned(folder, *([[name], []] if way == "move" else [[], [name]]))
+            for place in (folder, committed):  # the second: what is moved comes from outside
+                (place / "link").symlink_to(tmp_path)
+            with pytest.raises(ValueError, match="expected names within the folder"):
+                settle(folder)
+            if name == "link/victim" and way == "move":
+                (folder / "link").unlink()
+                with pytest.raises(ValueError, match="expected names within the folder"):
+                    settle(folder)
+            write_json(folder / "list.json", {"files": {name: [4, "0"]}})
+            with pytest.raises(ValueError, match="not as list.json knows it"):
+                check_set(folder, "list.json")
+    assert names(tmp_path) >= {"victim"} and (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_plan_of_one_file_reaches_no_other(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    planned(tmp_path, [], ["notes"], ".v.npy")
+    with pytest.raises(ValueError, match=r"expected a list of names of v.npy under remove .*found \['notes'\]"):
+        settle(tmp_path, "v.npy")
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_links_in_place_of_staging_folders_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine").write_text("1")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in (".clipft-staging", ".clipft-committed", ".clipft-staging.a"):
+        (folder / name).symlink_to(tmp_path / "home")
+    put(folder, b="1")
+    write_text(folder / "a", "1")
+    settle(folder)
+    assert names(tmp_path / "home") == {"mine"} and names(folder) >= {"a", "b"}
+
+
+def test_what_lies_in_the_way_is_named_and_nothing_changes(tmp_path: Path) -> None:
+    put(tmp_path, a="1")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "sub").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    for name, kind in (("b", IsADirectoryError), ("sub__c", NotADirectoryError), ("link__c", NotADirectoryError)):
+        with pytest.raises(kind, match=f"{name.partition('_')[0]}: expected a (file|folder) or nothing"):
+            put(tmp_path, a="2", **{name: "1"})
+    assert names(tmp_path) == {"a", "b", "sub", "link", "list.json"} and (tmp_path / "a").read_text() == "1"
 
 
 def test_a_mix_is_named_on_both_sides(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipft.files import check_set, empty, locked, replace_set, settle, write_json, writing
+from clipft.files import check_set, drop_link, empty, locked, replace_set, settle, write_json, writing
 from clipft.inference.encode import Encoder, encode_pictures
 
 __all__ = ["Description", "VectorFile", "embed_to_file", "search"]
@@ -140,6 +140,7 @@ def embed_to_file(
     """
     _suffix(path)
     parts = path.with_name(f".{path.name}.parts")
+    drop_link(parts)
     with locked(parts):
         if restart:
             empty(parts)
