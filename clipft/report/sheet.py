@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 from clipft.console import shown
-
 from clipft.files import writing
 
 __all__ = ["Row", "draw_sheet"]
