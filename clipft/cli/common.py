@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Annotated, Any
@@ -140,6 +141,7 @@ def prepare() -> Console:
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF and the like
     log_to_terminal()
     return console_of_run()
 

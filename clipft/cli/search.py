@@ -96,7 +96,7 @@ def _read_texts(path: Path, encoding: str | None) -> tuple[list[str], list[str]]
 
 
 def _read_pictures(data: str, split: str | None, reading: Reading) -> tuple[Any, list[str]]:
-    from clipft.data.pictures import PICTURE_ENDINGS
+    from clipft.data.pictures import picture_endings
     from clipft.data.splits import TABLE_ENDINGS
 
     folder = Path(data).expanduser()
@@ -105,7 +105,7 @@ def _read_pictures(data: str, split: str | None, reading: Reading) -> tuple[Any,
         and folder.is_dir()
         and not any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
     ):
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS)
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in picture_endings())
         if paths:
             ids = [str(path.relative_to(folder)) for path in paths]
             reading.places = [[name] for name in ids]

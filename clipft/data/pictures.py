@@ -1,38 +1,82 @@
 """Pictures without torch: files opened, turned upright, to RGB, and to ``pixel_values``, to the bit what torchvision
 makes of them in training.
 
+Files may come from strangers: they are opened as one of the formats of :func:`picture_formats` or not at all, refused
+by their size before anything is allocated, and whatever a decoder raises is an :class:`UnreadablePictureError` with a
+name.
+
 torchvision resizes 8-bit pictures in fixed point: weights of a cubic that widens with the reduction (antialias),
 rounded to 16 bits, along the rows and then along the columns, each pass rounded to 8 bits. This is the same in numpy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import importlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 __all__ = [
-    "PICTURE_ENDINGS",
+    "UNOPENED_ENDINGS",
     "UNREADABLE",
     "EncodedPicture",
+    "UnreadablePictureError",
     "check_preprocessing",
+    "has_picture_content",
+    "limit_pixels",
+    "naming",
     "open_picture",
+    "picture_endings",
+    "picture_formats",
+    "read_file",
+    "shown_part",
     "to_pixels",
     "to_rgb",
     "upright",
 ]
 
-PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
+Found = TypeVar("Found")
+
+UNREADABLE = (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)
+# EPS starts Ghostscript, IPTC opens what it holds as any format; the rest are recognised, but have no decoder.
+_NEVER_OPENED = {"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+_PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_jxl": None}  # by module, what registers it if not its import
+_HEIF, _JXL, _CONVERT = "install pillow-heif", "install pillow-jxl-plugin", "convert to .png or .jpg"
+UNOPENED_ENDINGS = {  # of pictures that Pillow alone does not open, and what to do about it
+    **dict.fromkeys((".heic", ".heif", ".hif"), _HEIF),
+    ".jxl": _JXL,
+    **dict.fromkeys((".svg", ".eps", ".ps", ".wmf", ".emf", ".exr", ".hdr", ".dcm"), _CONVERT),
+    **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"), _CONVERT),
+}
+_CONTENTS = {b"ftyphei": _HEIF, b"ftypmif1": _HEIF, b"\0\0JXL ": _JXL}  # at byte 4, and a JXL's at 2
+_PIXELS_VARIABLE = "CLIPFT_MAX_PIXELS"  # so that processes started later know the limit too
+_BYTES_OF_A_PIXEL = 16  # at the most, in a file
 _ORIENTATION = 0x0112  # of EXIF
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_HOLDS_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+_SLOW_CODECS = ("dds_rgb", "fits_gzip")  # written in Python, a loop over the pixels that the head claims
+_MOST_OF_A_BYTE = 64  # pixels that such a codec may claim a byte of the file
+_PNG, _PNG_METADATA = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_LONGEST = 16  # times its crop that a picture's long side may have
 _BICUBIC = 3  # PIL's number
 _CUBIC_A = -0.5  # the cubic's parameter where it antialiases
 _MAX_BITS = 22  # of a fixed-point weight
@@ -54,21 +98,145 @@ def _known_size(size: Mapping[str, int]) -> bool:
     return set(size) in ({"shortest_edge"}, {"height", "width"})
 
 
+# ---- which files ----
+
+
+def picture_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are opened, those of installed plugins too."""
+    _load_plugins()
+    return tuple(name for name in Image.ID if name in Image.OPEN and name not in _NEVER_OPENED)
+
+
+def picture_endings() -> frozenset[str]:
+    """The endings of such files, in lower case, with their dot."""
+    formats = {*picture_formats(), "MPO"}  # which JPEG opens
+    return frozenset(ending for ending, name in Image.EXTENSION.items() if name in formats)
+
+
+def has_picture_content(path: str | Path) -> bool:
+    """Whether a file without an ending begins as a picture does, by formats that have a mark of their own."""
+    marked = [name for name in picture_formats() if Image.OPEN[name][1] is not None]
+    try:
+        _check_regular(path)
+        with Image.open(path, formats=marked):
+            return True
+    except Exception:  # whatever a decoder makes of another kind of file
+        return False
+
+
+@cache
+def _load_plugins() -> None:
+    Image.preinit()  # the usual formats are tried first
+    Image.init()
+    for module, register in _PLUGINS.items():
+        with suppress(ImportError):
+            plugin = importlib.import_module(module)
+            if register:
+                getattr(plugin, register)()
+
+
+def limit_pixels(most: int | None) -> None:
+    """Refuse pictures of more pixels, in this process and those that it starts from now on; None leaves the limit as
+    it is: ``PIL.Image.MAX_IMAGE_PIXELS``, 89 million."""
+    if most is not None:
+        Image.MAX_IMAGE_PIXELS = most
+        os.environ[_PIXELS_VARIABLE] = str(most)
+
+
+if os.environ.get(_PIXELS_VARIABLE, "").isdecimal():
+    limit_pixels(int(os.environ[_PIXELS_VARIABLE]))
+
+
+def _check_size(width: int, height: int) -> None:
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > most:
+        raise ValueError(f"{width} x {height} pixels, more than max_pixels (--max-pixels) {most}")
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+        OSError: there is no such file. ValueError: no regular file, or larger than any picture that is read.
+    """
+    size, most = _check_regular(path), Image.MAX_IMAGE_PIXELS
+    if most is not None and size > _BYTES_OF_A_PIXEL * most:
+        raise ValueError(f"{size} bytes, too many for a picture of max_pixels (--max-pixels) {most}")
+    return Path(path).read_bytes()
+
+
+def _check_regular(path: str | Path) -> int:
+    """The size of a file that may be opened: a FIFO would wait for ever."""
+    info = Path(path).stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError("no regular file")
+    return info.st_size
+
+
+# ---- reading ----
+
+
+class UnreadablePictureError(ValueError):
+    """The message names the picture; ``why`` is the rest of it."""
+
+    why = ""
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Around the reading of a picture: whatever a decoder raises says which picture it was. Of two names the outer,
+    which knows the row, is kept."""
+    try:
+        yield
+    except Exception as error:  # decoders raise RuntimeError, struct.error, ZeroDivisionError, ...
+        why = error.why if isinstance(error, UnreadablePictureError) else _why(error)
+        named = UnreadablePictureError(f"{name}: the image cannot be read ({why})")
+        named.why = why
+        raise named from error
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify it as a picture"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more pixels than max_pixels (--max-pixels) {Image.MAX_IMAGE_PIXELS}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
 def open_picture(image: Any) -> Image.Image:
-    """A PIL picture, or one read from a path and turned upright."""
+    """A PIL picture, or one read from a path and turned upright.
+
+    Raises:
+        UnreadablePictureError: it cannot be read; the message names the path. TypeError: neither.
+    """
     if isinstance(image, Image.Image):
+        with naming(str(getattr(image, "filename", "")) or "images"):
+            image.load()
         return image
     if not isinstance(image, (str, Path)):
         raise TypeError(f"images: expected PIL pictures or paths, got {type(image).__name__}")
-    with Image.open(image) as picture:
-        picture.load()
-    return upright(picture)
+    with naming(str(image)):
+        return EncodedPicture(read_file(image), str(image)).decode()
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """Turned as the camera's EXIF tag says, as ``datasets`` does."""
-    turned = picture.getexif().get(_ORIENTATION, 1) != 1
-    return ImageOps.exif_transpose(picture) if turned else picture
+    """Turned as the camera's EXIF tag says; one that cannot be read says nothing."""
+    turn = _TURNS.get(_orientation(picture))
+    if turn is None:
+        return picture
+    turned = picture.transpose(turn)
+    for key in _HOLDS_ORIENTATION:
+        turned.info.pop(key, None)
+    return turned
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return int(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # malformed EXIF: struct.error, TypeError, ...
+        return 1
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -105,42 +273,105 @@ class EncodedPicture:
 
     def size(self) -> tuple[int, int]:
         """Width and height of the upright picture, from the file's head."""
-        with self._open() as picture:
+
+        def look(picture: Image.Image) -> tuple[int, int]:
             width, height = picture.size
-            turned = picture.getexif().get(_ORIENTATION) in _TURNED
-        return (height, width) if turned else (width, height)
+            return (height, width) if _orientation(picture) in _TURNED else (width, height)
+
+        return self.opened(look)
 
     def decode(self, reduction: int = 1) -> Image.Image:
         """The picture, upright; a JPEG by 1, 2, 4 or 8 smaller in width and height.
 
         Raises:
-            ValueError: it cannot be read.
+            UnreadablePictureError: it cannot be read.
         """
-        with self._open() as picture:
+
+        def load(picture: Image.Image) -> Image.Image:
             if reduction > 1:  # of no effect on other formats
-                picture.draft(None, (picture.width // reduction, picture.height // reduction))  # type: ignore[no-untyped-call]
+                wanted = max(picture.width // reduction, 1), max(picture.height // reduction, 1)
+                picture.draft(None, wanted)  # type: ignore[no-untyped-call]
             picture.load()
             return upright(picture)
 
-    @contextmanager
-    def _open(self) -> Iterator[Image.Image]:
-        try:
-            with Image.open(BytesIO(self.data)) as picture:
-                yield picture
-        except UNREADABLE as error:
-            raise ValueError(f"{self.name}: the image cannot be read ({error})") from error
+        return self.opened(load)
+
+    def opened(self, look: Callable[[Image.Image], Found]) -> Found:
+        """What ``look`` finds in the picture, opened and not yet decoded.
+
+        Raises:
+            UnreadablePictureError: it cannot be read.
+        """
+        with naming(self.name):
+            try:
+                return _look(self.data, look)
+            except Exception as error:
+                hint = next((hint for mark, hint in _CONTENTS.items() if mark in self.data[2:12]), None)
+                if hint and isinstance(error, UnidentifiedImageError):
+                    raise ValueError(f"cannot identify it as a picture: {hint}") from error
+                rest = _without_metadata(self.data)
+                if rest is None:
+                    raise
+                return _look(rest, look)
+
+
+def _look(data: bytes, look: Callable[[Image.Image], Found]) -> Found:
+    with Image.open(BytesIO(data), formats=picture_formats()) as picture:
+        _check_size(*picture.size)
+        codecs = {tile[0] for tile in getattr(picture, "tile", ())}
+        if codecs & set(_SLOW_CODECS) and picture.width * picture.height > _MOST_OF_A_BYTE * len(data):
+            raise ValueError(f"{picture.width} x {picture.height} pixels in {len(data)} bytes")
+        return look(picture)
+
+
+def _without_metadata(data: bytes) -> bytes | None:
+    """A PNG without its texts and profile, whose size Pillow limits; None for what has none."""
+    if not data.startswith(_PNG):
+        return None
+    parts, place = [_PNG], len(_PNG)
+    while place + 8 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] not in _PNG_METADATA:
+            parts.append(data[place:end])
+        place = end
+    rest = b"".join(parts)
+    return rest if len(rest) < len(data) else None
 
 
 # ---- pixel values ----
 
 
+def shown_part(
+    height: int, width: int, size: Mapping[str, Any], crop: Mapping[str, Any] | None
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a picture's middle that is resized: all of it but for one so long and thin that
+    it would be over 16 times its crop. Without that, 2 x 4000 pixels become 224 x 448000 for a crop of 224 x 224.
+
+    Args:
+        height, width: of the picture.
+        size: an image processor's, with ``shortest_edge`` or ``height`` and ``width``.
+        crop: its ``crop_size``, or None.
+    """
+    edge = size.get("shortest_edge")
+    if not edge:
+        return 0, 0, height, width
+    of_crop = [int((crop or {}).get(side) or edge) for side in ("height", "width")]
+    short = min(height, width)
+    most = [max(-(-_LONGEST * side * short // int(edge)), short) for side in of_crop]
+    shown_height, shown_width = min(height, most[0]), min(width, most[1])
+    return (height - shown_height) // 2, (width - shown_width) // 2, shown_height, shown_width
+
+
 def to_pixels(image: Image.Image, config: Mapping[str, Any]) -> NDArray[np.float32]:
     """[3, H, W] float32, by the steps of an image processor's configuration."""
+    crop = config["crop_size"] if config.get("do_center_crop", True) else None
     pixels = np.asarray(to_rgb(image))
     if config.get("do_resize", True):
-        pixels = _resize(pixels, *_target(pixels.shape[0], pixels.shape[1], config["size"]))
-    if config.get("do_center_crop", True):
-        pixels = _center_crop(pixels, config["crop_size"]["height"], config["crop_size"]["width"])
+        top, left, height, width = shown_part(pixels.shape[0], pixels.shape[1], config["size"], crop)
+        pixels = pixels[top : top + height, left : left + width]
+        pixels = _resize(pixels, *_target(height, width, config["size"]))
+    if crop is not None:
+        pixels = _center_crop(pixels, crop["height"], crop["width"])
     return _normalize(pixels.transpose(2, 0, 1).astype(np.float32), config)
 
 

@@ -8,7 +8,6 @@ unbroken one would have seen, with any number of workers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import datasets
@@ -16,13 +15,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from clipft.data.pictures import UNREADABLE, EncodedPicture
+from clipft.data.pictures import UNREADABLE, EncodedPicture, naming, read_file
 from clipft.data.shards import read_slice, shard_of
 
 __all__ = [
     "DEFAULT_TEMPLATES",
     "MISSING",
     "PairRows",
+    "Picture",
     "check_class_names",
     "class_names_of",
     "class_targets",
@@ -103,17 +103,15 @@ class PairRows(Dataset[dict[str, Any]]):
         self._class_captions: list[list[str]] | None = None
         if captions and "caption" not in columns:
             self._class_captions = _class_captions(dataset, columns, templates)
-        self._images = images
-        self._source = dataset if images else _drop_images(dataset, columns)
-        if images and encoded:
-            self._source = stored_pictures(dataset) or dataset
+        self._images, self._encoded = images, encoded
+        self._source = (stored_pictures(dataset) or dataset) if images else _drop_images(dataset, columns)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: int | tuple[int, ...]) -> dict[str, Any]:
         index = key[1] if isinstance(key, tuple) else key
-        row = read_row(self._source, index)
+        row = read_row(self._source, index, encoded=self._encoded)
         pair: dict[str, Any] = {"captions": self._captions_of(row, index)} if self.has_captions else {}
         if self._images:
             pair["image"] = row["image"]
@@ -151,23 +149,37 @@ def _drop_images(dataset: Any, columns: list[str]) -> Any:
     return dataset.select_columns([name for name in ("caption", "label") if name in columns])
 
 
-def read_row(dataset: Any, index: int) -> dict[str, Any]:
-    """``dataset[index]``, with an :class:`EncodedPicture` where a picture comes as a file. One that cannot be read is
-    an error that names its row.
+def read_row(dataset: Any, index: int, *, encoded: bool = False) -> dict[str, Any]:
+    """``dataset[index]``, of a data set of :func:`stored_pictures` with the picture decoded or, if ``encoded``, as an
+    :class:`EncodedPicture`. One that cannot be read is an error that names its row.
     """
     try:
         row = cast(dict[str, Any], dataset[index])
-        if isinstance(row.get("image"), dict):
-            row["image"] = EncodedPicture(read_stored(row["image"]), _name(row["image"], index))
-        return row
     except UNREADABLE as error:
-        stored = stored_pictures(dataset)
-        name = _name(stored[index]["image"] if stored else {}, index)
-        raise ValueError(f"{name}: the image cannot be read ({error})") from error
+        raise ValueError(f"row {index}: the image cannot be read ({error})") from error
+    if isinstance(row.get("image"), dict):
+        name = f"row {index} ({row['image']['path']})" if row["image"].get("path") else f"row {index}"
+        with naming(name):
+            picture = EncodedPicture(read_stored(row["image"]), name)
+            row["image"] = picture if encoded else picture.decode()
+    return row
 
 
-def _name(stored: dict[str, Any], index: int) -> str:
-    return f"row {index} ({stored['path']})" if stored.get("path") else f"row {index}"
+class Picture(datasets.Image):  # type: ignore[misc]
+    """``datasets.Image``, opened as :mod:`clipft.data.pictures` opens all pictures; saved, it is its parent."""
+
+    def decode_example(self, value: Any, token_per_repo_id: Any = None) -> Any:
+        """A PIL picture, upright."""
+        if not isinstance(value, dict):
+            return value
+        name = value.get("path") or "image"
+        with naming(name):
+            return EncodedPicture(read_stored(value), name).decode()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, datasets.Image) and (self.mode, self.decode) == (other.mode, other.decode)
+
+    __hash__ = None  # type: ignore[assignment]  # as its parent's
 
 
 def stored_pictures(dataset: Any) -> datasets.Dataset | None:
@@ -181,7 +193,7 @@ def read_stored(image: dict[str, Any]) -> bytes:
     """The file of a picture of :func:`stored_pictures`."""
     if image["bytes"] is not None:
         return image["bytes"]
-    return read_slice(image["path"]) if shard_of(image["path"]) else Path(image["path"]).read_bytes()
+    return read_slice(image["path"]) if shard_of(image["path"]) else read_file(image["path"])
 
 
 def column_names(dataset: Any) -> list[str]:

@@ -17,9 +17,9 @@ from typing import Any, cast
 import datasets
 
 from clipft.data.columns import CAPTION_COLUMNS, LABEL_COLUMNS, NO_LABEL, checked_attributes, find_columns
-from clipft.data.pictures import PICTURE_ENDINGS, UNREADABLE, EncodedPicture, to_rgb
+from clipft.data.pictures import EncodedPicture, UnreadablePictureError, naming, picture_endings, to_rgb
 from clipft.data.reading import UNREADABLE_KIND, BadRowError, Reading
-from clipft.data.rows import read_stored, stored_pictures
+from clipft.data.rows import Picture, read_stored, stored_pictures
 from clipft.data.shards import Address, samples, shard_paths
 from clipft.data.splits import TABLE_ENDINGS, chosen_split, existing, hidden, sources_of_splits, split_of_name, visible
 from clipft.data.stored import canonical, holds_paths, read_parquet, read_saved, select_rows
@@ -30,7 +30,7 @@ __all__ = ["load_pairs", "load_reading", "read_pairs"]
 
 _logger = logging.getLogger(__name__)
 _CHUNK = 256  # pictures in memory while they are looked at
-_IMAGE_EXTENSIONS = [suffix[1:] for suffix in sorted(PICTURE_ENDINGS)]
+_IMAGE_EXTENSIONS = [suffix[1:] for suffix in sorted(picture_endings())]
 _NO_TABLE, _NO_SHARD, _UNLISTED = "table beside the classes", "shard beside the classes", "not in the table"
 
 
@@ -139,10 +139,10 @@ def _drop_unreadable(dataset: datasets.Dataset, reading: Reading) -> datasets.Da
     def fault(number: int, image: dict[str, Any]) -> str | None:
         place = reading.place(number)
         try:
-            to_rgb(EncodedPicture(read_stored(image), place).decode(8))
-        except UNREADABLE as error:
-            message = str(error)
-            return message if message.startswith(place) else f"{place}: the image cannot be read ({message})"
+            with naming(place):
+                to_rgb(EncodedPicture(read_stored(image), place).decode(8))
+        except UnreadablePictureError as error:
+            return str(error)
         return None
 
     faults: list[str | None] = []
@@ -170,7 +170,7 @@ def _from_folder(folder: Path, reading: Reading) -> datasets.Dataset:
     shards = [entry for entry in entries if entry.suffix.lower() == ".tar"]
     if metadata := [table for table in tables if table.stem == "metadata"]:
         return _from_folder_of_tables(metadata, files, reading)
-    pictured = {file.relative_to(folder).parts[0] for file in files if file.suffix.lower() in PICTURE_ENDINGS}
+    pictured = {file.relative_to(folder).parts[0] for file in files if file.suffix.lower() in picture_endings()}
     if len(pictured & {entry.name for entry in entries if entry.is_dir()}) > 1:
         return _from_classes_and_more(folder, tables, shards, reading)
     if shards:
@@ -183,7 +183,7 @@ def _from_folder(folder: Path, reading: Reading) -> datasets.Dataset:
 def _from_folder_of_tables(tables: Sequence[Path], files: Sequence[Path], reading: Reading) -> datasets.Dataset:
     dataset = _from_files(tables, reading)
     for file in sorted(files):
-        if file.suffix.lower() in PICTURE_ENDINGS and os.path.realpath(file) not in reading.listed:
+        if file.suffix.lower() in picture_endings() and os.path.realpath(file) not in reading.listed:
             reading.leave_out(_UNLISTED, str(file))
     return dataset
 
@@ -221,7 +221,7 @@ def _from_class_folders(folder: Path, reading: Reading) -> datasets.Dataset:
         raise ValueError(f"attribute_columns: {folder} has class folders and no columns; give a table")
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     pictures = {
-        entry.name: sorted(p for p in entry.iterdir() if p.suffix.lower() in PICTURE_ENDINGS) for entry in classes
+        entry.name: sorted(p for p in entry.iterdir() if p.suffix.lower() in picture_endings()) for entry in classes
     }
     empty = [name for name, paths in pictures.items() if not paths]
     if empty or len(pictures) < 2:
@@ -230,7 +230,7 @@ def _from_class_folders(folder: Path, reading: Reading) -> datasets.Dataset:
             + (f"no pictures directly in {', '.join(empty[:5])}" if empty else f"{len(pictures)} sub-folders")
             + "; for captions give the .csv, .tsv, .jsonl or .parquet file itself"
         )
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(pictures))})
+    features = datasets.Features({"image": Picture(), "label": datasets.ClassLabel(names=list(pictures))})
     columns = {
         "image": [str(path) for paths in pictures.values() for path in paths],
         "label": [number for number, paths in enumerate(pictures.values()) for _ in paths],
@@ -305,7 +305,7 @@ def _from_shards(shards: Sequence[Path], where: str, reading: Reading) -> datase
     for place, row in rows:
         with reading.row():
             if row["image"] is None:
-                raise ValueError(f"{place}: expected a picture ({', '.join(_IMAGE_EXTENSIONS)}), found none")
+                raise ValueError(f"{place}: expected a picture (.jpg, .png, ...), found none")
             if present[1] and row["label"] is None:
                 raise BadRowError(place, "expected a label, found none", NO_LABEL)
             add_row(pictures, row["image"], row, present, place, reading.attributes)

@@ -29,6 +29,7 @@ from clipft.data.columns import (
     label_value,
 )
 from clipft.data.reading import BadRowError, Reading
+from clipft.data.rows import Picture
 from clipft.data.tables import safe_path
 from clipft.files import read_json
 
@@ -118,8 +119,8 @@ def canonical(
             attributes, feature = encode_attribute([attribute_value(value) for value in dataset[name]], name, where)
             dataset = dataset.remove_columns(name).add_column(name, attributes, feature=feature)
     if images is None:
-        return dataset.cast_column("image", datasets.Image())
-    return dataset.remove_columns("image").add_column("image", images, feature=datasets.Image())
+        return dataset.cast_column("image", Picture())
+    return dataset.remove_columns("image").add_column("image", images, feature=Picture())
 
 
 def select_rows(dataset: datasets.Dataset, rows: list[int], reading: Reading) -> datasets.Dataset:

@@ -23,6 +23,7 @@ from clipft.data.columns import (
     label_value,
 )
 from clipft.data.reading import NO_FILE, BadRowError, Reading
+from clipft.data.rows import Picture
 from clipft.data.shards import shard_of
 from clipft.data.splits import existing
 
@@ -84,7 +85,7 @@ def dataset_of_pictures(
         raise ValueError(f"{where}: expected at least one row that can be used, found none")
     caption, label = names
     columns: dict[str, list[Any]] = {"image": list(pictures)}
-    features: dict[str, Any] = {"image": datasets.Image()}
+    features: dict[str, Any] = {"image": Picture()}
     if caption:
         columns["caption"] = [picture["captions"] for picture in pictures.values()]
         features["caption"] = datasets.List(datasets.Value("string"))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from transformers.image_utils import pil_torch_interpolation_mapping
 
-from clipft.data.pictures import EncodedPicture, to_rgb
+from clipft.data.pictures import EncodedPicture, shown_part, to_rgb
 from clipft.families import naflex
 
 __all__ = [
@@ -158,6 +158,12 @@ def _to_tensor(image: Any, processor: Any) -> Tensor:
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
+def _shown(pixels: Tensor, size: dict[str, Any], crop: dict[str, Any] | None) -> Tensor:
+    """Without the ends of a long, thin picture, which a centre crop would drop anyway."""
+    top, left, height, width = shown_part(pixels.shape[-2], pixels.shape[-1], size, crop)
+    return pixels[..., top : top + height, left : left + width]
+
+
 def _geometry(processor: Any, augmentation: Augmentation) -> list[Any]:
     if naflex.is_naflex(processor):
         smallest = augmentation.random_resized_crop
@@ -168,6 +174,7 @@ def _geometry(processor: Any, augmentation: Augmentation) -> list[Any]:
         return [_RandomCrop(processor, crop or size, augmentation.random_resized_crop)]
     steps = [partial(_to_tensor, processor=processor)]
     if processor.do_resize:
+        steps.append(partial(_shown, size=dict(size), crop=crop and dict(crop)))
         steps.append(partial(processor.resize, size=size, resample=processor.resample))
     return [*steps, partial(processor.center_crop, size=crop)] if crop else steps
 

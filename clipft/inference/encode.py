@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from clipft.data.collate import tokenize
-from clipft.data.pictures import UNREADABLE, open_picture
-from clipft.data.rows import read_row, render
+from clipft.data.pictures import UNREADABLE, EncodedPicture, naming, open_picture
+from clipft.data.rows import read_row, read_stored, render, stored_pictures
 from clipft.data.transforms import build_transform, stack_pictures
 from clipft.families.registry import base_model, family_of
 from clipft.files import settle
@@ -171,21 +171,27 @@ class _Pixels(Dataset[Any]):
     def __init__(self, transform: Callable[[Any], Any], pictures: Any, names: Sequence[str] | None, skip: bool) -> None:
         if isinstance(pictures, (list, tuple)):  # a spawned worker may stand in another folder
             pictures = [Path(one).absolute() if isinstance(one, (str, Path)) else one for one in pictures]
-        self.transform, self.pictures, self.names, self.skip = transform, pictures, names, skip
+        self.transform, self.names, self.skip = transform, names, skip
+        self.pictures = stored_pictures(pictures) or pictures
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> Any:
         try:
-            picture = self.pictures[index]
-            picture = picture["image"] if isinstance(picture, dict) else picture
-            return np.asarray(self.transform(open_picture(picture)))
-        except UNREADABLE as error:
+            return np.asarray(self.transform(self._picture(index)))
+        except UNREADABLE:
             if self.skip:
                 return None
-            where = self.names[index] if self.names else f"row {index}"
-            raise ValueError(f"{where}: the image cannot be read ({error})") from error
+            with naming(self.names[index] if self.names else f"row {index}"):
+                raise
+
+    def _picture(self, index: int) -> Any:
+        picture = self.pictures[index]
+        picture = picture["image"] if isinstance(picture, dict) else picture
+        if isinstance(picture, dict):
+            return EncodedPicture(read_stored(picture), f"row {index}").decode()
+        return open_picture(picture)
 
 
 def encode_pictures(
@@ -216,7 +222,7 @@ class Pictures(Dataset[Any]):
     """The column ``image`` alone."""
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+        self.dataset = stored_pictures(dataset) or dataset
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipft.data.collate import most_tokens
-from clipft.data.pictures import UNREADABLE, to_rgb, upright
+from clipft.data.pictures import UNREADABLE, EncodedPicture, UnreadablePictureError, naming, to_rgb, upright
 from clipft.data.reading import UNREADABLE_KIND
 from clipft.data.rows import PairRows, class_names_of, read_stored, stored_pictures
 from clipft.data.sampling import UNEVEN
@@ -113,6 +112,7 @@ class _Picture:
     size: tuple[int, int]
     kind: str
     note: str = ""
+    several: bool = False  # frames
 
 
 class _Contents:
@@ -170,9 +170,10 @@ def _look(dataset: Any, places: Sequence[str]) -> Iterator[_Picture | str]:
 
     def look(place: str, image: dict[str, Any]) -> _Picture | str:
         try:
-            return _picture(read_stored(image))
-        except UNREADABLE as error:
-            return f"{place}: the image cannot be read ({error})"
+            with naming(place):
+                return _picture(read_stored(image))
+        except UnreadablePictureError as error:
+            return str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(stored), _CHUNK):
@@ -181,16 +182,27 @@ def _look(dataset: Any, places: Sequence[str]) -> Iterator[_Picture | str]:
 
 
 def _picture(data: bytes) -> _Picture:
-    with Image.open(BytesIO(data)) as picture:
-        kind, note = f"{picture.format} {picture.mode}", ""
-        width, height = picture.size
+    def look(picture: Image.Image) -> tuple[Image.Image, tuple[int, int], str, bool]:
+        of_head = picture.size, f"{picture.format} {picture.mode}", _has_frames(picture)
         picture.draft(None, (_SIDE, _SIDE))  # type: ignore[no-untyped-call]
         picture.load()
+        return upright(picture), *of_head
+
+    picture, size, kind, several = EncodedPicture(data, "image").opened(look)
+    note = ""
     if picture.mode.startswith("I;16"):
         top = float(np.asarray(picture).max()) / 65535
         note = f"uses {top:.1%} of the 16-bit range" if top < _DARK else ""
-    grey = np.asarray(upright(to_rgb(picture)).convert("L").resize((_SIDE, _SIDE)), np.float32)
-    return _Picture(hashlib.blake2b(data, digest_size=16).digest(), _signs(grey), (width, height), kind, note)
+    grey = np.asarray(to_rgb(picture).convert("L").resize((_SIDE, _SIDE)), np.float32)
+    return _Picture(hashlib.blake2b(data, digest_size=16).digest(), _signs(grey), size, kind, note, several)
+
+
+def _has_frames(picture: Image.Image) -> bool:
+    """More than one; what a phone keeps beside a photograph is none."""
+    try:
+        return picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
+    except UNREADABLE:
+        return False
 
 
 def _signs(grey: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -296,6 +308,13 @@ def _check_pictures(contents: _Contents) -> list[Finding]:
             dark,
             "16-bit pictures use a small part of their range and turn black in 8 bits; scale them first",
             "no 16-bit picture is too dark",
+        ),
+        _finding(
+            "frames",
+            "note",
+            [place for place, picture in zip(places, pictures, strict=True) if picture.several],
+            "pictures have several frames, of which the first is read",
+            "every picture has one frame",
         ),
         Finding("kinds", "ok", ", ".join(f"{count} {kind}" for kind, count in kinds) or "no pictures", len(kinds)),
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipft.data.rows import read_row
+from clipft.data.rows import read_row, stored_pictures
 from clipft.evaluation.metrics import Retrieval
 from clipft.evaluation.scoring import Found
 
@@ -89,7 +89,7 @@ class _Thumbnails:
     """Data URIs by row."""
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+        self.dataset = stored_pictures(dataset) or dataset
         self.made: dict[int, str] = {}
 
     def __getitem__(self, row: int) -> str:
