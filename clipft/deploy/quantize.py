@@ -21,6 +21,7 @@ from clipft.data.rows import PairRows
 from clipft.families.registry import family_of, find_family, model_names
 from clipft.models.fusing import unfuse
 from clipft.models.int8 import QuantizedCLIPModel, install
+from clipft.models.lora import merged_base
 from clipft.models.rounding import QKV, patch_layer, quantize_layer
 from clipft.ops.nn import QuantizedLinear
 
@@ -127,7 +128,7 @@ def plain_model(model: Any, inplace: bool, use: Literal["int8", "onnx"]) -> Any:
     if not inplace:
         model = copy.deepcopy(model)
     if model_has_adapters := hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
+        model = merged_base(model)
     plain = unfuse(model)
     if not model_has_adapters and getattr(plain, "peft_config", None):
         raise TypeError("model: expected one without injected adapters; merge them first, or give a PeftModel")

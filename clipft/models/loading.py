@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from transformers import CLIPConfig
 from transformers.utils.hub import cached_file
 
@@ -35,7 +36,7 @@ from clipft.models.formats import (
 )
 from clipft.models.heads import with_heads
 from clipft.models.int8 import load_quantized
-from clipft.models.lora import import_peft
+from clipft.models.lora import import_peft, merged_base
 from clipft.models.processors import fit, load_processor
 from clipft.models.weights import check_shapes, check_whole, shards_of, tensors_of, weight_files
 
@@ -201,7 +202,8 @@ def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        kwargs: as of :func:`clipft.load`, for the base model.
+        kwargs: as of :func:`clipft.load`, for the base model. It is merged in float32 and rounded once, to ``dtype`` or
+            what it is stored in.
 
     Raises:
         ImportError: peft is not installed.
@@ -212,9 +214,14 @@ def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
     peft = import_peft()
     check_trust(kwargs)
     _check_chain(folder, (), set())
+    asked = kwargs.get("dtype", "auto")
+    dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if dtype is not None:
+        kwargs["dtype"] = torch.promote_types(dtype, torch.float32)
     base, model, processor = _load_base(folder, kwargs)
     note_changes(folder, MODEL_MANIFEST)
-    merged = put_adapter(peft, model, folder, base).merge_and_unload().requires_grad_(True).eval()
+    kind = dtype or model.dtype
+    merged = merged_base(put_adapter(peft, model, folder, base)).to(kind).requires_grad_(True).eval()
     merged.name_or_path = str(folder)  # not the base's: these are other weights
     return merged, processor
 

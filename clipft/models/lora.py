@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -16,7 +17,7 @@ from clipft.families.family import Family, TowerName
 from clipft.families.registry import check_model, family_of
 from clipft.models.fusing import check_float, fuse
 
-__all__ = ["add_lora", "import_peft"]
+__all__ = ["add_lora", "import_peft", "merged_base"]
 
 _TOWER = re.compile(r"(vision|text)(?:\.(?:last(?P<last>\d+)|(?P<first>\d+)(?:-(?P<end>\d+))?))?")
 
@@ -69,6 +70,25 @@ def import_peft() -> Any:
     except ImportError as error:
         raise ImportError(f"LoRA needs peft: pip install 'clipft[lora]' ({error})") from error
     return peft
+
+
+def merged_base(model: Any) -> Any:
+    """The base of a peft model with its adapters merged into its weights, which are rounded to their dtype once: peft
+    rounds an adapter in 16 bits, and each of several.
+    """
+    kinds: Any = import_peft().tuners.tuners_utils.BaseTunerLayer
+    narrow = {
+        parameter: parameter.dtype
+        for module in model.modules()
+        for parameter in (module.parameters() if isinstance(module, kinds) else ())
+        if parameter.is_floating_point() and parameter.dtype.itemsize < torch.float32.itemsize
+    }
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    base = model.merge_and_unload()
+    for parameter, dtype in narrow.items():
+        parameter.data = parameter.data.to(dtype)
+    return base
 
 
 def _check_arguments(model: Any, r: Any, alpha: Any, dropout: Any) -> None:

@@ -19,6 +19,7 @@ from clipft.evaluation.scoring import gains
 from clipft.files import write_json, write_text
 from clipft.models.formats import MERGED, model_set
 from clipft.models.fusing import unfuse
+from clipft.models.lora import merged_base
 from clipft.models.saving import write_model
 from clipft.recipes.sources import Sources
 from clipft.report.examples import examples
@@ -144,7 +145,7 @@ def save_run(
     with model_set(output) as staging:
         write_model(unfuse(model), processor, staging)
         if merged := hasattr(model, "merge_and_unload"):
-            write_model(model.merge_and_unload(), processor, staging / MERGED)
+            write_model(merged_base(model), processor, staging / MERGED)
         try:
             outcome.write(staging, output.resolve().name, log_history, settings, merged=merged)
         except Exception as error:  # hours of training are worth more than the page about them

@@ -28,7 +28,7 @@ from clipft.models.formats import MERGED
 from clipft.models.freezing import freeze, what_trains
 from clipft.models.fusing import fuse, unfuse
 from clipft.models.loading import load
-from clipft.models.lora import add_lora, import_peft
+from clipft.models.lora import add_lora, import_peft, merged_base
 from clipft.recipes.arguments import Heads, arguments_of, heads_asked_for
 from clipft.recipes.options import TrainOptions, options_from
 from clipft.recipes.outcome import Outcome, check_report_to, control_set, save_run
@@ -180,7 +180,7 @@ class _Training:
             what = "adapter, the model with it merged in (merged)" if adapted else "model"
             console.print(f"{what}, report.html, report.json and config.yaml in {self.folder}")
         trainer.accelerator.end_training()  # leaves the process group while the interpreter still runs
-        tuned = clip.merge_and_unload() if adapted and hasattr(clip, "merge_and_unload") else clip
+        tuned = merged_base(clip) if adapted and hasattr(clip, "merge_and_unload") else clip
         tuned.name_or_path = str(self.folder / MERGED if adapted else self.folder)  # not the base's: other weights
         scores = outcome.to_json(trainer.state.log_history, {})
         return Run(

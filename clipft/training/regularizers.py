@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipft.data.collate import model_inputs
+from clipft.training.precision import wide_copy
 
 __all__ = ["StartingPoint"]
 
@@ -33,7 +34,7 @@ class StartingPoint:
     def __init__(self, model: nn.Module, *, l2_sp: float, distillation: float) -> None:
         self.l2_sp, self.distillation = l2_sp, distillation
         shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self._weights = {name: p.detach().clone() for name, p in model.named_parameters() if l2_sp and p.requires_grad}
+        self._weights = {name: wide_copy(p) for name, p in model.named_parameters() if l2_sp and p.requires_grad}
         self._model = copy.deepcopy(model, shared).requires_grad_(False).eval() if distillation else None
         self._targets: tuple[Tensor, ...] = ()
 
@@ -66,5 +67,8 @@ class StartingPoint:
         for name, parameter in model.named_parameters():
             if name in self._weights and parameter.requires_grad:  # not a layer that waits
                 start = self._weights[name] = self._weights[name].to(parameter.device)
-                gradient = (parameter - start).mul_(self.l2_sp * scale)
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                gradient = (parameter.to(start.dtype) - start).mul_(self.l2_sp * scale)
+                if parameter.grad is None:
+                    parameter.grad = gradient.to(parameter.dtype)
+                else:
+                    parameter.grad.add_(gradient)

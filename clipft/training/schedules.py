@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from clipft.families.family import Family, TowerName
 from clipft.families.registry import base_model, family_of
+from clipft.training.precision import wide_copy
 
 __all__ = ["GradualUnfreezing", "WeightAverage", "depth_from_top", "split_by_depth"]
 
@@ -122,13 +123,13 @@ class WeightAverage(TrainerCallback):
 
     After each optimiser step ``average = d * average + (1 - d) * weights`` with ``d = min(decay, (1 + step) / (10 +
     step))``, so that short runs do not stick to the start. A checkpoint's model file holds the average; the weights
-    that train lie beside it, for a resume.
+    that train lie beside it, for a resume. The average is float32 at least: in 16 bits it would soon stand still.
     """
 
     def __init__(self, model: Callable[[], Any], decay: float) -> None:
         self.model, self.decay = model, decay
         self.average: dict[str, Tensor] = {}
-        self._resting = False
+        self._held: dict[str, Tensor] = {}  # what trains, while the model has the average
 
     def _trained(self) -> dict[str, Tensor]:
         """As the run begins; a layer that waits (:class:`GradualUnfreezing`) is among them."""
@@ -139,44 +140,42 @@ class WeightAverage(TrainerCallback):
         """Start from the weights as they are, unless a checkpoint was loaded."""
         if not self.average or state.global_step == 0:
             self.average = {}
-            self.average = {name: weights.clone() for name, weights in self._trained().items()}
+            self.average = {name: wide_copy(weights) for name, weights in self._trained().items()}
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step of the average."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         for name, weights in self._trained().items():
-            self.average[name].lerp_(weights, 1.0 - decay)
+            self.average[name].lerp_(weights.to(self.average[name].dtype), 1.0 - decay)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """The model has the averaged weights; entered again within, it is left alone."""
-        if self._resting or not self.average:
+        if self._held or not self.average:
             yield
             return
-        self._resting = True
-        self._swap()
+        self._held = {name: weights.clone() for name, weights in self._trained().items()}
+        self._put(self.average)
         try:
             yield
         finally:
-            self._swap()
-            self._resting = False
+            self._put(self._held)
+            self._held = {}
 
-    def _swap(self) -> None:
+    def _put(self, values: dict[str, Tensor]) -> None:
         for name, weights in self._trained().items():
-            held = weights.clone()
-            weights.copy_(self.average[name])
-            self.average[name].copy_(held)
+            weights.copy_(values[name])
 
     def finish(self, *, keep: bool) -> None:
         """The run is over: with ``keep`` the averaged weights stay in the model."""
         if keep:
-            self._swap()
+            self._put(self.average)
         self.average = {}
 
     def save_trained(self, folder: Path) -> None:
         """What a resume needs beside the checkpoint's model, which is the average. Call it within :meth:`in_use`."""
-        save_file({name: weights.contiguous() for name, weights in self.average.items()}, folder / TRAINED_WEIGHTS)
+        save_file({name: weights.contiguous() for name, weights in self._held.items()}, folder / TRAINED_WEIGHTS)
 
     def load_trained(self, folder: Path) -> None:
         """After the checkpoint's model was loaded: that is the average; go on from the weights that trained."""
@@ -190,6 +189,5 @@ class WeightAverage(TrainerCallback):
         if stored.keys() != expected.keys():
             odd = sorted(stored.keys() ^ expected.keys())[:3]
             raise ValueError(f"{path}: expected the parameters that train here; differs in {odd}")
-        self.average = {name: weights.clone() for name, weights in expected.items()}
-        for name, weights in expected.items():
-            weights.copy_(stored[name])
+        self.average = {name: wide_copy(weights) for name, weights in expected.items()}
+        self._put(stored)

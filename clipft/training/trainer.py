@@ -36,7 +36,7 @@ from clipft.training.faults import all_finite, non_finite_message, worker_deaths
 from clipft.training.fsdp import as_saved, check_enabled, gather_for_features, make_shardable
 from clipft.training.grad_cache import cached_backward, chunks
 from clipft.training.head_training import HeadTraining
-from clipft.training.precision import bf16_speedup
+from clipft.training.precision import bf16_speedup, hold_masters
 from clipft.training.regularizers import StartingPoint
 from clipft.training.row_loading import RowLoading, own_collator
 from clipft.training.schedules import GradualUnfreezing, WeightAverage, split_by_depth
@@ -55,6 +55,7 @@ class CLIPTrainer(RowLoading):
     D], text [N, D]). With ``args.head`` these are ``eval_accuracy`` and so on, and logits [N, C]. Several processes
     (``torchrun``) use each other's pairs as negatives. The model is fused (:func:`clipft.fuse`) and stays so;
     :func:`clipft.unfuse` undoes it.
+    Weights that train become float32 if they are stored in less; ``args.bf16`` and ``args.fp16`` compute in less.
     """
 
     args: CLIPTrainingArguments
@@ -64,7 +65,7 @@ class CLIPTrainer(RowLoading):
         args = CLIPTrainingArguments(output_dir="trainer_output") if args is None else args
         check_arguments(args, kwargs)
         if model is not None:
-            fuse(model)
+            hold_masters(fuse(model))
             check_loss(args, model)
             self._heads = _heads_of_run(args, model, kwargs)
         if kwargs.get("data_collator") is None:
@@ -98,10 +99,11 @@ class CLIPTrainer(RowLoading):
         return self._heads.classes if self._heads else {}
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """As in Trainer, and fused."""
+        """As in Trainer, fused and in float32."""
         if self.args.head != "none" or self.args.attributes:
             raise ValueError("model_init: expected a model where args name heads, which belong to one")
         model = fuse(super().call_model_init(trial))
+        hold_masters(model)
         check_loss(self.args, model)
         if self.args.fsdp:
             make_shardable(model)
