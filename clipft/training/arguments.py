@@ -138,6 +138,7 @@ class CLIPTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.greater_is_better = _greater_is_better(self)
         super().__post_init__()
         if self.loss not in ("auto", *LOSSES):
             raise ValueError(f"loss: expected one of {', '.join(('auto', *LOSSES))}, got {self.loss!r}")
@@ -169,6 +170,12 @@ class CLIPTrainingArguments(TrainingArguments):
             raise ValueError(
                 "cudnn_benchmark: its choice of kernels varies between runs; not with full_determinism=True"
             )
+
+
+def _greater_is_better(args: CLIPTrainingArguments) -> bool | None:
+    """As given; of a rank the least is best, as Trainer has it for losses."""
+    of_rank = args.greater_is_better is None and (args.metric_for_best_model or "").endswith("rank")
+    return False if of_rank else args.greater_is_better
 
 
 def _check_heads(args: CLIPTrainingArguments) -> None:

@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
-from clipft.files import check_set, write_manifest
+from clipft.files import check_set, read_json, write_json, write_manifest
 from clipft.models.formats import MODEL_MANIFEST
 
 __all__ = ["StagedCheckpoints", "check_checkpoint", "kept_checkpoints", "last_checkpoint"]
@@ -29,14 +29,59 @@ __all__ = ["StagedCheckpoints", "check_checkpoint", "kept_checkpoints", "last_ch
 _logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _STAGING, _REPLACED = "tmp-checkpoint", "replaced"
+_LOSS = "loss.json"
 
 
 class StagedCheckpoints(Trainer):
     """A ``Trainer`` that writes a checkpoint under a temporary name, then renames it: whatever is called
-    ``checkpoint-N`` is whole.
+    ``checkpoint-N`` is whole. One that is resumed has the loss that was not logged yet.
     """
 
     _staging: Path | None = None
+    _resumed: Path | None = None
+    _own_steps: frozenset[int] = frozenset()  # of this run's checkpoints, others may be an earlier run's
+    _unlogged: torch.Tensor | None = None  # loss as the step began
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_OnBegin(self._take_up))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer: the batches of a step."""
+        self._unlogged = self._tr_loss.clone()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed = Path(resume_from_checkpoint)
+
+    def _take_up(self) -> None:
+        """As training begins: what Trainer does not bring back."""
+        self._own_steps = frozenset()
+        if self._resumed is None:
+            return
+        steps = (int(path.name.rpartition("-")[2]) for path in _by_step(self._resumed.parent))
+        self._own_steps = frozenset(step for step in steps if step <= self.state.global_step)
+        self._note_best(self._resumed.parent)  # which may have been moved
+        if (self._resumed / _LOSS).is_file():
+            unlogged = read_json(self._resumed / _LOSS)
+            self._tr_loss = self._tr_loss + unlogged["loss"]
+            self._total_loss_scalar = -float(unlogged["loss"])  # the mean of this call is of its own steps
+            self._globalstep_last_logged = int(unlogged["last_logged"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # of a run in float16, which this one is not
+            super()._load_scaler(checkpoint)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        better = super()._determine_best_metric(metrics, trial)
+        self._note_best(Path(self._get_output_dir(trial)))
+        return better
+
+    def _note_best(self, folder: Path) -> None:
+        """Which checkpoint is that of the best evaluation: saved with it, or before it at the same step."""
+        if (step := self.state.best_global_step) in self._own_steps:
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{step}")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
@@ -58,6 +103,9 @@ class StagedCheckpoints(Trainer):
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         """All its files."""
         super()._save_checkpoint(model, trial)
+        loss = self.accelerator.gather(self._tr_loss).mean().item()
+        if self.args.should_save:
+            write_json(folder / _LOSS, {"loss": loss, "last_logged": self._globalstep_last_logged})
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -67,8 +115,8 @@ class StagedCheckpoints(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _publish(self, staged: Path, final: Path) -> None:
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(final)
+        self._own_steps |= {self.state.global_step}
+        self._note_best(final.parent)
         if self.args.should_save:
             self.state.save_to_json(str(staged / "trainer_state.json"))
             write_manifest(staged, MODEL_MANIFEST, "*.safetensors")
@@ -82,6 +130,14 @@ class StagedCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+
+class _OnBegin(TrainerCallback):
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.act()
 
 
 @contextmanager

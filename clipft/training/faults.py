@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data._utils import signal_handling
 
 from clipft.files import write_json
 
@@ -18,6 +21,7 @@ __all__ = ["NON_FINITE", "all_finite", "non_finite_message", "worker_deaths"]
 
 NON_FINITE = "non_finite.json"
 _SHOWN = 8  # rows in a message
+_DEATH = "DataLoader worker (pid"  # in torch's message
 
 
 def all_finite(losses: list[Tensor], grad_norm: Any, *, scaled: bool, ranks: int) -> bool:
@@ -85,17 +89,50 @@ def _rows_of_step(trainer: Any) -> Iterator[tuple[int, list[str]]]:
 
 
 @contextmanager
-def worker_deaths(kept: Callable[[], str]) -> Iterator[None]:
-    """A process of the loader that was killed, in words that help. ``kept``: says what is left of the run.
-
-    torch raises from a signal handler, so the error may come from anywhere within.
+def worker_deaths(kept: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """A process of the loader that was killed, in words that help. Yields a check, to be called between steps: raises
+    where one has died. ``kept``: says what is left of the run.
     """
+    died: list[RuntimeError] = []
+
+    def check() -> None:
+        if died:
+            raise died[0]
+
     try:
-        yield
+        with _noted(died):
+            yield check
     except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+        if _DEATH not in str(error):
             raise
         raise ChildProcessError(
             f"a process that loads pictures has died ({str(error).strip()}), most often for want of memory: take "
             f"fewer workers, or smaller pictures; {kept()}"
         ) from error
+
+
+@contextmanager
+def _noted(died: list[RuntimeError]) -> Iterator[None]:
+    """torch's signal handler raises wherever the program happens to be, also where errors are swallowed, as within
+    ``logging``: keep what it raises.
+    """
+    if threading.current_thread() is threading.main_thread():  # which alone has handlers
+        signal_handling._set_SIGCHLD_handler()  # if this is the first loader
+    torchs = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(torchs):
+        yield
+        return
+
+    def note(number: int, frame: Any) -> None:
+        try:
+            torchs(number, frame)
+        except RuntimeError as error:
+            if _DEATH not in str(error):
+                raise
+            died.append(error)
+
+    signal.signal(signal.SIGCHLD, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, torchs)

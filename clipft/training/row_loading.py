@@ -122,7 +122,6 @@ class RowLoading(StagedCheckpoints):
         return EpochSampler(len(rows), seed, epoch)
 
     _mined: HardNegativeSampler | None = None
-    _resumed: Path | None = None
 
     def _embeddings(self, data: Any) -> tuple[Tensor, Tensor]:
         """Of all rows, by the weights as they are, without augmentation; equal on all ranks."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ from clipft.training.schedules import GradualUnfreezing, WeightAverage, split_by
 __all__ = ["CLIPTrainer"]
 
 _logger = logging.getLogger(__name__)
+_Value = TypeVar("_Value", Tensor, Tensor | float)
 
 
 class CLIPTrainer(RowLoading):
@@ -142,7 +143,7 @@ class CLIPTrainer(RowLoading):
             loss = loss + self._loss_of_pairs(inputs.get("labels"), *embeds, *scalars, group=group)
         # a mean over this rank's pairs, where the loss's gradient has been multiplied (_times_world_size)
         distance = self._start.distance(*embeds) if self._start else 0.0
-        return loss + distance / world_size
+        return loss + _scale_gradient(distance, 1 / world_size)
 
     def _loss_of_pairs(
         self,
@@ -173,6 +174,7 @@ class CLIPTrainer(RowLoading):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer: the batches of a step."""
         self._losses = []
+        self._check_workers()
         return super().get_batch_samples(*args, **kwargs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -188,6 +190,8 @@ class CLIPTrainer(RowLoading):
     def _keep(self, model: Any) -> str:
         """Save the state of the step before, and say what is left of the run."""
         step = self.state.global_step
+        if self._unlogged is not None:
+            self._tr_loss = self._unlogged
         there = step == 0 or (Path(str(self.args.output_dir)) / f"checkpoint-{step}").exists()
         if (
             self.args.save_strategy != "no"
@@ -368,7 +372,7 @@ class CLIPTrainer(RowLoading):
                 raise ValueError("l2_sp, distillation: expected a model that is whole on each process, not sharded")
             start = cast(nn.Module, self.model)
             self._start = StartingPoint(start, l2_sp=self.args.l2_sp, distillation=self.args.distillation)
-        with _cudnn_benchmark(self.args.cudnn_benchmark), worker_deaths(self._kept):
+        with _cudnn_benchmark(self.args.cudnn_benchmark), worker_deaths(self._kept) as self._check_workers:
             try:
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
@@ -384,7 +388,6 @@ class CLIPTrainer(RowLoading):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._resumed = Path(resume_from_checkpoint)
         if self._average:
             self._average.load_trained(Path(resume_from_checkpoint))
 
@@ -420,9 +423,14 @@ def _times_world_size(embeds: Tensor, world_size: int) -> Tensor:
     the model's gradient is the sum of the ranks' parts, but DistributedDataParallel takes their mean. (The logit
     scale's gradient is whole on every rank, so its mean is right.)
     """
-    if embeds.requires_grad:
-        embeds.register_hook(lambda gradient: gradient * world_size)
-    return embeds
+    return _scale_gradient(embeds, world_size)
+
+
+def _scale_gradient(value: _Value, factor: float) -> _Value:
+    """The value stays, as it is logged."""
+    if factor != 1 and isinstance(value, Tensor) and value.requires_grad:
+        value.register_hook(lambda gradient: gradient * factor)
+    return value
 
 
 class _ClampLogitScale(TrainerCallback):

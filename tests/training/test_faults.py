@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -286,6 +287,31 @@ def test_a_loader_process_that_dies_is_said(tmp_path: Path) -> None:
     ) as caught:
         trainer.train()
     assert f"the last whole checkpoint is {last_checkpoint(tmp_path)}" in str(caught.value)
+
+
+class IsAsked(TrainerCallback):
+    """The loader's process dies while somebody else's code runs, as a logger's, which torch's error is none of."""
+
+    raised: RuntimeError | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            (worker,) = multiprocessing.active_children()
+            try:
+                worker.kill()
+                os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # torch looks for it too
+                time.sleep(0.01)
+            except RuntimeError as error:
+                self.raised = error
+
+
+def test_it_is_said_wherever_the_signal_finds_the_program(tmp_path: Path) -> None:
+    asked = IsAsked()
+    trainer = trainer_of(tmp_path, captioned(64), callbacks=[asked], dataloader_num_workers=1, **STEPS)
+    with pytest.raises(ChildProcessError, match=r"loads pictures has died \(DataLoader worker"):
+        trainer.train()
+    assert asked.raised is None and trainer.state.global_step == 2
+    assert getattr(signal.getsignal(signal.SIGCHLD), "__module__", "") == "torch.utils.data._utils.signal_handling"
 
 
 DRIVER = """

@@ -253,6 +253,63 @@ def test_early_stopping_on_a_retrieval_metric(tmp_path: Path) -> None:
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
 
 
+@pytest.mark.parametrize(
+    ("name", "greater"), [("image_to_text_median_rank", False), ("eval_loss", False), ("eval_text_to_image_mAP", True)]
+)
+def test_the_best_of_ranks_and_losses_is_the_least(tmp_path: Path, name: str, greater: bool) -> None:
+    assert trainer_of(tmp_path, captioned(8), metric_for_best_model=name).args.greater_is_better is greater
+    assert arguments(tmp_path, metric_for_best_model=name, greater_is_better=True).greater_is_better
+
+
+class Told(clipft.CLIPTrainer):
+    """Evaluations that find these losses."""
+
+    losses: list[float]
+
+    @classmethod
+    def of(cls, folder: Path, losses: list[float], options: dict[str, Any]) -> Told:
+        (model, processor), data = tiny_clip(), captioned(16)
+        own: dict[str, Any] = {"train_dataset": data, "eval_dataset": data, "processing_class": processor}
+        trainer = cls(model, arguments(folder, **options), **own)
+        trainer.losses = list(losses)
+        return trainer
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        return super()._determine_best_metric(metrics | {"eval_loss": self.losses.pop(0)}, trial)
+
+
+@pytest.mark.parametrize(("found", "best"), [([1.0, 2.0, 3.0], 2), ([3.0, 2.0, 2.5], 4), ([3.0, 2.0, 1.0], 6)])
+@pytest.mark.parametrize("limit", [None, 1])
+def test_the_best_checkpoint_is_known_and_kept_when_saved_more_often_than_evaluated(
+    tmp_path: Path, found: list[float], best: int, limit: int | None
+) -> None:
+    often: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": limit}
+    options = often | {"eval_strategy": "epoch", "metric_for_best_model": "loss", "num_train_epochs": 3}
+    trainer = Told.of(tmp_path, found, options)
+    trainer.train()
+    assert trainer.state.best_global_step == best
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert (tmp_path / f"checkpoint-{best}" / "model.safetensors").is_file()
+
+
+def test_an_earlier_runs_checkpoint_is_never_the_best_one(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    options = {"save_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    trainer = Told.of(tmp_path, [1.0, 2.0, 3.0, 4.0], options)
+    trainer.train()
+    assert trainer.state.best_global_step == 1 and trainer.state.best_model_checkpoint is None
+
+
+def test_a_run_that_was_moved_knows_its_best_checkpoint(tmp_path: Path) -> None:
+    options = {"save_strategy": "epoch", "eval_strategy": "epoch", "metric_for_best_model": "loss"}
+    data = captioned(8)
+    trainer_of(tmp_path / "here", data, data, callbacks=[StopAfter(1)], **options).train()
+    (tmp_path / "here").rename(tmp_path / "there")
+    resumed = trainer_of(tmp_path / "there", data, data, learning_rate=0.0, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert str(resumed.state.best_model_checkpoint).startswith(str(tmp_path / "there"))
+
+
 # ---- checkpoints ----
 
 EXACT: dict[str, Any] = {
@@ -281,6 +338,31 @@ def test_resume_gives_the_result_of_an_unbroken_run(tmp_path: Path, workers: int
     assert losses(resumed) == losses(whole)
     assert same(resumed.model, whole.model)
     assert not same(broken.model, whole.model)
+
+
+@pytest.mark.parametrize("stop", [4, 5])
+def test_a_resumed_runs_curve_is_that_of_an_unbroken_one(tmp_path: Path, stop: int) -> None:
+    """Saved between two points of it."""
+    options: dict[str, Any] = {"logging_steps": 3, "save_strategy": "steps", "save_steps": stop, "num_train_epochs": 4}
+    data = captioned(16)
+    whole = trainer_of(tmp_path / "whole", data, **options)
+    whole.train()
+    trainer_of(tmp_path / "broken", data, callbacks=[StopAfter(stop)], **options).train()
+    resumed = trainer_of(tmp_path / "broken", data, **options)
+    own = resumed.train(resume_from_checkpoint=True).training_loss
+    assert losses(resumed) == losses(whole) and len(losses(whole)) == 2
+    each = trainer_of(tmp_path / "each", data, **options | {"logging_steps": 1})
+    each.train()
+    assert own == pytest.approx(sum(losses(each)[stop:]) / (8 - stop), rel=1e-5)
+
+
+def test_a_scaler_of_another_precision_is_passed_over(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1}
+    trainer_of(tmp_path, captioned(8), callbacks=[StopAfter(1)], **options).train()
+    torch.save({"scale": 65536.0}, tmp_path / "checkpoint-1" / "scaler.pt")
+    resumed = trainer_of(tmp_path, captioned(8), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
 
 
 def test_resume_keeps_the_patience_left(tmp_path: Path) -> None:
@@ -402,7 +484,7 @@ folder, batch, chunk = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 trainer = trainer_of(folder, captioned(32, captions=2), captioned(18, captions=2), per_device_train_batch_size=batch,
     per_device_eval_batch_size=batch, random_resized_crop=0.5, save_strategy="epoch", gradient_accumulation_steps=2,
     label_smoothing_factor=0.1, optim="sgd", learning_rate=0.3, warmup_steps=0, lr_scheduler_type="constant",
-    weight_decay=0.0, max_grad_norm=0.0, grad_cache_chunk_size=chunk or None)
+    weight_decay=0.0, max_grad_norm=0.0, grad_cache_chunk_size=chunk or None, distillation=5.0)
 trainer.train()
 metrics = trainer.evaluate()
 if trainer.is_world_process_zero():
