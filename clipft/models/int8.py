@@ -44,6 +44,7 @@ from clipft.models.formats import (
     model_set,
 )
 from clipft.models.heads import restore_heads
+from clipft.models.weights import check_whole
 from clipft.ops.attention import attention
 from clipft.ops.nn import QuantizedLinear
 
@@ -302,11 +303,12 @@ def load_quantized(weights: Path, config: CLIPConfig) -> QuantizedCLIPModel:
     names = [name.removesuffix(".weight_int8") for name in tensors if name.endswith(".weight_int8")]
     try:
         model = install(plain, {name: _empty_layer(plain, name, tensors) for name in names})
-        model.load_state_dict(tensors, assign=True)
+        left = model.load_state_dict(tensors, strict=False, assign=True)
     except (AttributeError, RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split("\n")[:2])
         raise ValueError(f"{weights}: expected the weights of the model in config.json ({reason})") from error
     check_set(weights.parent, MODEL_MANIFEST)
+    check_whole(weights, left.missing_keys, left.unexpected_keys)
     report = weights.with_name(INT8_REPORT)
     model.quantization_report = read_json(report) if report.is_file() else {}
     return cast(QuantizedCLIPModel, model.requires_grad_(False).eval())

@@ -43,6 +43,7 @@ from clipft.models.weights import check_shapes, check_whole, shards_of, tensors_
 __all__ = ["load", "load_merged", "settle_model"]
 
 _READ = (".json", ".safetensors", ".txt", ".model", ".jinja")  # what transformers opens in a folder
+_LINE = 1000  # characters of a message; some hold what a file holds
 _logger = logging.getLogger(__name__)
 
 # ---- loading ----
@@ -73,18 +74,16 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     check_trust(kwargs)
     folder = folder_of(name_or_path)
     settle_model(folder)
-    if is_adapter_folder(folder):
-        return load_merged(folder, **kwargs)
-    source = str(folder)
-    if folder.is_dir():
-        _check_folder(folder)
-    elif _looks_like_path(str(name_or_path)):
+    if not folder.is_dir() and _looks_like_path(str(name_or_path)):
         raise FileNotFoundError(
             f"name_or_path: expected a folder or a model name, but there is no folder {str(name_or_path)!r}"
         )
-    else:
-        source = str(name_or_path)
+    source = str(folder if folder.is_dir() else name_or_path)
     with _named(source, kwargs):
+        if is_adapter_folder(folder):
+            return load_merged(folder, **kwargs)
+        if folder.is_dir():
+            _check_folder(folder)
         return _load(source, kwargs)
 
 
@@ -106,17 +105,17 @@ def _named(source: str, kwargs: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(str(error)[:_LINE].split()) or type(error).__name__
         if "trust_remote_code" in message:
             raise ValueError(f"{source}: asks to run code of its own folder, which clipft does not") from error
-        named = isinstance(error, OSError | ValueError) and source in message and "\n" not in str(error)
+        named = isinstance(error, OSError | ValueError) and source in message and message == str(error)
         if named or isinstance(error, ImportError):
             raise
         if kwargs.keys() - {"revision"} and isinstance(error, TypeError):  # the caller's, not the folder's
             raise
         kind = type(error) if type(error) in (OSError, FileNotFoundError) else ValueError
         known = isinstance(error, OSError | ValueError)
-        raise kind(f"{source}: {'' if known else f'{type(error).__name__}: '}{message[:500]}") from error
+        raise kind(f"{source}: {'' if known else f'{type(error).__name__}: '}{message}") from error
 
 
 def _fetched(source: str, revision: str) -> Path:

@@ -93,7 +93,7 @@ def fit(family: Family, model: Any, processor: Any, folder: Path) -> None:
             _logger.warning("%s: %s", folder, line)
         tokens = tokenize(processor, ["a"], family=family)["input_ids"]
         transform = build_transform(processor.image_processor)
-        pictures = stack_pictures(processor.image_processor, [transform(Image.new("RGB", (2, 2)))])
+        pictures = stack_pictures(processor.image_processor, [transform(Image.new("RGB", (3, 2)))])
     except Exception as error:  # of whatever class a step raises that gets nonsense
         raise ValueError(f"{folder}: its processor fails on a picture and a word: {error}") from error
     shape, finite = tuple(pictures["pixel_values"].shape[1:]), bool(torch.isfinite(pictures["pixel_values"]).all())

@@ -89,8 +89,8 @@ def tensors_of(files: Iterable[Path]) -> dict[str, Stored]:
                 found |= {name: Stored(tuple(own.get_shape()), own.get_dtype()) for name, own in slices.items()}
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
-                f"{path}: expected weights as safetensors; the file is damaged or was cut ({error}): copy or download "
-                "it again"
+                f"{path}: expected weights as safetensors; the file is damaged or was cut ({error!s:.200}): copy or "
+                "download it again"
             ) from error
         if not found:
             raise ValueError(f"{path}: expected weights as safetensors, found a file without any")

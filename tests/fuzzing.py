@@ -1,0 +1,225 @@
+"""Files of strangers made from good ones: bytes flipped, cut and joined, and descriptions that lie.
+
+What is fuzzed loads equal (to what the caller says) or ends in one line that names the file, within a second and 200 MB
+over the plain run. ``CLIPFT_FUZZ_SECONDS`` makes a run longer, ``CLIPFT_FUZZ_SEED`` another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SECONDS, MEGABYTES, HANG = 1.0, 200, 60
+LIES: list[Any] = [
+    *(0, 1, -1, 3, 7, 24, 255, 1 << 16, (1 << 31) - 1, 1 << 31, 1 << 40, 1 << 63, 10**30),
+    *(0.5, -1.5, 1e308, math.nan, math.inf, True, False, None),
+    *("", "a", "F32", "I64", "../x", "/etc/passwd", "http://a/b", "\0", "[red]\x1b[2J", "9" * 5000, "é"),
+    *([], {}, [1, 2], [[]], {"a": {}}, ["a", "b"], [10**9, 10**9]),
+]
+Case = dict[str, bytes | None]  # changed files by name
+
+
+class Hang(BaseException):
+    """Not an Exception: nothing on the way may take it for a damaged file."""
+
+
+# ---- ways to change bytes ----
+
+
+def flip(rng: random.Random, data: bytes) -> bytes:
+    """Some bytes are others, more of them near the start, where headers are."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 2, 8, 64))):
+        end = min(len(changed), rng.choice((16, 256, 4096, len(changed))))
+        changed[rng.randrange(end)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+    return bytes(changed)
+
+
+def cut(rng: random.Random, data: bytes) -> bytes:
+    """The end or a piece is missing."""
+    first, last = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+    return rng.choice((data[:first], data[first:], data[:first] + data[last:], data[: len(data) - rng.randrange(1, 9)]))
+
+
+def join(rng: random.Random, data: bytes) -> bytes:
+    """Something is there twice, or more than belongs there."""
+    first, last = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+    junk = rng.choice((rng.randbytes(rng.choice((1, 8, 999))), b"\0" * 4096, b"\n", b"\xff\xfe", b"{}"))
+    return rng.choice(
+        (data + data, data[:last] + data[first:], data + junk, junk + data, data[:first] + junk + data[first:])
+    )
+
+
+def lie(rng: random.Random, value: Any) -> Any:
+    """A JSON value with one part that is another, missing, or more."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.05:
+        near = [value + 1, value - 1, -value, value * 1000] if isinstance(value, int | float) else []
+        return rng.choice([*LIES, *near])
+    changed: Any = dict(value) if isinstance(value, dict) else list(value)
+    key = rng.choice(list(changed)) if isinstance(changed, dict) else rng.randrange(len(changed))
+    way = rng.random()
+    if way < 0.1:
+        del changed[key]
+    elif way < 0.2 and isinstance(changed, dict):
+        changed[rng.choice(("a", "", f"{key}2", "auto_map", "..", rng.choice(list(changed))))] = rng.choice(LIES)
+    else:
+        changed[key] = lie(rng, changed[key])
+    return changed
+
+
+def lie_json(rng: random.Random, data: bytes) -> bytes:
+    """Of a file of JSON."""
+    value = json.loads(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        value = lie(rng, value)
+    return json.dumps(value).encode()
+
+
+def lie_safetensors(rng: random.Random, data: bytes) -> bytes:
+    """Of the header, whose length fits again."""
+    size = int.from_bytes(data[:8], "little")
+    header = lie_json(rng, data[8 : 8 + size])
+    length = len(header) if rng.random() < 0.9 else rng.choice((0, 1 << 20, 1 << 62, (1 << 64) - 1))
+    return length.to_bytes(8, "little") + header + data[8 + size :]
+
+
+LIARS: dict[str, Callable[[random.Random, bytes], bytes]] = {".json": lie_json, ".safetensors": lie_safetensors}
+
+
+def cases(good: dict[str, bytes], seed: int) -> Iterator[tuple[str, Case]]:
+    """Without end: what was done, and the changed files."""
+    for number in range(1 << 30):
+        rng = random.Random(f"{seed} {number}")
+        name = rng.choice(list(good))
+        ways: list[Callable[[random.Random, bytes], bytes]] = [flip, cut, join]
+        if liar := LIARS.get(Path(name).suffix):
+            ways += [liar] * 5
+        way = rng.choice(ways)
+        yield f"{number}: {way.__name__} {name}", {name: way(rng, good[name])}
+
+
+# ---- the run ----
+
+
+def fuzz(
+    folder: Path,
+    load: Callable[[], Any],
+    equal: Callable[[Any], object],
+    seconds: float,
+    names: Sequence[str] = ("",),
+    more: Callable[[dict[str, bytes], int], Iterator[tuple[str, Case]]] = cases,
+) -> int:
+    """Change files of a good folder, one case after the other, and hold what ``load`` makes of each to the promise.
+
+    Args:
+        folder: the good one, which is changed and mended again.
+        load: what is tried.
+        equal: is given what came out of it, and raises AssertionError where that is not what the files hold.
+        seconds: of CPU time, unless the environment says otherwise.
+        names: ends of the names of the files that are changed.
+        more: makes the cases of these.
+
+    Returns:
+        How many cases there were.
+    """
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.endswith(tuple(names))]
+    good = {path.name: path.read_bytes() for path in paths}
+    seconds = float(os.environ.get("CLIPFT_FUZZ_SECONDS") or seconds)
+    seed = int(os.environ.get("CLIPFT_FUZZ_SEED") or 0)
+    load()
+    plain = min(_cost(load)[0] for _ in range(2))
+    start, count, faults, loaded = time.process_time(), 0, [], 0
+    for what, case in more(good, seed):
+        if time.process_time() - start > seconds:
+            break
+        for name, data in case.items():
+            _put(folder / name, data)
+        fault, came = _try(folder, load, equal, plain)
+        if fault:
+            faults.append(f"{what}: {fault}")
+        count, loaded = count + 1, loaded + came
+        for name in case:
+            _put(folder / name, good.get(name))
+        if len(faults) > 20:
+            break
+    print(f"{count} inputs, {loaded} loaded")
+    assert not faults, f"{len(faults)} of {count} (seed {seed}):\n" + "\n".join(faults)
+    return count
+
+
+def _put(path: Path, data: bytes | None) -> None:
+    if data is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_bytes(data)
+
+
+def _try(folder: Path, load: Callable[[], Any], equal: Callable[[Any], object], plain: float) -> tuple[str, bool]:
+    """What is wrong, or nothing; and whether it loaded."""
+    result: Any = None
+    problem = ""
+
+    def tried() -> None:
+        nonlocal result, problem
+        try:
+            result = load()
+        except (ValueError, OSError) as error:
+            message = str(error)
+            if folder.name not in message or "\n" in message or len(message) > 2000:
+                problem = f"{type(error).__name__}, not a line that names the file: {message[:300]!r}"
+        except Hang:
+            problem = f"did not end within {HANG} s"
+        except BaseException as error:
+            problem = f"{type(error).__name__}: {str(error)[:300]}"
+
+    seconds, megabytes = _cost(tried)
+    if result is not None and not problem:
+        try:
+            equal(result)
+        except Exception as error:
+            problem = f"loaded, but: {type(error).__name__}: {str(error)[:300]}"
+    if not problem and seconds > plain + SECONDS:
+        problem = f"took {seconds:.1f} s, the plain run {plain:.1f} s"
+    if not problem and megabytes > MEGABYTES:
+        problem = f"took {megabytes} MB"
+    return problem, result is not None
+
+
+def _cost(run: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds of the CPU, and MB over those that were held before."""
+    with _alarm():
+        before, start = _peak(reset=True), time.process_time()
+        run()
+        return time.process_time() - start, (_peak() - before) >> 10
+
+
+@contextmanager
+def _alarm() -> Iterator[None]:
+    def ring(*_: Any) -> None:
+        raise Hang
+
+    former = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(HANG)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def _peak(reset: bool = False) -> int:
+    """KB of this process; 0 where the system does not say."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return 0

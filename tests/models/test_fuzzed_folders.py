@@ -1,0 +1,61 @@
+"""Model folders with damage made at random: what loads holds what its files hold, all else ends in one line."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuzzing import fuzz
+from PIL import Image
+from safetensors.torch import load_file
+
+import clipft
+
+SECONDS = 6.0
+
+
+def works(loaded: Any) -> None:
+    """A picture and a word go through."""
+    model, processor = loaded
+    clipft.embed(model, processor, images=[Image.new("RGB", (40, 50))])
+    clipft.embed(model, processor, texts=["a b", "c"])
+
+
+def test_configurations(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "model")
+    fuzz(folder, lambda: clipft.load(folder), works, SECONDS, [".json"])
+
+
+def test_weights(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model, processor = clipft.load(base)
+    clipft.add_head(model, processor, ["red", "blue"])
+    model.save_pretrained(folder, max_shard_size="100KB")
+    processor.save_pretrained(folder)
+
+    def equal(loaded: Any) -> None:
+        works(loaded)
+        state = loaded[0].state_dict()
+        for path in folder.glob("*.safetensors"):
+            for name, tensor in load_file(path).items():
+                assert torch.equal(state[name].nan_to_num(1), tensor.float().nan_to_num(1)), name
+
+    fuzz(folder, lambda: clipft.load(folder), equal, SECONDS, [".safetensors", "index.json"])
+
+
+def test_adapters(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    folder = tmp_path / "adapter"
+    clipft.add_lora(clipft.load(base)[0], r=2).save_pretrained(folder)
+    fuzz(folder, lambda: clipft.load(folder), works, SECONDS)
+
+
+def test_int8(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "int8"
+    model, processor = clipft.load(base)
+    clipft.quantize(model).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    fuzz(folder, lambda: clipft.load(folder), works, SECONDS, ["config.json", ".safetensors", "report.json"])
