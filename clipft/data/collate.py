@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from clipft.data.transforms import Augmentation, build_transform, stack_pictures
 from clipft.families.family import Family
 from clipft.families.registry import MOST_TOKENS, family_of_processor
 
-__all__ = ["CLIPDataCollator", "FrozenFeatures", "model_inputs", "most_tokens", "tokenize"]
+__all__ = ["CLIPDataCollator", "FrozenFeatures", "model_inputs", "most_tokens", "tokenize", "unify_captions"]
+
+_CHUNK = 4096  # captions tokenized at a time
 
 # ---- collator ----
 
@@ -27,7 +29,7 @@ class FrozenFeatures:
 
     Attributes:
         images: [N, D], in the order of the rows.
-        texts: [M, D], and ``text_rows``, the row of each caption.
+        texts: [M, D], and ``text_rows``, the row of each caption; one of those that become the same tokens.
     """
 
     images: Tensor | None = None
@@ -45,9 +47,9 @@ class CLIPDataCollator:
 
     Captions are cut at the model's maximum (77 for CLIP, 64 for SigLIP) and padded to the batch's longest, for SigLIP
     to the maximum. ``labels`` [N] int64 tell which pairs are positives of each other: the row's ``label`` if it has
-    one, else equal captions. A row with ``draw = (epoch, index)`` is a training row: one of its captions and its
-    augmentation are drawn from (seed, epoch, index). Any other row is taken as it is: first caption, no augmentation.
-    Rows without captions give no text inputs.
+    one, else captions that become the same tokens. A row with ``draw = (epoch, index)`` is a training row: one of its
+    captions and its augmentation are drawn from (seed, epoch, index). Any other row is taken as it is: first caption,
+    no augmentation. Rows without captions give no text inputs.
 
     Args:
         processor: with the torchvision image processor, as ``clipft.load`` gives it.
@@ -82,7 +84,7 @@ class CLIPDataCollator:
         return other
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch of N rows with U distinct captions: ``pixel_values`` [N, 3, H, W], ``input_ids`` and
+        """The batch of N rows with U distinct texts: ``pixel_values`` [N, 3, H, W], ``input_ids`` and
         ``attention_mask`` [U, L], ``text_index`` [N] where U < N, ``labels`` [N]; ``image_pooler_output`` [N, D] and
         ``text_pooler_output`` [U, D] instead where features are known; ``targets`` [N, K] of K heads. NaFlex models get
         patches (see ``clipft.families.naflex``), SigLIP's no ``attention_mask``, which they never saw.
@@ -94,28 +96,38 @@ class CLIPDataCollator:
             batch["image_pooler_output"] = known.images[[row["index"] for row in rows]]
         else:
             batch |= stack_pictures(self.processor.image_processor, pictures)
+        texts: Sequence[int | None] = [None] * len(rows)
         if all(caption is not None for caption in captions):
-            batch |= self._texts(list(captions), known)
-        labels = [row.get("label", caption) for row, caption in zip(rows, captions, strict=True)]
+            inputs, texts = self._texts(list(captions), known)
+            batch |= inputs
+        labels = [row.get("label", text) for row, text in zip(rows, texts, strict=True)]
         if all(label is not None for label in labels):
-            batch["labels"] = torch.tensor(
-                [mix_seed(label) if isinstance(label, str) else int(label) for label in labels]
-            )
+            numbers = (mix_seed(label) if isinstance(label, str) else int(label) for label in cast(list[Any], labels))
+            batch["labels"] = torch.tensor(list(numbers))
         if all("targets" in row for row in rows):
             batch["targets"] = torch.tensor([row["targets"] for row in rows])
         return batch
 
-    def _texts(self, captions: list[str], known: FrozenFeatures) -> dict[str, Tensor]:
-        place = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-        batch: dict[str, Tensor] = {}
+    def _texts(self, captions: list[str], known: FrozenFeatures) -> tuple[dict[str, Tensor], list[int]]:
+        """Inputs of the distinct texts, and each row's text as a number that is the same in every batch."""
+        distinct = list(dict.fromkeys(captions))
         if known.texts is not None:
             assert known.text_rows is not None
-            batch["text_pooler_output"] = known.texts[[known.text_rows[caption] for caption in place]]
+            numbers = [known.text_rows[caption] for caption in distinct]
+            inputs = {"text_pooler_output": known.texts[numbers]}
         else:
-            batch |= tokenize(self.processor, list(place), self.max_length, family=self.family)
-        if len(place) < len(captions):
-            batch["text_index"] = torch.tensor([place[caption] for caption in captions])
-        return batch
+            inputs = tokenize(self.processor, distinct, self.max_length, family=self.family)
+            numbers = _numbers(inputs)
+        first = {number: row for row, number in reversed(list(enumerate(numbers)))}
+        kept = sorted(first.values())
+        if len(kept) < len(distinct):
+            inputs = {name: tensor[kept] for name, tensor in inputs.items()}
+        number_of = dict(zip(distinct, numbers, strict=True))
+        texts = [number_of[caption] for caption in captions]
+        if len(kept) < len(captions):
+            place = {numbers[row]: number for number, row in enumerate(kept)}
+            inputs["text_index"] = torch.tensor([place[text] for text in texts])
+        return inputs, texts
 
     def _draw(self, row: dict[str, Any]) -> tuple[Tensor | None, str | None]:
         captions = row.get("captions", row.get("caption"))
@@ -142,6 +154,30 @@ def tokenize(
     )
     names = ("input_ids",) if family.padding == "max_length" else ("input_ids", "attention_mask")
     return {name: tokens[name] for name in names if name in tokens}
+
+
+def _numbers(tokens: dict[str, Tensor]) -> list[int]:
+    """A number for the tokens of each text, without the padding, of which other batches have more or less."""
+    ids = tokens["input_ids"]
+    kept = tokens.get("attention_mask", torch.ones_like(ids)).bool()
+    return [mix_seed(*row[own].tolist()) for row, own in zip(ids, kept, strict=True)]
+
+
+def unify_captions(
+    processor: Any, captions: Sequence[Sequence[str]], max_length: int | None = None, *, family: Family | None = None
+) -> list[list[str]]:
+    """Captions by row, those that become the same tokens (as :func:`tokenize` cuts them) as the first of them: to the
+    model they are one text.
+    """
+    length = most_tokens(processor, max_length, family=family)
+    distinct = list(dict.fromkeys(caption for own in captions for caption in own))
+    first: dict[tuple[int, ...], str] = {}
+    text_of: dict[str, str] = {}
+    for start in range(0, len(distinct), _CHUNK):
+        chunk = distinct[start : start + _CHUNK]
+        tokens = processor.tokenizer(chunk, truncation=True, max_length=length)["input_ids"]
+        text_of |= {text: first.setdefault(tuple(ids), text) for text, ids in zip(chunk, tokens, strict=True)}
+    return [[text_of[caption] for caption in own] for own in captions]
 
 
 def most_tokens(processor: Any, max_length: int | None = None, *, family: Family | None = None) -> int:

@@ -31,7 +31,7 @@ from clipft.evaluation.metrics import retrieval_metrics
 from clipft.families.family import Family
 from clipft.families.registry import family_of, model_names
 from clipft.files import replace_set, set_of, write_json
-from clipft.inference.encode import embed_images, embed_texts
+from clipft.inference.encode import embed_images, embed_texts, unified
 from clipft.inference.onnx_clip import INFO, OnnxCLIP
 from clipft.models.formats import MODEL_MANIFEST, ONNX_MODELS
 from clipft.models.int8 import QuantizedCLIPModel
@@ -237,7 +237,7 @@ def _compare(
     model: Any, processor: Any, folder: Path, pairs: tuple[list[Any], list[list[str]]], int8: bool
 ) -> dict[str, Any]:
     pictures, captions = pairs
-    texts_of, texts = index_texts(captions)
+    texts_of, texts = index_texts(unified(model, processor, captions))
     image = embed_images(model, processor, cast(Any, [{"image": picture} for picture in pictures]), batch_size=32)
     text = embed_texts(model, processor, texts, 64)
     report: dict[str, Any] = {"torch": {"retrieval": retrieval_metrics(image, text, texts_of)}}

@@ -15,7 +15,7 @@ from clipft.console import bar
 from clipft.data.rows import PairRows, class_names_of, class_targets, class_text, column_names, index_texts
 from clipft.evaluation.metrics import Classification, Retrieval, interval
 from clipft.evaluation.tasks import checked_labels, heads_found, similarities
-from clipft.inference.encode import Pictures, class_embeddings, embed_images, embed_texts
+from clipft.inference.encode import Pictures, class_embeddings, embed_images, embed_texts, unified
 from clipft.models.heads import LABEL, heads_of
 
 __all__ = ["Found", "Scorer", "gains"]
@@ -101,7 +101,8 @@ class Scorer:
                 text_embeds = normalize(heads_of(self.clip)[LABEL].weight.detach().float().cpu())
             texts, texts_of = [class_text(name) for name in names], [[label] for label in labels.tolist()]
         if captioned:
-            texts_of, texts = index_texts(PairRows(self.dataset, self.templates).captions())
+            captions = PairRows(self.dataset, self.templates).captions()
+            texts_of, texts = index_texts(unified(self.clip, self.processor, captions))
             text_embeds = embed_texts(self.clip, self.processor, texts, self.batch_size)
             parts["retrieval"] = Retrieval(image_embeds, text_embeds, texts_of)
         parts |= {f"attribute_{name}": found for name, found in heads.items() if name != LABEL}

@@ -1,6 +1,7 @@
 """Evaluation of a CLIP model: retrieval, zero-shot classification, a linear probe and nearest neighbours.
 
-Equal captions are one text: an image is right with any of its captions, and a caption with any image that carries it.
+Captions that become the same tokens are one text: an image is right with any of its captions, and a caption with any
+image that carries it.
 The numbers and their intervals: ``clipft.evaluation.metrics``.
 """
 
@@ -26,7 +27,7 @@ from clipft.data.rows import (
     index_texts,
 )
 from clipft.evaluation.metrics import RESAMPLES, Blockwise, Classification, Retrieval
-from clipft.inference.encode import Pictures, Progress, class_embeddings, embed_images, embed_texts
+from clipft.inference.encode import Pictures, Progress, class_embeddings, embed_images, embed_texts, unified
 from clipft.models.heads import heads_of
 
 __all__ = [
@@ -71,11 +72,11 @@ def evaluate_retrieval(
         ``image_to_text_R@1``, ``R@5``, ``R@10`` (over images: any of its captions among the k best texts),
         ``image_to_text_mAP`` (mean over images of the average precision over its captions; with one caption the mean
         of 1 / rank) in [0, 1], ``image_to_text_median_rank`` of the best right text, from 1; the same of
-        ``text_to_image_...`` over distinct captions, right with any image that has them. A tie counts as a miss.
+        ``text_to_image_...`` over distinct texts, right with any image that has them. A tie counts as a miss.
         ``intervals``: for each of these [low, high], the 95 % bootstrap interval over pictures.
     """
     rows = PairRows(dataset, templates)
-    texts_of, texts = index_texts(rows.captions())
+    texts_of, texts = index_texts(unified(model, processor, rows.captions()))
     image_embeds = embed_images(
         model, processor, rows, batch_size=batch_size, num_workers=num_workers, progress=progress
     )

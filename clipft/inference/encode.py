@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from clipft.data.collate import tokenize
+from clipft.data.collate import tokenize, unify_captions
 from clipft.data.pictures import UNREADABLE, EncodedPicture, naming, open_picture
 from clipft.data.rows import read_row, read_stored, render, stored_pictures
 from clipft.data.transforms import build_transform, stack_pictures
@@ -42,6 +42,7 @@ __all__ = [
     "encoder_of",
     "evaluating",
     "load_encoder",
+    "unified",
 ]
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -265,9 +266,7 @@ def embed_texts(
     """[N, D] float32 on the CPU, L2-normalised. Texts of like length share a batch, so that few padding tokens are
     computed.
     """
-    family = family_of(model)
-    positions = family.most_positions(base_model(model).config)
-    max_length = min(positions, max_length or positions)
+    family, max_length = family_of(model), _length(model, max_length)
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     with evaluating(model) as device:
         parts = []
@@ -278,6 +277,18 @@ def embed_texts(
             parts.append(_unit(features))
     embeds = torch.cat(parts)
     return torch.empty_like(embeds).index_copy_(0, torch.tensor(order), embeds)
+
+
+def unified(
+    model: nn.Module, processor: Any, captions: Sequence[Sequence[str]], max_length: int | None = None
+) -> list[list[str]]:
+    """Captions by row, those that :func:`embed_texts` gives the same tokens as the first of them."""
+    return unify_captions(processor, captions, _length(model, max_length), family=family_of(model))
+
+
+def _length(model: nn.Module, max_length: int | None) -> int:
+    positions = family_of(model).most_positions(base_model(model).config)
+    return min(positions, max_length or positions)
 
 
 def _unit(features: Any) -> Tensor:

@@ -2,7 +2,8 @@
 
 Every picture is read once. Pictures are duplicates where their files are equal, and near duplicates where 256 signs of
 low frequencies of a discrete cosine transform (a perceptual hash) differ in at most 40 places: on 1000 photographs and
-radiographs, recompressed, halved or brightened copies differed in at most 26, distinct pictures in 64 or more.
+radiographs, recompressed, halved or brightened copies differed in at most 26, distinct pictures in 64 or more. Plain
+pictures have no signs: these are near where their colours are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipft.data.collate import most_tokens
+from clipft.data.collate import most_tokens, unify_captions
 from clipft.data.pictures import UNREADABLE, EncodedPicture, UnreadablePictureError, naming, to_rgb, upright
 from clipft.data.reading import UNREADABLE_KIND
 from clipft.data.rows import PairRows, class_names_of, read_stored, stored_pictures
@@ -35,7 +36,11 @@ from clipft.recipes.sources import reading_of
 __all__ = ["Finding", "examine"]
 
 _SIDE, _FREQUENCIES = 64, 16
-_NEAR = 40  # of _FREQUENCIES ** 2 signs
+_SIGNS = _FREQUENCIES**2
+_NEAR = 40  # of these
+_PLAIN = 1.0  # levels of 255: standard deviation below which nothing is on a picture
+_SHADE = 6  # levels between colours that look the same
+_LISTED = 10  # places of one file in an example
 _EXAMPLES = 10
 _CHUNK = 256
 _IMBALANCE = 10.0  # largest over smallest class
@@ -109,6 +114,7 @@ def _load(model: str | None) -> tuple[Any, Any]:
 class _Picture:
     digest: bytes
     signs: NDArray[np.uint8]  # [32], packed
+    colour: tuple[float, float, float] | None  # of a plain picture
     size: tuple[int, int]
     kind: str
     note: str = ""
@@ -138,13 +144,14 @@ class _Contents:
         has_captions = "caption" in dataset.column_names
         self.captions = PairRows(dataset.select(good)).captions() if good and (has_captions or names) else []
         self.own_captions = has_captions
-        labels = [dataset["label"][number] for number in good] if "label" in dataset.column_names else []
-        self.labels = [names[label] if names else str(label) for label in labels]
+        labels = list(dataset["label"]) if "label" in dataset.column_names else []
+        self.labels = [names[labels[row]] if names else str(labels[row]) for row in good] if labels else []
         self.class_names = names or sorted(set(self.labels))
 
     def statistics(self) -> dict[str, Any]:
         sides = np.array([picture.size for picture in self.pictures] or [(0, 0)])
         captions = [caption for own in self.captions for caption in own] if self.own_captions else []
+        sizes = Counter(self.labels)
         return {
             "source": self.source,
             "reading": self.account.to_json(),
@@ -155,7 +162,7 @@ class _Contents:
             "width": _spread(sides[:, 0]),
             "height": _spread(sides[:, 1]),
             "kinds": dict(Counter(picture.kind for picture in self.pictures).most_common()),
-            "classes": {name: Counter(self.labels)[name] for name in self.class_names},
+            "classes": {name: sizes[name] for name in self.class_names},
         }
 
 
@@ -193,8 +200,10 @@ def _picture(data: bytes) -> _Picture:
     if picture.mode.startswith("I;16"):
         top = float(np.asarray(picture).max()) / 65535
         note = f"uses {top:.1%} of the 16-bit range" if top < _DARK else ""
-    grey = np.asarray(to_rgb(picture).convert("L").resize((_SIDE, _SIDE)), np.float32)
-    return _Picture(hashlib.blake2b(data, digest_size=16).digest(), _signs(grey), size, kind, note, several)
+    picture = to_rgb(picture)
+    grey = np.asarray(picture.convert("L").resize((_SIDE, _SIDE)), np.float32)
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    return _Picture(digest, _signs(grey), _plain_colour(picture), size, kind, note, several)
 
 
 def _has_frames(picture: Image.Image) -> bool:
@@ -210,6 +219,13 @@ def _signs(grey: NDArray[np.float32]) -> NDArray[np.uint8]:
     places = np.pi / _SIDE * (np.arange(_SIDE) + 0.5)
     waves = np.cos(np.outer(np.arange(1, _FREQUENCIES + 1), places))
     return np.packbits(waves @ grey @ waves.T > 0)
+
+
+def _plain_colour(picture: Image.Image) -> tuple[float, float, float] | None:
+    """Of a picture that is of one colour."""
+    pixels = np.asarray(picture.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float32).reshape(-1, 3)
+    red, green, blue = pixels.mean(0).tolist()
+    return (red, green, blue) if pixels.std(0).max() < _PLAIN else None
 
 
 # ---- checks of one data set ----
@@ -251,24 +267,24 @@ def _check_captions(contents: _Contents, clip: Any, processor: Any) -> list[Find
     if not contents.captions:
         return []
     findings = []
+    family = family_of(clip) if clip is not None else None
+    limit = CLIP.text_length
+    if family is not None:
+        limit = most_tokens(processor, family.most_positions(clip.config), family=family)
     if contents.own_captions:
-        counts = Counter(caption for own in contents.captions for caption in set(own))
+        texts = unify_captions(processor, contents.captions, limit, family=family)
+        counts = Counter(text for own in texts for text in set(own))
         repeated = [f"{count} x {caption!r}" for caption, count in counts.most_common() if count > 1]
         findings.append(
             _finding(
                 "duplicate captions",
                 "note",
                 repeated,
-                "captions belong to several pictures; training takes them as positives of each other, and retrieval "
-                "counts any of the pictures as right",
+                "captions (by their tokens) belong to several pictures; training takes them as positives of each "
+                "other, and retrieval counts any of the pictures as right",
                 "each caption belongs to one picture",
             )
         )
-    if clip is None:
-        limit = CLIP.text_length
-    else:
-        family = family_of(clip)
-        limit = most_tokens(processor, family.most_positions(clip.config), family=family)
     distinct = list(dict.fromkeys(caption for own in contents.captions for caption in own))
     lengths = [len(ids) for ids in processor.tokenizer(distinct)["input_ids"]] if distinct else []
     long = sorted(((n, text) for n, text in zip(lengths, distinct, strict=True) if n > limit), reverse=True)
@@ -290,18 +306,17 @@ def _check_pictures(contents: _Contents) -> list[Finding]:
     groups: dict[bytes, list[int]] = {}
     for number, picture in enumerate(pictures):
         groups.setdefault(picture.digest, []).append(number)
-    same = [", ".join(places[number] for number in rows) for rows in groups.values() if len(rows) > 1]
-    near = [
-        f"{places[a]}, {places[b]} ({distance} of {_FREQUENCIES**2} signs differ)"
-        for a, b, distance in _near_pairs(pictures, pictures)
-        if a < b and pictures[a].digest != pictures[b].digest
-    ]
+    same = [_named(places, rows) for rows in groups.values() if len(rows) > 1]
+    files = [rows[0] for rows in groups.values()]
+    near = [f"{places[files[b]]}, {places[files[a]]} ({how})" for a, b, how in _nearest([pictures[n] for n in files])]
     harm = "they are each other's negatives, and leak into a held-out part"
     dark = [f"{place} {picture.note}" for place, picture in zip(places, pictures, strict=True) if picture.note]
     kinds = Counter(picture.kind for picture in pictures).most_common()
     return [
         _finding("duplicate pictures", "problem", same, f"files occur more than once; {harm}", "no file occurs twice"),
-        _finding("near-duplicate pictures", "problem", near, f"pairs look the same; {harm}", "no two look the same"),
+        _finding(
+            "near-duplicate pictures", "problem", near, f"look like an earlier one; {harm}", "no two look the same"
+        ),
         _finding(
             "brightness",
             "problem",
@@ -320,32 +335,56 @@ def _check_pictures(contents: _Contents) -> list[Finding]:
     ]
 
 
-def _near_pairs(one: Sequence[_Picture], other: Sequence[_Picture]) -> list[tuple[int, int, int]]:
-    """Rows of both and the number of signs that differ, nearest first. All pairs are compared, a block at a time."""
-    if not one or not other:
+def _named(places: Sequence[str], rows: Sequence[int]) -> str:
+    more = len(rows) - _LISTED
+    return ", ".join(places[row] for row in rows[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _nearest(pictures: Sequence[_Picture], others: Sequence[_Picture] | None = None) -> list[tuple[int, int, str]]:
+    """Of each picture that looks like one of the others (without them: like an earlier one): its row, the row of the
+    nearest, and how they differ; nearest first. All are compared, a block at a time.
+    """
+    known = pictures if others is None else others
+    if not pictures or not known:
         return []
-    left, right = (np.stack([picture.signs for picture in pictures]).view(np.uint64) for pictures in (one, other))
     found = []
-    block = max(1, 4_000_000 // len(right))
-    for start in range(0, len(left), block):
-        differ = np.zeros((len(left[start : start + block]), len(right)), np.uint16)
-        for word in range(left.shape[1]):
-            differ += np.bitwise_count(left[start : start + block, None, word] ^ right[None, :, word])
-        rows, columns = np.nonzero(differ <= _NEAR)
-        found += list(zip((rows + start).tolist(), columns.tolist(), differ[rows, columns].tolist(), strict=True))
-    return sorted(found, key=lambda pair: pair[2])
+    size = max(1, 4_000_000 // len(known))
+    for start in range(0, len(pictures), size):
+        differ = _signs_that_differ(pictures[start : start + size], known)
+        if others is None:
+            differ[np.arange(len(known)) >= np.arange(start, start + len(differ))[:, None]] = _SIGNS
+        nearest = differ.argmin(1)
+        least = differ[np.arange(len(differ)), nearest]
+        found += [(int(least[row]), start + int(row), int(nearest[row])) for row in np.nonzero(least <= _NEAR)[0]]
+    return [(row, other, f"{distance} of {_SIGNS} signs differ") for distance, row, other in sorted(found)]
+
+
+def _signs_that_differ(some: Sequence[_Picture], others: Sequence[_Picture]) -> NDArray[np.uint16]:
+    """[some, others]; for a plain picture none, where the other is of its colour, else all."""
+    left, right = (np.stack([picture.signs for picture in pictures]).view(np.uint64) for pictures in (some, others))
+    differ = np.zeros((len(left), len(right)), np.uint16)
+    for word in range(left.shape[1]):
+        differ += np.bitwise_count(left[:, None, word] ^ right[None, :, word])
+    one, other = (np.array([p.colour or (np.nan,) * 3 for p in pictures], np.float32) for pictures in (some, others))
+    plain = ~np.isnan(one[:, 0, None]) | ~np.isnan(other[None, :, 0])
+    if plain.any():
+        alike = np.all([np.abs(one[:, None, c] - other[None, :, c]) <= _SHADE for c in range(3)], axis=0)  # NaN: false
+        differ[plain] = np.where(alike, 0, _SIGNS)[plain]
+    return differ
 
 
 # ---- checks of two data sets ----
 
 
 def _check_leakage(train: _Contents, test: _Contents) -> list[Finding]:
-    found, leaked = [], set()
-    for a, b, distance in _near_pairs(train.pictures, test.pictures):
-        same = train.pictures[a].digest == test.pictures[b].digest
-        how = "the same file" if same else f"{distance} of {_FREQUENCIES**2} signs differ"
-        found.append(f"{test.places[b]} of the test set, {train.places[a]} of the training set ({how})")
-        leaked.add(b)
+    files = {picture.digest: row for row, picture in reversed(list(enumerate(train.pictures)))}
+    same = [(row, files[p.digest], "the same file") for row, p in enumerate(test.pictures) if p.digest in files]
+    rest = [row for row, picture in enumerate(test.pictures) if picture.digest not in files]
+    near = [(rest[row], other, how) for row, other, how in _nearest([test.pictures[n] for n in rest], train.pictures)]
+    found = [
+        f"{test.places[row]} of the test set, {train.places[other]} of the training set ({how})"
+        for row, other, how in [*same, *near]
+    ]
     findings = [
         _finding(
             "leakage of pictures",
@@ -354,7 +393,6 @@ def _check_leakage(train: _Contents, test: _Contents) -> list[Finding]:
             f"of {len(test.pictures)} test pictures are in the training set too, as the same file or nearly so; the "
             "test says too much",
             "no test picture is in the training set",
-            count=len(leaked),
         )
     ]
     if train.own_captions and test.own_captions:

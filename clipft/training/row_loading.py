@@ -23,6 +23,7 @@ from clipft.data.sampling import (
 )
 from clipft.data.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_set
 from clipft.families.registry import family_of, family_of_processor
+from clipft.inference.encode import unified
 from clipft.training.arguments import CLIPTrainingArguments
 from clipft.training.checkpoints import StagedCheckpoints
 from clipft.training.feature_cache import FrozenTowers, frozen_towers
@@ -75,12 +76,14 @@ class RowLoading(StagedCheckpoints):
         )
         if not (cache_texts or cache_images):
             return None
+        [texts] = unified(cast(nn.Module, self.model), self.processing_class, [captions], collator.max_length)
+        place = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         with self.args.main_process_first(desc="features of frozen towers"):
             towers = self._frozen_towers()
             return FrozenFeatures(
                 images=towers.images(rows) if cache_images else None,
-                texts=towers.texts(captions) if cache_texts else None,
-                text_rows={caption: row for row, caption in enumerate(captions)},
+                texts=towers.texts(list(place)) if cache_texts else None,
+                text_rows={caption: place[text] for caption, text in zip(captions, texts, strict=True)},
             )
 
     def _frozen_towers(self) -> FrozenTowers:
@@ -109,8 +112,10 @@ class RowLoading(StagedCheckpoints):
             return ClassBalancedSampler(labels_of(getattr(rows, "dataset", rows)), seed, epoch)
         if self.args.hard_negatives:
             data = getattr(rows, "dataset", rows)
+            captions = PairRows(data, self.args.caption_templates).captions()
+            length = getattr(self.data_collator, "max_length", None)
             positives = positives_of_each_other(
-                PairRows(data, self.args.caption_templates).captions(),
+                unified(cast(nn.Module, self.model), self.processing_class, captions, length),
                 labels_of(data) if "label" in column_names(data) else None,
             )
             batch_size = self.args.train_batch_size * self.args.world_size

@@ -26,7 +26,7 @@ from clipft.data.rows import PairRows, index_texts
 from clipft.evaluation.metrics import retrieval_metrics
 from clipft.families.forward import loss_parameters
 from clipft.families.registry import base_model, family_of
-from clipft.inference.encode import embed_texts
+from clipft.inference.encode import embed_texts, unified
 from clipft.models.fusing import fuse
 from clipft.models.heads import heads_of
 from clipft.training.arguments import CLIPTrainingArguments, check_arguments, check_loss, loss_of
@@ -305,7 +305,8 @@ class CLIPTrainer(RowLoading):
         return self._heads.metrics(logits, rows.targets)
 
     def _retrieval(self, rows: PairRows, predictions: Any) -> dict[str, float]:
-        captions = rows.captions()
+        length = getattr(self.data_collator, "max_length", None)
+        captions = unified(cast(nn.Module, self.model), self.processing_class, rows.captions(), length)
         texts_of, texts = index_texts(captions)
         image_embeds, first_embeds = (torch.from_numpy(part).float() for part in predictions)
         known = {own[0]: row for row, own in enumerate(captions)}
@@ -314,7 +315,6 @@ class CLIPTrainer(RowLoading):
             model = cast(nn.Module, self.model)
             if self.is_fsdp_enabled:
                 gather_for_features(model)
-            length = getattr(self.data_collator, "max_length", None)
             rest_embeds = embed_texts(model, self.processing_class, rest, self.args.per_device_eval_batch_size, length)
             first_embeds = torch.cat([first_embeds, rest_embeds])
             known |= {text: len(captions) + place for place, text in enumerate(rest)}

@@ -274,6 +274,17 @@ def test_labels_mark_equal_captions_or_classes(processor) -> None:
     assert collate(rows)["labels"].tolist() == [0, 0, 1, 1]
 
 
+def test_captions_of_equal_tokens_are_one_text(processor) -> None:
+    collate, image = clipft.CLIPDataCollator(processor), picture(0)[0]
+    texts = ["A dog", "a  dog ", "a cat", "x" * 50, "x" * 60]  # the last two are cut to the same
+    batch = collate([{"image": image, "caption": text} for text in texts])
+    assert len(batch["input_ids"]) == 3 and batch["text_index"].tolist() == [0, 0, 1, 2, 2]
+    equal = (batch["labels"][:, None] == batch["labels"]).long()
+    assert equal.sum(1).tolist() == [2, 2, 1, 2, 2]
+    alone = collate([{"image": image, "caption": texts[1]}])  # less padding, another caption
+    assert alone["labels"][0] == batch["labels"][0]
+
+
 def test_rows_without_captions_give_pictures_only(processor) -> None:
     batch = clipft.CLIPDataCollator(processor)([{"image": picture(0)[0]}])
     assert batch.keys() == {"pixel_values"}

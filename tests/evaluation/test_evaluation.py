@@ -48,6 +48,15 @@ def test_retrieval_equals_the_full_matrix(clip, captions: int) -> None:
     assert len(result) == 11  # with median rank and mAP of both ways, and the intervals
 
 
+def test_captions_of_equal_tokens_are_one_text(clip) -> None:
+    rows = captioned(6)
+    same = rows.map(
+        lambda row, i: {"caption": ["A  dog", "a cat"][i % 2] if i < 4 else row["caption"]}, with_indices=True
+    )
+    other = same.map(lambda row, i: {"caption": "a dog " if i == 2 else row["caption"]}, with_indices=True)
+    assert clipft.evaluate_retrieval(*clip, other, resamples=0) == clipft.evaluate_retrieval(*clip, same, resamples=0)
+
+
 def test_labels_make_captions_for_retrieval(clip) -> None:
     result = clipft.evaluate_retrieval(*clip, labelled(16), templates=["a {} thing"])
     one = clipft.evaluate_zero_shot(*clip, labelled(16), ["red", "green", "blue", "yellow"], ["a {} thing"])

@@ -121,6 +121,28 @@ def test_leakage(clean: Path, tmp_path: Path) -> None:
     assert examples[1].startswith("row 1 of the test set, row 7 of the training set (")
 
 
+def test_many_equal_pictures_are_one_group(clean: Path) -> None:
+    folder, rows = clean.parent, [json.loads(line) for line in clean.read_text().splitlines()]
+    data = (folder / "3.jpg").read_bytes()
+    for number in range(300):  # the same file, and files that differ in what follows the picture
+        (folder / f"same{number}.jpg").write_bytes(data if number < 200 else data + bytes([number - 200]))
+        rows.append({"image": f"same{number}.jpg", "caption": f"copy {number}"})
+    found = faults(examine(str(table(folder, rows))))
+    assert found["duplicate pictures"]["count"] == 1
+    assert found["duplicate pictures"]["examples"][0].endswith(", row 20 and 191 more")
+    assert found["near-duplicate pictures"]["count"] == 100  # each like the first, not each like each
+    assert found["near-duplicate pictures"]["examples"][0] == "row 3, row 212 (0 of 256 signs differ)"
+
+
+def test_plain_pictures_are_told_apart_by_their_colour(tmp_path: Path) -> None:
+    colours = {"red": (255, 0, 0), "white": (255, 255, 255), "black": (0, 0, 0), "reddish": (253, 1, 2)}
+    for name, colour in colours.items():
+        Image.new("RGB", (60, 50), colour).save(tmp_path / f"{name}.png")
+    data = table(tmp_path, [{"image": f"{name}.png", "caption": name} for name in colours])
+    near = faults(examine(str(data)))["near-duplicate pictures"]
+    assert near["examples"] == ["row 0, row 3 (0 of 256 signs differ)"]
+
+
 def test_class_balance(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "even", 16)
     for path in (folder / "red").iterdir():

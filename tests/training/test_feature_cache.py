@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_clip import captioned, labelled, picture, tiny_clip
+from tiny_siglip import tiny_siglip
 from tiny_trainer import losses, trainer_of
 from torch.utils.data import Dataset
 
@@ -54,6 +55,23 @@ def test_a_run_goes_as_without_the_cache(strategy: str, data: str, tmp_path: Pat
     for name in ("eval_loss", "eval_image_to_text_R@1"):
         assert cached.state.log_history[-2][name] == pytest.approx(plain.state.log_history[-2][name], abs=1e-4)
     assert list((tmp_path / "cached" / "features").glob("*.safetensors")) and not (tmp_path / "plain/features").exists()
+
+
+def test_captions_of_equal_tokens_are_positives_with_and_without_the_cache(tmp_path: Path) -> None:
+    texts = ["A dog!", "a dog", *(f"{number} cats" for number in range(6))]
+    same = captioned(8).remove_columns("caption").add_column("caption", texts)
+    one = same.remove_columns("caption").add_column("caption", ["a dog", *texts[1:]])
+
+    def losses_of(data: Any, **options: Any) -> list[float]:
+        model, processor = tiny_siglip("siglip", tmp_path)  # whose loss sees a pair that is taken for a negative
+        clipft.freeze(model, "towers")
+        trainer = trainer_of(tmp_path / "run", data, loaded=(model, processor), num_train_epochs=1, **options)
+        trainer.train()
+        return losses(trainer)
+
+    expected = losses_of(one, cache_frozen=False)
+    assert losses_of(same, cache_frozen=False) == pytest.approx(expected, rel=1e-5)
+    assert losses_of(same, feature_cache=str(tmp_path / "cache")) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_frozen_tower_runs_once_for_each_input(tmp_path: Path) -> None:
