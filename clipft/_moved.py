@@ -196,8 +196,7 @@ MOVED: dict[str, dict[str, str]] = {
         "training.fsdp": "*",
     },
     "shards": {
-        "data.shards": "samples shard_paths",
-        "data.slices": "Address PROTOCOL read_slice shard_of",
+        "data.shards": "*",
     },
     "sheet": {
         "report.sheet": "*",

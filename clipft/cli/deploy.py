@@ -33,7 +33,7 @@ def merge(
 ) -> None:
     """Merge a LoRA adapter into its base model and save that as a plain CLIPModel."""
     from clipft.files import settle
-    from clipft.models.formats import is_adapter_folder
+    from clipft.models.formats import SEEN_ROWS, is_adapter_folder
 
     settle(model)
     if not is_adapter_folder(model):
@@ -44,7 +44,7 @@ def merge(
     from clipft.models.loading import load
     from clipft.models.saving import save_model
 
-    save_model(*load(model), output)
+    save_model(*load(model), output, also=[file for file in [model / SEEN_ROWS] if file.is_file()])
     console.print(f"model in {output}")
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "ONNX_MODELS",
     "PROCESSOR_FILES",
     "QUANT_METHOD",
+    "SEEN_ROWS",
     "WEIGHT_FILES",
     "folder_of",
     "is_adapter_folder",
@@ -36,6 +37,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 QUANT_METHOD = "clipft_int8"  # of a configuration's quantization_config
 HEADS_KEY = "clipft_heads"  # of a configuration: names and classes of the classification heads
 MERGED = "merged"  # of a LoRA run's folder: the folder with the adapter's base, merged
+SEEN_ROWS = "clipft_rows.safetensors"  # digests of the pictures that a run trained and tested on
 MODEL_MANIFEST = "clipft_files.json"
 ONNX_INFO, ONNX_MODELS = "clipft_onnx.json", ("image_encoder*.onnx*", "text_encoder*.onnx*")
 PROCESSOR_FILES = (

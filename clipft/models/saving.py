@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from clipft.models.int8 import QuantizedCLIPModel
 __all__ = ["save_model", "write_model"]
 
 
-def save_model(model: Any, processor: Any, folder: Path) -> None:
-    """A model, float, int8 or with an adapter, and its processor, in place of whatever model was in the folder.
+def save_model(model: Any, processor: Any, folder: Path, also: Iterable[Path] = ()) -> None:
+    """A model, float, int8 or with an adapter, and its processor, in place of whatever model was in the folder;
+    ``also``: files to copy beside it.
 
     Raises:
         ValueError: an adapter into the folder of its base.
@@ -23,6 +26,8 @@ def save_model(model: Any, processor: Any, folder: Path) -> None:
         check_base_stays(str(config.base_model_name_or_path), folder)
     with model_set(folder) as staging:
         write_model(model, processor, staging)
+        for file in also:
+            shutil.copy(file, staging)
 
 
 def write_model(model: Any, processor: Any, staging: Path) -> None:

@@ -85,9 +85,6 @@ class DataOptions:
     label_column: str | None = option(None, "Column of labels, if it has no usual name.", DATA)
     encoding: str | None = option(None, "Of text tables that are not UTF-8, for instance latin-1.", DATA)
 
-    max_pixels: int | None = option(
-        None, "Most of a picture; one with more is a bad row. Default: 89 million.", DATA, least=1
-    )
     on_bad_row: str = option(
         "error", "A row without caption or readable picture: an error, or left out.", DATA, choices=("error", "skip")
     )
@@ -273,7 +270,8 @@ class TrainOptions(DataOptions):
     set: Sequence[str] | None = option(
         None, "NAME=VALUE: any other field of transformers' TrainingArguments; repeat for several.", RUN
     )
-    resume: bool = option(False, "Go on from the last whole checkpoint in --output.", RUN)
+    resume: bool = option(False, "Go on from the last whole checkpoint in --output, if it is of this same run.", RUN)
+    force: bool = option(False, "Go on from another run's checkpoint too: other data, seed or settings.", RUN)
     early_stopping_patience: int | None = option(
         None, "Stop after so many epochs without a better --metric; keep the best.", RUN, least=1
     )

@@ -21,6 +21,7 @@ from clipft.models.formats import MERGED, model_set
 from clipft.models.fusing import unfuse
 from clipft.models.lora import merged_base
 from clipft.models.saving import write_model
+from clipft.recipes.hold_out import Seen
 from clipft.recipes.sources import Sources
 from clipft.report.examples import examples
 from clipft.report.html import write_html
@@ -137,15 +138,18 @@ def save_run(
     outcome: Outcome,
     log_history: list[dict[str, Any]],
     settings: dict[str, Any],
+    seen: Seen,
 ) -> None:
     """All that a run leaves for use, as one set: the model, or an adapter and beside it the model with it merged in,
-    reports and model cards. ``model`` is not of use for training any more.
+    reports and model cards, and which pictures it has seen. ``model`` is not of use for training any more.
     """
     failed = None
     with model_set(output) as staging:
         write_model(unfuse(model), processor, staging)
+        seen.save(staging)
         if merged := hasattr(model, "merge_and_unload"):
             write_model(merged_base(model), processor, staging / MERGED)
+            seen.save(staging / MERGED)
         try:
             outcome.write(staging, output.resolve().name, log_history, settings, merged=merged)
         except Exception as error:  # hours of training are worth more than the page about them

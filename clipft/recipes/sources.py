@@ -11,18 +11,16 @@ from rich.console import Console
 from rich.text import Text
 
 from clipft.data.columns import checked_attributes
-from clipft.data.pictures import limit_pixels
 from clipft.data.reading import Reading
 from clipft.data.sources import load_reading
 from clipft.data.text_tables import checked_encoding
 from clipft.recipes.options import DataOptions
 
-__all__ = ["Sources", "reading_of"]
+__all__ = ["Sources", "name_of", "reading_of"]
 
 
 def reading_of(options: DataOptions, attributes: Sequence[str] = ()) -> Reading:
-    """How the options say that data is read. The most pixels are those of the process from now on."""
-    limit_pixels(options.max_pixels)
+    """How the options say that data is read."""
     return Reading(
         named=(options.image_column, options.caption_column, options.label_column),
         skip=options.on_bad_row == "skip",
@@ -30,6 +28,11 @@ def reading_of(options: DataOptions, attributes: Sequence[str] = ()) -> Reading:
         attributes=checked_attributes(attributes),
         encoding=checked_encoding(options.encoding),
     )
+
+
+def name_of(data: Any) -> str:
+    """For messages and the report: a source as it was given, else what it is."""
+    return str(data) if isinstance(data, (str, Path)) else f"a {type(data).__name__}"
 
 
 @dataclass

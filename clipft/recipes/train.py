@@ -19,30 +19,30 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from clipft.console import console_of_run
-from clipft.data.rows import class_names_of, class_targets
+from clipft.data.rows import class_targets
 from clipft.data.sampling import classes_are_uneven
 from clipft.evaluation.scoring import Scorer
 from clipft.files import locked
+from clipft.inference.encode import encoder_of
 from clipft.models.bases import check_base_stays
-from clipft.models.formats import MERGED
+from clipft.models.formats import MERGED, folder_of
 from clipft.models.freezing import freeze, what_trains
 from clipft.models.fusing import fuse, unfuse
 from clipft.models.loading import load
 from clipft.models.lora import add_lora, import_peft, merged_base
 from clipft.recipes.arguments import Heads, arguments_of, heads_asked_for
+from clipft.recipes.checkpoint_owner import claim, identity_of_run, resume_point
+from clipft.recipes.hold_out import Seen
 from clipft.recipes.options import TrainOptions, options_from
 from clipft.recipes.outcome import Outcome, check_report_to, control_set, save_run
-from clipft.recipes.sources import Sources
+from clipft.recipes.sets import HELD_OUT, Sets, sets_of_run
+from clipft.recipes.sources import Sources, name_of
 from clipft.training.arguments import default_learning_rate
-from clipft.training.checkpoints import last_checkpoint
 from clipft.training.progress import ProgressReport
 from clipft.training.trainer import CLIPTrainer
 from clipft.training.wise_ft import WeightLine
 
 __all__ = ["HELD_OUT", "Run", "train"]
-
-HELD_OUT = 0.2  # share of the data tested on where no test data is given
-VALIDATION = 0.1  # share of the training data that early stopping looks at
 
 
 @dataclass
@@ -105,6 +105,8 @@ def train(
     console = console or console_of_run()
     heads = heads_asked_for(settings)
     _check_adapter(settings, heads, peft_config)
+    if settings.force and not settings.resume:
+        raise ValueError("force: insists on resume, expected both")
     check_report_to(settings.report_to or [])
     temporary = tempfile.TemporaryDirectory(prefix="clipft-run-") if output is None else None
     folder = Path(temporary.name if output is None and temporary else str(output)).expanduser()
@@ -147,15 +149,21 @@ class _Training:
         adapted = options.lora_r is not None or peft_config is not None
         if adapted:
             check_base_stays(_name_of(model), self.folder)
-        sets = self._sets(data)
+        sets = self._sets(model, data)
         control = control_set(options.control_data, sets.sources)
         base, processor = _loaded(model)
+        start = encoder_of(base, processor, options.batch_size).identity()
         clip = self._what_trains(base, peft_config)
         lr = options.lr
         self.arguments.learning_rate = default_learning_rate(base, lora=adapted) if lr is None else lr
         self.arguments.class_balanced = self._drawn_by_class(sets.train)
         trainer = self._trainer(clip, processor, sets, callbacks)
         console.print(f"what trains: {what_trains(clip)}", highlight=False)
+        settings = self._settings(model, data)
+        adapter = peft_config and peft_config.to_dict()
+        processes = self.arguments.world_size
+        own = identity_of_run(settings, start, sets.identity, adapter=adapter, processes=processes)
+        point = self._begin(trainer, own, sets.seen)
         scorer = functools.partial(
             Scorer,
             clip,
@@ -172,10 +180,9 @@ class _Training:
             control_name=control[1] if control else "",
             sources=sets.sources,
         )
-        self._train(trainer, outcome, clip, functools.partial(scorer, sets.validation))
+        self._train(trainer, point, outcome, clip, functools.partial(scorer, sets.validation))
         if trainer.is_world_process_zero():
-            history = trainer.state.log_history
-            save_run(self.folder, clip, processor, outcome, history, self._settings(model, data))
+            save_run(self.folder, clip, processor, outcome, trainer.state.log_history, settings, sets.seen)
             outcome.show(console)
             what = "adapter, the model with it merged in (merged)" if adapted else "model"
             console.print(f"{what}, report.html, report.json and config.yaml in {self.folder}")
@@ -194,34 +201,34 @@ class _Training:
             temporary,
         )
 
-    def _train(self, trainer: Any, outcome: Outcome, clip: Any, held_out: Any) -> None:
+    def _train(self, trainer: Any, point: str | None, outcome: Outcome, clip: Any, held_out: Any) -> None:
         options, console = self.options, self.console
         outcome.measure("before")
         line = WeightLine(clip) if options.wise_ft else None
-        trainer.train(resume_from_checkpoint=_resume_point(self.folder, console) if options.resume else None)
+        trainer.train(resume_from_checkpoint=point)
         if options.early_stopping_patience:
             console.print(f"kept the model of step {trainer.state.best_global_step} of {trainer.state.global_step}")
         if line is not None:
             outcome.sweep(line, held_out())
         outcome.measure("after")
 
-    def _sets(self, data: Any) -> Sets:
+    def _sets(self, model: Any, data: Any) -> Sets:
         options = self.options
         sources = Sources(options, self.console, self.heads.columns)
-        train, validation, name = sources.rows("data", data), None, _name_of(data)
-        if options.eval_data is None:
-            train, test = _hold_out(train, HELD_OUT, options.seed)
-            test_name = f"{len(test)} pictures of {name}, held out of training (seed {options.seed})"
-        else:
-            test = sources.rows("eval_data", options.eval_data, purpose="test")
-            test_name = f"{len(test)} pictures of {_name_of(options.eval_data)}"
-        if options.early_stopping_patience is not None or options.wise_ft:
-            train, validation = _hold_out(train, VALIDATION, options.seed)
-        self.console.print(f"training on {len(train)} pictures of {name}; testing on {test_name}")
-        if validation is not None:
-            more = f"{len(validation)} more pictures, held out of training, choose the epoch or the weights"
-            self.console.print(more)
-        return Sets(train, validation, test, test_name, sources)
+        seen = Seen.of_model(folder_of(_name_of(model)))
+        chooses = options.early_stopping_patience is not None or options.wise_ft
+        return sets_of_run(sources, data, options.eval_data, seen, chooses=chooses, seed=options.seed)
+
+    def _begin(self, trainer: Any, own: dict[str, Any], seen: Seen) -> str | None:
+        """The checkpoint to go on from; the folder of checkpoints is this run's from here on."""
+        folder, options = self.folder / "checkpoints", self.options
+        point = resume_point(folder, own, self.console, force=options.force) if options.resume else None
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            claim(folder, own, self.console, resumed=point is not None)
+            seen.save(folder)
+        trainer.accelerator.wait_for_everyone()
+        return point
 
     def _what_trains(self, base: Any, peft_config: Any) -> Any:
         """The model with its frozen parts, or with a fresh adapter."""
@@ -275,21 +282,10 @@ class _Training:
         names = {"model": _name_of(model), "data": _name_of(data), "output": str(self.folder)}
         options = dataclasses.asdict(self.options) | {"class_balanced": self.arguments.class_balanced}
         options["eval_data"] = None if self.options.eval_data is None else _name_of(self.options.eval_data)
-        return names | {name: value for name, value in options.items() if name != "resume"}
+        return names | {name: value for name, value in options.items() if name not in ("resume", "force")}
 
 
 # ---- parts ----
-
-
-@dataclass(frozen=True)
-class Sets:
-    """The rows of a run. ``validation`` chooses the epoch, if early stopping is on, and is no part of ``test``."""
-
-    train: datasets.Dataset
-    validation: datasets.Dataset | None
-    test: datasets.Dataset
-    test_name: str
-    sources: Sources
 
 
 def _loaded(model: Any) -> tuple[Any, Any]:
@@ -299,35 +295,11 @@ def _loaded(model: Any) -> tuple[Any, Any]:
 
 
 def _name_of(thing: Any) -> str:
-    """For messages and the report: a source as it was given, else what it is."""
-    if isinstance(thing, (str, Path)):
-        return str(thing)
+    """As it was given; of a model its name, of a run its folder."""
     if isinstance(thing, Run):
         return str(thing.folder)
     inner = thing[0] if isinstance(thing, tuple) else thing
-    return str(getattr(inner, "name_or_path", "") or f"a {type(inner).__name__}")
-
-
-def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """A split that depends on the data and the seed alone, with each class's share where there are classes."""
-    by = "label" if class_names_of(dataset) else None
-    try:
-        parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column=by)
-    except ValueError as error:
-        raise ValueError(
-            f"--data: {len(dataset)} rows are too few to hold some out ({error}); give --eval-data"
-        ) from error
-    return parts["train"], parts["test"]
-
-
-def _resume_point(output: Path, console: Console) -> str | None:
-    """The last whole checkpoint of the run in ``output``, None where it has none yet."""
-    if not any((output / "checkpoints").glob("checkpoint-*")):
-        console.print(f"--resume: no checkpoint in {output} yet, starting from the beginning")
-        return None
-    checkpoint = last_checkpoint(output / "checkpoints")
-    console.print(f"resuming from {checkpoint}")
-    return str(checkpoint)
+    return str(getattr(inner, "name_or_path", "") or name_of(inner))
 
 
 def _check_test_set(trainer: Any, test: Any) -> None:

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipft.data.collate import tokenize
-from clipft.data.rows import PairRows, read_stored, stored_pictures
+from clipft.data.digests import DIGEST, digest_of, picture_digests
+from clipft.data.rows import PairRows
 from clipft.data.transforms import build_transform, stack_pictures
 from clipft.families.family import TowerName
 from clipft.families.registry import base_model, family_of
@@ -32,8 +32,6 @@ from clipft.files import writing
 from clipft.inference.encode import Progress, evaluating
 
 __all__ = ["FrozenTowers", "frozen_towers"]
-
-_DIGEST = 16  # bytes
 
 
 def frozen_towers(model: Any) -> frozenset[str]:
@@ -79,7 +77,7 @@ class FrozenTowers:
     def images(self, rows: PairRows) -> Tensor:
         """[N, D] float32 on the CPU, in the order of the rows."""
         pictures = _Pictures(rows, build_transform(self.processor.image_processor))
-        digests = [pictures.digest(index) for index in range(len(rows))]
+        digests = picture_digests(rows.dataset)
 
         def compute(missing: list[int]) -> Iterable[Tensor]:
             subset = torch.utils.data.Subset(pictures, missing)
@@ -92,7 +90,7 @@ class FrozenTowers:
     def texts(self, captions: Sequence[str]) -> Tensor:
         """[M, D] float32 on the CPU, in the order of the captions."""
         tokens = [self._tokens([caption])["input_ids"][0] for caption in captions]
-        digests = [_digest(ids.numpy().tobytes()) for ids in tokens]
+        digests = [digest_of(ids.numpy().tobytes()) for ids in tokens]
 
         def compute(missing: list[int]) -> Iterable[Tensor]:
             for start in range(0, len(missing), self.batch_size):
@@ -130,7 +128,7 @@ class FrozenTowers:
     def _fingerprint(self, tower: TowerName, preparation: str) -> str:
         model: Any = self.family.towers[tower].module_of(self.clip)
         digest = hashlib.blake2b(
-            f"{model.config.to_json_string()}/{preparation}/{self.precision[0]}".encode(), digest_size=_DIGEST
+            f"{model.config.to_json_string()}/{preparation}/{self.precision[0]}".encode(), digest_size=DIGEST
         )
         for name, tensor in model.state_dict().items():
             digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
@@ -146,27 +144,12 @@ class _Pictures(Dataset[Tensor]):
 
     def __init__(self, rows: PairRows, transform: Callable[[Any], Tensor]) -> None:
         self.rows, self.transform = rows, transform
-        self._stored = stored_pictures(rows.dataset)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Tensor:
         return self.transform(self.rows[index]["image"])
-
-    def digest(self, index: int) -> bytes:
-        """Of the file's bytes, or of the decoded picture where there is no file."""
-        if self._stored is not None:
-            return _digest(read_stored(self._stored[index]["image"]))
-        pixels = np.asarray(self.rows[index]["image"])
-        return _digest(f"{pixels.dtype}/{pixels.shape}".encode(), np.ascontiguousarray(pixels).tobytes())
-
-
-def _digest(*parts: bytes) -> bytes:
-    digest = hashlib.blake2b(digest_size=_DIGEST)
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
 
 
 # ---- files ----
@@ -179,12 +162,12 @@ def _read(path: Path) -> tuple[dict[bytes, int], Tensor | None]:
         digests, table = tensors["digests"], tensors["pooler_output"]
     except (FileNotFoundError, SafetensorError, KeyError):
         return {}, None
-    if digests.shape != (len(table), _DIGEST):
+    if digests.shape != (len(table), DIGEST):
         return {}, None
     return {row.tobytes(): index for index, row in enumerate(digests.numpy())}, table
 
 
 def _write(path: Path, rows: dict[bytes, int], table: Tensor) -> None:
-    digests = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, _DIGEST)
+    digests = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, DIGEST)
     with writing(path) as staged:
         save_file({"digests": digests, "pooler_output": table.contiguous()}, staged)

@@ -1,0 +1,54 @@
+"""Rows known by what is in them: the same in another file, folder or order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from clipft.data.rows import class_names_of, column_names, column_values, read_row, read_stored, stored_pictures
+
+__all__ = ["DIGEST", "digest_of", "picture_digests", "rows_digest"]
+
+DIGEST = 16  # bytes
+_CHUNK = 256  # pictures in memory
+
+
+def digest_of(*parts: bytes) -> bytes:
+    """Of all parts, one after the other."""
+    digest = hashlib.blake2b(digest_size=DIGEST)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def picture_digests(dataset: Any) -> list[bytes]:
+    """Of each row's picture: of its file's bytes, or of the decoded picture where there is no file."""
+    stored = stored_pictures(dataset)
+    if stored is None:
+        return [_digest_of_pixels(read_row(dataset, index)["image"]) for index in range(len(dataset))]
+    found: list[bytes] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(stored), _CHUNK):
+            found += pool.map(lambda image: digest_of(read_stored(image)), stored[start : start + _CHUNK]["image"])
+    return found
+
+
+def _digest_of_pixels(picture: Any) -> bytes:
+    pixels = np.asarray(picture)
+    return digest_of(f"{pixels.dtype}/{pixels.shape}".encode(), np.ascontiguousarray(pixels).tobytes())
+
+
+def rows_digest(dataset: Any, pictures: Sequence[bytes]) -> str:
+    """Of rows in their order: the pictures, whose digests are given, and all other columns with their classes."""
+    columns = sorted(set(column_names(dataset)) - {"image"})
+    texts: Iterable[bytes] = (
+        json.dumps([name, class_names_of(dataset, name), column_values(dataset, name)], default=str).encode()
+        for name in columns
+    )
+    return digest_of(*pictures, *texts).hex()
