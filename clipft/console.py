@@ -6,6 +6,7 @@ or for a command to the terminal. All printing goes through it.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -158,7 +159,7 @@ def _per_class_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def bar(console: Console) -> Progress:
-    """A progress bar with counts and times."""
+    """A progress bar with counts and times; in a notebook one line that is drawn anew."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -166,4 +167,42 @@ def bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console)
+    return (_NotebookProgress if console.is_jupyter else Progress)(*columns, console=console)
+
+
+class _NotebookProgress(Progress):
+    """Rich's own needs ipywidgets, whose bars a saved notebook does not show."""
+
+    _cell: Any = None
+    _drawn = 0.0
+
+    def start(self) -> None:
+        """Make the line."""
+        from IPython.display import HTML, display
+
+        if self._cell is None:
+            self._cell = display(HTML(""), display_id=True)
+
+    def refresh(self) -> None:
+        """Draw it, twice a second at most."""
+        if self._cell is not None and self.get_time() - self._drawn > 0.5:
+            self._draw()
+
+    def update(self, task_id: Any, **changes: Any) -> None:
+        """As in rich; its thread that draws is not there."""
+        super().update(task_id, **changes)
+        self.refresh()
+
+    def stop(self) -> None:
+        """Leave the line as it is at the end."""
+        if self._cell is not None:
+            self._draw()
+            self._cell = None
+
+    def _draw(self) -> None:
+        from IPython.display import HTML
+
+        page = Console(record=True, file=io.StringIO(), width=self.console.width, force_jupyter=False)
+        page.print(self.get_renderable())
+        self._cell.update(HTML(page.export_html(inline_styles=True, code_format="<pre>{code}</pre>")))
+        self._drawn = self.get_time()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from clipft.recipes.options import GROUPS
+from clipft.recipes.options import DATA, GROUPS, MODEL, RUN
 
 __all__ = ["Grouped", "takes_options"]
 
@@ -59,13 +59,13 @@ class Grouped(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Plain text, which no width cuts."""
         groups: dict[str, list[Any]] = {group: [] for group in GROUPS}
-        headings = {"model": "Model and what trains", "data": "Data"}
+        headings = {"model": MODEL, "data": DATA}
         kind = self.callback.options_class  # type: ignore[union-attr]
         headings |= {field.name: field.metadata["group"] for field in dataclasses.fields(kind)}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                groups.setdefault(headings.get(str(param.name), "The run"), []).append(record)
+                groups.setdefault(headings.get(str(param.name), RUN), []).append(record)
         for heading, records in groups.items():
             if not records:
                 continue

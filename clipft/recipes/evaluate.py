@@ -14,13 +14,13 @@ from clipft.data.rows import DEFAULT_TEMPLATES
 from clipft.environment import environment
 from clipft.evaluation.scoring import Scorer
 from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
-from clipft.files import write_json
+from clipft.files import write_json, write_text
 from clipft.models.heads import LABEL, heads_of
-from clipft.models.loading import load
 from clipft.recipes.options import EvaluateOptions, options_from
-from clipft.recipes.sources import Sources
+from clipft.recipes.run import Scores, loaded, model_name
+from clipft.recipes.sources import Sources, name_of
 from clipft.report.examples import examples
-from clipft.report.html import write_html
+from clipft.report.html import html_page
 
 __all__ = ["evaluate"]
 
@@ -32,12 +32,12 @@ def evaluate(
     *,
     console: Console | None = None,
     **options: Any,
-) -> dict[str, Any]:
+) -> Scores:
     """Zero-shot classification where the data has classes, retrieval where it has captions, and the model's heads: the
     same as the command ``clipft evaluate``, with the same options.
 
     Args:
-        model: a folder, a hub name, ``"demo"`` or ``(model, processor)``.
+        model: a folder, a hub name, ``"demo"``, ``(model, processor)`` or a :class:`clipft.recipes.run.Run`.
         data: a source that :func:`clipft.load_pairs` takes, or a ``datasets.Dataset`` as it gives them.
         output: file for the numbers, as JSON; a page of the same name, ``.html``, goes beside it.
         console: where progress and tables go; default: standard output.
@@ -45,7 +45,8 @@ def evaluate(
 
     Returns:
         By part (``zero_shot``, ``retrieval``, ``head``, ``attribute_NAME``, ``linear_probe``, ``knn``) the metrics of
-        :func:`clipft.evaluate_zero_shot` and its like, each with its interval under ``intervals``.
+        :func:`clipft.evaluate_zero_shot` and its like, each with its interval under ``intervals``; a dictionary, which
+        a notebook shows as the page.
 
     Raises:
         TypeError: no such option.
@@ -59,7 +60,7 @@ def evaluate(
         raise ValueError(f"output: expected the name of the JSON file, the page goes beside it, got {output}")
     sources = Sources(settings, console, settings.attribute or ())
     dataset = sources.rows("data", data, purpose="test")
-    clip, processor = model if isinstance(model, tuple) else load(model)
+    clip, processor = loaded(model)
     _check_attributes(clip, settings.attribute or (), console)
     templates = list(settings.template or DEFAULT_TEMPLATES)
     found = Scorer(clip, processor, dataset, templates, settings.batch_size, settings.workers, console)("evaluating")
@@ -72,25 +73,22 @@ def evaluate(
         neighbours = sources.rows("probe_data", settings.probe_data, attributes=False)
         how: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.workers}
         result |= {name: probe(clip, processor, neighbours, dataset, **how) for name, probe in probes.items()}
-    title = f"{_name(model)} on {len(dataset)} pictures of {_name(data)}"
+    title = f"{model_name(model)} on {len(dataset)} pictures of {name_of(data)}"
+    page = functools.partial(_page, title, result, sources, found, dataset)
     if output is not None:
-        _write(Path(output), title, result, sources, found, dataset)
+        path, reading = Path(output), {"reading": sources.to_json()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result | reading)
+        write_text(path.with_suffix(".html"), page())
     show({"score": result}, title, console)
     if output is not None:
-        console.print(f"{output}, and {Path(output).with_suffix('.html')} to look at")
-    return result
+        console.print(f"{output}, and {path.with_suffix('.html')} to look at")
+    return Scores(result, page)
 
 
-def _name(data: Any) -> str:
-    return str(data) if isinstance(data, (str, Path)) else f"a {type(data).__name__}"
-
-
-def _write(output: Path, title: str, result: dict[str, Any], sources: Sources, found: Any, dataset: Any) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    reading = {"reading": sources.to_json()}
-    write_json(output, result | reading)
-    scores = {"score": result, "environment": environment(), **reading}
-    write_html(output.with_suffix(".html"), scores, title=title, examples=examples(found, dataset))
+def _page(title: str, result: dict[str, Any], sources: Sources, found: Any, dataset: Any) -> str:
+    report = {"score": result, "environment": environment(), "reading": sources.to_json()}
+    return html_page(report, title=title, examples=examples(found, dataset))
 
 
 def _check_attributes(model: Any, given: Iterable[str], console: Any) -> None:

@@ -15,7 +15,17 @@ from typing import Any, TypeVar
 
 from clipft.families.losses import LOSSES
 
-__all__ = ["GROUPS", "DataOptions", "EvaluateOptions", "TrainOptions", "option", "options_from"]
+__all__ = [
+    "DATA",
+    "GROUPS",
+    "MODEL",
+    "RUN",
+    "DataOptions",
+    "EvaluateOptions",
+    "TrainOptions",
+    "option",
+    "options_from",
+]
 
 Options = TypeVar("Options")
 

@@ -7,9 +7,9 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from clipft.models.bases import check_base_stays
 from clipft.models.formats import MERGED, folder_of
 from clipft.models.freezing import freeze, what_trains
 from clipft.models.fusing import fuse, unfuse
-from clipft.models.loading import load
 from clipft.models.lora import add_lora, import_peft, merged_base
 from clipft.recipes.arguments import Heads, arguments_of, heads_asked_for
 from clipft.recipes.checkpoint_owner import claim, identity_of_run, resume_point
 from clipft.recipes.hold_out import Seen
 from clipft.recipes.options import TrainOptions, options_from
 from clipft.recipes.outcome import Outcome, check_report_to, control_set, save_run
+from clipft.recipes.run import Run, loaded, model_name
 from clipft.recipes.sets import HELD_OUT, Sets, sets_of_run
 from clipft.recipes.sources import Sources, name_of
 from clipft.training.arguments import default_learning_rate
@@ -45,32 +45,6 @@ from clipft.training.wise_ft import WeightLine
 __all__ = ["HELD_OUT", "Run", "train"]
 
 
-@dataclass
-class Run:
-    """What :func:`train` gives back; in a notebook it shows its report.
-
-    Attributes:
-        model, processor: the trained model, in evaluation mode, an adapter merged in; and its processor.
-        before, after: scores by part (``zero_shot``, ``retrieval``, ``head``, ``attribute_NAME``) and metric, on rows
-            that were not trained on.
-        gains: after - before, by part and metric: ``value`` and ``interval``.
-        folder: model, ``report.html``, ``report.json``, ``config.yaml`` and checkpoints.
-        history: what was logged, a dictionary a step.
-    """
-
-    model: Any = field(repr=False)
-    processor: Any = field(repr=False)
-    before: dict[str, Any] = field(repr=False)
-    after: dict[str, Any] = field(repr=False)
-    gains: dict[str, Any] = field(repr=False)
-    folder: Path
-    history: list[dict[str, Any]] = field(repr=False)
-    _temporary: Any = field(default=None, repr=False)  # the folder, where nobody named one: it goes with the run
-
-    def _repr_html_(self) -> str:
-        return (self.folder / "report.html").read_text(encoding="utf-8")
-
-
 def train(
     model: Any,
     data: Any,
@@ -79,6 +53,7 @@ def train(
     training_args: Mapping[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
     peft_config: Any = None,
+    loss: str | Callable[..., Any] = "auto",
     console: Console | None = None,
     **options: Any,
 ) -> Run:
@@ -91,6 +66,11 @@ def train(
         training_args: any other field of ``transformers.TrainingArguments``.
         callbacks: more ``transformers.TrainerCallback``s.
         peft_config: of an adapter that ``lora_r`` and its like cannot say (DoRA, rsLoRA, ``modules_to_save``).
+        loss: as the option, or a function: (image_embeds [N, D], text_embeds [N, D], batch) -> 0-d tensor, the rows at
+            length 1; ``batch`` has what the collator gave, such as ``labels`` [N] where rows have classes, and the
+            model's ``logit_scale`` (a factor) and, of a SigLIP, ``logit_bias``. The default for a CLIP is ``lambda
+            images, texts, batch: clipft.contrastive_loss(images, texts, batch["logit_scale"],
+            labels=batch.get("labels"))``.
         console: where progress and tables go; default: standard output.
         options: fields of :class:`clipft.recipes.options.TrainOptions`: ``epochs``, ``lr``, ``freeze``, ...
 
@@ -101,6 +81,8 @@ def train(
         OSError: ``output`` cannot be written into.
     """
     further = [f"{name}={json.dumps(value)}" for name, value in (training_args or {}).items()]
+    own_loss = loss if callable(loss) else None
+    options = options | ({} if own_loss else {"loss": loss})
     settings = options_from(TrainOptions, options | ({"set": [*options.get("set", ()), *further]} if further else {}))
     console = console or console_of_run()
     heads = heads_asked_for(settings)
@@ -112,7 +94,7 @@ def train(
     folder = Path(temporary.name if output is None and temporary else str(output)).expanduser()
     with _lock_of_run(folder):
         arguments = arguments_of(settings, folder, heads, console)
-        training = _Training(settings, folder, heads, arguments, console)
+        training = _Training(settings, folder, heads, arguments, console, own_loss)
         return training.run(model, data, callbacks, peft_config, temporary)
 
 
@@ -143,15 +125,16 @@ class _Training:
     heads: Heads
     arguments: Any
     console: Console
+    own_loss: Callable[..., Any] | None
 
     def run(self, model: Any, data: Any, callbacks: Sequence[Any], peft_config: Any, temporary: Any) -> Run:
         options, console = self.options, self.console
         adapted = options.lora_r is not None or peft_config is not None
         if adapted:
-            check_base_stays(_name_of(model), self.folder)
+            check_base_stays(model_name(model), self.folder)
         sets = self._sets(model, data)
         control = control_set(options.control_data, sets.sources)
-        base, processor = _loaded(model)
+        base, processor = loaded(model)
         start = encoder_of(base, processor, options.batch_size).identity()
         clip = self._what_trains(base, peft_config)
         lr = options.lr
@@ -215,7 +198,7 @@ class _Training:
     def _sets(self, model: Any, data: Any) -> Sets:
         options = self.options
         sources = Sources(options, self.console, self.heads.columns)
-        seen = Seen.of_model(folder_of(_name_of(model)))
+        seen = Seen.of_model(folder_of(model_name(model)))
         chooses = options.early_stopping_patience is not None or options.wise_ft
         return sets_of_run(sources, data, options.eval_data, seen, chooses=chooses, seed=options.seed)
 
@@ -267,6 +250,7 @@ class _Training:
             train_dataset=sets.train,
             eval_dataset=sets.validation,
             processing_class=processor,
+            loss=self.own_loss,
             callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
         )
         _check_test_set(trainer, sets.test)
@@ -279,27 +263,15 @@ class _Training:
 
     def _settings(self, model: Any, data: Any) -> dict[str, Any]:
         """What ``config.yaml`` holds: every option as it was used."""
-        names = {"model": _name_of(model), "data": _name_of(data), "output": str(self.folder)}
+        names = {"model": model_name(model), "data": name_of(data), "output": str(self.folder)}
         options = dataclasses.asdict(self.options) | {"class_balanced": self.arguments.class_balanced}
-        options["eval_data"] = None if self.options.eval_data is None else _name_of(self.options.eval_data)
+        options["eval_data"] = None if self.options.eval_data is None else name_of(self.options.eval_data)
+        if self.own_loss is not None:  # a file cannot repeat it: --config refuses the name
+            options["loss"] = getattr(self.own_loss, "__qualname__", type(self.own_loss).__name__)
         return names | {name: value for name, value in options.items() if name not in ("resume", "force")}
 
 
 # ---- parts ----
-
-
-def _loaded(model: Any) -> tuple[Any, Any]:
-    if isinstance(model, Run):
-        return model.model, model.processor
-    return model if isinstance(model, tuple) else load(model)
-
-
-def _name_of(thing: Any) -> str:
-    """As it was given; of a model its name, of a run its folder."""
-    if isinstance(thing, Run):
-        return str(thing.folder)
-    inner = thing[0] if isinstance(thing, tuple) else thing
-    return str(getattr(inner, "name_or_path", "") or name_of(inner))
 
 
 def _check_test_set(trainer: Any, test: Any) -> None:

@@ -11,7 +11,7 @@ from clipft.console import by_class, number, title_of, worst_classes
 from clipft.files import write_text
 from clipft.report.charts import interval_bar, line_chart
 
-__all__ = ["write_html"]
+__all__ = ["body_of", "html_page", "write_html"]
 
 _STAGES = {"before": "before", "fine_tuned": "fine-tuned (alpha 1)", "after": "after", "score": "score"}
 _TITLES = {
@@ -25,18 +25,29 @@ _LARGEST_MATRIX = 25  # classes
 _CLASSES = 200  # rows of the table of classes
 
 
-def write_html(
-    path: Path,
+_BODY = '<div class="clipft">', "</body>"
+
+
+def write_html(path: Path, report: dict[str, Any], **parts: Any) -> None:
+    """Write :func:`html_page` of the report."""
+    write_text(path, html_page(report, **parts))
+
+
+def body_of(page: str) -> str:
+    """The part of :func:`html_page` that another page can hold, such as a notebook: its styles are its own."""
+    return page[page.index(_BODY[0]) : page.rindex(_BODY[1])]
+
+
+def html_page(
     report: dict[str, Any],
     *,
     title: str,
     examples: list[dict[str, Any]] = (),  # type: ignore[assignment]
     settings: dict[str, Any] | None = None,
-) -> None:
-    """Write the page.
+) -> str:
+    """The page.
 
     Args:
-        path: the file.
         report: as in report.json; ``{"score": {...}}`` of ``clipft evaluate``.
         title: a heading.
         examples: of ``clipft.examples``.
@@ -59,7 +70,7 @@ def write_html(
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    write_text(path, environment.get_template("report.html").render(page))
+    return environment.get_template("report.html").render(page)
 
 
 def _table(report: dict[str, Any], kind: str, stages: list[str]) -> dict[str, Any]:

@@ -225,8 +225,8 @@ def default_learning_rate(model: nn.Module, *, lora: bool = False) -> float:
     return min(20.0 * rate, 2e-3) if lora else rate
 
 
-def check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
-    """That a trainer can be made of these; ``kwargs`` are its own.
+def check_arguments(args: Any, kwargs: dict[str, Any], *, own_loss: bool = False) -> None:
+    """That a trainer can be made of these; ``kwargs`` are its own, ``own_loss``: it has a loss that is a function.
 
     Raises:
         TypeError, ValueError: it cannot.
@@ -247,7 +247,12 @@ def check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
         raise ValueError("fp16: needs a GPU; on a CPU train in bfloat16 (bf16=True) or float32")
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError(
-            "compute_loss_func: CLIPTrainer computes the loss named by args.loss; override compute_loss for another"
+            "compute_loss_func: CLIPTrainer computes the loss named by args.loss; give loss=, a function, for another"
+        )
+    if own_loss and (args.loss, args.head, args.label_smoothing_factor) != ("auto", "none", 0.0):
+        raise ValueError(
+            "loss: a function of your own takes the place of the loss over pairs; expected args.loss 'auto', head "
+            f"'none' and label_smoothing_factor 0.0, got {args.loss!r}, {args.head!r} and {args.label_smoothing_factor}"
         )
 
 

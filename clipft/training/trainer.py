@@ -9,7 +9,7 @@ index); a checkpoint appears under its name when whole.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -57,14 +57,27 @@ class CLIPTrainer(RowLoading):
     (``torchrun``) use each other's pairs as negatives. The model is fused (:func:`clipft.fuse`) and stays so;
     :func:`clipft.unfuse` undoes it.
     Weights that train become float32 if they are stored in less; ``args.bf16`` and ``args.fp16`` compute in less.
+
+    ``loss``: a function in place of the loss that ``args`` names: (image_embeds [N, D], text_embeds [N, D], batch) ->
+    0-d loss, the rows at length 1, in float32 or wider. ``batch`` has what the collator gave, such as ``labels`` [N]
+    where rows have classes, and the model's ``logit_scale`` (a factor, 0-d) and, of a SigLIP, ``logit_bias``. Of
+    several processes each gives it its own pairs, and the gradients' mean counts.
     """
 
     args: CLIPTrainingArguments
     loss_is_scaled_for_ga = False  # a mean over the micro-batch: Trainer divides it by the accumulation steps
 
-    def __init__(self, model: Any = None, args: CLIPTrainingArguments | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any = None,
+        args: CLIPTrainingArguments | None = None,
+        *,
+        loss: Callable[[Tensor, Tensor, dict[str, Any]], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         args = CLIPTrainingArguments(output_dir="trainer_output") if args is None else args
-        check_arguments(args, kwargs)
+        check_arguments(args, kwargs, own_loss=loss is not None)
+        self._own_loss = loss
         if model is not None:
             hold_masters(fuse(model))
             check_loss(args, model)
@@ -140,14 +153,15 @@ class CLIPTrainer(RowLoading):
                 weights = tuple(_times_world_size(weight, world_size) for weight in weights)
             loss = loss + self._heads.loss(weights, image_embeds, inputs["targets"], group)
         if self._heads is None or self._heads.pairs:
-            loss = loss + self._loss_of_pairs(inputs.get("labels"), *embeds, *scalars, group=group)
+            loss_of_pairs = self._loss_of_pairs if self._own_loss is None else self._own_loss_of_pairs
+            loss = loss + loss_of_pairs(inputs, *embeds, *scalars, group=group)
         # a mean over this rank's pairs, where the loss's gradient has been multiplied (_times_world_size)
         distance = self._start.distance(*embeds) if self._start else 0.0
         return loss + _scale_gradient(distance, 1 / world_size)
 
     def _loss_of_pairs(
         self,
-        labels: Tensor | None,
+        inputs: dict[str, Tensor],
         image_embeds: Tensor,
         text_embeds: Tensor,
         logit_scale: Tensor,
@@ -158,10 +172,31 @@ class CLIPTrainer(RowLoading):
         row = loss_of(self.args, self.accelerator.unwrap_model(self.model))
         bias = (logit_bias,) if row.needs_bias else ()
         smoothing = {"label_smoothing": self.args.label_smoothing_factor} if row.smooths else {}
-        loss = row(image_embeds, text_embeds, logit_scale, *bias, labels=labels, group=group, **smoothing)
+        loss = row(image_embeds, text_embeds, logit_scale, *bias, labels=inputs.get("labels"), group=group, **smoothing)
         if logit_bias is None or row.needs_bias:
             return cast(Tensor, loss)
         return cast(Tensor, loss + 0.0 * logit_bias)  # DDP waits for every parameter's gradient
+
+    def _own_loss_of_pairs(
+        self,
+        inputs: dict[str, Tensor],
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        *scalars: Tensor,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        assert self._own_loss is not None
+        if group:  # a mean over this rank's pairs, so the embeddings' gradient is multiplied in vain: see _loss
+            scalars = tuple(_times_world_size(scalar, self.args.world_size) for scalar in scalars)
+        batch = inputs | dict(zip(("logit_scale", "logit_bias"), scalars, strict=False))
+        loss = self._own_loss(image_embeds, text_embeds, batch)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss: expected the function to give a 0-d tensor, got {found}")
+        if not group:
+            return loss
+        waited_for = 0.0 * sum(scalar.sum() for scalar in scalars)  # DDP waits for every parameter's gradient
+        return (loss + waited_for) / self.args.world_size
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; with ``grad_cache_chunk_size`` the towers see the batch in chunks, and ``l2_sp`` and

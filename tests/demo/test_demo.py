@@ -72,14 +72,17 @@ def test_the_extra_is_named_where_it_is_missing() -> None:
 
 
 def test_demo_gains_and_leaves_model_report_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "EPOCHS", 1.0)
+    monkeypatch.setattr(demo, "EPOCHS", 0.5)
     printed = io.StringIO()
     results = demo.run(tmp_path / "out", Console(file=printed, width=140))
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == results
     before, after, scratch = (results[stage]["retrieval"] for stage in ("before", "after", "from_scratch"))
     assert after["image_to_text_R@5"] > before["image_to_text_R@5"]
     assert after["image_to_text_R@5"] > scratch["image_to_text_R@5"] + 0.1
-    assert results["old_style"].keys() == {"before", "after"}
+    assert results["old_style"].keys() == {"before", "after", "gain"}
+    low, high = results["gain"]["retrieval"]["image_to_text_R@5"]["interval"]
+    assert low < after["image_to_text_R@5"] - before["image_to_text_R@5"] < high
+    assert f"({low:+.2f} to {high:+.2f})" in printed.getvalue()
     assert "names the fine-tune did not see" in printed.getvalue()
     model, processor = clipft.load(tmp_path / "out")
     assert type(model) is CLIPModel

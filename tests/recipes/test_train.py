@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import clipft
+from clipft.data.drawings import control_drawings
 from clipft.recipes.options import EvaluateOptions, TrainOptions
 
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 8, "control_data": "none"}
@@ -24,24 +25,45 @@ def flags(options: dict[str, Any]) -> list[Any]:
     return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"lora_r": 2, "lora_targets": "vision"}, {"freeze": "text"}, {"head": "text", "l2_sp": 0.01}]
-)
-def test_both_doors_give_the_same_weights(base: Path, colours: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    command = ["train", "--model", base, "--data", colours, "--output", tmp_path / "one", *flags(QUICK | options)]
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of 20 drawings with their names, which the demo's model knows."""
+    folder = tmp_path_factory.mktemp("drawings")
+    rows = list(control_drawings().select(range(20)))
+    for number, row in enumerate(rows):
+        row["image"].save(folder / f"{number}.png")
+    lines = [json.dumps({"image": f"{number}.png", "caption": row["caption"]}) for number, row in enumerate(rows)]
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return folder / "pairs.jsonl"
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_r": 2, "lora_targets": "vision"}, {"freeze": "text"}])
+def test_both_doors_give_the_same_weights(drawings: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    both_doors("demo", drawings, tmp_path, options)
+
+
+def test_both_doors_train_the_same_head(base: Path, colours: Path, tmp_path: Path) -> None:
+    both_doors(base, colours, tmp_path, {"head": "text", "l2_sp": 0.01})
+
+
+def both_doors(model: Path | str, data: Path, folder: Path, options: dict[str, Any]) -> None:
+    command = ["train", "--model", model, "--data", data, "--output", folder / "one", *flags(QUICK | options)]
     assert run(*command).exit_code == 0
-    done = clipft.train(str(base), str(colours), tmp_path / "two", **QUICK, **options)
+    done = clipft.train(str(model), str(data), folder / "two", **QUICK, **options)
     name = "adapter_model.safetensors" if "lora_r" in options else "model.safetensors"
-    one, two = (load_file(tmp_path / folder / name) for folder in ("one", "two"))
+    one, two = (load_file(folder / door / name) for door in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    reports = [json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("one", "two")]
+    reports = [json.loads((folder / door / "report.json").read_text()) for door in ("one", "two")]
     assert reports[0]["after"] == reports[1]["after"] == done.after
     assert done.before == reports[1]["before"] and done.gains == reports[1]["gain"] and done.history
 
 
 def test_a_run_shows_its_report_and_goes_on(base: Path, colours: Path) -> None:
     first = clipft.train(str(base), str(colours), **QUICK)
-    assert first.folder.is_dir() and "<html" in first._repr_html_()
+    page = first._repr_html_()
+    assert first.folder.is_dir() and "Results" in page and "</div>" in page
+    assert "<html" not in page and "body {" not in page  # nor styles that reach out of it
+    assert clipft.evaluate(first, str(colours))["zero_shot"]["accuracy"] >= 0.0
     second = clipft.train(first, str(colours), **QUICK)
     assert second.before["zero_shot"]["accuracy"] == first.after["zero_shot"]["accuracy"]
     folder = second.folder
@@ -53,7 +75,10 @@ def test_rows_and_a_loaded_model(base: Path, colours: Path, tmp_path: Path) -> N
     rows = clipft.load_pairs(colours)
     done = clipft.train(clipft.load(base), rows, tmp_path, eval_data=rows.select(range(0, 40, 4)), **QUICK)
     assert "10 pictures of a Dataset" in json.loads((tmp_path / "report.json").read_text())["test"]["data"]
-    assert clipft.evaluate((done.model, done.processor), rows)["zero_shot"]["accuracy"] >= 0.0
+    scores = clipft.evaluate((done.model, done.processor), rows, tmp_path / "score.json")
+    assert scores["zero_shot"] == json.loads((tmp_path / "score.json").read_text())["zero_shot"]
+    assert scores["zero_shot"]["accuracy"] >= 0.0
+    assert scores._repr_html_() in (tmp_path / "score.html").read_text()
 
 
 def test_callbacks_and_any_argument_of_transformers(base: Path, colours: Path, tmp_path: Path) -> None:
@@ -70,6 +95,25 @@ def test_callbacks_and_any_argument_of_transformers(base: Path, colours: Path, t
     assert "did you mean 'adam_beta" in result.output
     with pytest.raises(ValueError, match="set: 'learning_rate' has an option of its own, lr"):
         clipft.train(str(base), str(colours), tmp_path / "three", training_args={"learning_rate": 1.0})
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_cache_chunk_size": 4}])
+def test_a_loss_of_ones_own(base: Path, colours: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    def own(image_embeds: torch.Tensor, text_embeds: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        assert image_embeds.shape == text_embeds.shape == (8, 16) and len(batch["labels"]) == 8
+        return clipft.contrastive_loss(image_embeds, text_embeds, batch["logit_scale"], labels=batch["labels"])
+
+    clipft.train(str(base), str(colours), tmp_path / "one", **QUICK, **options)
+    clipft.train(str(base), str(colours), tmp_path / "two", loss=own, **QUICK, **options)
+    one, two, start = (load_file(folder / "model.safetensors") for folder in (tmp_path / "one", tmp_path / "two", base))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not all(torch.equal(one[key], start[key]) for key in one)
+    repeat = run("train", "--config", tmp_path / "two" / "config.yaml", "--output", tmp_path / "three")
+    assert repeat.exit_code == 2 and "own" in repeat.output  # a file cannot hold it
+    with pytest.raises(ValueError, match="loss: expected the function to give a 0-d tensor, got shape"):
+        clipft.train(str(base), str(colours), tmp_path / "four", loss=lambda images, texts, batch: images, **QUICK)
+    with pytest.raises(ValueError, match="loss: a function of your own takes the place"):
+        clipft.train(str(base), str(colours), tmp_path / "five", loss=own, label_smoothing=0.1, **QUICK)
 
 
 def test_a_configuration_repeats_the_run(base: Path, colours: Path, tmp_path: Path) -> None:
