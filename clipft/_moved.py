@@ -196,7 +196,8 @@ MOVED: dict[str, dict[str, str]] = {
         "training.fsdp": "*",
     },
     "shards": {
-        "data.shards": "*",
+        "data.shards": "samples shard_paths",
+        "data.slices": "Address PROTOCOL read_slice shard_of",
     },
     "sheet": {
         "report.sheet": "*",

@@ -32,6 +32,7 @@ __all__ = [
     "EncodedPicture",
     "UnreadablePictureError",
     "check_preprocessing",
+    "check_size",
     "has_picture_content",
     "limit_pixels",
     "naming",
@@ -147,7 +148,7 @@ if os.environ.get(_PIXELS_VARIABLE, "").isdecimal():
     limit_pixels(int(os.environ[_PIXELS_VARIABLE]))
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_pixels(width: int, height: int) -> None:
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and width * height > most:
         raise ValueError(f"{width} x {height} pixels, more than max_pixels (--max-pixels) {most}")
@@ -159,10 +160,15 @@ def read_file(path: str | Path) -> bytes:
     Raises:
         OSError: there is no such file. ValueError: no regular file, or larger than any picture that is read.
     """
-    size, most = _check_regular(path), Image.MAX_IMAGE_PIXELS
+    check_size(_check_regular(path))
+    return Path(path).read_bytes()
+
+
+def check_size(size: int) -> None:
+    """That a picture's file may be of so many bytes."""
+    most = Image.MAX_IMAGE_PIXELS
     if most is not None and size > _BYTES_OF_A_PIXEL * most:
         raise ValueError(f"{size} bytes, too many for a picture of max_pixels (--max-pixels) {most}")
-    return Path(path).read_bytes()
 
 
 def _check_regular(path: str | Path) -> int:
@@ -317,7 +323,7 @@ class EncodedPicture:
 
 def _look(data: bytes, look: Callable[[Image.Image], Found]) -> Found:
     with Image.open(BytesIO(data), formats=picture_formats()) as picture:
-        _check_size(*picture.size)
+        _check_pixels(*picture.size)
         codecs = {tile[0] for tile in getattr(picture, "tile", ())}
         if codecs & set(_SLOW_CODECS) and picture.width * picture.height > _MOST_OF_A_BYTE * len(data):
             raise ValueError(f"{picture.width} x {picture.height} pixels in {len(data)} bytes")

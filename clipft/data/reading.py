@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["NO_FILE", "UNREADABLE_KIND", "BadRowError", "Reading"]
+__all__ = ["HIDDEN", "NO_FILE", "NO_REGULAR_FILE", "UNREADABLE_KIND", "BadRowError", "Reading"]
 
 UNREADABLE_KIND = "unreadable"
 _UNUSABLE, NO_FILE = "unusable", "without its file"
+HIDDEN, NO_REGULAR_FILE = "hidden", "no regular file"
 _SHOWN = 5  # bad rows that a message names
 
 

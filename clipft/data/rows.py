@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from clipft.data.pictures import UNREADABLE, EncodedPicture, naming, read_file
-from clipft.data.shards import read_slice, shard_of
+from clipft.data.slices import read_slice, shard_of
 
 __all__ = [
     "DEFAULT_TEMPLATES",

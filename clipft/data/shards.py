@@ -1,51 +1,51 @@
 """WebDataset tar shards, read in place: an index of where each file lies, and addresses for those places.
 
-A sample is the files of one key, the path up to the first dot of its name: ``0001.jpg``, ``0001.txt``, ``0001.json``.
-The index takes one pass over the shards' heads. Nothing is extracted or copied: a picture is read at its place when its
-turn comes. So rows have numbers, and shards are split, shuffled over the whole set and resumed exactly, which a stream
-cannot be. Shards must be local and uncompressed.
+A sample is the files of one key, the path up to the first dot of its name: ``0001.jpg``, ``0001.txt``, ``0001.json``,
+wherever in the shard they stand. The index takes one pass over the shards' heads. Nothing is extracted or copied: a
+picture is read at its place when its turn comes. So rows have numbers, and shards are split, shuffled over the whole
+set and resumed exactly, which a stream cannot be. Shards must be local and uncompressed.
 """
 
 from __future__ import annotations
 
-import io
-import json
+import os
 import re
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import quote, unquote
+from typing import Any, BinaryIO
 
-import fsspec
+from clipft.data.reading import HIDDEN, NO_REGULAR_FILE, BadRowError, Reading
+from clipft.data.samples import TEXT_ENDINGS, Sample, check_text_size
+from clipft.data.slices import address_of
+from clipft.data.splits import hidden
+from clipft.data.tar_heads import Damage, Member, members
+from clipft.files import check_file
 
-__all__ = ["PROTOCOL", "Address", "read_slice", "samples", "shard_of", "shard_paths"]
+__all__ = ["read_samples", "samples", "shard_paths"]
 
-PROTOCOL = "tarslice"
-_ADDRESS = re.compile(rf"{PROTOCOL}://(?P<shard>.*)@(?P<offset>\d+)\+(?P<size>\d+)/[^/]*")
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_TEXTS = ("txt", "text", "caption", "cls", "json")
-_LARGEST_TEXT = 1 << 20  # bytes; what is larger is no caption
-
-
-class Address(str):
-    """Where a file lies: ``tarslice://SHARD@OFFSET+SIZE/NAME``, without the shard's first slash, which ``datasets``
-    would drop. A string in a shard's JSON is never one."""
+_BRACES = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
+_MOST_SHARDS = 100_000
+_DAMAGED, _MISSING = "damaged in a shard", "missing shard"
 
 
 def shard_paths(pattern: str) -> list[Path]:
-    """The files of ``shards/*.tar`` or ``shards/{000..127}.tar``, as WebDataset and open_clip write it.
+    """The files of ``shards/*.tar`` or ``shards/{000..127}.tar``, as WebDataset and open_clip write it; those of a
+    range whether they are there or not.
 
     Raises:
-        FileNotFoundError: a file is not there, or none matches.
+        FileNotFoundError: no file matches. ValueError: a range of too many, or of none.
     """
-    braces = _BRACES.search(pattern)
-    if braces:
+    patterns = [pattern]
+    while braces := _BRACES.search(patterns[0]):
         first, last = braces.groups()
-        names = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-        before, after = pattern[: braces.start()], pattern[braces.end() :]
-        return [path for name in names for path in shard_paths(before + name + after)]
-    path = Path(pattern).expanduser()
+        count = int(last) - int(first) + 1
+        if not 1 <= count <= _MOST_SHARDS // len(patterns):
+            raise ValueError(f"path_or_name: expected 1 to {_MOST_SHARDS} shards, got {pattern!r}")
+        numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        patterns = [_BRACES.sub(number, one, count=1) for one in patterns for number in numbers]
+    if len(patterns) > 1:
+        return [Path(one).expanduser() for one in patterns]
+    path = Path(patterns[0]).expanduser()
     if path.is_file():
         return [path]
     found = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else []
@@ -54,33 +54,60 @@ def shard_paths(pattern: str) -> list[Path]:
     return found
 
 
+def read_samples(shards: Iterable[Path], reading: Reading) -> list[Sample]:
+    """The samples of shards, in the order of their first files.
+
+    Raises:
+        FileNotFoundError, ValueError: a shard is not there, or is damaged; with ``skip`` it is named, and its sound
+            samples are read.
+    """
+    found: list[Sample] = []
+    for shard in shards:
+        if not shard.exists():
+            message = f"path_or_name: there is no shard {str(shard)!r}"
+            if not reading.skip:
+                raise FileNotFoundError(message)
+            reading.leave_out(_MISSING, str(shard), message)
+            continue
+        with reading.row():
+            check_file(shard)
+            found += _samples_of(shard, reading)
+    return found
+
+
 def samples(shard: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and fields of each sample: by extension the :class:`Address` of a file or, for ``.txt``, ``.caption`` and
-    ``.cls``, its text; the members of its ``.json``.
+    """Key and fields of each sample of one shard: by ending the :class:`clipft.data.slices.Address` of a file or, of a
+    text, what it says; the members of its ``.json``.
 
     Raises:
         ValueError: no uncompressed tar file, or a damaged one.
     """
-    key, fields = "", dict[str, Any]()
-    size = shard.stat().st_size
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
-                if not member.isreg() or PurePosixPath(member.name).name.startswith("."):
-                    continue
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
-                own, extension = _key_and_ending(member.name)
-                if own != key and fields:
-                    yield key, fields
-                    fields = {}
-                key = own
-                fields |= _fields(tar, member, extension, shard)
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard}: expected an uncompressed tar file ({error})") from error
-    if fields:
-        yield key, fields
+    for sample in read_samples([shard], Reading()):
+        if sample.fault is not None:
+            raise sample.fault
+        files = {ending: file for ending, file in sample.files.items() if ending != "json"}
+        yield sample.place.removeprefix(f"{shard}, "), {**sample.said, **files}
+
+
+def _samples_of(shard: Path, reading: Reading) -> list[Sample]:
+    found: dict[str, Sample] = {}
+    with shard.open("rb") as file:
+        for member in members(file, os.fstat(file.fileno()).st_size):
+            if isinstance(member, Damage):
+                with reading.row():
+                    why = f"expected an uncompressed tar file ({member.why}, at byte {member.offset})"
+                    raise BadRowError(str(shard), why, _DAMAGED)
+                continue
+            name = PurePosixPath(member.name)
+            if any(map(hidden, name.parts)):
+                reading.leave_out(HIDDEN, f"{shard}, {member.name}")
+            elif member.regular:
+                key, ending = _key_and_ending(member.name)
+                sample = found.setdefault(key, Sample(f"{shard}, {key}"))
+                _add(sample, file, member, ending, shard, reading)
+            elif name.suffix:
+                reading.leave_out(NO_REGULAR_FILE, f"{shard}, {member.name}")
+    return list(found.values())
 
 
 def _key_and_ending(name: str) -> tuple[str, str]:
@@ -89,66 +116,18 @@ def _key_and_ending(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, extension.lower()
 
 
-def _fields(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, shard: Path) -> dict[str, Any]:
-    if extension not in _TEXTS or member.size > _LARGEST_TEXT:
-        name = quote(PurePosixPath(member.name).name)
-        place = f"{quote(str(shard.resolve()))[1:]}@{member.offset_data}+{member.size}"
-        return {extension: Address(f"{PROTOCOL}://{place}/{name}")}
-    file = tar.extractfile(member)
-    text = file.read().decode("utf-8", errors="replace") if file else ""
-    if extension != "json":
-        return {extension: text.strip()}
+def _add(sample: Sample, file: BinaryIO, member: Member, ending: str, shard: Path, reading: Reading) -> None:
+    """A member to its sample."""
+    place = f"{shard}, {member.name}"
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{shard}, {member.name}: expected JSON ({error})") from error
-    return value if isinstance(value, dict) else {}
-
-
-# ---- addresses ----
-
-
-def shard_of(address: str) -> Path | None:
-    """The tar file that an address of :func:`samples` lies in; None for anything else."""
-    match = _ADDRESS.fullmatch(address)
-    return Path("/" + unquote(match["shard"])) if match else None
-
-
-def read_slice(address: str) -> bytes:
-    """The file at an address of :func:`samples`.
-
-    Raises:
-        OSError: the shard is not there any more, or shorter.
-    """
-    match = _ADDRESS.fullmatch(address)
-    if match is None:
-        raise ValueError(f"address: expected one of {PROTOCOL}://, got {address!r}")
-    with Path("/" + unquote(match["shard"])).open("rb") as file:
-        file.seek(int(match["offset"]))
-        data = file.read(int(match["size"]))
-    if len(data) < int(match["size"]):
-        raise OSError(f"{shard_of(address)}: the shard is shorter than when it was indexed")
-    return data
-
-
-class _TarSlices(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """So that ``datasets`` opens such addresses as it opens any other."""
-
-    protocol = PROTOCOL
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return path
-
-    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
-        """The size, of one file."""
-        match = _ADDRESS.fullmatch(path)
-        if match is None:
-            raise FileNotFoundError(path)
-        return {"name": path, "size": int(match["size"]), "type": "file"}
-
-    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> io.BytesIO:
-        return io.BytesIO(read_slice(path))
-
-
-fsspec.register_implementation(PROTOCOL, _TarSlices, clobber=True)
+        if ending in sample.files:
+            raise BadRowError(place, "expected a name once in a shard, this is the second")
+        last = ending.rpartition(".")[2]
+        if last in TEXT_ENDINGS or ending in reading.named[1:]:
+            check_text_size(member.size, place)
+            file.seek(member.offset)
+            sample.add_text(ending, file.read(member.size), place, reading.encoding)
+        else:
+            sample.files[ending] = address_of(shard, member.offset, member.size, PurePosixPath(member.name).name)
+    except BadRowError as error:
+        sample.fault = sample.fault or error

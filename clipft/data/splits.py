@@ -33,6 +33,8 @@ TRAIN, TEST = "train", "test"
 _VALIDATION = ("val", "valid", "validation")
 _SPLITS = (TRAIN, *_VALIDATION, TEST)
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+_OF_SYSTEMS = {"__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "lost+found"}
+_OF_SYSTEMS |= {"$recycle.bin", "system volume information"}
 _SHARD = re.compile(r"(?P<split>\w[\w.]*)-\d{5}-of-\d{5}")
 _NAME_AND_SPLIT = re.compile(r"(?P<name>.+):(?P<split>\w[\w.+-]*(\[.*\])?)", re.DOTALL)
 _OF_A_SPLIT = re.compile(rf"(?:^|[^a-z])(?:{'|'.join(_SPLITS)}|dev|eval)(?:$|[^a-z])")
@@ -58,12 +60,12 @@ def split_of_name(source: str | Path) -> tuple[str | Path, str | None]:
 
 def visible(folder: Path) -> list[Path]:
     """What a folder holds, sorted, but for hidden entries and those that systems leave."""
-    return sorted(entry for entry in folder.iterdir() if not hidden(entry, folder))
+    return sorted(entry for entry in folder.iterdir() if not hidden(entry.name))
 
 
-def hidden(path: Path, folder: Path) -> bool:
-    """Whether a file or folder in ``folder``, or one above it there, is hidden or a system's."""
-    return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or one that systems leave."""
+    return name.startswith(".") or name.lower() in _OF_SYSTEMS
 
 
 # ---- which there are ----

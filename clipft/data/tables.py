@@ -24,7 +24,7 @@ from clipft.data.columns import (
 )
 from clipft.data.reading import NO_FILE, BadRowError, Reading
 from clipft.data.rows import Picture
-from clipft.data.shards import shard_of
+from clipft.data.slices import shard_of
 from clipft.data.splits import existing
 
 __all__ = ["add_row", "dataset_of_pictures", "from_table_rows", "safe_path"]

@@ -17,7 +17,16 @@ from typing import Any
 from clipft.data.columns import find_image
 from clipft.data.reading import BadRowError, Reading
 
-__all__ = ["checked_encoding", "read_csv", "read_jsonl", "read_lines", "read_text_lines"]
+__all__ = [
+    "BROKEN",
+    "check_line",
+    "checked_encoding",
+    "decoded",
+    "read_csv",
+    "read_jsonl",
+    "read_lines",
+    "read_text_lines",
+]
 
 Row = tuple[int, dict[str, Any]]
 
@@ -30,7 +39,7 @@ _MARKS = (  # the longer first: UTF-32's begins with UTF-16's
 )
 _LONGEST_FIELD = 131072  # characters; the csv module's limit
 _FILE_NAME = re.compile(r"\S\.\w{2,5}")
-_BROKEN = "broken"  # kind of a bad row
+BROKEN, _OTHER_ENCODING = "broken", "in another encoding"  # kinds of bad rows
 
 
 # ---- lines ----
@@ -51,16 +60,19 @@ def read_lines(path: Path, encoding: str | None = None) -> list[str]:
     """The lines of a text file without their ends, but for the \\r of one that ends in \\r\\n. Bytes that are not of
     the encoding (default: UTF-8) become lone surrogates, which :func:`check_line` names with their line.
     """
-    data = path.read_bytes()
+    lines = decoded(path.read_bytes(), str(path), encoding).split("\n")
+    return lines[:-1] if not lines[-1] else lines
+
+
+def decoded(data: bytes, where: str, encoding: str | None) -> str:
+    """The text of a file, as :func:`read_lines` has it."""
     mark, own = next(((mark, own) for mark, own in _MARKS if data.startswith(mark)), (b"", encoding or "utf-8"))
     try:
-        text = data[len(mark) :].decode(own, "surrogateescape")
+        return data[len(mark) :].decode(own, "surrogateescape")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: expected text in {own} ({error}); name its encoding with encoding (--encoding)"
+        raise BadRowError(
+            where, f"expected text in {own} ({error}); name its encoding with encoding (--encoding)", _OTHER_ENCODING
         ) from error
-    lines = text.split("\n")
-    return lines[:-1] if not lines[-1] else lines
 
 
 def read_text_lines(path: Path, encoding: str | None = None) -> list[str]:
@@ -85,10 +97,10 @@ def check_line(line: str, place: str, encoding: str | None) -> None:
             place,
             f"expected text in {encoding or 'UTF-8'}, got the byte 0x{byte:02x}; name the file's encoding with "
             "encoding (--encoding)",
-            "in another encoding",
+            _OTHER_ENCODING,
         ) from error
     if "\0" in line:
-        raise BadRowError(place, "expected text, got a NUL byte; for UTF-16, encoding (--encoding utf-16)", _BROKEN)
+        raise BadRowError(place, "expected text, got a NUL byte; for UTF-16, encoding (--encoding utf-16)", BROKEN)
 
 
 # ---- .csv and .tsv ----
@@ -116,12 +128,12 @@ def read_csv(path: Path, delimiter: str, reading: Reading) -> list[Row]:
             place = f"{path}, row {number}"
             check_line(lines[start], place, reading.encoding)
             if isinstance(fields, str):
-                raise BadRowError(place, fields, _BROKEN)
+                raise BadRowError(place, fields, BROKEN)
             if len(fields) != len(header):
                 why = (
                     f"expected {len(header)} fields, as in the header; a field that holds {delimiter!r} must be quoted"
                 )
-                raise BadRowError(place, why, _BROKEN)
+                raise BadRowError(place, why, BROKEN)
             rows.append((number, dict(zip(header, fields, strict=True))))
     return rows
 
@@ -182,8 +194,8 @@ def read_jsonl(path: Path, reading: Reading) -> list[Row]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise BadRowError(place, f"expected one JSON object a line ({error})", _BROKEN) from error
+                raise BadRowError(place, f"expected one JSON object a line ({error})", BROKEN) from error
             if not isinstance(row, dict):
-                raise BadRowError(place, f"expected a JSON object, got {type(row).__name__}", _BROKEN)
+                raise BadRowError(place, f"expected a JSON object, got {type(row).__name__}", BROKEN)
             rows.append((number, row))
     return rows

@@ -95,6 +95,9 @@ class DataOptions:
     label_column: str | None = option(None, "Column of labels, if it has no usual name.", DATA)
     encoding: str | None = option(None, "Of text tables that are not UTF-8, for instance latin-1.", DATA)
 
+    max_pixels: int | None = option(
+        None, "Most of a picture; one with more is a bad row. Default: 89 million.", DATA, least=1
+    )
     on_bad_row: str = option(
         "error", "A row without caption or readable picture: an error, or left out.", DATA, choices=("error", "skip")
     )

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from clipft.data.columns import checked_attributes
+from clipft.data.pictures import limit_pixels
 from clipft.data.reading import Reading
 from clipft.data.sources import load_reading
 from clipft.data.text_tables import checked_encoding
@@ -20,7 +21,8 @@ __all__ = ["Sources", "name_of", "reading_of"]
 
 
 def reading_of(options: DataOptions, attributes: Sequence[str] = ()) -> Reading:
-    """How the options say that data is read."""
+    """How the options say that data is read. The most pixels are those of the process from now on."""
+    limit_pixels(options.max_pixels)
     return Reading(
         named=(options.image_column, options.caption_column, options.label_column),
         skip=options.on_bad_row == "skip",

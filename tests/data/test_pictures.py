@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
-from tiny_clip import SIZE, picture
+from tiny_clip import SIZE, class_folders, picture
 from transformers import CLIPImageProcessor
 
 import clipft
@@ -30,7 +30,10 @@ from clipft.data.pictures import (
     picture_formats,
     to_pixels,
 )
+from clipft.data.sources import load_reading
 from clipft.data.transforms import build_transform
+from clipft.recipes.options import DataOptions, options_from
+from clipft.recipes.sources import reading_of
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -131,6 +134,12 @@ def test_many_pixels_are_refused_by_the_head(unlimited: None, tmp_path: Path) ->
     code = "from clipft.data import pictures; from PIL import Image; print(Image.MAX_IMAGE_PIXELS)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == str(13000**2)  # a process started later knows
+    class_folders(tmp_path / "classes", 8)
+    Image.new("RGB", (60, 60)).save(tmp_path / "classes" / "red" / "x.png")
+    assert len(clipft.load_pairs(tmp_path / "classes", on_bad_row="skip", max_pixels=50 * 40)) == 8
+    options = options_from(DataOptions, {"max_pixels": 60 * 60, "on_bad_row": "skip"})
+    assert len(load_reading(tmp_path / "classes", reading_of(options))) == 9
+    limit_pixels(13000**2)
     sparse = tmp_path / "sparse.png"
     with sparse.open("wb") as file:
         file.truncate(1 << 42)

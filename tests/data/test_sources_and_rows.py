@@ -379,7 +379,7 @@ def test_class_folders(tmp_path: Path) -> None:
     assert len(dataset) == 9
     assert dataset[0]["image"].size == (50, 40)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no pictures directly in empty"):
+    with pytest.raises(ValueError, match="no pictures in empty"):
         clipft.load_pairs(tmp_path)
 
 

@@ -1,0 +1,262 @@
+"""Folders: what one is is decided by all that it holds, never by a README or code in it, and every entry is read or
+counted.
+
+In this order: a folder that ``save_to_disk`` wrote; pictures that ``metadata.csv`` (``.jsonl``, ``.parquet``) lists;
+pictures with a text each beside them (``1.jpg``, ``1.txt`` and / or ``1.json``), as img2dataset and kohya's scripts
+write them; a sub-folder of pictures, with sub-folders of its own, for each class; shards; tables.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+
+from clipft.data.columns import CAPTION_COLUMNS, LABEL_COLUMNS
+from clipft.data.pictures import UNOPENED_ENDINGS, has_picture_content, picture_endings
+from clipft.data.reading import HIDDEN, NO_FILE, NO_REGULAR_FILE, UNREADABLE_KIND, BadRowError, Reading
+from clipft.data.rows import Picture
+from clipft.data.samples import TEXT_ENDINGS, Sample, check_text_size, from_samples
+from clipft.data.shards import read_samples
+from clipft.data.slices import Address
+from clipft.data.splits import TABLE_ENDINGS, hidden
+from clipft.data.stored import canonical, read_saved
+from clipft.data.table_files import from_files, lists_pictures
+
+__all__ = ["Tree", "from_folder", "walk"]
+
+_SHARD = ".tar"
+_UNLISTED, _OTHER, _NO_CLASS, _EMPTY = "not in the table", "of another kind", "in no class folder", "without pictures"
+_LOOKED_AT = 100  # .json files, until one has a caption
+
+
+@dataclass
+class Tree:
+    """What a folder and those in it hold, by kind, sorted; hidden entries are counted.
+
+    Attributes:
+        folder: the uppermost; ``folders``: the names of those in it.
+        pictures: by their endings; without one, by what they hold.
+        tables, shards, texts, others: the rest.
+        faults: what has a picture's ending and cannot be opened, each with its kind.
+    """
+
+    folder: Path
+    folders: list[str] = field(default_factory=list)
+    pictures: list[Path] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+    shards: list[Path] = field(default_factory=list)
+    texts: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    faults: list[tuple[Path, BadRowError]] = field(default_factory=list)
+
+    def part(self, path: Path) -> str | None:
+        """The sub-folder that a file lies in, if it does in one."""
+        first, *rest = path.relative_to(self.folder).parts
+        return first if rest else None
+
+
+# ---- what a folder holds ----
+
+
+def walk(folder: Path, reading: Reading) -> Tree:
+    """All in a folder, links followed, no folder twice."""
+    tree, seen, waiting = Tree(folder), set[tuple[int, int]](), [folder]
+    while waiting:
+        here = waiting.pop()
+        try:
+            info = here.stat()
+            with os.scandir(here) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            tree.faults.append((here, BadRowError(str(here), f"cannot be opened ({error.strerror})", UNREADABLE_KIND)))
+            continue
+        if (info.st_dev, info.st_ino) in seen:
+            reading.leave_out("a link to a folder that was read", str(here))
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        folders: list[Path] = []
+        for entry in entries:
+            if hidden(entry.name):
+                reading.leave_out(HIDDEN, str(here / entry.name))
+            elif _holds(entry, os.DirEntry.is_dir):
+                folders.append(here / entry.name)
+            else:
+                _sort_in(tree, here / entry.name, _holds(entry, os.DirEntry.is_file))
+        waiting += reversed(folders)
+        if here == folder:
+            tree.folders = [found.name for found in folders]
+    for files in (tree.pictures, tree.tables, tree.shards, tree.texts, tree.others):
+        files.sort()
+    return tree
+
+
+def _holds(entry: os.DirEntry[str], kind: object) -> bool:
+    try:
+        return bool(kind(entry))  # type: ignore[operator]
+    except OSError:  # a loop of links
+        return False
+
+
+def _sort_in(tree: Tree, file: Path, regular: bool) -> None:
+    ending = file.suffix.lower()
+    own = [(TABLE_ENDINGS, tree.tables), ((_SHARD,), tree.shards), (picture_endings(), tree.pictures)]
+    own.append(([f".{name}" for name in TEXT_ENDINGS], tree.texts))
+    place = next((files for endings, files in own if ending in endings), tree.others)
+    hint = UNOPENED_ENDINGS.get(ending) if place is tree.others else None
+    shown = os.fsencode(file).decode(errors="backslashreplace")
+    if hint:
+        error = BadRowError(shown, f"{ending} is not opened: {hint}", f"{ending} ({hint})")
+    elif regular and place is tree.pictures and shown != str(file):
+        error = BadRowError(shown, "expected a name in UTF-8; rename it", NO_FILE)
+    elif not regular and (place is not tree.others or not ending):
+        error = BadRowError(shown, "expected a file, found a pipe, a device or a link to nothing", NO_REGULAR_FILE)
+    else:
+        (tree.pictures if not ending and has_picture_content(file) else place).append(file)
+        return
+    tree.faults.append((file, error))
+
+
+# ---- what a folder is ----
+
+
+def from_folder(folder: Path, reading: Reading) -> datasets.Dataset:
+    """The data set that a folder without splits is.
+
+    Raises:
+        ValueError: it is none, or may be two.
+    """
+    if (folder / "state.json").is_file():
+        return canonical(read_saved(folder), str(folder), folder, reading)
+    tree = walk(folder, reading)
+    if metadata := [table for table in tree.tables if table.stem == "metadata"]:
+        return _from_tables(metadata, tree, reading)
+    if samples := _samples(tree, reading):
+        _pass_over(tree, "pictures", reading)
+        _refuse(tree, reading)
+        return from_samples(samples, str(folder), reading)
+    if len({tree.part(picture) for picture in tree.pictures} - {None}) > 1:
+        _pass_over(tree, "classes", reading)
+    elif tree.shards:
+        _refuse(tree, reading)
+        _count(_OTHER, [*tree.pictures, *tree.tables, *tree.texts, *tree.others], reading)
+        return from_samples(read_samples(tree.shards, reading), str(folder), reading)
+    elif tree.tables:
+        return _from_tables(tree.tables, tree, reading)
+    return _from_class_folders(tree, reading)
+
+
+def _count(kind: str, files: Sequence[Path], reading: Reading) -> None:
+    for file in files:
+        reading.leave_out(kind, str(file))
+
+
+def _pass_over(tree: Tree, what: str, reading: Reading) -> None:
+    """Tables and shards that stand beside the pictures; one that may be what is meant is refused."""
+    for table in tree.tables:
+        if lists_pictures(table, reading):
+            has = "class folders" if what == "classes" else "texts beside its pictures"
+            raise ValueError(
+                f"{tree.folder}: has {has}, and {table.relative_to(tree.folder)}, which lists pictures too: give the "
+                "file itself, or move it away"
+            )
+    _count(f"table beside the {what}", tree.tables, reading)
+    _count(f"shard beside the {what}", tree.shards, reading)
+    _count(_OTHER, tree.others, reading)
+
+
+def _refuse(tree: Tree, reading: Reading) -> None:
+    """The faults of a folder, each a bad row."""
+    for _, error in tree.faults:
+        with reading.row():
+            raise error
+
+
+# ---- tables ----
+
+
+def _from_tables(tables: Sequence[Path], tree: Tree, reading: Reading) -> datasets.Dataset:
+    """The rows of tables; pictures that none of them lists are counted."""
+    dataset = from_files(tables, reading)
+    for file in sorted([*tree.pictures, *(file for file, _ in tree.faults)]):
+        if os.path.realpath(file) not in reading.listed:
+            reading.leave_out(_UNLISTED, str(file))
+    _count(_OTHER, sorted({*tree.tables, *tree.shards} - {*tables}), reading)
+    return dataset
+
+
+# ---- pictures with texts beside them ----
+
+
+def _samples(tree: Tree, reading: Reading) -> list[Sample]:
+    """The pictures with what stands beside them, if texts stand beside most; else none."""
+    if not tree.pictures:
+        return []
+    texts: dict[Path, list[Path]] = {}
+    for text in tree.texts:
+        texts.setdefault(text.with_suffix(""), []).append(text)
+    beside = {picture: texts.get(picture.with_suffix(""), []) for picture in tree.pictures}
+    written = sum(any(text.suffix.lower() != ".json" for text in own) for own in beside.values())
+    objects = [text for own in beside.values() for text in own if text.suffix.lower() == ".json"]
+    if 2 * sum(map(bool, beside.values())) < len(beside) or not (
+        2 * written >= len(beside) or any(_says_something(text, reading) for text in objects[:_LOOKED_AT])
+    ):
+        return []
+    used = {text for own in beside.values() for text in own}
+    _count("text without a picture", [text for text in tree.texts if text not in used], reading)
+    return [_sample(picture, own, reading) for picture, own in beside.items()]
+
+
+def _says_something(text: Path, reading: Reading) -> bool:
+    sample = _sample(Path(), [text], reading)
+    named = reading.named[1:]
+    return sample.fault is None and any(name in sample.said for name in (*named, *CAPTION_COLUMNS, *LABEL_COLUMNS))
+
+
+def _sample(picture: Path, texts: Sequence[Path], reading: Reading) -> Sample:
+    sample = Sample(str(picture), {picture.suffix.lower()[1:]: Address(picture)})
+    for text in texts:
+        try:
+            check_text_size(text.stat().st_size, str(text))
+            sample.add_text(text.suffix.lower()[1:], text.read_bytes(), str(text), reading.encoding)
+        except BadRowError as error:
+            sample.fault = sample.fault or error
+    return sample
+
+
+# ---- class folders ----
+
+
+def _from_class_folders(tree: Tree, reading: Reading) -> datasets.Dataset:
+    """A class for each sub-folder, by its name."""
+    folder = tree.folder
+    if reading.attributes:
+        raise ValueError(f"attribute_columns: {folder} has class folders and no columns; give a table")
+    pictures: dict[str, list[Path]] = {name: [] for name in tree.folders}
+    for picture in tree.pictures:
+        name = tree.part(picture)
+        if name is None:
+            reading.leave_out(_NO_CLASS, str(picture))
+        else:
+            pictures[name].append(picture)
+    _refuse(tree, reading)
+    _count(_OTHER, tree.texts, reading)
+    classes = {name: own for name, own in pictures.items() if own}
+    empty = [name for name in pictures if name not in classes]
+    if len(classes) < 2 or (empty and not reading.skip):
+        raise ValueError(
+            f"{folder}: expected one sub-folder a class, two or more, with pictures in each; found "
+            + (f"no pictures in {', '.join(empty[:5])}" if empty else f"{len(classes)} sub-folders")
+            + (f"; give {folder / next(iter(classes))} itself?" if len(classes) == 1 else "")
+            + "; for captions a text beside each picture (1.jpg, 1.txt), or the .csv, .tsv, .jsonl or .parquet file"
+        )
+    for name in empty:
+        reading.leave_out(_EMPTY, str(folder / name), f"{folder / name}: no pictures in it")
+    places = [str(path) for own in classes.values() for path in own]
+    reading.places = [[place] for place in places]
+    features = datasets.Features({"image": Picture(), "label": datasets.ClassLabel(names=list(classes))})
+    labels = [number for number, own in enumerate(classes.values()) for _ in own]
+    return datasets.Dataset.from_dict({"image": places, "label": labels}, features=features)
