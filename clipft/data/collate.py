@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from clipft.data.captions import shortened
 from clipft.data.sampling import mix_seed
 from clipft.data.transforms import Augmentation, build_transform, stack_pictures
 from clipft.families.family import Family
@@ -150,7 +151,7 @@ def tokenize(
     family = family or family_of_processor(processor)
     length = most_tokens(processor, max_length, family=family)
     tokens = processor.tokenizer(
-        captions, padding=family.padding, truncation=True, max_length=length, return_tensors="pt"
+        shortened(captions), padding=family.padding, truncation=True, max_length=length, return_tensors="pt"
     )
     names = ("input_ids",) if family.padding == "max_length" else ("input_ids", "attention_mask")
     return {name: tokens[name] for name in names if name in tokens}
@@ -175,7 +176,7 @@ def unify_captions(
     text_of: dict[str, str] = {}
     for start in range(0, len(distinct), _CHUNK):
         chunk = distinct[start : start + _CHUNK]
-        tokens = processor.tokenizer(chunk, truncation=True, max_length=length)["input_ids"]
+        tokens = processor.tokenizer(shortened(chunk), truncation=True, max_length=length)["input_ids"]
         text_of |= {text: first.setdefault(tuple(ids), text) for text, ids in zip(chunk, tokens, strict=True)}
     return [[text_of[caption] for caption in own] for own in captions]
 

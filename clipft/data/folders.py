@@ -205,8 +205,8 @@ def _samples(tree: Tree, reading: Reading) -> list[Sample]:
         2 * written >= len(beside) or any(_says_something(text, reading) for text in objects[:_LOOKED_AT])
     ):
         return []
-    used = {text for own in beside.values() for text in own}
-    _count("text without a picture", [text for text in tree.texts if text not in used], reading)
+    stems = {file.with_suffix("") for file in (*tree.pictures, *(file for file, _ in tree.faults))}
+    _count("text without a picture", [text for text in tree.texts if text.with_suffix("") not in stems], reading)
     return [_sample(picture, own, reading) for picture, own in beside.items()]
 
 

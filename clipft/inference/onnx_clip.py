@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from clipft.data.captions import shortened
 from clipft.data.pictures import check_preprocessing, open_picture, to_pixels
 from clipft.files import check_set, settle
 from clipft.models.formats import ONNX_INFO as INFO
@@ -124,7 +125,7 @@ class OnnxCLIP:
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
         """``input_ids`` and ``attention_mask`` [N, longest] int64."""
-        encodings = self._tokenizer.encode_batch(list(texts))
+        encodings = self._tokenizer.encode_batch(shortened(texts))
         return {
             "input_ids": np.array([encoding.ids for encoding in encodings], np.int64),
             "attention_mask": np.array([encoding.attention_mask for encoding in encodings], np.int64),

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from clipft.data.captions import shortened
 from clipft.data.collate import most_tokens, unify_captions
 from clipft.data.pictures import UNREADABLE, EncodedPicture, UnreadablePictureError, naming, to_rgb, upright
 from clipft.data.reading import UNREADABLE_KIND
@@ -286,7 +287,7 @@ def _check_captions(contents: _Contents, clip: Any, processor: Any) -> list[Find
             )
         )
     distinct = list(dict.fromkeys(caption for own in contents.captions for caption in own))
-    lengths = [len(ids) for ids in processor.tokenizer(distinct)["input_ids"]] if distinct else []
+    lengths = [len(ids) for ids in processor.tokenizer(shortened(distinct))["input_ids"]] if distinct else []
     long = sorted(((n, text) for n, text in zip(lengths, distinct, strict=True) if n > limit), reverse=True)
     guess = "" if clip is not None else " (by the demo model's tokenizer; give --model for its own)"
     findings.append(

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 import clipft
+from clipft.data.collate import tokenize
 from clipft.data.pictures import EncodedPicture
 from clipft.data.rows import PairRows
 from clipft.data.sampling import EpochSampler
@@ -252,6 +253,20 @@ def test_captions_are_padded_to_the_longest_and_cut(processor) -> None:
     assert cut["input_ids"].shape == (3, LENGTH)
     assert cut["input_ids"][2, -1] == processor.tokenizer.eos_token_id
     assert clipft.CLIPDataCollator(processor, max_length=10)(rows)["input_ids"].shape == (3, 10)
+
+
+def test_megabytes_are_cut_before_they_are_tokenized(processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, lengths = type(processor.tokenizer), []
+    call = kind.__call__
+
+    def counted(self, texts, **options):
+        lengths.extend(map(len, texts))
+        return call(self, texts, **options)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    ids = tokenize(processor, ["abc " * 1_000_000, "abc " * 1000])["input_ids"]
+    assert torch.equal(ids[0], ids[1])
+    assert max(lengths) == 1 << 16
 
 
 def test_padding_does_not_change_embeddings(processor) -> None:
