@@ -26,6 +26,8 @@ from typing import Any
 
 __all__ = [
     "check_file",
+    "check_folder",
+    "check_output",
     "check_places",
     "check_set",
     "drop_link",
@@ -104,8 +106,9 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; the error has its name.
     """
-    if path.exists() and not path.is_file():  # a device or a pipe
-        yield path
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe
+        with _disk_errors(path):
+            yield path
         return
     with _disk_errors(path), _staged(path.parent, f".{path.name}", wait=True) as staging:
         staged = staging / path.name
@@ -124,9 +127,37 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         found = re.search(r"\(os error (\d+)\)", str(error))
         code = int(found[1]) if found else error.errno if isinstance(error, OSError) else None
+        if isinstance(error, OSError) and re.search(r"requested and \d+ written", str(error)):  # numpy's words
+            code = errno.ENOSPC
         if code not in _NO_ROOM:
             raise
         raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def check_output(path: Path) -> None:
+    """That a file can be written at this place, before the work whose result it is to hold.
+
+    Raises:
+        OSError: it cannot; the message names what is in the way.
+    """
+    check_places(path.parent, [path.name])
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path, size: int = 1) -> None:
+    """That so many bytes can be written into a folder, which may be there or not: before the work that comes first.
+
+    Raises:
+        NotADirectoryError, PermissionError, OSError: they cannot; the message names what is in the way.
+    """
+    found = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not found.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder, {found} is none")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: expected a folder that may be written into")
+    free = shutil.disk_usage(found).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"expected room for at least {size} bytes, found {free}", str(folder))
 
 
 # ---- a set of files ----
@@ -158,7 +189,7 @@ def replace_set(
     """
     name = f".{tag}" if tag else ""
     with (
-        _disk_errors(folder),
+        _disk_errors(folder / tag if tag else folder),
         nullcontext() if tag else locked(folder),
         _staged(folder, name, wait=False) as staging,
     ):
@@ -368,8 +399,7 @@ def locked(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with _held_folder(folder, wait=False, make=True):
         try:
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(f"{folder}: expected a folder that may be written into")
+            check_folder(folder)
             yield
         finally:
             for path in made:

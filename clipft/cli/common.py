@@ -20,6 +20,7 @@ from rich.text import Text
 
 from clipft._version import __version__
 from clipft.console import PlainConsole, console_of_run, log_to_terminal, shown
+from clipft.files import check_folder
 
 __all__ = [
     "Data",
@@ -150,4 +151,5 @@ def output_folder(output: Path) -> Path:
     """``--output`` where a folder is to be written."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output: expected a folder, {output} is a file")
+    check_folder(output)
     return output

@@ -32,7 +32,7 @@ def merge(
     output: Annotated[Path, typer.Option(help="Folder for the plain model.")],
 ) -> None:
     """Merge a LoRA adapter into its base model and save that as a plain CLIPModel."""
-    from clipft.files import settle
+    from clipft.files import locked, settle
     from clipft.models.formats import SEEN_ROWS, is_adapter_folder
 
     settle(model)
@@ -44,7 +44,8 @@ def merge(
     from clipft.models.loading import load
     from clipft.models.saving import save_model
 
-    save_model(*load(model), output, also=[file for file in [model / SEEN_ROWS] if file.is_file()])
+    with locked(output):
+        save_model(*load(model), output, also=[file for file in [model / SEEN_ROWS] if file.is_file()])
     console.print(f"model in {output}")
 
 
@@ -66,20 +67,22 @@ def quantize(
     console = prepare()
     from clipft import load_pairs
     from clipft.deploy.quantize import quantize as quantize_model
+    from clipft.files import locked
     from clipft.models.int8 import check_own_folder
     from clipft.models.loading import load
     from clipft.models.saving import save_model
 
-    check_own_folder(output)
-    clip, processor = load(model)
-    pairs = None if data is None else load_pairs(data)
-    quantized = quantize_model(
-        clip, skip=skip or (), inplace=True, data=pairs, processor=processor, calibrate=calibrate
-    )
-    found = quantized.quantization_report
-    low = [kind for kind in ("image", "text") if not found[f"{kind}_cosine"]["mean"] >= min_cosine]
-    if not low:
-        save_model(quantized, processor, output)
+    with locked(output):
+        check_own_folder(output)
+        clip, processor = load(model)
+        pairs = None if data is None else load_pairs(data)
+        quantized = quantize_model(
+            clip, skip=skip or (), inplace=True, data=pairs, processor=processor, calibrate=calibrate
+        )
+        found = quantized.quantization_report
+        low = [kind for kind in ("image", "text") if not found[f"{kind}_cosine"]["mean"] >= min_cosine]
+        if not low:
+            save_model(quantized, processor, output)
     console.print(_quantization_table(found))
     for kind in low:
         raise ValueError(

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from clipft.cli.common import Workers, app, examples, prepare, user_errors
 from clipft.cli.from_options import takes_options
+from clipft.files import check_output
 from clipft.recipes.options import DataOptions, options_from
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def embed(
     """Turn pictures or texts to vectors in a file; goes on where an interrupted run was."""
     if (data is None) == (texts is None):
         raise ValueError("--data, --texts: expected one of the two")
+    check_output(output)
     console = prepare()
     from clipft.console import bar
     from clipft.data.reading import UNREADABLE_KIND
@@ -133,6 +135,8 @@ def search(
     """Find the pictures (or texts) of a file that are nearest to words or pictures."""
     if not text and not image:
         raise ValueError("--text, --image: expected at least one query")
+    if output is not None:
+        check_output(output)
     console = prepare()
     import numpy as np
 

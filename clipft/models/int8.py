@@ -213,7 +213,6 @@ class QuantizedCLIPModel(CLIPModel):
         """
         folder = Path(save_directory)
         check_own_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         with model_set(folder, keep=PROCESSOR_FILES) as staging:
             self.write_files(staging)
 

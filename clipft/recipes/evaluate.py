@@ -14,7 +14,7 @@ from clipft.data.rows import DEFAULT_TEMPLATES
 from clipft.environment import environment
 from clipft.evaluation.scoring import Scorer
 from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
-from clipft.files import write_json, write_text
+from clipft.files import check_output, write_json, write_text
 from clipft.models.heads import LABEL, heads_of
 from clipft.recipes.options import EvaluateOptions, options_from
 from clipft.recipes.run import Scores, loaded, model_name
@@ -51,6 +51,7 @@ def evaluate(
     Raises:
         TypeError: no such option.
         ValueError: an option or data that does not fit; the message names it.
+        OSError: ``output`` cannot be written.
     """
     settings = options_from(EvaluateOptions, options)
     console = console or console_of_run()
@@ -58,6 +59,9 @@ def evaluate(
         raise ValueError("probe_data: expected other pictures than data, which would be scored on themselves")
     if output is not None and Path(output).suffix == ".html":
         raise ValueError(f"output: expected the name of the JSON file, the page goes beside it, got {output}")
+    if output is not None:
+        check_output(Path(output))
+        check_output(Path(output).with_suffix(".html"))
     sources = Sources(settings, console, settings.attribute or ())
     dataset = sources.rows("data", data, purpose="test")
     clip, processor = loaded(model)

@@ -16,8 +16,8 @@ from clipft.console import show
 from clipft.data.drawings import control_drawings
 from clipft.environment import environment
 from clipft.evaluation.scoring import gains
-from clipft.files import write_json, write_text
-from clipft.models.formats import MERGED, model_set
+from clipft.files import check_places, write_json, write_text
+from clipft.models.formats import ADAPTER_CONFIG, MERGED, WEIGHT_FILES, model_set
 from clipft.models.fusing import unfuse
 from clipft.models.lora import merged_base
 from clipft.models.saving import write_model
@@ -28,7 +28,7 @@ from clipft.report.html import write_html
 from clipft.report.model_card import write_model_card
 from clipft.training.wise_ft import RULE, sweep
 
-__all__ = ["Outcome", "check_report_to", "control_set", "save_run"]
+__all__ = ["Outcome", "check_places_of_run", "check_report_to", "control_set", "save_run"]
 
 _KEPT = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
@@ -41,6 +41,16 @@ def check_report_to(names: Sequence[str]) -> None:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ImportError("--report-to tensorboard needs tensorboard: pip install 'clipft[tensorboard]'") from error
+
+
+def check_places_of_run(folder: Path, *, merged: bool) -> None:
+    """That nothing else has the names of what a run leaves, before an hour of training.
+
+    Raises:
+        IsADirectoryError, NotADirectoryError: something has.
+    """
+    own = ("config.json", *WEIGHT_FILES, ADAPTER_CONFIG, "report.json", "report.html", "config.yaml", "README.md")
+    check_places(folder, [*own, "checkpoints/checkpoint", *([f"{MERGED}/config.json"] if merged else [])])
 
 
 def control_set(control_data: str, sources: Sources) -> tuple[Any, str] | None:

@@ -22,7 +22,7 @@ from clipft.console import console_of_run
 from clipft.data.rows import class_targets
 from clipft.data.sampling import classes_are_uneven
 from clipft.evaluation.scoring import Scorer
-from clipft.files import locked
+from clipft.files import check_folder, locked
 from clipft.inference.encode import encoder_of
 from clipft.models.bases import check_base_stays
 from clipft.models.formats import MERGED, folder_of
@@ -33,7 +33,7 @@ from clipft.recipes.arguments import Heads, arguments_of, heads_asked_for
 from clipft.recipes.checkpoint_owner import claim, identity_of_run, resume_point
 from clipft.recipes.hold_out import Seen
 from clipft.recipes.options import TrainOptions, options_from
-from clipft.recipes.outcome import Outcome, check_report_to, control_set, save_run
+from clipft.recipes.outcome import Outcome, check_places_of_run, check_report_to, control_set, save_run
 from clipft.recipes.run import Run, loaded, model_name
 from clipft.recipes.sets import HELD_OUT, Sets, sets_of_run
 from clipft.recipes.sources import Sources, name_of
@@ -130,11 +130,13 @@ class _Training:
     def run(self, model: Any, data: Any, callbacks: Sequence[Any], peft_config: Any, temporary: Any) -> Run:
         options, console = self.options, self.console
         adapted = options.lora_r is not None or peft_config is not None
+        check_places_of_run(self.folder, merged=adapted)
         if adapted:
             check_base_stays(model_name(model), self.folder)
         sets = self._sets(model, data)
         control = control_set(options.control_data, sets.sources)
         base, processor = loaded(model)
+        check_folder(self.folder, size=sum(tensor.nbytes for tensor in base.state_dict().values()))
         start = encoder_of(base, processor, options.batch_size).identity()
         clip = self._what_trains(base, peft_config)
         lr = options.lr

@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import SCALER_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
-from clipft.files import check_set, read_json, write_json, write_manifest
+from clipft.files import check_set, drop_link, read_json, write_json, write_manifest
 from clipft.models.formats import MODEL_MANIFEST
 
 __all__ = ["StagedCheckpoints", "check_checkpoint", "kept_checkpoints", "last_checkpoint"]
@@ -114,6 +115,12 @@ class StagedCheckpoints(Trainer):
         if self._staging is None:  # else from _publish, under the final name
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
+        elif checkpoint is not None and (stray := Path(checkpoint) / SCALER_NAME).exists():
+            _logger.warning("%s: passed over: the scale of a float16 run on a GPU, which this one is not", stray)
+
     def _publish(self, staged: Path, final: Path) -> None:
         self._own_steps |= {self.state.global_step}
         self._note_best(final.parent)
@@ -189,6 +196,7 @@ def check_checkpoint(path: str | Path) -> None:
 
 def _finish_replacing(folder: Path) -> None:
     """A process was killed between the two renames that put a checkpoint in the place of another."""
+    drop_link(folder / _STAGING)
     if (folder / _STAGING / _REPLACED).is_dir():
         for path in (folder / _STAGING).glob("checkpoint-*"):
             path.rename(folder / path.name)
