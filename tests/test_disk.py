@@ -4,7 +4,6 @@ work where that can be known, and nothing half-written.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -15,11 +14,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from commands import run
 from killed import visible
-from tiny_clip import captioned, tiny_clip
-from tiny_trainer import trainer_of
+from tiny_clip import tiny_clip
 
 import clipft
 from clipft.files import write_text
@@ -112,13 +109,3 @@ def test_no_room_while_a_set_is_written_leaves_the_one_before(tmp_path: Path) ->
         assert "\n" not in str(caught.value)
     assert visible(tmp_path) == before
     assert not [path for path in tmp_path.rglob(".*") if path != tmp_path]
-
-
-def test_a_stray_scale_of_float16_does_not_break_resuming(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer_of(tmp_path, captioned(8), save_strategy="steps", save_steps=1, max_steps=1).train()
-    torch.save({"scale": 1.0}, tmp_path / "checkpoint-1" / "scaler.pt")
-    trainer = trainer_of(tmp_path, captioned(8), max_steps=2)
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 2
-    assert "scaler.pt: passed over" in caplog.text
-    assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1

@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import SCALER_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -114,12 +113,6 @@ class StagedCheckpoints(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # else from _publish, under the final name
             super()._push_from_checkpoint(checkpoint_folder)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.accelerator.scaler is not None:
-            super()._load_scaler(checkpoint)
-        elif checkpoint is not None and (stray := Path(checkpoint) / SCALER_NAME).exists():
-            _logger.warning("%s: passed over: the scale of a float16 run on a GPU, which this one is not", stray)
 
     def _publish(self, staged: Path, final: Path) -> None:
         self._own_steps |= {self.state.global_step}
