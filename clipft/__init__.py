@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from clipft.ops import lora_linear as lora_linear
     from clipft.ops import quantized_linear as quantized_linear
     from clipft.ops import sigmoid_loss as sigmoid_loss
+    from clipft.recipes.doctor import doctor as doctor
     from clipft.recipes.evaluate import evaluate as evaluate
     from clipft.recipes.train import train as train
     from clipft.training.arguments import CLIPTrainingArguments as CLIPTrainingArguments
@@ -85,6 +86,7 @@ _MODULE_OF = {
     "wise_ft": "clipft.training.wise_ft",
     "train": "clipft.recipes.train",
     "evaluate": "clipft.recipes.evaluate",
+    "doctor": "clipft.recipes.doctor",
 }
 _SUBMODULES = ("nn", "ops", "reference")
 

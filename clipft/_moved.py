@@ -282,4 +282,13 @@ class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if own is None:
             module.__getattr__ = getattr_of(module.__name__)  # type: ignore[method-assign]
         else:
+            if module.__spec__ and module.__spec__.name.partition(".")[2] in sys.modules["clipft"].__all__:
+                module.__class__ = _Function  # the import puts it where the package has a function
             module.__spec__ = own  # the import has put that of the old name in its place
+
+
+class _Function(ModuleType):
+    """A module that moved whole, and whose old name is that of a function in it now."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **options)

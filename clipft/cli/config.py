@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 import yaml
 
+from clipft.recipes.options import nearest
+
 __all__ = ["Config"]
 
 _LEFT_OUT = ("config", "resume", "help")  # of the invocation, not of the run
@@ -31,9 +33,11 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     given = {str(key).replace("-", "_"): value for key, value in values.items()}
     unknown = sorted(given.keys() - options.keys())
     if unknown:
-        raise typer.BadParameter(
-            f"{path}: no such option: {', '.join(unknown)}; there are {', '.join(sorted(map(str, options)))}"
-        )
+        known = sorted(map(str, options))
+        near = [(name, nearest(name, known)) for name in unknown]
+        named = ", ".join(f"{name} (did you mean {meant}?)" if meant else name for name, meant in near)
+        there = "" if all(meant for _, meant in near) else f"; there are {', '.join(known)}"
+        raise typer.BadParameter(f"{path}: no such option: {named}{there}")
     for name, value in given.items():
         several = getattr(options[name], "multiple", False)
         if value is not None and (isinstance(value, dict) or several != isinstance(value, list)):

@@ -14,7 +14,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from clipft.recipes.options import TrainOptions
+from clipft.recipes.options import TrainOptions, own_names
 from clipft.training.arguments import CLIPTrainingArguments
 from clipft.training.precision import bf16_speedup, fastest_precision
 
@@ -124,20 +124,15 @@ def _parsed(given: Iterable[str]) -> dict[str, Any]:
 def _further(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of transformers' arguments that no option is for."""
     known = {field.name for field in dataclasses.fields(CLIPTrainingArguments) if field.init}
-    options = {
-        field.metadata["argument"]: field.name
-        for field in dataclasses.fields(TrainOptions)
-        if "argument" in field.metadata
-    }
+    options = own_names()
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ValueError(
                 f"set: {name!r} is no field of TrainingArguments" + (f"; did you mean {near[0]!r}?" if near else "")
             )
-        if name in options or name in ("learning_rate", "output_dir"):
-            own = {"learning_rate": "lr", "output_dir": "output"}.get(name) or options[name]
-            raise ValueError(f"set: {name!r} has an option of its own, {own}")
+        if name in options:
+            raise ValueError(f"set: {name!r} has an option of its own, {options[name]}")
     return dict(values)
 
 

@@ -14,13 +14,16 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from rich.console import Console
 
+from clipft.console import console_of_run
 from clipft.data.captions import shortened
 from clipft.data.collate import most_tokens, unify_captions
 from clipft.data.pictures import UNREADABLE, EncodedPicture, UnreadablePictureError, naming, to_rgb, upright
@@ -30,11 +33,13 @@ from clipft.data.sampling import UNEVEN
 from clipft.data.sources import read_pairs
 from clipft.families.clip import CLIP
 from clipft.families.registry import family_of
-from clipft.models.loading import load
+from clipft.files import write_json
+from clipft.recipes.findings import Finding, Findings, show_findings
 from clipft.recipes.options import DataOptions, options_from
-from clipft.recipes.sources import reading_of
+from clipft.recipes.run import loaded
+from clipft.recipes.sources import name_of, reading_of
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "Findings", "doctor", "examine"]
 
 _SIDE, _FREQUENCIES = 64, 16
 _SIGNS = _FREQUENCIES**2
@@ -49,47 +54,48 @@ _DARK = 0.125  # share of the 16-bit range below which a picture's levels are lo
 _CLOSE = 1e-3  # to the ceiling of the logit scale
 
 
-@dataclass
-class Finding:
-    """The outcome of one check.
-
-    Attributes:
-        check: its name, the same in every run.
-        status: ``"ok"``, ``"note"`` (worth knowing) or ``"problem"`` (mend it first).
-        summary: one line: what was found, and what to do.
-        count: rows, pairs or captions concerned.
-        examples: some of them.
-        data: the data set concerned, where it is one.
-    """
-
-    check: str
-    status: str
-    summary: str
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-    data: str = ""
-
-
-def examine(data: str, *, eval_data: str | None = None, model: str | None = None, **options: Any) -> dict[str, Any]:
-    """Look at a data set, a test set beside it, and a model for them.
+def doctor(
+    data: Any,
+    *,
+    eval_data: Any = None,
+    model: Any = None,
+    json: str | Path | None = None,
+    console: Console | None = None,
+    **options: Any,
+) -> Findings:
+    """Look for what spoils a training run: bad rows, duplicates, leakage, cut captions, drift: the same as the command
+    ``clipft doctor``, with the same options.
 
     Args:
-        data, eval_data: as :func:`clipft.load_pairs` takes them.
-        model: as :func:`clipft.load` takes it; its tokenizer, preprocessing and logit scale are looked at.
-        options: of :func:`clipft.load_pairs`, but for ``on_bad_row``.
+        data, eval_data: a source that :func:`clipft.load_pairs` takes, or a ``datasets.Dataset`` as it gives them.
+        model: a folder, a hub name, ``"demo"``, ``(model, processor)`` or a :class:`clipft.recipes.run.Run`; its
+            tokenizer, preprocessing and logit scale are looked at.
+        json: file for the findings.
+        console: where the table goes; default: standard output.
+        options: fields of :class:`clipft.recipes.options.DataOptions`: ``caption_column``, ``split``, ...
 
     Returns:
-        ``findings``, a list of :class:`Finding` as dictionaries, and ``statistics`` by data set: rows, captions, sizes,
-        kinds of pictures, rows by class. For JSON.
+        ``findings`` and ``statistics``, a dictionary; ``.problems`` are the findings to mend first.
 
     Raises:
+        TypeError: no such option.
         FileNotFoundError, ValueError: there is no such data set or model.
     """
+    found = examine(data, eval_data=eval_data, model=model, **options)
+    if json is not None:
+        Path(json).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(json), found)
+    show_findings(found, console or console_of_run())
+    return found
+
+
+def examine(data: Any, *, eval_data: Any = None, model: Any = None, **options: Any) -> Findings:
+    """As :func:`doctor`, which says what it found too."""
     sets = {"data": _Contents(data, options)}
     if eval_data is not None:
         sets["eval_data"] = _Contents(eval_data, options, "test")
     findings: list[Finding] = []
-    clip, processor = _load(model)
+    clip, processor = (None, loaded("demo")[1]) if model is None else loaded(model)
     for contents in sets.values():
         own = [*_check_rows(contents), *_check_captions(contents, clip, processor), *_check_pictures(contents)]
         findings += [replace(finding, data=contents.source) for finding in own]
@@ -97,15 +103,10 @@ def examine(data: str, *, eval_data: str | None = None, model: str | None = None
         findings += _check_leakage(sets["data"], sets["eval_data"])
     if clip is not None:
         findings += [*_check_preprocessing(clip, processor), *_check_sizes(sets, clip), *_check_scale(clip)]
-    return {
-        "findings": [asdict(finding) for finding in findings],
-        "statistics": {name: contents.statistics() for name, contents in sets.items()},
-    }
-
-
-def _load(model: str | None) -> tuple[Any, Any]:
-    clip, processor = load("demo" if model is None else model)
-    return (None, processor) if model is None else (clip, processor)
+    return Findings(
+        findings=[asdict(finding) for finding in findings],
+        statistics={name: contents.statistics() for name, contents in sets.items()},
+    )
 
 
 # ---- what a data set holds ----
@@ -125,11 +126,15 @@ class _Picture:
 class _Contents:
     """A data set's captions and labels, and what a look at each picture gave."""
 
-    def __init__(self, source: str, options: dict[str, Any], purpose: str = "train") -> None:
+    def __init__(self, source: Any, options: dict[str, Any], purpose: str = "train") -> None:
         settings = options_from(DataOptions, options | {"on_bad_row": "skip"})
         reading = reading_of(settings)
-        self.source = source
-        dataset = read_pairs(source, settings.split if purpose == "train" else None, reading, purpose)
+        self.source = reading.source = name_of(source)
+        if isinstance(source, (str, Path)):
+            dataset = read_pairs(source, settings.split if purpose == "train" else None, reading, purpose)
+        else:
+            dataset = source
+            reading.finish(len(dataset))
         places = [reading.place(number) for number in range(len(dataset))]
         self.rows = len(dataset) + len(reading.skipped)
         seen = list(_look(dataset, places))
@@ -140,7 +145,7 @@ class _Contents:
         good = [number for number, found in enumerate(seen) if not isinstance(found, str)]
         reading.keep(good)
         self.pictures = [found for found in seen if not isinstance(found, str)]
-        self.places = [places[number].removeprefix(f"{source}, ") for number in good]
+        self.places = [places[number].removeprefix(f"{self.source}, ") for number in good]
         names = class_names_of(dataset)
         has_captions = "caption" in dataset.column_names
         self.captions = PairRows(dataset.select(good)).captions() if good and (has_captions or names) else []
@@ -174,7 +179,8 @@ def _spread(values: NDArray[Any]) -> dict[str, int]:
 def _look(dataset: Any, places: Sequence[str]) -> Iterator[_Picture | str]:
     """Each picture, or why it cannot be read."""
     stored = stored_pictures(dataset)
-    assert stored is not None  # read_pairs makes it so
+    if stored is None:
+        raise ValueError(f"data: expected a source, or a datasets.Dataset with an Image column, got {dataset}")
 
     def look(place: str, image: dict[str, Any]) -> _Picture | str:
         try:

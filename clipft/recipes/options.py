@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from clipft.families.losses import LOSSES
@@ -23,8 +23,10 @@ __all__ = [
     "DataOptions",
     "EvaluateOptions",
     "TrainOptions",
+    "nearest",
     "option",
     "options_from",
+    "own_names",
 ]
 
 Options = TypeVar("Options")
@@ -56,13 +58,25 @@ def options_from(kind: type[Options], values: Mapping[str, Any]) -> Options:
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(fields)}"
+            near = nearest(name, [*fields, "output"])
+            hint = f"; did you mean {near!r}?" if near else f"; there are {', '.join(fields)}"
             raise TypeError(f"{name}: no such option{hint}")
     for name, value in values.items():
         _check(name, value, fields[name].metadata)
     several = {name: [value] for name, value in values.items() if _is_list(fields[name]) and isinstance(value, str)}
     return kind(**{**values, **several})
+
+
+def own_names() -> dict[str, str]:
+    """The options of training that are fields of transformers' ``TrainingArguments``, by the field's name."""
+    fields = {f.metadata["argument"]: f.name for f in dataclasses.fields(TrainOptions) if "argument" in f.metadata}
+    return fields | {"learning_rate": "lr", "output_dir": "output"}
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """Of the known names the one that was meant: transformers' name of it was given, or one that is spelt alike."""
+    own = own_names().get(name)
+    return own if own in known else next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def _is_list(field: dataclasses.Field[Any]) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,10 @@ import pytest
 import torch
 from commands import run
 from PIL import Image
+from rich.console import Console
 from tiny_clip import class_folders, tiny_clip
 
+import clipft
 from clipft.recipes.doctor import examine
 
 
@@ -69,6 +75,29 @@ def test_clean_data_and_model_have_no_findings(clean: Path, base: Path, tmp_path
     assert statistics["width"] == {"min": 160, "median": 160, "max": 160}
     assert statistics["kinds"] == {"JPEG RGB": 12}
     assert not faults(examine(str(clean), model=str(base)))
+
+
+def test_the_same_from_python(clean: Path, base: Path, tmp_path: Path) -> None:
+    (clean.parent / "cut.jpg").write_bytes((clean.parent / "5.jpg").read_bytes()[:1500])
+    data = table(clean.parent, [*map(json.loads, clean.read_text().splitlines()), {"image": "cut.jpg", "caption": "x"}])
+    command = run("doctor", data, "--model", base, "--json", tmp_path / "one.json")
+    printed = io.StringIO()
+    found = clipft.doctor(data, model=clipft.load(base), json=tmp_path / "two.json", console=Console(file=printed))
+    assert found == json.loads((tmp_path / "one.json").read_text()) == json.loads((tmp_path / "two.json").read_text())
+    assert [problem["check"] for problem in found.problems] == ["unreadable rows"] and repr(found) == "1 problem"
+    assert printed.getvalue().splitlines()[-1] == command.output.splitlines()[-1] == "1 problem"
+    rows = clipft.doctor(clipft.load_pairs(data), console=Console(file=io.StringIO()))
+    assert rows.problems[0]["examples"][0].startswith("a Dataset, row 12: the image cannot be read")
+    with pytest.raises(TypeError, match="did you mean 'caption_column'"):
+        clipft.doctor(data, caption_colum="text")
+
+
+def test_the_old_module_is_still_the_function() -> None:
+    with pytest.warns(DeprecationWarning) if "clipft.doctor" not in sys.modules else contextlib.nullcontext():
+        module = importlib.import_module("clipft.doctor")
+    assert module.examine is examine and clipft.doctor is module
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
+        clipft.doctor("none.csv")
 
 
 def test_rows_captions_and_pictures(clean: Path, base: Path, tmp_path: Path) -> None:

@@ -128,6 +128,9 @@ def test_a_configuration_repeats_the_run(base: Path, colours: Path, tmp_path: Pa
 
 
 def test_what_is_no_option_names_the_nearest() -> None:
+    for name, ours in {"num_train_epochs": "epochs", "learning_rate": "lr", "output_dir": "output"}.items():
+        with pytest.raises(TypeError, match=f"{name}: no such option; did you mean '{ours}'"):
+            clipft.train("demo", "nowhere", **{name: 1})
     with pytest.raises(TypeError, match="epoch: no such option; did you mean 'epochs'"):
         clipft.train("demo", "nowhere", epoch=1)
     with pytest.raises(ValueError, match="loss: expected one of auto, contrastive, sigmoid, got 'contrastve'; did you"):

@@ -127,7 +127,8 @@ def test_the_command_line_overrides_the_config(base: Path, table: Path, tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch: 3\nsede: 1", "no such option: epoch, sede; there are"),
+        ("epoch: 3\nsede: 1", "no such option: epoch (did you mean epochs?), sede (did you mean seed?)"),
+        ("learning_rate: 1\nxyzzy: 1", "no such option: learning_rate (did you mean lr?), xyzzy; there are"),
         ("epochs: [1, 2]", "epochs: expected one value, got [1, 2]"),
         ("template: a {}", "template: expected a list, got 'a {}'"),
         ("epochs: many", "epochs"),
