@@ -39,10 +39,13 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts at a time.")] = 64,
     workers: Workers = 0,
     int8: Int8 = False,
+    id_column: Annotated[
+        str | None, typer.Option(help="Column of the ids; default: the pictures' paths, else SOURCE:ROW.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False,
     **options: Any,
 ) -> None:
-    """Turn pictures or texts to vectors in a file; goes on where an interrupted run was."""
+    """Turn pictures or texts to vectors in a file, one for each row; goes on where an interrupted run was."""
     if (data is None) == (texts is None):
         raise ValueError("--data, --texts: expected one of the two")
     check_output(output)
@@ -51,22 +54,23 @@ def embed(
     from clipft.data.reading import UNREADABLE_KIND
     from clipft.inference.encode import load_encoder
     from clipft.inference.vectors import Description, embed_to_file
-    from clipft.recipes.sources import reading_of
 
     settings = options_from(DataOptions, options)
-    reading = reading_of(settings)
-    reading.source = str(data)
+    reading, names = None, None
+    source: tuple[str, dict[str, str] | None]
     if texts is not None:
         rows, ids = _read_texts(texts, settings.encoding)
+        kind, source = "texts", (str(texts.expanduser().resolve()), None)
     else:
-        rows, ids = _read_pictures(str(data), settings.split, reading)
+        rows, reading = _read_pictures(str(data), settings, id_column)
+        ids, names = list(rows["id"]), [reading.place(row) for row in range(len(rows))]
+        kind, source = "images", _source_of(reading, settings)
     encoder = load_encoder(model, int8=int8, batch_size=batch_size)
-    source = str(texts if texts is not None else data)
-    source = str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source
-    description = Description("texts" if texts is not None else "images", model, encoder.identity(), source)
+    left_out = [] if reading is None else list(reading.skipped)
+    description = Description(kind, model, encoder.identity(), *source, left_out)
     with bar(console) as progress:
         task = progress.add_task("embedding", total=len(ids))
-        left_out = embed_to_file(
+        unreadable = embed_to_file(
             encoder,
             rows,
             ids,
@@ -74,18 +78,19 @@ def embed(
             description,
             batch_size=batch_size,
             num_workers=workers,
-            skip=reading.skip,
+            names=names,
+            skip=settings.on_bad_row == "skip",
             restart=restart,
             done=lambda count: progress.advance(task, count),
         )
-    if left_out:
-        console.print(f"{len(left_out)} of {len(ids)} pictures cannot be read and were left out")
-    if data is not None:
-        for row in left_out:
-            reading.leave_out_row(row, UNREADABLE_KIND, ids[row])
-        reading.keep(sorted(set(range(len(ids))) - set(left_out)))
+    if unreadable:
+        console.print(f"{len(unreadable)} of {len(ids)} pictures cannot be read and were left out")
+    if reading is not None:
+        for row in unreadable:
+            reading.leave_out_row(row, UNREADABLE_KIND, reading.place(row))
+        reading.keep(sorted(set(range(len(ids))) - set(unreadable)))
         console.print(Text(f"{data}: {reading.line()}"))
-    console.print(f"{len(ids) - len(left_out)} vectors in {output}", highlight=False)
+    console.print(f"{len(ids) - len(unreadable)} vectors in {output}", highlight=False)
 
 
 def _read_texts(path: Path, encoding: str | None) -> tuple[list[str], list[str]]:
@@ -97,39 +102,42 @@ def _read_texts(path: Path, encoding: str | None) -> tuple[list[str], list[str]]
     return texts, texts
 
 
-def _read_pictures(data: str, split: str | None, reading: Reading) -> tuple[Any, list[str]]:
-    from clipft.data.pictures import picture_endings
-    from clipft.data.splits import TABLE_ENDINGS
-
-    folder = Path(data).expanduser()
-    if (
-        split is None
-        and folder.is_dir()
-        and not any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
-    ):
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in picture_endings())
-        if paths:
-            ids = [str(path.relative_to(folder)) for path in paths]
-            reading.places = [[name] for name in ids]
-            return paths, ids
-        if not any(path.suffix.lower() in (*TABLE_ENDINGS, ".tar") for path in folder.rglob("*")):
-            raise ValueError(f"--data: expected pictures in {folder}, found none")
+def _read_pictures(data: str, settings: DataOptions, id_column: str | None) -> tuple[Any, Reading]:
+    """A row for each that the source has, of ``image`` and ``id``."""
     from clipft.data.sources import read_pairs
+    from clipft.recipes.sources import reading_of
 
-    rows = read_pairs(data, split, reading, "all")
-    return rows, [str(number) for number in range(len(rows))]
+    reading = reading_of(settings)
+    reading.pictures_only, reading.id_column = True, id_column
+    return read_pairs(data, settings.split, reading, "all"), reading
+
+
+def _source_of(reading: Reading, settings: DataOptions) -> tuple[str, dict[str, str] | None]:
+    """Of a description: where the rows are, and how they were read."""
+    path = Path(reading.source).expanduser()
+    how = {
+        "split": reading.split or settings.split,
+        "image_column": settings.image_column,
+        "encoding": settings.encoding,
+        "id_column": reading.id_column,
+    }
+    options = {name: value for name, value in how.items() if value is not None}
+    return str(path.resolve()) if path.exists() else reading.source, options
 
 
 @app.command(epilog=examples('clipft search --index pictures.parquet --model run --text "a red apple" -k 10'))
 @user_errors
 def search(
     *,
-    index: Annotated[Path, typer.Option(help="A file of pictures that clipft embed wrote.")],
+    index: Annotated[Path, typer.Option(help="A file that clipft embed wrote, or a folder of clip-retrieval's.")],
     model: AnyModel,
     text: Annotated[list[str] | None, typer.Option(help="A query in words; repeat for several.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A picture as a query; repeat for several.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Hits of a query.")] = 5,
     output: Annotated[Path | None, typer.Option(help="PNG with the hits' pictures.")] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside-paths", help="Open pictures outside of the folder that was embedded.")
+    ] = False,
     int8: Int8 = False,
 ) -> None:
     """Find the pictures (or texts) of a file that are nearest to words or pictures."""
@@ -146,7 +154,9 @@ def search(
 
     file = VectorFile.read(index)
     encoder = load_encoder(model, int8=int8)
-    if encoder.identity() != file.description.identity:
+    if not file.description.identity:
+        console.print(f"{index} does not say which model its vectors are of: taken for those of {model}")
+    elif encoder.identity() != file.description.identity:
         raise ValueError(
             f"--model: {index} was embedded with {file.description.model}, whose weights or preprocessing differ from "
             f"those of {model}; of an ONNX folder, --int8 chooses the encoders"
@@ -162,7 +172,8 @@ def search(
     ]
     _print_hits(queries, found, console)
     if output is not None:
-        _write_sheet(output, [*(text or ()), *(image or ())], found, file.description.source)
+        pictures = _pictures_of(file.description.source, file.description.options, allow_outside)
+        _write_sheet(output, [*(text or ()), *(image or ())], found, pictures)
         console.print(f"pictures in {output}", highlight=False)
 
 
@@ -174,14 +185,15 @@ def _print_hits(queries: list[str], found: list[list[tuple[str, float]]], consol
         console.print(table)
 
 
-def _write_sheet(path: Path, queries: list[Any], found: list[list[tuple[str, float]]], source: str) -> None:
+def _write_sheet(
+    path: Path, queries: list[Any], found: list[list[tuple[str, float]]], picture: Callable[[str], Any]
+) -> None:
     try:
         from clipft.report.sheet import Row, draw_sheet
     except ImportError as error:
         raise ImportError(f"the sheet needs {error.name}: pip install 'clipft[search]'") from error
     from clipft.data.pictures import open_picture
 
-    picture = _pictures_of(source)
     rows = [
         Row(
             query if isinstance(query, str) else open_picture(query),
@@ -193,22 +205,46 @@ def _write_sheet(path: Path, queries: list[Any], found: list[list[tuple[str, flo
     draw_sheet(path, rows)
 
 
-def _pictures_of(source: str) -> Callable[[str], Any]:
-    """From an id to its picture, or None where that is not to be had any more."""
+def _pictures_of(
+    source: str, options: dict[str, str] | None = None, allow_outside: bool = False
+) -> Callable[[str], Any]:
+    """From an id to its picture, or None where that is not to be had: a file in the folder of the source, or a row that
+    reading the source again (``options``: how) gives that id. Nothing else is opened.
+    """
     from clipft.data.pictures import UNREADABLE, open_picture
+    from clipft.data.splits import existing
 
-    def from_folder(name: str) -> Any:
+    root = existing(source)
+    folder = None if root is None else (root if root.is_dir() else root.parent).resolve()
+    rows: dict[str, Any] = {}
+
+    def picture(name: str) -> Any:
+        path = existing(folder / name) if folder is not None else None
         try:
-            return open_picture(Path(source) / name)
+            if path is not None and path.is_file():
+                inside = allow_outside or (folder is not None and path.resolve().is_relative_to(folder))
+                return open_picture(path) if inside else None
+            if root is not None and not rows:
+                rows.update(_rows_by_id(source, options, allow_outside))
+            dataset, number = rows.get(name, (None, 0))
+            return None if dataset is None else dataset[number]["image"]
         except UNREADABLE:
             return None
 
-    if Path(source).is_dir():
-        return from_folder
-    from clipft import load_pairs
+    return picture
 
+
+def _rows_by_id(source: str, options: dict[str, str] | None, allow_outside: bool) -> dict[str, Any]:
+    """Data set and row by id; a file of version 0.1 has numbers of rows for ids."""
+    from clipft.data.sources import load_pairs
+
+    how: dict[str, Any] = {"allow_outside": allow_outside, "on_bad_row": "skip"}
     try:
-        rows = load_pairs(source)
+        if options is None:
+            dataset: Any = load_pairs(source)
+            return {str(row): (dataset, row) for row in range(len(dataset))}
+        read = {name: value for name, value in options.items() if name in ("split", "image_column", "encoding")}
+        dataset, _ = _read_pictures(source, options_from(DataOptions, how | read), options.get("id_column"))
+        return {name: (dataset, row) for row, name in reversed(list(enumerate(dataset["id"])))}
     except (OSError, ValueError):
-        return lambda name: None
-    return lambda name: rows[int(name)]["image"] if name.isdecimal() and int(name) < len(rows) else None
+        return {}

@@ -17,6 +17,7 @@ __all__ = [
     "CAPTION_COLUMNS",
     "LABEL_COLUMNS",
     "NO_CAPTION",
+    "NO_ID",
     "NO_LABEL",
     "attribute_value",
     "check_attributes",
@@ -35,7 +36,8 @@ LABEL_COLUMNS = ("label", "class")
 _LIST_AS_TEXT = re.compile(r"""\s*[\[(]\s*(['"]).*\1\s*,?\s*[\])]\s*""", re.DOTALL)  # of Python, JSON or numpy
 _WHOLE_FLOAT = re.compile(r"^([+-]?\d+)\.0+$")
 _SHOWN = 200  # characters of a value in a message
-NO_CAPTION, NO_LABEL = "without a caption", "without a label"  # kinds of bad rows
+# kinds of bad rows
+NO_CAPTION, NO_LABEL, NO_ID = "without a caption", "without a label", "without an id"
 
 
 # ---- captions and labels ----
@@ -118,7 +120,9 @@ def checked_attributes(names: Sequence[str]) -> list[str]:
 
 
 def check_attributes(columns: Sequence[str], used: Sequence[str | None], where: str, reading: Reading) -> None:
-    """That the attributes that are asked for are columns, and none that serves another purpose."""
+    """That the attributes that are asked for are columns, and none that serves another purpose; so with ids."""
+    if reading.id_column is not None and reading.id_column not in columns:
+        raise ValueError(f"{where}: id_column: expected one of its columns {list(columns)}, got {reading.id_column!r}")
     rest = [column for column in columns if column not in used]
     wrong = [name for name in reading.attributes if name not in rest]
     if wrong:
@@ -137,8 +141,10 @@ def _usual(columns: Sequence[str], names: Sequence[str]) -> str | None:
     return next((lower[name] for name in names if name in lower), None)
 
 
-def find_columns(columns: Sequence[str], where: str, named: Sequence[str | None]) -> list[str | None]:
-    """The columns of image, caption and label. The image is needed, and one of the others."""
+def find_columns(
+    columns: Sequence[str], where: str, named: Sequence[str | None], pictures_only: bool = False
+) -> list[str | None]:
+    """The columns of image, caption and label. The image is needed and, unless ``pictures_only``, one of the others."""
     found: list[str | None] = []
     usual = (IMAGE_COLUMNS, CAPTION_COLUMNS, LABEL_COLUMNS)
     for argument, name, known in zip(("image_column", "caption_column", "label_column"), named, usual, strict=True):
@@ -151,6 +157,8 @@ def find_columns(columns: Sequence[str], where: str, named: Sequence[str | None]
             f"{where}: expected a column with images ({', '.join(IMAGE_COLUMNS)}), found {list(columns)}; "
             "name it with image_column"
         )
+    if pictures_only:
+        return [image, None, None]
     if caption is None and label is None:
         raise ValueError(
             f"{where}: expected a column with captions ({', '.join(CAPTION_COLUMNS)}) or labels "

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -23,8 +24,9 @@ from clipft.data.samples import TEXT_ENDINGS, Sample, check_text_size, from_samp
 from clipft.data.shards import read_samples
 from clipft.data.slices import Address
 from clipft.data.splits import TABLE_ENDINGS, hidden
-from clipft.data.stored import canonical, read_saved
+from clipft.data.stored import canonical, holds_paths, read_parquet, read_saved
 from clipft.data.table_files import from_files, lists_pictures
+from clipft.data.tables import add_picture, dataset_of_pictures
 
 __all__ = ["Tree", "from_folder", "walk"]
 
@@ -132,6 +134,8 @@ def from_folder(folder: Path, reading: Reading) -> datasets.Dataset:
     if (folder / "state.json").is_file():
         return canonical(read_saved(folder), str(folder), folder, reading)
     tree = walk(folder, reading)
+    if reading.pictures_only and tree.pictures and not (reading.named[0] or reading.id_column):
+        return _from_pictures(tree, reading)
     if metadata := [table for table in tree.tables if table.stem == "metadata"]:
         return _from_tables(metadata, tree, reading)
     if samples := _samples(tree, reading):
@@ -144,9 +148,7 @@ def from_folder(folder: Path, reading: Reading) -> datasets.Dataset:
         _refuse(tree, reading)
         _count(_OTHER, [*tree.pictures, *tree.tables, *tree.texts, *tree.others], reading)
         return from_samples(read_samples(tree.shards, reading), str(folder), reading)
-    elif tree.tables:
-        return _from_tables(tree.tables, tree, reading)
-    return _from_class_folders(tree, reading)
+    return _from_tables(tree.tables, tree, reading) if tree.tables else _from_class_folders(tree, reading)
 
 
 def _count(kind: str, files: Sequence[Path], reading: Reading) -> None:
@@ -173,6 +175,33 @@ def _refuse(tree: Tree, reading: Reading) -> None:
     for _, error in tree.faults:
         with reading.row():
             raise error
+
+
+# ---- pictures alone ----
+
+
+def _from_pictures(tree: Tree, reading: Reading) -> datasets.Dataset:
+    """Each picture; its id is its path in the folder."""
+    if holding := [*tree.shards, *(table for table in tree.tables if _holds_pictures(table, reading))]:
+        raise ValueError(
+            f"{tree.folder}: has pictures, and {holding[0].relative_to(tree.folder)}, which holds pictures too: give "
+            "the one or the other, or move it away"
+        )
+    _refuse(tree, reading)
+    _count("table beside the pictures", tree.tables, reading)
+    _count(_OTHER, [*tree.texts, *tree.others], reading)
+    pictures: dict[str, dict[str, Any]] = {}
+    for picture in tree.pictures:
+        add_picture(pictures, str(picture), str(picture.relative_to(tree.folder)), str(picture))
+    return dataset_of_pictures(pictures, (None, None), str(tree.folder), reading)
+
+
+def _holds_pictures(table: Path, reading: Reading) -> bool:
+    """Whether a table has pictures in it, not beside it."""
+    try:
+        return table.suffix.lower() == ".parquet" and not holds_paths(read_parquet(table), str(table), reading)
+    except ValueError:  # damaged, or without pictures
+        return False
 
 
 # ---- tables ----
@@ -233,6 +262,8 @@ def _sample(picture: Path, texts: Sequence[Path], reading: Reading) -> Sample:
 def _from_class_folders(tree: Tree, reading: Reading) -> datasets.Dataset:
     """A class for each sub-folder, by its name."""
     folder = tree.folder
+    if reading.pictures_only:
+        raise ValueError(f"{folder}: expected pictures in it or below, or tables or shards of them, found none")
     if reading.attributes:
         raise ValueError(f"attribute_columns: {folder} has class folders and no columns; give a table")
     pictures: dict[str, list[Path]] = {name: [] for name in tree.folders}

@@ -42,6 +42,8 @@ class Reading:
         skip: leave bad rows out.
         allow_outside: let paths leave the file's folder.
         attributes: columns kept beside these.
+        pictures_only: rows are pictures with an ``id`` and nothing else, one for each row of the source.
+        id_column: where ids are; default: the picture's path, else ``SOURCE:ROW``.
         source: what is read, as it was given.
         encoding: of text files, where it is not UTF-8.
         split: which split of it was read, if it has several.
@@ -56,6 +58,8 @@ class Reading:
     allow_outside: bool = False
     attributes: Sequence[str] = ()
     encoding: str | None = None
+    pictures_only: bool = False
+    id_column: str | None = None
     source: str = ""
     split: str | None = None
     skipped: list[str] = field(default_factory=list)

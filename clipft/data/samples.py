@@ -8,15 +8,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 import datasets
 
 from clipft.data.columns import CAPTION_COLUMNS, LABEL_COLUMNS, NO_LABEL
 from clipft.data.pictures import picture_endings
 from clipft.data.reading import NO_FILE, BadRowError, Reading
-from clipft.data.slices import Address
-from clipft.data.tables import add_row, dataset_of_pictures
+from clipft.data.slices import Address, shard_of
+from clipft.data.tables import add_picture, add_row, dataset_of_pictures
 from clipft.data.text_tables import BROKEN, check_line, decoded
 
 __all__ = ["TEXT_ENDINGS", "Sample", "check_text_size", "from_samples"]
@@ -74,7 +76,9 @@ def from_samples(samples: Sequence[Sample], where: str, reading: Reading) -> dat
                 raise sample.fault
             rows += [(place, _row(files, sample.said, place, reading)) for place, files in _parts(sample, reading)]
     present = [name if any(row[name] is not None for _, row in rows) else None for name in ("caption", "label")]
-    if rows and present == [None, None]:
+    if reading.pictures_only:
+        present = [None, None]
+    elif rows and present == [None, None]:
         raise ValueError(
             f"{where}: expected captions (.txt, .caption, or {', '.join(CAPTION_COLUMNS)} in .json) or labels (.cls), "
             f"found none in {len(rows)} samples; name them with caption_column or label_column"
@@ -85,6 +89,9 @@ def from_samples(samples: Sequence[Sample], where: str, reading: Reading) -> dat
             if row["image"] is None:
                 found = ", ".join(row["files"]) or "none"
                 raise BadRowError(place, f"expected a picture (.jpg, .png, .webp, ...), found {found}", NO_FILE)
+            if reading.pictures_only:
+                add_picture(pictures, row["image"], row["id"], place)
+                continue
             if present[1] and row["label"] is None:
                 raise BadRowError(place, "expected a label, found none", NO_LABEL)
             add_row(pictures, row["image"], row, present, place, reading.attributes)
@@ -118,13 +125,24 @@ def _row(files: Mapping[str, str], said: Mapping[str, Any], place: str, reading:
     image, caption, label = reading.named
     addresses = {ending: file for ending, file in files.items() if isinstance(file, Address)}
     values = {**said, **{ending: file for ending, file in files.items() if ending not in addresses}}
+    picture = _found(addresses, [image] if image else _picture_endings())
     return {
-        "image": _found(addresses, [image] if image else _picture_endings()),
+        "image": picture,
+        "id": values.get(reading.id_column) if reading.id_column else picture and _path_of(picture, place),
         "caption": _found(values, [caption] if caption else _CAPTIONS),
         "label": _found(values, [label] if label else _LABELS),
         "files": list(files),
         **{name: values.get(name) for name in reading.attributes},
     }
+
+
+def _path_of(picture: Address, place: str) -> str:
+    """A picture's path; of one in a shard the shard's name and its own there."""
+    shard = shard_of(picture)
+    if shard is None:
+        return str(picture)
+    key = place.rpartition(", ")[2]
+    return str(PurePosixPath(shard.name, key).parent / unquote(picture.rpartition("/")[2]))
 
 
 def _found(values: Mapping[str, Any], names: Sequence[str]) -> Any:

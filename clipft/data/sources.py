@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 
 from clipft.data.columns import checked_attributes
-from clipft.data.folders import from_folder
+from clipft.data.folders import from_folder, walk
 from clipft.data.pictures import EncodedPicture, UnreadablePictureError, limit_pixels, naming, to_rgb
 from clipft.data.reading import UNREADABLE_KIND, Reading
 from clipft.data.rows import read_stored, stored_pictures
@@ -130,7 +130,8 @@ def _read(source: str | Path, split: str | None, reading: Reading, purpose: str)
         return _by_name(str(source), split, reading, purpose)
     if not path.is_dir():
         check_file(path)
-    parts = sources_of_splits(path) if path.is_dir() else None
+    all_pictures = reading.pictures_only and split is None and path.is_dir() and walk(path, Reading()).pictures
+    parts = sources_of_splits(path) if path.is_dir() and not all_pictures else None
     if parts is None:
         if split not in (None, "train"):
             raise ValueError(f"split: {source} has no splits, got {split!r}")

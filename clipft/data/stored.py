@@ -19,6 +19,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from clipft.data.columns import (
+    NO_ID,
     NO_LABEL,
     attribute_value,
     check_attributes,
@@ -86,7 +87,7 @@ def read_saved(folder: Path) -> datasets.Dataset:
 
 def holds_paths(dataset: datasets.Dataset, where: str, reading: Reading) -> bool:
     """Whether the column of images has their paths as text."""
-    image = cast(str, find_columns(dataset.column_names, where, reading.named)[0])
+    image = cast(str, find_columns(dataset.column_names, where, reading.named, reading.pictures_only)[0])
     return getattr(dataset.features[image], "dtype", None) in _PATHS
 
 
@@ -102,12 +103,15 @@ def canonical(
     """
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(f"{where}: expected one split with a length, got {type(dataset).__name__}")
-    columns = find_columns(dataset.column_names, where, reading.named)
+    columns = find_columns(dataset.column_names, where, reading.named, reading.pictures_only)
     names = {column: name for column, name in zip(columns, ("image", "caption", "label"), strict=True) if column}
     check_attributes(dataset.column_names, columns, where, reading)
+    named = list(dataset[reading.id_column]) if reading.id_column is not None else None
     dataset = dataset.select_columns([*names, *reading.attributes])
     dataset = dataset.rename_columns({column: name for column, name in names.items() if column != name})
     reading.places = [[place] for place in places or (f"{where}, row {number}" for number in range(len(dataset)))]
+    if reading.pictures_only:
+        dataset = dataset.add_column("id", _ids(dataset, named, reading))
     good, images, labels = _checked_rows(dataset, where, folder, reading)
     if len(good) < len(dataset):
         dataset = select_rows(dataset, good, reading)
@@ -121,6 +125,15 @@ def canonical(
     if images is None:
         return dataset.cast_column("image", Picture())
     return dataset.remove_columns("image").add_column("image", images, feature=Picture())
+
+
+def _ids(dataset: datasets.Dataset, named: list[Any] | None, reading: Reading) -> list[str]:
+    """Of the rows: what their column says, "" if nothing; else their pictures' paths, else their places."""
+    if named is not None:
+        return [attribute_value(value) or "" for value in named]
+    stored = dataset.cast_column("image", datasets.Image(decode=False)).data.column("image")
+    paths = pyarrow.compute.struct_field(stored, "path").to_pylist()
+    return [path or ":".join(reading.place(row).rsplit(", row ", 1)) for row, path in enumerate(paths)]
 
 
 def select_rows(dataset: datasets.Dataset, rows: list[int], reading: Reading) -> datasets.Dataset:
@@ -147,9 +160,12 @@ def _checked_rows(
     own = dataset.features.get("label")
     classes = own.names if isinstance(own, datasets.ClassLabel) else None
     good, names = [], []
+    ids = list(dataset["id"]) if reading.pictures_only else None
     for number in range(len(dataset)):
         with reading.row():
             place = reading.place(number)
+            if ids is not None and not ids[number]:
+                raise BadRowError(place, f"expected an id in column {reading.id_column!r}, found none", NO_ID)
             if captions is not None:
                 checked_captions(captions[number], place)
             name = None if labels is None else _checked_label(labels[number], classes, place)

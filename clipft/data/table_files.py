@@ -55,7 +55,7 @@ def lists_pictures(table: Path, reading: Reading) -> bool:
     try:
         rows = _rows_of(table, Reading(encoding=reading.encoding, skip=True))
         names = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0][1]) if rows else []
-        find_columns(names, str(table), reading.named)
+        find_columns(names, str(table), reading.named, reading.pictures_only)
     except (ValueError, OSError):
         return False
     return True

@@ -14,6 +14,7 @@ from typing import Any, cast
 import datasets
 
 from clipft.data.columns import (
+    NO_ID,
     attribute_value,
     check_attributes,
     checked_captions,
@@ -27,7 +28,7 @@ from clipft.data.rows import Picture
 from clipft.data.slices import shard_of
 from clipft.data.splits import existing
 
-__all__ = ["add_row", "dataset_of_pictures", "from_table_rows", "safe_path"]
+__all__ = ["add_picture", "add_row", "dataset_of_pictures", "from_table_rows", "safe_path"]
 
 
 def from_table_rows(rows: list[tuple[Path, int, dict[str, Any]]], where: str, reading: Reading) -> datasets.Dataset:
@@ -35,7 +36,7 @@ def from_table_rows(rows: list[tuple[Path, int, dict[str, Any]]], where: str, re
     if not rows:
         raise ValueError(f"{where}: expected at least one row, found none")
     first, keys = rows[0][1], rows[0][2].keys()
-    names = find_columns(list(keys), where, reading.named)
+    names = find_columns(list(keys), where, reading.named, reading.pictures_only)
     check_attributes(list(keys), names, where, reading)
     pictures: dict[str, dict[str, Any]] = {}
     for path, number, row in rows:
@@ -44,7 +45,10 @@ def from_table_rows(rows: list[tuple[Path, int, dict[str, Any]]], where: str, re
             if row.keys() != keys:
                 raise ValueError(f"{place}: expected the keys of row {first}, {sorted(keys)}, got {sorted(row)}")
             image = safe_path(row[cast(str, names[0])], path.parent, place, reading)
-            add_row(pictures, image, row, names[1:], place, reading.attributes)
+            if reading.pictures_only:
+                add_picture(pictures, image, row.get(reading.id_column or str(names[0])), place)
+            else:
+                add_row(pictures, image, row, names[1:], place, reading.attributes)
     return dataset_of_pictures(pictures, names[1:], where, reading)
 
 
@@ -71,21 +75,32 @@ def add_row(
         if None not in (earlier, value) and earlier != value:
             raise ValueError(f"{where}: expected {name} of an earlier row with this image, {earlier!r}, got {value!r}")
         values[name] = earlier if value is None else value
-    picture = pictures.setdefault(image, {"captions": [], "places": [], "label": own})
+    picture = pictures.setdefault(image, {"image": image, "captions": [], "places": [], "label": own})
     picture["captions"] += captions
     picture["places"].append(where)
     picture["attributes"] = values
 
 
+def add_picture(pictures: dict[str, dict[str, Any]], image: str, name: Any, where: str) -> None:
+    """Add a row that is the picture alone, with an id, whatever others have the same."""
+    own = attribute_value(name)
+    if own is None:
+        raise BadRowError(where, f"expected an id, got {name!r}", NO_ID)
+    pictures[str(len(pictures))] = {"image": image, "id": own, "places": [where]}
+
+
 def dataset_of_pictures(
     pictures: dict[str, dict[str, Any]], names: Sequence[str | None], where: str, reading: Reading
 ) -> datasets.Dataset:
-    """The data set of pictures by path or address."""
+    """The data set of pictures that were added."""
     if not pictures:
         raise ValueError(f"{where}: expected at least one row that can be used, found none")
     caption, label = names
-    columns: dict[str, list[Any]] = {"image": list(pictures)}
+    columns: dict[str, list[Any]] = {"image": [picture["image"] for picture in pictures.values()]}
     features: dict[str, Any] = {"image": Picture()}
+    if reading.pictures_only:
+        columns["id"] = [picture["id"] for picture in pictures.values()]
+        features["id"] = datasets.Value("string")
     if caption:
         columns["caption"] = [picture["captions"] for picture in pictures.values()]
         features["caption"] = datasets.List(datasets.Value("string"))

@@ -41,6 +41,7 @@ __all__ = [
     "encode_pictures",
     "encoder_of",
     "evaluating",
+    "finite",
     "load_encoder",
     "unified",
 ]
@@ -84,7 +85,7 @@ def embed(
         [N, D] float32 on the CPU, L2-normalised, in the order given.
 
     Raises:
-        ValueError: both or none of ``images`` and ``texts``, or a picture that cannot be read.
+        ValueError: both or none of ``images`` and ``texts``, a picture that cannot be read, or a model that gives NaN.
         TypeError: a single string or picture where several are expected.
     """
     if (images is None) == (texts is None):
@@ -93,7 +94,7 @@ def embed(
     if texts is not None:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
-        return torch.from_numpy(encoder.texts(list(texts)))
+        return torch.from_numpy(finite(encoder.texts(list(texts)), texts))
     if isinstance(images, (str, bytes, Path, Image.Image)) or not hasattr(images, "__getitem__"):
         raise TypeError(f"images: expected several pictures, paths or a data set, got {type(images).__name__}")
     parts = [rows for rows, _ in encode_pictures(encoder, images, batch_size, num_workers, progress=progress)]
@@ -203,17 +204,42 @@ def encode_pictures(
     *,
     names: Sequence[str] | None = None,
     skip: bool = False,
+    batches: Sequence[Sequence[int]] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Array, list[bool]]]:
-    """Batch by batch: vectors of the pictures that could be read, and which those were. ``names`` are for errors."""
+    """Batch by batch: vectors of the pictures that could be read, and which those were. ``names`` are for errors;
+    ``batches`` are the rows of each, default: all in their order. One pool of workers reads for all of them.
+
+    Raises:
+        ValueError: a picture cannot be read, and not ``skip``; or the model gives NaN.
+    """
     rows = _Pixels(encoder.transform, pictures, names, skip)
-    loader = DataLoader(rows, batch_size, num_workers=num_workers, collate_fn=list)
-    for batch in progress(loader) if progress else loader:
+    if batches is None:
+        batches = [range(len(rows))[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    loader = DataLoader(rows, batch_sampler=batches, num_workers=num_workers, collate_fn=list)  # type: ignore[arg-type]
+    for numbers, batch in zip(batches, progress(loader) if progress else loader, strict=True):
         good = [pixels is not None for pixels in batch]
         if any(good):
-            yield encoder.images([pixels for pixels in batch if pixels is not None]), good
+            vectors = encoder.images([pixels for pixels in batch if pixels is not None])
+            kept = [number for number, own in zip(numbers, good, strict=True) if own]
+            yield finite(vectors, [names[number] if names else f"row {number}" for number in kept]), good
         else:
             yield np.empty((0, 0), np.float32), good
+
+
+def finite(vectors: Array, names: Sequence[str]) -> Array:
+    """The vectors [N, D] that a model gave for N pictures or texts.
+
+    Raises:
+        ValueError: NaN or Inf among them.
+    """
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"{names[bad[0]]}: the model gives NaN or Inf for it and {len(bad) - 1} more of {len(names)}: a training "
+            "that diverged, or half precision that overflows"
+        )
+    return vectors
 
 
 # ---- embeddings ----

@@ -2,16 +2,18 @@
 
 A file is Parquet (columns ``id`` and ``embedding``) or ``.npy`` with the ids in ``NAME.npy.json`` beside it; either way
 with a description: which model, of what. ``embed_to_file`` works in shards in a folder beside the file, each of which
-appears whole, so that it goes on after an interruption where it was; the file itself appears when all is done.
+appears whole, so that it goes on after an interruption where it was; the file itself appears when all is done. Folders
+of ``img_emb_0.npy`` and the like, as clip-retrieval writes them, are read too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,14 +24,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipft.data.rows import stored_pictures
+from clipft.data.slices import shard_of
 from clipft.files import check_set, drop_link, empty, locked, replace_set, settle, write_json, writing
-from clipft.inference.encode import Encoder, encode_pictures
+from clipft.inference.encode import Encoder, encode_pictures, finite
 
 __all__ = ["Description", "VectorFile", "embed_to_file", "search"]
 
 Array = NDArray[np.float32]
 SHARD = 256  # rows
 _KEY = b"clipft"
+_NAMES = ("id", "image_path", "key", "url", "caption")  # columns of others' metadata, the first that is there
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Description:
     model: str
     identity: str  # of the model's weights and preprocessing
     source: str  # where the pictures are
+    options: dict[str, str] | None = None  # how that was read: split, columns, encoding
+    left_out: list[str] = field(default_factory=list)  # rows of it that are not in the file
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,20 @@ class VectorFile:
 
     @staticmethod
     def read(path: Path) -> VectorFile:
-        """Raises FileNotFoundError, or ValueError where it is no such file or a damaged one."""
+        """A file that clipft wrote, or a folder of clip-retrieval's, with the ids of its metadata, else FILE:ROW.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: it is something else, or damaged.
+        """
+        if path.is_dir():
+            return _read_folder(path)
         settle(path.parent, path.name)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: there is no such file; clipft embed writes one")
         try:
-            return _read_npy(path) if _suffix(path) == ".npy" else _read_parquet(path)
-        except (pa.ArrowException, KeyError, TypeError, json.JSONDecodeError, EOFError, ValueError) as error:
+            file = _read_npy(path) if _suffix(path) == ".npy" else _read_parquet(path)
+            return replace(file, vectors=_matrix("vectors", file.vectors))
+        except (pa.ArrowException, KeyError, TypeError, RecursionError, ValueError) as error:
             raise ValueError(f"{path}: expected a file that clipft embed wrote ({error})") from error
 
     def write(self, path: Path) -> None:
@@ -81,21 +95,104 @@ class VectorFile:
 
 def _read_parquet(path: Path) -> VectorFile:
     table = pq.read_table(path)
-    vectors = table.column("embedding").combine_chunks()
-    matrix = vectors.flatten().to_numpy().reshape(len(vectors), vectors.type.list_size)
-    description = Description(**json.loads((table.schema.metadata or {})[_KEY]))
-    return VectorFile(table.column("id").to_pylist(), matrix, description)
+    description = _description(json.loads((table.schema.metadata or {})[_KEY]))
+    return VectorFile(_checked_ids(table.column("id").to_pylist()), _rows_of(table.column("embedding")), description)
+
+
+def _rows_of(column: pa.ChunkedArray) -> Array:
+    """[N, D] of a column of lists of one length."""
+    lists = column.combine_chunks()
+    if not pa.types.is_fixed_size_list(lists.type) or not pa.types.is_floating(lists.type.value_type):
+        raise ValueError(f"expected vectors in column 'embedding', got {lists.type}")
+    if lists.null_count or lists.flatten().null_count:
+        raise ValueError("expected vectors in column 'embedding', some are missing")
+    return cast(Array, lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size))
 
 
 def _read_npy(path: Path) -> VectorFile:
-    vectors = np.load(path, allow_pickle=False)
+    if not _sidecar(path).is_file():
+        raise ValueError(f"there is no {_sidecar(path).name} beside it; of vectors that others wrote, give the folder")
+    vectors = _load_npy(path)
     beside = json.loads(_sidecar(path).read_text(encoding="utf-8"))
-    ids = beside.pop("ids")
+    ids = _checked_ids(beside.pop("ids"))
     if beside.pop("files", None) is not None:
         check_set(path.parent, _sidecar(path).name)
-    if vectors.ndim != 2 or len(ids) != len(vectors):
+    if len(ids) != len(vectors):
         raise ValueError(f"{len(ids)} ids for an array of shape {list(vectors.shape)}")
-    return VectorFile(ids, vectors, Description(**beside))
+    return VectorFile(ids, vectors, _description(beside))
+
+
+def _load_npy(path: Path) -> Array:
+    """[N, D] float32; what the header says is held against the size before anything is allocated.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = header(file)
+        if len(shape) != 2 or dtype.kind != "f":
+            raise ValueError(f"expected vectors [N, D], got shape {list(shape)} of {dtype}")
+        if shape[0] * shape[1] * dtype.itemsize != path.stat().st_size - file.tell():
+            raise ValueError(f"{path.name}: {path.stat().st_size} bytes are no array of shape {list(shape)}")
+        values = np.fromfile(file, dtype)
+    return cast(Array, values.reshape(shape, order="F" if by_columns else "C").astype(np.float32, copy=False))
+
+
+def _checked_ids(ids: Any) -> list[str]:
+    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+        raise ValueError("expected ids that are texts")
+    return ids
+
+
+def _description(values: Any) -> Description:
+    found = Description(**values)
+    texts = [found.kind, found.model, found.identity, found.source, *found.left_out]
+    options = {} if found.options is None else found.options
+    if not all(isinstance(text, str) for text in [*texts, *options, *options.values()]):
+        raise ValueError("expected a description of texts")
+    return found
+
+
+def _read_folder(folder: Path) -> VectorFile:
+    """clip-retrieval's: ``img_emb/img_emb_0.npy`` (or ``text_emb``), ``metadata/metadata_0.parquet`` beside."""
+    own = next((folder / name for name in ("img_emb", "text_emb") if (folder / name).is_dir()), folder)
+    files = sorted(own.glob("*.npy"), key=lambda path: (_number_of(path), path.name))
+    if not files:
+        raise ValueError(f"{folder}: expected .npy files in it or in its img_emb, found none")
+    ids: list[str] = []
+    parts = []
+    for file in files:
+        try:
+            parts.append(_matrix("vectors", _load_npy(file)))
+            ids += _ids_beside(file, len(parts[-1]))
+            if parts[-1].shape[1] != parts[0].shape[1]:
+                raise ValueError(f"expected {parts[0].shape[1]} dimensions as before, got {parts[-1].shape[1]}")
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise ValueError(f"{file}: expected an array of vectors ({error})") from error
+    vectors = np.concatenate(parts)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    kind = "texts" if own.name == "text_emb" else "images"
+    return VectorFile(ids, vectors, Description(kind, "", "", str(folder.resolve())))
+
+
+def _number_of(path: Path) -> int:
+    found = re.search(r"(\d+)$", path.stem)
+    return int(found[1]) if found else -1
+
+
+def _ids_beside(file: Path, rows: int) -> list[str]:
+    """What the metadata calls the rows of a file of vectors."""
+    found = re.search(r"\d+$", file.stem)
+    metadata = file.parent.parent / "metadata" / f"metadata_{found[0] if found else ''}.parquet"
+    if not metadata.is_file():
+        return [f"{file.name}:{row}" for row in range(rows)]
+    table = pq.read_table(metadata)
+    column = next((name for name in _NAMES if name in table.column_names), None)
+    if len(table) != rows or column is None:
+        raise ValueError(f"{metadata.name} has {len(table)} rows for {rows} vectors, of {table.column_names}")
+    return [str(name) for name in table.column(column).to_pylist()]
 
 
 def _suffix(path: Path) -> str:
@@ -120,6 +217,7 @@ def embed_to_file(
     *,
     batch_size: int = 64,
     num_workers: int = 0,
+    names: Sequence[str] | None = None,
     skip: bool = False,
     restart: bool = False,
     done: Callable[[int], object] = lambda count: None,
@@ -127,6 +225,8 @@ def embed_to_file(
     """Write the vectors of ``rows`` (a list of texts or of paths, or a data set with the column ``image``) to ``path``.
 
     Args:
+        ids: of the rows; several may have the same.
+        names: what errors call the rows; default: their ids.
         skip: leave pictures out that cannot be read, instead of an error.
         restart: forget what an earlier, interrupted run left.
         done: called with a number of rows whenever so many more are.
@@ -135,7 +235,8 @@ def embed_to_file(
         The numbers of the rows left out.
 
     Raises:
-        ValueError: an interrupted run of other rows or another model left its shards beside ``path``.
+        ValueError: an interrupted run of other rows, pictures or another model left its shards beside ``path``, or the
+            model gives NaN.
         BlockingIOError: another process is writing the same file.
     """
     _suffix(path)
@@ -144,20 +245,42 @@ def embed_to_file(
     with locked(parts):
         if restart:
             empty(parts)
-        _claim_shards(parts, {**asdict(description), "rows": len(ids), "ids": _digest_of(ids)})
+        work = {"rows": len(ids), "ids": _digest_of(ids), "pictures": _digest_of(_states(rows, description.kind))}
+        _claim_shards(parts, {**asdict(description), **work})
         run = _Run(batch_size, num_workers, skip, done)
-        vectors = _join_shards(list(_shards(encoder, rows, ids, parts, description.kind, run)))
+        names = ids if names is None else names
+        vectors = _join_shards(list(_shards(encoder, rows, names, parts, description.kind, run)))
         good: Any = ~np.isnan(vectors).all(axis=1)
         if not good.any():
             raise ValueError(f"{description.source}: expected at least one row that can be read, found none")
         kept = [name for name, own in zip(ids, good.tolist(), strict=True) if own]
-        VectorFile(kept, vectors[good], description).write(path)
+        left_out = [name for name, own in zip(names, good.tolist(), strict=True) if not own]
+        described = replace(description, left_out=[*description.left_out, *left_out])
+        VectorFile(kept, vectors[good], described).write(path)
         shutil.rmtree(parts)
     return [row for row, own in enumerate(good.tolist()) if not own]
 
 
-def _digest_of(ids: Sequence[str]) -> str:
-    return hashlib.blake2b("\0".join(ids).encode(), digest_size=16).hexdigest()
+def _digest_of(texts: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        digest.update(text.encode(errors="surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+def _states(rows: Any, kind: str) -> Iterator[str]:
+    """What tells that a picture is another by now: a digest of it, or the size and time of its file."""
+    if kind == "texts":
+        return
+    stored = stored_pictures(rows)
+    for image in rows if stored is None else stored["image"]:
+        image = image if isinstance(image, dict) else {"bytes": None, "path": image}  # noqa: PLW2901
+        if image["bytes"] is not None:
+            yield hashlib.blake2b(image["bytes"], digest_size=16).hexdigest()
+        elif isinstance(image["path"], (str, Path)):
+            file = Path(shard_of(str(image["path"])) or image["path"])
+            state = file.stat() if file.is_file() else None
+            yield f"{image['path']} {state and (state.st_size, state.st_mtime_ns)}"
 
 
 def _claim_shards(parts: Path, work: dict[str, Any]) -> None:
@@ -185,33 +308,46 @@ class _Run:
     done: Callable[[int], object]
 
 
-def _shards(encoder: Encoder, rows: Any, ids: Sequence[str], parts: Path, kind: str, run: _Run) -> Iterator[Path]:
+def _shards(encoder: Encoder, rows: Any, names: Sequence[str], parts: Path, kind: str, run: _Run) -> Iterator[Path]:
     """Those that an earlier run left, and those that are still to be written."""
-    for number, start in enumerate(range(0, len(ids), SHARD)):
-        shard, chosen = parts / f"{number:06d}.npy", slice(start, start + SHARD)
-        if shard.exists():
-            run.done(len(ids[chosen]))
-        else:
-            part = rows[chosen] if isinstance(rows, list) else rows.select(range(len(ids))[chosen])
-            encoded = _encode(encoder, part, ids[chosen], kind, run)
+    starts = range(0, len(names), SHARD)
+    shards = {parts / f"{n:06d}.npy": range(len(names))[start : start + SHARD] for n, start in enumerate(starts)}
+    missing = {shard: chosen for shard, chosen in shards.items() if not shard.exists()}
+    encoded = _encode(encoder, rows, names, list(missing.values()), kind, run)
+    for shard, chosen in shards.items():
+        if shard in missing:
+            vectors = _collect(encoded, len(chosen), run)
             with writing(shard) as staged:
-                np.save(staged, encoded)
+                np.save(staged, vectors)
+        else:
+            run.done(len(chosen))
         yield shard
 
 
-def _encode(encoder: Encoder, rows: Any, names: Sequence[str], kind: str, run: _Run) -> Array:
-    """[rows, D]; NaN for what was left out."""
+def _encode(
+    encoder: Encoder, rows: Any, names: Sequence[str], parts: Sequence[range], kind: str, run: _Run
+) -> Iterator[tuple[Array, list[bool]]]:
+    """Vectors, and which rows they are of, batch by batch; no batch is of two parts."""
     if kind == "texts":
-        vectors = encoder.texts(rows)
-        run.done(len(rows))
-        return vectors
+        for part in parts:
+            texts = rows[part.start : part.stop]
+            yield finite(encoder.texts(texts), texts), [True] * len(texts)
+        return
+    size = run.batch_size
+    batches = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+    yield from encode_pictures(encoder, rows, size, run.num_workers, names=names, skip=run.skip, batches=batches)
+
+
+def _collect(encoded: Iterator[tuple[Array, list[bool]]], rows: int, run: _Run) -> Array:
+    """The next so many, [rows, D]; NaN for what was left out."""
     found: list[Array] = []
     good: list[bool] = []
-    for vectors, own in encode_pictures(encoder, rows, run.batch_size, run.num_workers, names=names, skip=run.skip):
+    while len(good) < rows:
+        vectors, own = next(encoded)
         found += [vectors] if len(vectors) else []
         good += own
         run.done(len(own))
-    result = np.full((len(names), found[0].shape[1] if found else 1), np.nan, np.float32)
+    result = np.full((rows, found[0].shape[1] if found else 1), np.nan, np.float32)
     if found:
         result[np.array(good)] = np.concatenate(found)
     return result

@@ -180,7 +180,7 @@ def test_a_table_and_texts(base: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
     (tmp_path / "words.txt").write_text("a red square\n\na blue bar\n")
     ok("embed", "--model", base, "--data", tmp_path / "pairs.jsonl", "--output", tmp_path / "a.parquet")
-    assert pq.read_table(tmp_path / "a.parquet").column("id").to_pylist() == list("012345")
+    assert pq.read_table(tmp_path / "a.parquet").column("id").to_pylist() == [f"{n}.png" for n in range(6)]
     queries = ["--text", "a red square", "--text", "two", "-k", 2, "--output", tmp_path / "s.png"]
     output = ok("search", "--index", tmp_path / "a.parquet", "--model", base, *queries)
     assert "a red square" in output and "two" in output and (tmp_path / "s.png").stat().st_size > 5000
