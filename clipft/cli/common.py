@@ -99,18 +99,22 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):  # one that was killed
+            if not (message := _one_line(error)):
                 raise
-            PlainConsole(stderr=True).print(
-                Text.assemble(("error: ", "red"), shown(_as_options(_one_line(error), own)))
-            )
+            PlainConsole(stderr=True).print(Text.assemble(("error: ", "red"), shown(_as_options(message, own))))
             raise typer.Exit(2) from error
 
     return guarded
 
 
 def _one_line(error: Exception) -> str:
-    """The message; of an error in a loader's process, where torch adds the traceback to the message, the last line."""
+    """The message; of an error in a loader's process, where torch adds the traceback to the message, the last line.
+    Of a RuntimeError nothing, unless it is about such a process that was killed.
+    """
+    if isinstance(error, RuntimeError):
+        from clipft.training.faults import worker_death
+
+        return worker_death(error)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
         return lines[-1].partition(": ")[2]

@@ -17,7 +17,7 @@ from torch.utils.data._utils import signal_handling
 
 from clipft.files import write_json
 
-__all__ = ["NON_FINITE", "all_finite", "non_finite_message", "worker_deaths"]
+__all__ = ["NON_FINITE", "all_finite", "non_finite_message", "worker_death", "worker_deaths"]
 
 NON_FINITE = "non_finite.json"
 _SHOWN = 8  # rows in a message
@@ -88,6 +88,16 @@ def _rows_of_step(trainer: Any) -> Iterator[tuple[int, list[str]]]:
     return ((key[1], loader.dataset[key[1]].get("captions", [])) for keys in batches for key in keys)
 
 
+def worker_death(error: RuntimeError) -> str:
+    """Of an error that torch raises over a loader's process that was killed: a sentence that helps; else nothing."""
+    if _DEATH not in str(error):
+        return ""
+    return (
+        f"a process that loads pictures has died ({str(error).strip()}), most often for want of memory: take fewer "
+        "workers, or smaller pictures"
+    )
+
+
 @contextmanager
 def worker_deaths(kept: Callable[[], str]) -> Iterator[Callable[[], None]]:
     """A process of the loader that was killed, in words that help. Yields a check, to be called between steps: raises
@@ -103,12 +113,9 @@ def worker_deaths(kept: Callable[[], str]) -> Iterator[Callable[[], None]]:
         with _noted(died):
             yield check
     except RuntimeError as error:
-        if _DEATH not in str(error):
+        if not (said := worker_death(error)):
             raise
-        raise ChildProcessError(
-            f"a process that loads pictures has died ({str(error).strip()}), most often for want of memory: take "
-            f"fewer workers, or smaller pictures; {kept()}"
-        ) from error
+        raise ChildProcessError(f"{said}; {kept()}") from error
 
 
 @contextmanager
@@ -127,7 +134,7 @@ def _noted(died: list[RuntimeError]) -> Iterator[None]:
         try:
             torchs(number, frame)
         except RuntimeError as error:
-            if _DEATH not in str(error):
+            if not worker_death(error):
                 raise
             died.append(error)
 
