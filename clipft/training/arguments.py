@@ -15,7 +15,7 @@ from clipft.families.registry import base_model, family_of
 from clipft.training.fsdp import check_version
 from clipft.training.head_losses import HEAD_LOSSES
 
-__all__ = ["CLIPTrainingArguments", "check_arguments", "check_loss", "default_learning_rate", "loss_of"]
+__all__ = ["CLIPTrainingArguments", "check_arguments", "check_loss", "default_learning_rate", "loss_of", "objective_of"]
 
 _HEADS = ("none", "text")
 _BASE_SIZE = 150e6  # parameters of ViT-B/32
@@ -176,6 +176,17 @@ def _greater_is_better(args: CLIPTrainingArguments) -> bool | None:
     """As given; of a rank the least is best, as Trainer has it for losses."""
     of_rank = args.greater_is_better is None and (args.metric_for_best_model or "").endswith("rank")
     return False if of_rank else args.greater_is_better
+
+
+def objective_of(args: CLIPTrainingArguments, direction: str, metrics: dict[str, float]) -> float:
+    """What a search for hyper-parameters goes by where it names nothing: ``metric_for_best_model``, else the loss where
+    it minimises, and where it maximises the sum of the metrics of which more is better.
+    """
+    if args.metric_for_best_model or direction == "minimize":
+        name = args.metric_for_best_model or "loss"
+        return metrics[name if name.startswith("eval_") else f"eval_{name}"]
+    others = ("loss", "rank", "_runtime", "_per_second", "_time", "epoch")
+    return sum(value for name, value in metrics.items() if not name.endswith(others))
 
 
 def _check_heads(args: CLIPTrainingArguments) -> None:

@@ -1,5 +1,5 @@
-"""float32 masters of what trains; and what mixed precision gains on this machine, measured: bfloat16 without
-instructions for it is slower than float32.
+"""float32 masters of what trains; what mixed precision gains on this machine, measured: bfloat16 without instructions
+for it is slower than float32; and cuDNN's choice of kernels.
 """
 
 from __future__ import annotations
@@ -7,12 +7,14 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["bf16_speedup", "fastest_precision", "hold_masters", "wide_copy"]
+__all__ = ["bf16_speedup", "cudnn_benchmark", "fastest_precision", "hold_masters", "wide_copy"]
 
 _logger = logging.getLogger(__name__)
 _ROWS, _IN, _OUT = 512, 768, 768  # of a linear layer as in ViT-B, forward and backward
@@ -65,3 +67,14 @@ def _step(device: str, autocast: bool) -> float:
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds[-1]
+
+
+@contextmanager
+def cudnn_benchmark(value: bool) -> Iterator[None]:
+    """Whether cuDNN times its kernels, within."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = value
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -9,8 +9,8 @@ index); a checkpoint appears under its name when whole.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,14 +29,14 @@ from clipft.families.registry import base_model, family_of
 from clipft.inference.encode import embed_texts, unified
 from clipft.models.fusing import fuse
 from clipft.models.heads import heads_of
-from clipft.training.arguments import CLIPTrainingArguments, check_arguments, check_loss, loss_of
+from clipft.training.arguments import CLIPTrainingArguments, check_arguments, check_loss, loss_of, objective_of
 from clipft.training.auto_batch import fitting_chunk
 from clipft.training.checkpoints import check_checkpoint, kept_checkpoints, last_checkpoint
 from clipft.training.faults import all_finite, non_finite_message, worker_deaths
 from clipft.training.fsdp import as_saved, check_enabled, gather_for_features, make_shardable
 from clipft.training.grad_cache import cached_backward, chunks
 from clipft.training.head_training import HeadTraining
-from clipft.training.precision import bf16_speedup, hold_masters
+from clipft.training.precision import bf16_speedup, cudnn_benchmark, hold_masters
 from clipft.training.regularizers import StartingPoint
 from clipft.training.row_loading import RowLoading, own_collator
 from clipft.training.schedules import GradualUnfreezing, WeightAverage, split_by_depth
@@ -196,7 +196,7 @@ class CLIPTrainer(RowLoading):
         if not group:
             return loss
         waited_for = 0.0 * sum(scalar.sum() for scalar in scalars)  # DDP waits for every parameter's gradient
-        return (loss + waited_for) / self.args.world_size
+        return _scale_gradient(loss + waited_for, 1 / self.args.world_size)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; with ``grad_cache_chunk_size`` the towers see the batch in chunks, and ``l2_sp`` and
@@ -355,6 +355,16 @@ class CLIPTrainer(RowLoading):
             known |= {text: len(captions) + place for place, text in enumerate(rest)}
         return retrieval_metrics(image_embeds, first_embeds[[known[text] for text in texts]], texts_of)
 
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in Trainer; by default by ``metric_for_best_model``, else by the loss or, to maximise, by the metrics of
+        which more is better: never by ranks and recalls together.
+        """
+        direction = args[1] if len(args) > 1 else kwargs.get("direction", "minimize")
+        objective = compute_objective or partial(objective_of, self.args, direction)
+        return super().hyperparameter_search(hp_space, objective, *args, **kwargs)
+
     # ---- the run ----
 
     def _warn_of_slow_bf16(self) -> None:
@@ -407,7 +417,7 @@ class CLIPTrainer(RowLoading):
                 raise ValueError("l2_sp, distillation: expected a model that is whole on each process, not sharded")
             start = cast(nn.Module, self.model)
             self._start = StartingPoint(start, l2_sp=self.args.l2_sp, distillation=self.args.distillation)
-        with _cudnn_benchmark(self.args.cudnn_benchmark), worker_deaths(self._kept) as self._check_workers:
+        with cudnn_benchmark(self.args.cudnn_benchmark), worker_deaths(self._kept) as self._check_workers:
             try:
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
@@ -474,13 +484,3 @@ class _ClampLogitScale(TrainerCallback):
         if ceiling is not None and scale.requires_grad:
             with torch.no_grad():
                 scale.clamp_(max=ceiling)
-
-
-@contextmanager
-def _cudnn_benchmark(value: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = value
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

@@ -119,6 +119,21 @@ def test_the_held_out_split_is_the_same_each_time(base: Path, colours: Path, tmp
     assert reports[0] == reports[1]
 
 
+def test_a_loader_process_that_was_killed_is_said_in_any_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(message: str) -> None:
+        def raises(*args: Any, **options: Any) -> None:
+            raise RuntimeError(message)
+
+        monkeypatch.setattr("clipft.recipes.evaluate.evaluate", raises)
+
+    fails("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    result = run("evaluate", "--model", "demo", "--data", "pairs.csv")
+    assert result.exit_code == 2 and "error: a process that loads pictures has died (DataLoader worker" in result.stderr
+    assert "take fewer workers" in result.stderr
+    fails("something else")
+    assert isinstance(run("evaluate", "--model", "demo", "--data", "pairs.csv").exception, RuntimeError)
+
+
 def test_early_stopping_looks_at_rows_of_its_own(base: Path, colours: Path, tmp_path: Path) -> None:
     options = ["--early-stopping-patience", 1, "--epochs", 9, "--lr", 0.0]
     result = run("train", "--model", base, "--data", colours, "--output", tmp_path, *options)

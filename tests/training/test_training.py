@@ -18,6 +18,8 @@ from scripts import import_paths
 from tiny_clip import captioned, labelled, tiny_clip
 from tiny_trainer import StopAfter, arguments, losses, same, trainer_of
 from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
+from transformers.trainer_utils import HPSearchBackend
 
 import clipft
 from clipft.training.checkpoints import last_checkpoint
@@ -259,6 +261,37 @@ def test_early_stopping_on_a_retrieval_metric(tmp_path: Path) -> None:
 def test_the_best_of_ranks_and_losses_is_the_least(tmp_path: Path, name: str, greater: bool) -> None:
     assert trainer_of(tmp_path, captioned(8), metric_for_best_model=name).args.greater_is_better is greater
     assert arguments(tmp_path, metric_for_best_model=name, greater_is_better=True).greater_is_better
+
+
+class Backend:
+    """Of a search that tries one thing."""
+
+    default_hp_space = None
+
+    def ensure_available(self) -> None: ...
+
+    def run(self, trainer: Any, trials: int, direction: Any, **more: Any) -> float:
+        metrics = {"eval_loss": 2.0, "eval_image_to_text_R@1": 0.5, "eval_text_to_image_median_rank": 9.0, "epoch": 3.0}
+        return float(trainer.compute_objective(metrics | {"eval_image_to_text_mAP": 0.25, "eval_runtime": 7.0}))
+
+
+@pytest.mark.parametrize(
+    ("options", "metric", "expected"),
+    [
+        ({}, None, 2.0),
+        ({"direction": "maximize"}, None, 0.75),
+        ({}, "image_to_text_R@1", 0.5),
+        ({}, "eval_text_to_image_median_rank", 9.0),
+        ({"compute_objective": lambda metrics: metrics["epoch"]}, None, 3.0),
+    ],
+)
+def test_a_search_for_hyper_parameters_adds_no_ranks_to_recalls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], metric: str | None, expected: float
+) -> None:
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend("optuna"), Backend)  # type: ignore[misc]
+    args = arguments(tmp_path, metric_for_best_model=metric)
+    trainer = clipft.CLIPTrainer(args=args, model_init=lambda: tiny_clip()[0], processing_class=tiny_clip()[1])
+    assert trainer.hyperparameter_search(backend="optuna", **options) == expected
 
 
 class Told(clipft.CLIPTrainer):
