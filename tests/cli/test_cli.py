@@ -131,7 +131,8 @@ def test_a_loader_process_that_was_killed_is_said_in_any_command(monkeypatch: py
     assert result.exit_code == 2 and "error: a process that loads pictures has died (DataLoader worker" in result.stderr
     assert "take fewer workers" in result.stderr
     fails("something else")
-    assert isinstance(run("evaluate", "--model", "demo", "--data", "pairs.csv").exception, RuntimeError)
+    with pytest.raises(RuntimeError, match="something else"):
+        run("evaluate", "--model", "demo", "--data", "pairs.csv")
 
 
 def test_early_stopping_looks_at_rows_of_its_own(base: Path, colours: Path, tmp_path: Path) -> None:
