@@ -69,7 +69,6 @@ def load_pairs(
             once.
         allow_outside: let the paths in a file leave its folder.
         encoding: of text files that are not UTF-8; a byte-order mark in a file goes before.
-
         max_pixels: most of a picture, from now on in this process; one with more is a bad row. Default: as it is, 89
             million to begin with.
 

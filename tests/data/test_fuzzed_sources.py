@@ -174,6 +174,16 @@ def test_parquet(tmp_path: Path) -> None:
     fuzz(tmp_path / "t.parquet", plain, load)
 
 
+def test_parquet_that_swells(tmp_path: Path) -> None:
+    """Some kilobytes that say 160 MB."""
+    table = pyarrow.table({"image": ["0.png"] * 160, "caption": ["x" * 1_000_000] * 160})
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(table, path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 200_000
+    with pytest.raises(ValueError, match=r"t\.parquet: expected a Parquet file \(more than 100 MB in 160 rows"):
+        load_reading(path, Reading(skip=True))
+
+
 def test_shards(tmp_path: Path) -> None:
     plain = []
     for tar_format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
