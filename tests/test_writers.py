@@ -21,6 +21,7 @@ from clipft.files import replace_set, settle, write_text
 from clipft.inference.vectors import SHARD, Description, VectorFile, embed_to_file
 from clipft.models.formats import ONNX_INFO, ONNX_MODELS, model_set
 from clipft.models.saving import save_model
+from clipft.recipes.hold_out import Seen
 from clipft.recipes.outcome import save_run
 from clipft.training.checkpoints import StagedCheckpoints, last_checkpoint
 
@@ -74,7 +75,7 @@ def lora_run(seed: int, base: Path) -> Write:
             torch.nn.init.normal_(weight, std=0.1)
     outcome: Any = SimpleNamespace(write=lambda folder, *rest, **more: write_text(folder / "report.json", f"{seed}"))
     prepared = base.parent / f"{base.name}-run" / f"{seed}"
-    save_run(prepared, adapted, processor, outcome, [], {})
+    save_run(prepared, adapted, processor, outcome, [], {}, Seen())
 
     def write(folder: Path) -> None:
         with model_set(folder) as staging:
