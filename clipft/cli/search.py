@@ -23,6 +23,7 @@ AnyModel = Annotated[
     str, typer.Option("--model", help="As for evaluate, or a folder that clipft export wrote, which ONNX Runtime runs.")
 ]
 Int8 = Annotated[bool, typer.Option("--int8", help="Of an ONNX folder, take the int8 encoders.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="That run the model; default: one a core that is free to us.")]
 
 
 @app.command(epilog=examples("clipft embed --model run --data pictures/ --output pictures.parquet"))
@@ -39,6 +40,7 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts at a time.")] = 64,
     workers: Workers = 0,
     int8: Int8 = False,
+    threads: Threads = None,
     id_column: Annotated[
         str | None, typer.Option(help="Column of the ids; default: the pictures' paths, else SOURCE:ROW.")
     ] = None,
@@ -65,7 +67,7 @@ def embed(
         rows, reading = _read_pictures(str(data), settings, id_column)
         ids, names = list(rows["id"]), [reading.place(row) for row in range(len(rows))]
         kind, source = "images", _source_of(reading, settings)
-    encoder = load_encoder(model, int8=int8, batch_size=batch_size)
+    encoder = load_encoder(model, int8=int8, batch_size=batch_size, threads=threads)
     left_out = [] if reading is None else list(reading.skipped)
     description = Description(kind, model, encoder.identity(), *source, left_out)
     with bar(console) as progress:
@@ -139,6 +141,7 @@ def search(
         bool, typer.Option("--allow-outside-paths", help="Open pictures outside of the folder that was embedded.")
     ] = False,
     int8: Int8 = False,
+    threads: Threads = None,
 ) -> None:
     """Find the pictures (or texts) of a file that are nearest to words or pictures."""
     if not text and not image:
@@ -153,7 +156,7 @@ def search(
     from clipft.inference.vectors import search as search_vectors
 
     file = VectorFile.read(index)
-    encoder = load_encoder(model, int8=int8)
+    encoder = load_encoder(model, int8=int8, threads=threads)
     if not file.description.identity:
         console.print(f"{index} does not say which model its vectors are of: taken for those of {model}")
     elif encoder.identity() != file.description.identity:

@@ -81,22 +81,48 @@ _LONGEST = 16  # times its crop that a picture's long side may have
 _BICUBIC = 3  # PIL's number
 _CUBIC_A = -0.5  # the cubic's parameter where it antialiases
 _MAX_BITS = 22  # of a fixed-point weight
+_CHANNELS, _MOST_SIDE, _MOST_NUMBER = 3, 8192, 1e9  # of what a model takes
 
 
-def check_preprocessing(config: Mapping[str, Any], where: str) -> None:
-    """That the steps of a ``CLIPImageProcessor``'s configuration are among those that :func:`to_pixels` knows."""
-    size = config.get("size", {})
-    if config.get("do_resize", True) and (config.get("resample") != _BICUBIC or not _known_size(size)):
+def check_preprocessing(config: Any, where: str) -> None:
+    """That the steps of a ``CLIPImageProcessor``'s configuration are among those that :func:`to_pixels` knows.
+
+    Raises:
+        ValueError: others, or sizes and numbers that are none; ``where`` is what the message begins with.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{where}: expected an image processor's settings, got {config!r:.80}")
+    size, crop = config.get("size"), config.get("crop_size")
+    if config.get("do_resize", True) and (
+        config.get("resample") != _BICUBIC or not (_sizes(size, "shortest_edge") or _sizes(size, "height", "width"))
+    ):
         raise ValueError(
             f"{where}: expected a bicubic resize (resample 3) to a shortest_edge or to height and width, got resample "
-            f"{config.get('resample')} and size {size}"
+            f"{config.get('resample')!r:.80} and size {size!r:.80}"
         )
-    if config.get("do_center_crop") and not {"height", "width"} <= config.get("crop_size", {}).keys():
-        raise ValueError(f"{where}: expected a crop_size with height and width, got {config.get('crop_size')}")
+    if config.get("do_center_crop", True) and not _sizes(crop, "height", "width"):
+        raise ValueError(f"{where}: expected a crop_size with height and width, got {crop!r:.80}")
+    scale, mean, std = (config.get(name, 1) for name in ("rescale_factor", "image_mean", "image_std"))
+    if config.get("do_rescale", True) and not _above_zero(scale):
+        raise ValueError(f"{where}: expected a rescale_factor above 0, got {scale!r:.80}")
+    if config.get("do_normalize", True):
+        for name, value, fits in (("image_mean", mean, _finite), ("image_std", std, _above_zero)):
+            if not isinstance(value, list | tuple) or len(value) != _CHANNELS or not all(map(fits, value)):
+                raise ValueError(f"{where}: expected {name} to be {_CHANNELS} numbers of a picture, got {value!r:.80}")
 
 
-def _known_size(size: Mapping[str, int]) -> bool:
-    return set(size) in ({"shortest_edge"}, {"height", "width"})
+def _sizes(value: Any, *names: str) -> bool:
+    """Of these, and no others."""
+    known = isinstance(value, Mapping) and value.keys() == set(names)
+    return known and all(_finite(side) and side == int(side) and 1 <= side <= _MOST_SIDE for side in value.values())
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST_NUMBER
+
+
+def _above_zero(value: Any) -> bool:
+    return _finite(value) and value > 1 / _MOST_NUMBER
 
 
 # ---- which files ----

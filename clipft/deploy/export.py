@@ -39,6 +39,7 @@ from clipft.models.int8 import QuantizedCLIPModel
 __all__ = ["export_onnx"]
 
 OPSET = 20
+_ONE_FILE = 1536 << 20  # bytes of weights from which torch writes them apart whatever it is told
 _PAIRS = 500  # of the data, that the report looks at
 _RUNS = 10  # for a latency
 _MODEL_FILES = ("image_encoder", "text_encoder")
@@ -53,11 +54,12 @@ def export_onnx(
     data: Any = None,
     min_cosine: float = 0.99,
     skip: Sequence[str] = (),
+    external_data_above: int = _ONE_FILE,
 ) -> dict[str, Any]:
     """Write a model as ONNX, and report how near it is to the model in torch.
 
     The folder gets ``image_encoder.onnx`` (``pixel_values`` [N, 3, H, W] -> ``image_embeds`` [N, D]) and
-    ``text_encoder.onnx`` (``input_ids``, ``attention_mask`` [N, L] -> ``text_embeds`` [N, D]), one file each, with
+    ``text_encoder.onnx`` (``input_ids``, ``attention_mask`` [N, L] -> ``text_embeds`` [N, D]), with
     dynamic N and L, L2-normalised embeddings, opset 20 and no operators but ONNX's own; the processor's files; and
     ``clipft_onnx.json``. :class:`clipft.OnnxCLIP` needs no more than the folder.
 
@@ -71,6 +73,8 @@ def export_onnx(
             the embedded drawings.
         min_cosine: the least mean cosine between embeddings of an encoder and of the float model in torch.
         skip: layers to leave in float with ``int8``, as in :func:`clipft.quantize`.
+        external_data_above: bytes of an encoder's weights, beyond which they are in a second file, ``NAME.onnx.data``,
+            that the first one names: ONNX has no files over 2 GB, and above the default there is no other way.
 
     Returns:
         The parity report, which is also in ``clipft_onnx.json`` under ``parity``: ``data``, ``torch`` (its
@@ -91,7 +95,7 @@ def export_onnx(
         raise ValueError(f"int8: expected {model_names('int8')}, got a {type(plain).__name__}")
     pictures, captions, described = pictures_and_captions(data, _PAIRS)
     with _staged(Path(directory).expanduser()) as (folder, staging):
-        info = _write_model(plain, processor, staging, skip if int8 else None)
+        info = _write_model(plain, processor, staging, skip if int8 else None, external_data_above)
         parity = {"data": described} | _compare(plain, processor, staging, (pictures, captions), int8)
         _check(parity, min_cosine, folder)
         _write_info(staging, info | {"parity": parity})
@@ -108,14 +112,16 @@ def _staged(folder: Path) -> Iterator[tuple[Path, Path]]:
         yield folder, staging
 
 
-def _write_model(model: Any, processor: Any, folder: Path, skip: Sequence[str] | None) -> dict[str, Any]:
+def _write_model(
+    model: Any, processor: Any, folder: Path, skip: Sequence[str] | None, external_data_above: int
+) -> dict[str, Any]:
     """Encoders, processor and description, which is returned; with ``skip`` the int8 encoders too."""
     processor.save_pretrained(folder)
     info = _info(model, processor)
-    _write_encoders(model, folder, "", info)
+    _write_encoders(model, folder, "", info, external_data_above)
     if skip is not None:
         quantized = quantize(model, skip=skip, processor=processor)
-        _write_encoders(quantized, folder, ".int8", info)
+        _write_encoders(quantized, folder, ".int8", info, external_data_above)
     _write_info(folder, info)
     return info
 
@@ -149,7 +155,7 @@ class _TextEncoder(nn.Module):
         return nn.functional.normalize(features.pooler_output, dim=-1)
 
 
-def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any]) -> None:
+def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any], external_data_above: int) -> None:
     family = family_of(model)
     options = {} if isinstance(model, QuantizedCLIPModel) else family.image_encoder(model)  # int8 has its own way
     config: Any = model.config
@@ -164,6 +170,7 @@ def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any]) -
         "image_embeds",
         folder / f"image_encoder{kind}.onnx",
         info,
+        external_data_above,
     )
     _write(
         _TextEncoder(model),
@@ -172,11 +179,18 @@ def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any]) -
         "text_embeds",
         folder / f"text_encoder{kind}.onnx",
         info,
+        external_data_above,
     )
 
 
 def _write(
-    encoder: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, Any], output: str, path: Path, info: dict[str, Any]
+    encoder: nn.Module,
+    inputs: dict[str, Tensor],
+    shapes: dict[str, Any],
+    output: str,
+    path: Path,
+    info: dict[str, Any],
+    external_data_above: int,
 ) -> None:
     from clipft.deploy.onnx_int8 import TRANSLATIONS
 
@@ -196,7 +210,9 @@ def _write(
     for node in program.model.graph:  # torch's notes: the lines of code that a node came from, on this machine
         node.metadata_props.clear()
     program.model.metadata_props.update({f"clipft.{name}": json.dumps(value) for name, value in info.items()})
-    program.save(str(path), external_data=False)
+    values = (value.const_value for value in program.model.graph.initializers.values())
+    size = sum(tensor.nbytes for tensor in values if tensor is not None)
+    program.save(str(path), external_data=size > external_data_above)
 
 
 # ---- what stands beside them ----
@@ -252,10 +268,14 @@ def _compare(
                 ((image @ text.t()).argmax(1) == (own_image @ own_text.t()).argmax(1)).float().mean()
             ),
             "retrieval": retrieval_metrics(own_image, own_text, texts_of),
-            "bytes": {name: (folder / f"{name}{_suffix(kind)}.onnx").stat().st_size for name in _MODEL_FILES},
+            "bytes": {name: _bytes(folder, f"{name}{_suffix(kind)}.onnx") for name in _MODEL_FILES},
             "latency_ms": _latencies(clip, pictures[0], texts[0]),
         }
     return report
+
+
+def _bytes(folder: Path, name: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(f"{name}*"))
 
 
 def _suffix(kind: str) -> str:

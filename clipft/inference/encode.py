@@ -111,17 +111,18 @@ def _dim(model: Any) -> int:
 # ---- encoders ----
 
 
-def load_encoder(name: str, *, int8: bool = False, batch_size: int = 64) -> Encoder:
+def load_encoder(name: str, *, int8: bool = False, batch_size: int = 64, threads: int | None = None) -> Encoder:
     """Of a folder that :func:`clipft.export_onnx` wrote, where ``int8`` chooses between its encoders, or of anything
-    that :func:`clipft.load` takes.
+    that :func:`clipft.load` takes. ``threads``: of ONNX Runtime or, in the whole process, of torch.
     """
     folder = Path(name).expanduser()
     settle(folder)
     if (folder / ONNX_INFO).is_file():
-        return encoder_of(OnnxCLIP(folder, int8=int8), None, batch_size)
+        return encoder_of(OnnxCLIP(folder, int8=int8, threads=threads), None, batch_size)
     if int8:
         raise ValueError(f"--int8: chooses between the encoders of an ONNX folder, which {name!r} is not")
-
+    if threads is not None:
+        torch.set_num_threads(threads)
     return encoder_of(*load(name), batch_size)
 
 

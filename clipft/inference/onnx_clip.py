@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from tokenizers import Tokenizer
 
 from clipft.data.captions import shortened
 from clipft.data.pictures import check_preprocessing, open_picture, to_pixels
-from clipft.files import check_set, settle
+from clipft.files import check_file, check_set, read_json, settle
 from clipft.models.formats import ONNX_INFO as INFO
 
 __all__ = ["INFO", "OnnxCLIP"]
@@ -26,7 +27,8 @@ except ImportError as error:
     raise ImportError("ONNX needs onnxruntime: pip install 'clipft[onnx]'") from error
 
 
-_LENGTH = 77  # tokens of a caption, where the tokenizer does not say
+_LENGTH, _MOST_TOKENS = 77, 1 << 16  # of a caption: where the tokenizer does not say; beyond what any model has
+_QUIET = 4  # of ONNX Runtime's levels: what goes wrong is raised
 
 
 class OnnxCLIP:
@@ -56,25 +58,49 @@ class OnnxCLIP:
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise ValueError(f"threads: expected a number of at least 1, got {threads!r}")
         self.directory = Path(directory).expanduser()
         settle(self.directory)
-        self.info = _read_json(self.directory / INFO)
+        self.info = _description(self.directory / INFO)
         self.logit_scale = float(self.info["logit_scale"])
         kind = ".int8" if int8 else ""
         if int8 and not (self.directory / "image_encoder.int8.onnx").is_file():
             raise FileNotFoundError(f"{self.directory}: no int8 encoders here; export with int8=True (--int8)")
         self._paths = [self.directory / f"{name}_encoder{kind}.onnx" for name in ("image", "text")]
         self._threads, self._providers = threads, tuple(providers)
-        self._open()
-        path = self.directory / "processor_config.json"
-        self._preprocessing = _read_json(path).get("image_processor", {})
+        weights = [path.name for own in self._paths for path in _files(own)]
+        path = _there(self.directory / "processor_config.json")
+        self._preprocessing = read_json(path).get("image_processor", {})
         check_preprocessing(self._preprocessing, str(path))
         self._tokenizer = _tokenizer(self.directory, self.info)
-        read = (*(path.name for path in self._paths), path.name, "tokenizer.json", "tokenizer_config.json")
-        check_set(self.directory, INFO, read)
+        check_set(self.directory, INFO, (*weights, path.name, "tokenizer.json", "tokenizer_config.json"))
+        self._open()
+        self._check_graphs()
 
     def _open(self) -> None:
         self._image, self._text = (_session(path, self._threads, self._providers) for path in self._paths)
+
+    def _check_graphs(self) -> None:
+        """That they take what is made of a picture and of captions, whatever these hold, and give what the description
+        says."""
+        dim, (image, text) = self.info["dim"], self._paths
+        pixels = self.preprocess(Image.new("RGB", (3, 2)))[None]
+        _check_inputs(image, self._image, {"pixel_values": ("tensor(float)", pixels.shape)})
+        length, vocabulary = cast(Any, self._tokenizer.truncation)["max_length"], self._tokenizer.get_vocab()
+        ids = np.full((1, length), max(vocabulary.values()), np.int64)
+        names = ("input_ids", "attention_mask")
+        _check_inputs(text, self._text, dict.fromkeys(names, ("tensor(int64)", ids.shape)))
+        for path, (found, *_) in ((image, self._image.get_outputs()), (text, self._text.get_outputs())):
+            if found.type != "tensor(float)" or found.shape[1:] not in ([dim], [str(found.shape[-1])]):
+                raise ValueError(_disagrees(path, f"gives {found.type} {found.shape}", f"embeddings of {dim} numbers"))
+        try:
+            embeds = self.run_texts(ids, np.ones_like(ids))
+        except ValueError as error:
+            tokens = f"captions of {length} tokens up to {ids[0, 0]}"
+            raise ValueError(_disagrees(text, "fails", f"{tokens}, as the tokenizer makes them ({error})")) from error
+        if embeds.shape != (1, dim):
+            raise ValueError(_disagrees(text, f"gives {list(embeds.shape)}", f"embeddings of {dim} numbers"))
 
     def __getstate__(self) -> dict[str, Any]:
         """ONNX Runtime's sessions stay behind; a process that was spawned opens its own if it needs them."""
@@ -115,8 +141,10 @@ class OnnxCLIP:
     def identity(self) -> str:
         """A digest of the encoders: other weights, another identity."""
         digest = hashlib.blake2b(digest_size=16)
-        for path in self._paths:
-            digest.update(path.read_bytes())
+        for path in (path for own in self._paths for path in _files(own)):
+            with path.open("rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
         return digest.hexdigest()
 
     def preprocess(self, image: Any) -> NDArray[np.float32]:
@@ -133,25 +161,71 @@ class OnnxCLIP:
 
     def run_images(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """[N, 3, H, W] -> [N, D]: the image encoder."""
-        return np.asarray(self._image.run(None, {"pixel_values": pixel_values})[0])
+        return _run(self._paths[0], self._image, {"pixel_values": pixel_values})
 
     def run_texts(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """[N, L] twice -> [N, D]: the text encoder."""
-        return np.asarray(self._text.run(None, {"input_ids": input_ids, "attention_mask": attention_mask})[0])
+        return _run(self._paths[1], self._text, {"input_ids": input_ids, "attention_mask": attention_mask})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+# ---- the folder ----
+
+
+def _there(path: Path) -> Path:
+    if not path.exists():
         raise FileNotFoundError(
             f"{path.parent}: expected a folder that clipft.export_onnx wrote; {path.name} is missing"
         )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+    check_file(path)
+    return path
+
+
+def _files(encoder: Path) -> list[Path]:
+    """An encoder's: the graph and, where they are apart, its weights. Of a stranger's, whose weights may lie in others
+    of the folder, ONNX Runtime itself opens none outside it."""
+    for path in encoder.parent.iterdir() if encoder.parent.is_dir() else ():
+        if path.exists() and not path.is_dir():
+            check_file(path)  # an encoder may name any
+    return [_there(encoder), *sorted(encoder.parent.glob(f"{encoder.name}.*"))]
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """``clipft_onnx.json``: its numbers are numbers."""
+    info = read_json(_there(path))
+    for name, good in (("dim", _is_count), ("logit_scale", _is_scale), ("text_length", _is_count)):
+        value = info.get(name)
+        if not (good(value) or (value is None and name == "text_length")):  # a CLIP's says none
+            raise ValueError(f"{path}: expected {name} to be a number above 0, found {value!r:.80}: export it again")
+    return info
+
+
+def _is_scale(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _MOST_TOKENS
+
+
+def _disagrees(path: Path, found: str, expected: str) -> str:
+    return f"{path}: {found}, expected {expected}: it is not of the same export as the files beside it; export it again"
+
+
+def _check_inputs(
+    path: Path, session: onnxruntime.InferenceSession, expected: dict[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    """That a graph takes these types and shapes, of batches of any size."""
+    found = {one.name: (one.type, one.shape) for one in session.get_inputs()}
+    for name in found.keys() | expected.keys():
+        kind, shape = found.get(name, ("", []))
+        wanted, sizes = expected.get(name, ("", ()))
+        fixed = [size for size, own in zip(shape[1:], sizes[1:], strict=False) if isinstance(size, int) and size != own]
+        if kind != wanted or len(shape) != len(sizes) or fixed or isinstance(shape[0], int):
+            takes = f"takes {name} as {kind} {shape}" if kind else f"takes no {name}"
+            raise ValueError(_disagrees(path, takes, f"{wanted} [batch, {', '.join(map(str, sizes[1:]))}]"))
+
+
+# ---- ONNX Runtime ----
 
 
 def _cores() -> int:
@@ -160,33 +234,43 @@ def _cores() -> int:
 
 
 def _session(path: Path, threads: int | None, providers: Sequence[str]) -> onnxruntime.InferenceSession:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent}: expected a folder that clipft.export_onnx wrote; {path.name} is missing"
-        )
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or _cores()
+    options.intra_op_num_threads, options.log_severity_level = threads or _cores(), _QUIET
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # ONNX Runtime has no common class of its own
-        raise ValueError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+
+
+def _run(path: Path, session: onnxruntime.InferenceSession, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    try:
+        return np.asarray(session.run(None, inputs)[0])
+    except Exception as error:
+        raise ValueError(f"{path}: ONNX Runtime cannot run it: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{' '.join(str(error).splitlines()[:1]):.500}"
+
+
+# ---- the tokenizer ----
 
 
 def _tokenizer(directory: Path, info: dict[str, Any]) -> Tokenizer:
-    config = _read_json(directory / "tokenizer_config.json")
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory}: expected a folder that clipft.export_onnx wrote; {path.name} is missing")
+    described, path = _there(directory / "tokenizer_config.json"), _there(directory / "tokenizer.json")
+    config = read_json(described)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"{path}: expected a tokenizer ({error})") from error
+        raise ValueError(f"{path}: expected a tokenizer ({error!s:.200})") from error
     pad, length = config.get("pad_token"), config.get("model_max_length", _LENGTH)
-    pad = pad["content"] if isinstance(pad, dict) else pad
-    identity = tokenizer.token_to_id(pad) if pad is not None else None
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    identity = tokenizer.token_to_id(pad) if isinstance(pad, str) else None
     if identity is None:
-        raise ValueError(f"{directory / 'tokenizer_config.json'}: expected a pad_token of the tokenizer, got {pad!r}")
-    length = info.get("text_length") or (int(length) if length < 1_000_000 else _LENGTH)
+        raise ValueError(f"{described}: expected a pad_token of the tokenizer, got {pad!r:.80}")
+    if type(length) not in (int, float) or not length >= 1:
+        raise ValueError(f"{described}: expected model_max_length to be a number of tokens, got {length!r:.80}")
+    length = info.get("text_length") or (int(length) if length <= _MOST_TOKENS else _LENGTH)
     tokenizer.enable_truncation(length)
     full = info.get("padding") == "max_length"  # a CLIP's export says neither
     tokenizer.enable_padding(pad_id=identity, pad_token=pad, length=length if full else None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -34,6 +36,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     folder = tmp_path_factory.mktemp("onnx")
     model, processor = tiny_clip()
     return folder, clipft.export_onnx(model, processor, folder, int8=True, data=captioned(40))
+
+
+def undescribed(folder: Path, **change: Any) -> None:
+    """Without digests, as a stranger's export may be, or one of 0.1."""
+    info = json.loads((folder / "clipft_onnx.json").read_text())
+    info.pop("files", None)
+    (folder / "clipft_onnx.json").write_text(json.dumps(info | change))
 
 
 def embeds(features: Any) -> np.ndarray:
@@ -167,22 +176,84 @@ def test_a_bfloat16_model_is_exported_in_float32(tmp_path: Path) -> None:
     assert clipft.OnnxCLIP(tmp_path).run_images(pixels).dtype == np.float32 and model.dtype == torch.bfloat16
 
 
-def test_without_torch(exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_alone(exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """With numpy, pillow, tokenizers and onnxruntime, as ``pip install --no-deps clipft`` beside them."""
     captioned(1)[0]["image"].save(tmp_path / "a.png")
+    absent = ("torch", "torchvision", "transformers", "datasets", "accelerate", "safetensors", "pyarrow", "sklearn")
     code = (
-        f"import sys, clipft; clip = clipft.OnnxCLIP({str(exported[0])!r});"
-        f"clip.encode_images([{str(tmp_path / 'a.png')!r}]);"
-        "clip.encode_texts(['a red square']); print(any(name in sys.modules for name in ('torch', 'transformers')))"
+        f"import sys; sys.modules |= dict.fromkeys({(*absent, 'typer', 'rich', 'jinja2', 'yaml', 'onnx', 'peft')!r});"
+        f"import clipft; clip = clipft.OnnxCLIP({str(exported[0])!r});"
+        f"print(clip.encode_images([{str(tmp_path / 'a.png')!r}]).shape, clip.encode_texts(['a red square']).shape)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "False", done.stderr
+    assert done.stdout.strip() == "(1, 16) (1, 16)", done.stderr
 
 
-def test_it_is_pickled_for_workers(exported: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_it_goes_to_workers(method: str, exported: tuple[Path, dict[str, Any]]) -> None:
     clip = clipft.OnnxCLIP(exported[0], threads=1)
-    copy = pickle.loads(pickle.dumps(clip))
     assert len(pickle.dumps(clip)) < 1_000_000
-    assert np.array_equal(copy.encode_texts(["a red square"]), clip.encode_texts(["a red square"]))
+    picture, texts = captioned(1)[0]["image"], ["a red square"]
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert np.array_equal(pool.apply(clip.preprocess, [picture]), clip.preprocess(picture))
+        assert np.array_equal(pool.apply(clip.encode_texts, [texts]), clip.encode_texts(texts))
+
+
+def test_threads(exported: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="threads: expected a number of at least 1, got 0"):
+        clipft.OnnxCLIP(exported[0], threads=0)
+    asked = []
+
+    class Noted(clipft.OnnxCLIP):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            asked.append(options["threads"])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("clipft.inference.encode.OnnxCLIP", Noted)
+    (tmp_path / "texts.txt").write_text("a red square\n")
+    out = tmp_path / "texts.npy"
+    embed = ("embed", "--model", exported[0], "--texts", tmp_path / "texts.txt", "--output", out)
+    assert run(*embed, "--threads", 1).exit_code == 0
+    found = run("search", "--index", out, "--model", exported[0], "--text", "a red square", "--threads", 2)
+    assert found.exit_code == 0 and asked == [1, 2], found.output
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no sets of cores")
+def test_a_thread_for_each_core_that_it_may_use(exported: tuple[Path, dict[str, Any]]) -> None:
+    """ONNX Runtime by itself takes those of the machine."""
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import clipft.inference.onnx_clip as own;"
+        f"clip = own.OnnxCLIP({str(exported[0])!r}); print(clip._image.get_session_options().intra_op_num_threads)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "1", done.stderr
+
+
+def test_weights_over_the_limit_are_in_a_file_of_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    parity = clipft.export_onnx(*tiny_clip(), folder, data=captioned(4), external_data_above=100_000)
+    data = [folder / f"{name}.onnx.data" for name in ("image_encoder", "text_encoder")]
+    assert {path.name for path in folder.iterdir()} == FILES | {"tokenizer_config.json", *(path.name for path in data)}
+    assert all(
+        (folder / f"{name}.onnx").stat().st_size < 100_000 < size for name, size in parity["fp32"]["bytes"].items()
+    )
+    assert parity["fp32"]["image_cosine"]["min"] > 1 - 1e-6
+    clip = clipft.OnnxCLIP(folder)
+    before = clip.identity()
+    with pytest.raises(ValueError, match=r"written together: image_encoder.onnx.data not as clipft_onnx.json knows"):
+        data[0].write_bytes(data[0].read_bytes()[:-1] + b"?")
+        clipft.OnnxCLIP(folder)
+    assert clip.identity() != before
+    data[0].unlink()
+    with pytest.raises(ValueError, match=r"image_encoder.onnx: ONNX Runtime cannot load it: .*does not exist"):
+        clipft.OnnxCLIP(folder)
+    (tmp_path / "outside").write_bytes(bytes(1 << 20))
+    data[0].symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=r"image_encoder.onnx.data"):
+        clipft.OnnxCLIP(folder)
+    undescribed(folder)
+    with pytest.raises(ValueError, match=r"image_encoder.onnx: ONNX Runtime cannot load it: .*escapes model directory"):
+        clipft.OnnxCLIP(folder)
 
 
 # ---- what goes wrong ----
@@ -233,10 +304,10 @@ def test_preprocessing_that_cannot_be_deployed(tmp_path: Path) -> None:
             r"expected a folder that clipft.export_onnx wrote; clipft_onnx.json is missing",
         ),
         ("no encoder", FileNotFoundError, r"expected a folder .* image_encoder.onnx is missing"),
-        ("cut encoder", ValueError, r"image_encoder.onnx: ONNX Runtime cannot load it"),
+        ("cut encoder", ValueError, r"written together: image_encoder.onnx not as clipft_onnx.json knows it"),
         ("no tokenizer", FileNotFoundError, r"tokenizer.json is missing"),
         ("bad tokenizer", ValueError, r"tokenizer.json: expected a tokenizer"),
-        ("bad info", ValueError, r"clipft_onnx.json: expected JSON"),
+        ("bad info", ValueError, r"clipft_onnx.json: expected a JSON object"),
     ],
 )
 def test_a_damaged_folder_is_named(
@@ -258,6 +329,58 @@ def test_a_damaged_folder_is_named(
         (tmp_path / "clipft_onnx.json").write_text("{")
     with pytest.raises(error, match=message):
         clipft.OnnxCLIP(folder)
+
+
+@pytest.mark.parametrize(
+    "file, key, value, message",
+    [
+        (
+            "clipft_onnx.json",
+            "dim",
+            17,
+            r"image_encoder.onnx: gives .* 16\], expected embeddings of 17 numbers",
+        ),
+        ("clipft_onnx.json", "dim", "16", r"clipft_onnx.json: expected dim to be a number above 0, found '16'"),
+        ("clipft_onnx.json", "logit_scale", None, r"clipft_onnx.json: expected logit_scale to be a number above 0"),
+        (
+            "clipft_onnx.json",
+            "text_length",
+            4000,
+            r"text_encoder.onnx: fails, expected captions of 4000 tokens",
+        ),
+        ("tokenizer_config.json", "model_max_length", 25, r"text_encoder.onnx: fails, expected captions of 25 tokens"),
+        ("tokenizer_config.json", "model_max_length", "many", r"tokenizer_config.json: expected model_max_length"),
+        ("tokenizer_config.json", "pad_token", ["a"], r"tokenizer_config.json: expected a pad_token"),
+        (
+            "processor_config.json",
+            "crop_size",
+            {"height": 32, "width": 48},
+            r"image_encoder.onnx: takes pixel_values as .*, expected .*\[batch, 3, 32, 48\]",
+        ),
+        (
+            "processor_config.json",
+            "crop_size",
+            {"height": -1, "width": 10**9},
+            r"expected a crop_size",
+        ),
+        ("processor_config.json", "image_std", [0, 0, 0], r"processor_config.json: expected image_std"),
+        ("text_encoder.onnx", "", "image_encoder.onnx", r"text_encoder.onnx: takes .*it is not of the same export"),
+    ],
+)
+def test_a_description_that_disagrees_with_its_graph(
+    file: str, key: str, value: Any, message: str, exported: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    for path in exported[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    undescribed(tmp_path)
+    if key:
+        described = json.loads((tmp_path / file).read_text())
+        (described["image_processor"] if file.startswith("processor") else described)[key] = value
+        (tmp_path / file).write_text(json.dumps(described))
+    else:
+        (tmp_path / file).write_bytes((tmp_path / value).read_bytes())
+    with pytest.raises(ValueError, match=message):
+        clipft.OnnxCLIP(tmp_path)
 
 
 def test_int8_that_is_not_there(tmp_path: Path) -> None:
