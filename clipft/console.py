@@ -167,7 +167,9 @@ def bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return (_NotebookProgress if console.is_jupyter else Progress)(*columns, console=console)
+    if console.is_jupyter:
+        return _NotebookProgress(*columns, console=console, auto_refresh=False)
+    return Progress(*columns, console=console)
 
 
 class _NotebookProgress(Progress):

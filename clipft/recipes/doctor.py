@@ -37,7 +37,7 @@ from clipft.files import write_json
 from clipft.recipes.findings import Finding, Findings, show_findings
 from clipft.recipes.options import DataOptions, options_from
 from clipft.recipes.run import loaded
-from clipft.recipes.sources import name_of, reading_of
+from clipft.recipes.sources import reading_of
 
 __all__ = ["Finding", "Findings", "doctor", "examine"]
 
@@ -129,11 +129,12 @@ class _Contents:
     def __init__(self, source: Any, options: dict[str, Any], purpose: str = "train") -> None:
         settings = options_from(DataOptions, options | {"on_bad_row": "skip"})
         reading = reading_of(settings)
-        self.source = reading.source = name_of(source)
+        self.source = {"train": "data", "test": "eval_data"}[purpose]
         if isinstance(source, (str, Path)):
+            self.source = str(source)
             dataset = read_pairs(source, settings.split if purpose == "train" else None, reading, purpose)
         else:
-            dataset = source
+            dataset, reading.source = source, self.source
             reading.finish(len(dataset))
         places = [reading.place(number) for number in range(len(dataset))]
         self.rows = len(dataset) + len(reading.skipped)

@@ -87,7 +87,7 @@ def test_the_same_from_python(clean: Path, base: Path, tmp_path: Path) -> None:
     assert [problem["check"] for problem in found.problems] == ["unreadable rows"] and repr(found) == "1 problem"
     assert printed.getvalue().splitlines()[-1] == command.output.splitlines()[-1] == "1 problem"
     rows = clipft.doctor(clipft.load_pairs(data), console=Console(file=io.StringIO()))
-    assert rows.problems[0]["examples"][0].startswith("a Dataset, row 12: the image cannot be read")
+    assert rows.problems[0]["examples"][0].startswith("data, row 12: the image cannot be read")
     with pytest.raises(TypeError, match="did you mean 'caption_column'"):
         clipft.doctor(data, caption_colum="text")
 
