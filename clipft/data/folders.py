@@ -9,7 +9,7 @@ write them; a sub-folder of pictures, with sub-folders of its own, for each clas
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ _LOOKED_AT = 100  # .json files, until one has a caption
 
 @dataclass
 class Tree:
-    """What a folder and those in it hold, by kind, sorted; hidden entries are counted.
+    """What a folder and those in it hold, by kind, in the order of names, a folder's own files before those below it.
 
     Attributes:
         folder: the uppermost; ``folders``: the names of those in it.
@@ -65,8 +65,14 @@ class Tree:
 
 
 def walk(folder: Path, reading: Reading) -> Tree:
-    """All in a folder, links followed, no folder twice."""
+    """All in a folder, links followed, no folder twice; hidden entries are counted."""
     tree, seen, waiting = Tree(folder), set[tuple[int, int]](), [folder]
+    kinds = {
+        **dict.fromkeys(picture_endings(), "pictures"),
+        **{f".{name}": "texts" for name in TEXT_ENDINGS},
+        **dict.fromkeys(TABLE_ENDINGS, "tables"),
+        _SHARD: "shards",
+    }
     while waiting:
         here = waiting.pop()
         try:
@@ -78,46 +84,43 @@ def walk(folder: Path, reading: Reading) -> Tree:
             continue
         if (info.st_dev, info.st_ino) in seen:
             reading.leave_out("a link to a folder that was read", str(here))
+            tree.folders = [name for name in tree.folders if here != folder / name]
             continue
         seen.add((info.st_dev, info.st_ino))
         folders: list[Path] = []
         for entry in entries:
             if hidden(entry.name):
                 reading.leave_out(HIDDEN, str(here / entry.name))
-            elif _holds(entry, os.DirEntry.is_dir):
+            elif _is(entry.is_dir):
                 folders.append(here / entry.name)
             else:
-                _sort_in(tree, here / entry.name, _holds(entry, os.DirEntry.is_file))
+                _sort_in(tree, here / entry.name, kinds, _is(entry.is_file))
         waiting += reversed(folders)
         if here == folder:
             tree.folders = [found.name for found in folders]
-    for files in (tree.pictures, tree.tables, tree.shards, tree.texts, tree.others):
-        files.sort()
     return tree
 
 
-def _holds(entry: os.DirEntry[str], kind: object) -> bool:
+def _is(kind: Callable[[], bool]) -> bool:
     try:
-        return bool(kind(entry))  # type: ignore[operator]
+        return kind()
     except OSError:  # a loop of links
         return False
 
 
-def _sort_in(tree: Tree, file: Path, regular: bool) -> None:
+def _sort_in(tree: Tree, file: Path, kinds: Mapping[str, str], regular: bool) -> None:
+    """A file to those of its kind; ``regular``: it is one that can be opened."""
     ending = file.suffix.lower()
-    own = [(TABLE_ENDINGS, tree.tables), ((_SHARD,), tree.shards), (picture_endings(), tree.pictures)]
-    own.append(([f".{name}" for name in TEXT_ENDINGS], tree.texts))
-    place = next((files for endings, files in own if ending in endings), tree.others)
-    hint = UNOPENED_ENDINGS.get(ending) if place is tree.others else None
+    kind = kinds.get(ending, "others")
     shown = os.fsencode(file).decode(errors="backslashreplace")
-    if hint:
+    if kind == "others" and (hint := UNOPENED_ENDINGS.get(ending)):
         error = BadRowError(shown, f"{ending} is not opened: {hint}", f"{ending} ({hint})")
-    elif regular and place is tree.pictures and shown != str(file):
-        error = BadRowError(shown, "expected a name in UTF-8; rename it", NO_FILE)
-    elif not regular and (place is not tree.others or not ending):
+    elif not regular and kind != "others":
         error = BadRowError(shown, "expected a file, found a pipe, a device or a link to nothing", NO_REGULAR_FILE)
+    elif kind == "pictures" and shown != str(file):
+        error = BadRowError(shown, "expected a name in UTF-8; rename it", NO_FILE)
     else:
-        (tree.pictures if not ending and has_picture_content(file) else place).append(file)
+        getattr(tree, "pictures" if regular and not ending and has_picture_content(file) else kind).append(file)
         return
     tree.faults.append((file, error))
 

@@ -98,8 +98,13 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     draw(tmp_path / "elsewhere" / "1.png")
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / "red" / "up").symlink_to(root)
+    (root / "red again").symlink_to(root / "red")
+    os.mkfifo(root / "red" / "control")  # of another kind
     rows, reading = read(root)
-    assert (len(rows), reading.line()) == (9, "read 9 of 10: 1 a link to a folder that was read")
+    assert (len(rows), reading.line()) == (
+        9,
+        "read 9 of 12: 2 a link to a folder that was read, 1 of another kind",
+    )
 
 
 def test_classes_without_pictures(tmp_path: Path) -> None:
