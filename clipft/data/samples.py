@@ -35,14 +35,19 @@ class Sample:
     Attributes:
         place: names it in errors.
         files: by ending, where a file lies or, of a text, what it says.
-        said: the members of its ``.json``.
+        objects: by ending, what a ``.json`` holds.
         fault: why it cannot be used.
     """
 
     place: str
     files: dict[str, str] = field(default_factory=dict)
-    said: dict[str, Any] = field(default_factory=dict)
+    objects: dict[str, dict[str, Any]] = field(default_factory=dict)
     fault: BadRowError | None = None
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The members of its ``.json``."""
+        return {name: value for own in self.objects.values() for name, value in own.items()}
 
     def add_text(self, ending: str, data: bytes, place: str, encoding: str | None) -> None:
         """What a text says.
@@ -53,12 +58,12 @@ class Sample:
         text = decoded(data, place, encoding)
         check_line(text, place, encoding)
         self.files[ending] = text.strip()
-        if ending == "json":
+        if ending.rpartition(".")[2] == "json":
             try:
                 value = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise BadRowError(place, f"expected JSON ({error})", BROKEN) from error
-            self.said = value if isinstance(value, dict) else {}
+            self.objects[ending] = value if isinstance(value, dict) else {}
 
 
 def check_text_size(size: int, place: str) -> None:
@@ -74,7 +79,7 @@ def from_samples(samples: Sequence[Sample], where: str, reading: Reading) -> dat
         with reading.row():
             if sample.fault is not None:
                 raise sample.fault
-            rows += [(place, _row(files, sample.said, place, reading)) for place, files in _parts(sample, reading)]
+            rows += [(part.place, _row(part, reading)) for part in _parts(sample, reading)]
     present = [name if any(row[name] is not None for _, row in rows) else None for name in ("caption", "label")]
     if reading.pictures_only:
         present = [None, None]
@@ -98,7 +103,7 @@ def from_samples(samples: Sequence[Sample], where: str, reading: Reading) -> dat
     return dataset_of_pictures(pictures, present, where, reading)
 
 
-def _parts(sample: Sample, reading: Reading) -> list[tuple[str, dict[str, str]]]:
+def _parts(sample: Sample, reading: Reading) -> list[Sample]:
     """The sample itself or, where names have dots (``v1.0.jpg``, ``v1.0.txt``, ``v1.1.jpg``, ...), the several that it
     is: one for each picture, with a text of the same name.
     """
@@ -109,29 +114,33 @@ def _parts(sample: Sample, reading: Reading) -> list[tuple[str, dict[str, str]]]
         if isinstance(file, Address) and ending.rpartition(".")[2] in endings
     ]
     if reading.named[0] or len(pictures) < 2 or any("." not in ending for ending in pictures):
-        return [(sample.place, sample.files)]
-    parts: dict[str, dict[str, str]] = {}
+        return [sample]
+    parts: dict[str, Sample] = {}
     for ending, file in sample.files.items():
         stem, _, last = ending.rpartition(".")
-        parts.setdefault(stem, {})[last] = file
-    if any(len(files) < 2 for files in parts.values()):
+        part = parts.setdefault(stem, Sample(f"{sample.place}.{stem}"))
+        part.files[last] = file
+        if ending in sample.objects:
+            part.objects[last] = sample.objects[ending]
+    if not reading.pictures_only and any(len(part.files) < 2 for part in parts.values()):
         raise BadRowError(
             sample.place, f"expected one picture, found {', '.join(pictures)}; name one with image_column", NO_FILE
         )
-    return [(f"{sample.place}.{stem}", files) for stem, files in parts.items()]
+    return list(parts.values())
 
 
-def _row(files: Mapping[str, str], said: Mapping[str, Any], place: str, reading: Reading) -> dict[str, Any]:
+def _row(sample: Sample, reading: Reading) -> dict[str, Any]:
     image, caption, label = reading.named
-    addresses = {ending: file for ending, file in files.items() if isinstance(file, Address)}
-    values = {**said, **{ending: file for ending, file in files.items() if ending not in addresses}}
+    addresses = {ending: file for ending, file in sample.files.items() if isinstance(file, Address)}
+    texts = {ending: file for ending, file in sample.files.items() if ending not in addresses}
+    values = {**sample.said, **texts}
     picture = _found(addresses, [image] if image else _picture_endings())
     return {
         "image": picture,
-        "id": values.get(reading.id_column) if reading.id_column else picture and _path_of(picture, place),
+        "id": values.get(reading.id_column) if reading.id_column else picture and _path_of(picture, sample.place),
         "caption": _found(values, [caption] if caption else _CAPTIONS),
         "label": _found(values, [label] if label else _LABELS),
-        "files": list(files),
+        "files": list(sample.files),
         **{name: values.get(name) for name in reading.attributes},
     }
 

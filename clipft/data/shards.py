@@ -85,7 +85,7 @@ def samples(shard: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for sample in read_samples([shard], Reading()):
         if sample.fault is not None:
             raise sample.fault
-        files = {ending: file for ending, file in sample.files.items() if ending != "json"}
+        files = {ending: file for ending, file in sample.files.items() if ending not in sample.objects}
         yield sample.place.removeprefix(f"{shard}, "), {**sample.said, **files}
 
 

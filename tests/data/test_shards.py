@@ -141,6 +141,10 @@ def test_dots_in_names(tmp_path: Path) -> None:
     assert load("a_1.0.png", "a_1.0.txt", "a_2.0.png", "a_2.0.txt") == ["a_1.0.txt", "a_2.0.txt"]
     assert load("v1.0.png", "v1.1.png", "v1.0.txt", "v1.1.txt") == ["v1.0.txt", "v1.1.txt"]
     assert load("k.input.png", "k.caption.txt") == ["k.caption.txt"]
+    members = {
+        f"v1.{i}.{ending}": data for i in range(2) for ending, data in (("png", PNG), ("json", b'{"text": "%d"}' % i))
+    }
+    assert clipft.load_pairs(shard(tmp_path / "b.tar", members))["caption"][:] == ["0", "1"]
     assert load("k.png", "k.mask.png", "k.txt") == ["k.txt"]
     with pytest.raises(ValueError, match=r"a\.tar, k: expected one picture, found in\.png, out\.png; name one with"):
         load("k.in.png", "k.out.png", "k.txt")
