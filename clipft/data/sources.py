@@ -19,11 +19,11 @@ import datasets
 from clipft.data.columns import checked_attributes
 from clipft.data.folders import from_folder, walk
 from clipft.data.pictures import EncodedPicture, UnreadablePictureError, limit_pixels, naming, to_rgb
-from clipft.data.reading import UNREADABLE_KIND, Reading
+from clipft.data.reading import HIDDEN, UNREADABLE_KIND, Reading
 from clipft.data.rows import read_stored, stored_pictures
 from clipft.data.samples import from_samples
 from clipft.data.shards import read_samples, shard_paths
-from clipft.data.splits import TABLE_ENDINGS, chosen_split, existing, sources_of_splits, split_of_name, visible
+from clipft.data.splits import TABLE_ENDINGS, chosen_split, existing, hidden, sources_of_splits, split_of_name
 from clipft.data.stored import canonical, select_rows
 from clipft.data.table_files import from_files
 from clipft.data.text_tables import checked_encoding
@@ -138,9 +138,9 @@ def _read(source: str | Path, split: str | None, reading: Reading, purpose: str)
     reading.split = chosen_split(parts, split, purpose, str(source))
     chosen = parts[reading.split]
     if chosen[0].is_dir() and not (path / "dataset_dict.json").is_file():
-        for entry in visible(path):
-            if not entry.is_dir():
-                reading.leave_out("beside the splits", str(entry))
+        for entry in sorted(path.iterdir()):
+            if hidden(entry.name) or not entry.is_dir():
+                reading.leave_out(HIDDEN if hidden(entry.name) else "beside the splits", str(entry))
     return from_folder(chosen[0], reading) if chosen[0].is_dir() else from_files(chosen, reading)
 
 

@@ -119,6 +119,13 @@ def test_classes_without_pictures(tmp_path: Path) -> None:
         clipft.load_pairs(tmp_path / "one")
 
 
+def test_what_stands_beside_splits_is_counted(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        class_folders(tmp_path / part, 8)
+    draw(tmp_path / "__MACOSX" / "train" / "1.png", tmp_path / "lost.png", tmp_path / ".x.png")
+    assert read(tmp_path)[1].line() == "split train, read 8 of 11: 2 hidden, 1 beside the splits"
+
+
 # ---- texts beside pictures ----
 
 
