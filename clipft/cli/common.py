@@ -10,7 +10,8 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from rich.text import Text
 from clipft._version import __version__
 from clipft.console import PlainConsole, console_of_run, log_to_terminal, shown
 from clipft.files import check_folder
+from clipft.recipes.options import TrainOptions
 
 __all__ = [
     "Data",
@@ -82,17 +84,31 @@ Data = Annotated[
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load and augment pictures.")]
 
 
-_OPTIONS = {  # arguments that have another name on the command line
-    "attributes": "attribute",
-    "attribute_columns": "attribute",
-    "caption_templates": "template",
-    "label_smoothing_factor": "label_smoothing",
+# of arguments that have another name on the command line, the options that may be meant
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    **{field.metadata["argument"]: (field.name,) for field in fields(TrainOptions) if "argument" in field.metadata},
+    "alpha": ("lora_alpha",),
+    "attribute_columns": ("attribute",),
+    "attributes": ("attribute",),
+    "caption_templates": ("template",),
+    "dataset": ("data",),
+    "dropout": ("lora_dropout",),
+    "eval_dataset": ("eval_data",),
+    "k": ("knn_k",),
+    "metric_for_best_model": ("metric",),
+    "name_or_path": ("model",),
+    "path_or_name": ("data",),
+    "r": ("lora_r",),
+    "resume_from_checkpoint": ("resume",),
+    "targets": ("lora_targets",),
+    "templates": ("template",),
+    "test_dataset": ("data",),
+    "train_dataset": ("probe_data", "data"),
 }
 
 
 def user_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Print what went wrong with the input as one line; anything else keeps its traceback."""
-    own = inspect.signature(command).parameters
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -101,7 +117,8 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
             if not (message := _one_line(error)):
                 raise
-            PlainConsole(stderr=True).print(Text.assemble(("error: ", "red"), shown(_as_options(message, own))))
+            said = shown(_as_options(message, _flags(command)))
+            PlainConsole(stderr=True).print(Text.assemble(("error: ", "red"), said))
             raise typer.Exit(2) from error
 
     return guarded
@@ -121,21 +138,33 @@ def _one_line(error: Exception) -> str:
     return " ".join(" ".join(lines).split())
 
 
-def _as_options(message: str, own: Container[str]) -> str:
+def _flags(command: Callable[..., None]) -> dict[str, str]:
+    """A command's options as they are typed, by its arguments' names; what is typed without an option by its name."""
+    found = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        metadata = getattr(parameter.annotation, "__metadata__", ())
+        given = [flag for one in metadata for flag in (one.default, *(one.param_decls or ()))]  # as typer keeps them
+        flags = [flag for flag in given if isinstance(flag, str) and flag.startswith("--")]
+        positional = any(isinstance(one, typer.models.ArgumentInfo) for one in metadata)
+        found[name] = name if positional else flags[0] if flags else "--" + name.replace("_", "-")
+    return found
+
+
+def _as_options(message: str, flags: Mapping[str, str]) -> str:
     """With the command's arguments as its options: those that the message begins with, and those with a _ anywhere."""
+
+    def option(name: str) -> str | None:
+        return next((flags[own] for own in (name, *_OPTIONS.get(name, ())) if own in flags), None)
+
     names, colon, rest = message.partition(": ")
-    options = [_OPTIONS.get(name, name) for name in names.split(", ")]
-    if colon and all(option in own for option in options):
-        names = ", ".join(map(_option, options))
+    options = [option(name) for name in names.split(", ")]
+    if colon and None not in options:
+        names = ", ".join(map(str, options))
     return re.sub(
-        r"(?<![\w.'\"/-])[a-z]+(?:_[a-z]+)+(?![\w(.'\"/])",
-        lambda word: _option(word[0]) if word[0] in own else word[0],
+        r"(?<![\w.'\"/-])([a-z]+(?:_[a-z]+)+)(?:=True)?(?![\w(.'\"/=])(?: \(--[a-z-]+\))?",
+        lambda word: option(word[1]) or word[0],
         names + colon + rest,
     )
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def prepare() -> Console:

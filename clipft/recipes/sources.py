@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,18 @@ def name_of(data: Any) -> str:
     return str(data) if isinstance(data, (str, Path)) else f"a {type(data).__name__}"
 
 
+@contextmanager
+def _named_by(option: str) -> Iterator[None]:
+    """What is wrong with a source is said of the option that gave it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        before, name, rest = str(error).partition("path_or_name: ")
+        if before or not name:
+            raise
+        raise type(error)(f"{option}: {rest}") from error
+
+
 @dataclass
 class Sources:
     """Reads what :func:`clipft.load_pairs` takes; a data set that is given as an object stays as it is.
@@ -65,7 +78,8 @@ class Sources:
         if not isinstance(source, (str, Path)):
             return source
         reading = reading_of(self.options, self.attributes if attributes else ())
-        rows = load_reading(source, reading, self.options.split if option == "data" else None, purpose)
+        with _named_by(option):
+            rows = load_reading(source, reading, self.options.split if option == "data" else None, purpose)
         self.accounts[option] = reading
         self.console.print(Text(f"{source}: {reading.line()}"))
         return rows

@@ -14,7 +14,7 @@ import pytest
 import torch
 import typer
 from commands import run
-from tiny_clip import captioned, class_folders
+from tiny_clip import captioned, class_folders, picture
 from transformers import CLIPModel
 from typer.testing import CliRunner
 
@@ -211,14 +211,15 @@ def test_resume_of_an_adapter(base: Path, table: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "/no/model"], "there is no folder '/no/model'"),
-        (["--data", "/no/data.csv"], "there is no '/no/data.csv'"),
+        (["--model", "/no/model"], "--model: expected a folder or a model name, but there is no folder '/no/model'"),
+        (["--data", "/no/data.csv"], "error: --data: expected a file, a folder or a data set's name, there is no"),
+        (["--eval-data", "/no/data.csv"], "error: --eval-data: expected a file, a folder or a data set's name, there"),
         (["--freeze", "all"], 'expected one of "none", "text"'),
         (["--metric", "f1"], "--metric: expected one of loss, image_to_text_R@1"),
         (["--random-resized-crop", "2"], "--random-resized-crop: expected a share"),
         (["--template", "no place"], "exactly one {}"),
         (["--output", __file__], "--output: expected a folder"),
-        (["--lora-r", "4", "--lora-targets", "query"], "targets: 'query': 'query' matches nothing; there are vision"),
+        (["--lora-r", "4", "--lora-targets", "query"], "--lora-targets: 'query': 'query' matches nothing; there are"),
         (["--lora-r", "4", "--freeze", "text"], "--freeze: expected none with --lora-r"),
     ],
 )
@@ -232,6 +233,26 @@ def test_user_errors_are_one_line_and_status_2(
     assert message in result.stderr
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_probe_data_is_read_as_the_options_say(base: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        picture(number)[0].save(tmp_path / f"{number}.png")
+    (tmp_path / "in").mkdir()
+    tables = {"test": "../0.png,a\n../1.png,b\n", "probe": "../2.png,a\n../none.png,b\n../3.png,b\n"}
+    for name, rows in tables.items():
+        (tmp_path / "in" / f"{name}.csv").write_text("image,label\n" + rows)
+    command = ["evaluate", "--model", base, "--data", tmp_path / "in" / "test.csv", "--knn-k"]
+    probe = ["--probe-data", tmp_path / "in" / "probe.csv"]
+    outside = run(*command, 1, *probe)
+    assert "if that is meant, --allow-outside-paths" in outside.stderr and "allow_outside" not in outside.stderr
+    broken = run(*command, 1, *probe, "--allow-outside-paths")
+    assert "probe.csv, row 1: there is no image" in broken.stderr
+    both = ["--allow-outside-paths", "--on-bad-row", "skip"]
+    assert run(*command, 2, *probe, *both).exit_code == 0
+    assert "--knn-k: expected 1 to 2, the number of training pictures, got 3" in run(*command, 3, *probe, *both).stderr
+    same = ["--probe-data", tmp_path / "in" / "test.csv"]
+    assert run(*command, 1, *same).stderr.startswith("error: --probe-data: expected other pictures than data")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
