@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipft.data.captions import shortened
+from clipft.data.objects import as_row
+from clipft.data.pictures import EncodedPicture
+from clipft.data.rows import read_stored
 from clipft.data.sampling import mix_seed
 from clipft.data.transforms import Augmentation, build_transform, stack_pictures
 from clipft.families.family import Family
@@ -84,12 +87,14 @@ class CLIPDataCollator:
         other.features = features
         return other
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch of N rows with U distinct texts: ``pixel_values`` [N, 3, H, W], ``input_ids`` and
-        ``attention_mask`` [U, L], ``text_index`` [N] where U < N, ``labels`` [N]; ``image_pooler_output`` [N, D] and
-        ``text_pooler_output`` [U, D] instead where features are known; ``targets`` [N, K] of K heads. NaFlex models get
-        patches (see ``clipft.families.naflex``), SigLIP's no ``attention_mask``, which they never saw.
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """The batch of N rows, or (picture, text or class) pairs, with U distinct texts: ``pixel_values`` [N, 3, H, W],
+        ``input_ids`` and ``attention_mask`` [U, L], ``text_index`` [N] where U < N, ``labels`` [N];
+        ``image_pooler_output`` [N, D] and ``text_pooler_output`` [U, D] instead where features are known; ``targets``
+        [N, K] of K heads. NaFlex models get patches (see ``clipft.families.naflex``), SigLIP's no ``attention_mask``,
+        which they never saw.
         """
+        rows = [_ready(row, number) for number, row in enumerate(rows)]
         pictures, captions = zip(*map(self._draw, rows), strict=True)
         known = self.features or FrozenFeatures()
         batch: dict[str, Tensor] = {}
@@ -103,7 +108,7 @@ class CLIPDataCollator:
             batch |= inputs
         labels = [row.get("label", text) for row, text in zip(rows, texts, strict=True)]
         if all(label is not None for label in labels):
-            numbers = (mix_seed(label) if isinstance(label, str) else int(label) for label in cast(list[Any], labels))
+            numbers = (mix_seed(label) if isinstance(label, str) else int(label) for label in labels)
             batch["labels"] = torch.tensor(list(numbers))
         if all("targets" in row for row in rows):
             batch["targets"] = torch.tensor([row["targets"] for row in rows])
@@ -141,6 +146,14 @@ class CLIPDataCollator:
             choice = int(torch.randint(len(captions), ())) if captions else 0
             picture = self._random(row["image"]) if "image" in row else None
             return picture, captions[choice] if captions else None
+
+
+def _ready(row: Any, number: int) -> dict[str, Any]:
+    """A row of any kind, its picture one that transforms take."""
+    row = as_row(row, f"row {number}")
+    if isinstance(row.get("image"), dict):
+        row["image"] = EncodedPicture(read_stored(row["image"]), f"row {number}")
+    return row
 
 
 def tokenize(

@@ -23,6 +23,7 @@ __all__ = [
     "check_attributes",
     "checked_attributes",
     "checked_captions",
+    "class_of",
     "encode_attribute",
     "encode_labels",
     "find_columns",
@@ -68,6 +69,15 @@ def label_value(value: Any, where: str) -> str:
         raise BadRowError(where, f"expected a label, got {value!r}", NO_LABEL)
     _check_text(name, where, NO_LABEL)
     return name
+
+
+def class_of(value: Any, classes: Sequence[str] | None, where: str) -> str:
+    """The name of a row's class, of a label that numbers ``classes`` where there are any."""
+    if classes is None or isinstance(value, str):
+        return label_value(value, where)
+    if value is None or not 0 <= value < len(classes):
+        raise BadRowError(where, f"expected the number of one of {len(classes)} classes, got {value}", NO_LABEL)
+    return classes[value]
 
 
 def encode_labels(values: list[str]) -> tuple[list[int], Any]:

@@ -34,6 +34,7 @@ __all__ = [
     "check_preprocessing",
     "check_size",
     "has_picture_content",
+    "in_order",
     "limit_pixels",
     "naming",
     "open_picture",
@@ -235,6 +236,11 @@ def _why(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
+
+
+def in_order(values: Any) -> Any:
+    """Values by their place; those of a pandas Series, which goes by its index, as a list."""
+    return list(values) if hasattr(values, "iloc") else values
 
 
 def open_picture(image: Any) -> Image.Image:

@@ -12,10 +12,13 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
-import torch
+from datasets.features.image import image_to_bytes
+from PIL import Image
 from torch.utils.data import Dataset
 
+from clipft.data.objects import as_rows
 from clipft.data.pictures import UNREADABLE, EncodedPicture, naming, read_file
+from clipft.data.reading import BadRowError
 from clipft.data.slices import read_slice, shard_of
 
 __all__ = [
@@ -90,8 +93,7 @@ class PairRows(Dataset[dict[str, Any]]):
         captions: bool = True,
         heads: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
-            raise TypeError(f"dataset: expected one with a length and rows by index, got {type(dataset).__name__}")
+        dataset = as_rows(dataset)
         if len(dataset) == 0:
             raise ValueError("dataset: expected at least one row, got none")
         self.dataset = dataset
@@ -118,7 +120,7 @@ class PairRows(Dataset[dict[str, Any]]):
         else:
             pair["index"] = index
         if self._class_captions is not None:
-            pair["label"] = int(row["label"])
+            pair["label"] = self._class_of(row, index)
         if self.targets:
             pair["targets"] = [int(own[index]) for own in self.targets.values()]
         if isinstance(key, tuple):
@@ -128,19 +130,22 @@ class PairRows(Dataset[dict[str, Any]]):
     def captions(self) -> list[list[str]]:
         """The captions of every row, without decoding pictures where the data set allows it."""
         column = "caption" if self._class_captions is None else "label"
-        if isinstance(self.dataset, datasets.Dataset):
-            rows = ({column: value} for value in self.dataset[column])
-        else:
-            rows = (self.dataset[index] for index in range(len(self)))
-        return [self._captions_of(row, index) for index, row in enumerate(rows)]
+        return [self._captions_of({column: value}, index) for index, value in enumerate(self.dataset[column])]
 
     def _captions_of(self, row: dict[str, Any], index: int) -> list[str]:
         if self._class_captions is not None:
-            return self._class_captions[int(row["label"])]
-        captions = [row["caption"]] if isinstance(row["caption"], str) else list(row["caption"] or ())
+            return self._class_captions[self._class_of(row, index)]
+        given = row.get("caption")
+        captions = [given] if isinstance(given, str) else list(given or ())
         if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-            raise ValueError(f"row {index}: expected a caption or a list of captions, got {row['caption']!r}")
+            raise ValueError(f"row {index}: expected a caption or a list of captions, got {given!r}")
         return captions
+
+    def _class_of(self, row: dict[str, Any], index: int) -> int:
+        label, classes = row.get("label"), len(self._class_captions or ())
+        if label is None or not 0 <= label < classes:  # -1 is how datasets write an unknown ClassLabel
+            raise ValueError(f"row {index}: expected a label from 0 to {classes - 1}, got {label!r}")
+        return int(label)
 
 
 def _drop_images(dataset: Any, columns: list[str]) -> Any:
@@ -155,6 +160,8 @@ def read_row(dataset: Any, index: int, *, encoded: bool = False) -> dict[str, An
     """
     try:
         row = cast(dict[str, Any], dataset[index])
+    except BadRowError:
+        raise
     except UNREADABLE as error:
         raise ValueError(f"row {index}: the image cannot be read ({error})") from error
     if isinstance(row.get("image"), dict):
@@ -189,8 +196,10 @@ def stored_pictures(dataset: Any) -> datasets.Dataset | None:
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
-def read_stored(image: dict[str, Any]) -> bytes:
-    """The file of a picture of :func:`stored_pictures`."""
+def read_stored(image: Any) -> bytes:
+    """The file of a picture of :func:`stored_pictures`; of one that has none, a file that holds it whole."""
+    if isinstance(image, Image.Image):
+        return cast(bytes, image_to_bytes(image))
     if image["bytes"] is not None:
         return image["bytes"]
     return read_slice(image["path"]) if shard_of(image["path"]) else read_file(image["path"])
@@ -198,19 +207,17 @@ def read_stored(image: dict[str, Any]) -> bytes:
 
 def column_names(dataset: Any) -> list[str]:
     """Columns of a ``datasets.Dataset``, else the keys of the first row."""
-    names = getattr(dataset, "column_names", None)
-    return list(names if names is not None else dataset[0])
+    return list(as_rows(dataset).column_names)
 
 
 def column_values(dataset: Any, column: str) -> list[Any]:
     """A column's values, without decoding pictures where the data set allows it."""
-    by_column = hasattr(dataset, "column_names")
-    return list(dataset[column]) if by_column else [dataset[index][column] for index in range(len(dataset))]
+    return list(as_rows(dataset)[column])
 
 
 def class_names_of(dataset: Any, column: str = "label") -> list[str] | None:
     """The names behind the column ``label``, or another, if the data set has them."""
-    feature = (getattr(dataset, "features", None) or {}).get(column)
+    feature = (as_rows(dataset).features or {}).get(column)
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
@@ -247,8 +254,9 @@ def _class_captions(dataset: Any, columns: list[str], templates: Sequence[str]) 
     names = class_names_of(dataset)
     if "label" not in columns or names is None:
         raise ValueError(
-            "dataset: expected a column 'caption', or a column 'label' of type datasets.ClassLabel to make captions "
-            f"from; found {sorted(columns)}"
+            "dataset: expected a column 'caption', or a column 'label' with class names to make captions from "
+            "(datasets.ClassLabel, or `classes` as torchvision's data sets have them, and each Subset of one); found "
+            f"{sorted(columns)}{' without names' if 'label' in columns else ''}"
         )
     return [render(templates, name) for name in names]
 

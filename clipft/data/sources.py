@@ -18,6 +18,7 @@ import datasets
 
 from clipft.data.columns import checked_attributes
 from clipft.data.folders import from_folder, walk
+from clipft.data.given import read_object
 from clipft.data.pictures import EncodedPicture, UnreadablePictureError, limit_pixels, naming, to_rgb
 from clipft.data.reading import HIDDEN, UNREADABLE_KIND, Reading
 from clipft.data.rows import read_stored, stored_pictures
@@ -36,7 +37,7 @@ _CHUNK = 256  # pictures in memory while they are looked at
 
 
 def load_pairs(
-    path_or_name: str | Path,
+    path_or_name: Any,
     *,
     split: str | None = None,
     image_column: str | None = None,
@@ -47,7 +48,7 @@ def load_pairs(
     allow_outside: bool = False,
     encoding: str | None = None,
     max_pixels: int | None = None,
-) -> datasets.Dataset:
+) -> Any:
     """Load a data set for training or evaluation.
 
     Args:
@@ -58,7 +59,9 @@ def load_pairs(
             beside the pictures; WebDataset shards (a ``.tar`` file, a folder of them, ``shards/{000..127}.tar``,
             ``shards/*.tar``), which are read in place; a folder written by ``save_to_disk``; a folder of splits, as
             :mod:`clipft.data.splits` has them; or a name that ``datasets.load_dataset`` takes. ``SOURCE:SPLIT`` names a
-            split too.
+            split too. Also a ``datasets.Dataset`` or ``DatasetDict``, a pandas frame, torchvision's data sets, lists of
+            (picture, text) and whatever else has a length and rows by index, of which a row is a dictionary or a
+            (picture, text or class) pair, and subsets of these.
         split: which split, of a source that has several; default: train.
         image_column, caption_column, label_column: where they are not called by a usual name (``image``, ``file_name``,
             ``filepath``, ``path``; ``caption``, ``captions``, ``text``, ``title``; ``label``, ``class``); in shards, an
@@ -74,7 +77,8 @@ def load_pairs(
 
     Returns:
         A ``datasets.Dataset`` with ``image`` (decoded to PIL on access) and ``caption`` (a string or a list of strings)
-        and / or ``label`` (a ``ClassLabel`` where the classes have names); the attributes as ``ClassLabel`` or None.
+        and / or ``label`` (a ``ClassLabel`` where the classes have names); the attributes as ``ClassLabel`` or None. Of
+        objects that are read by rows :class:`clipft.data.objects.ObjectRows`, with the same columns.
 
     Raises:
         FileNotFoundError: the file or folder, or an image that a table names, does not exist.
@@ -90,9 +94,7 @@ def load_pairs(
     return load_reading(path_or_name, reading, split)
 
 
-def load_reading(
-    path_or_name: str | Path, reading: Reading, split: str | None = None, purpose: str = "train"
-) -> datasets.Dataset:
+def load_reading(path_or_name: Any, reading: Reading, split: str | None = None, purpose: str = "train") -> Any:
     """As :func:`load_pairs`; ``reading`` then says what was left out. ``purpose``: of
     :func:`clipft.data.splits.chosen_split`.
     """
@@ -104,10 +106,12 @@ def load_reading(
     return dataset
 
 
-def read_pairs(
-    path_or_name: str | Path, split: str | None, reading: Reading, purpose: str = "train"
-) -> datasets.Dataset:
+def read_pairs(path_or_name: Any, split: str | None, reading: Reading, purpose: str = "train") -> Any:
     """As :func:`load_reading`, without a look at the pictures themselves."""
+    if not isinstance(path_or_name, (str, Path)):
+        dataset = read_object(path_or_name, split, reading, purpose)
+        reading.finish(len(dataset))
+        return dataset
     source, own = split_of_name(path_or_name)
     if own is not None and split not in (None, own):
         raise ValueError(f"split: expected the split of {str(path_or_name)!r}, got {split!r}")
@@ -146,8 +150,7 @@ def _read(source: str | Path, split: str | None, reading: Reading, purpose: str)
 
 def _drop_unreadable(dataset: datasets.Dataset, reading: Reading) -> datasets.Dataset:
     """Decode every picture, JPEGs at an eighth of their size, which reads the file to its end all the same."""
-    stored = stored_pictures(dataset)
-    assert stored is not None  # read_pairs has made it so
+    stored = stored_pictures(dataset) or dataset
 
     def fault(number: int, image: dict[str, Any]) -> str | None:
         place = reading.place(number)

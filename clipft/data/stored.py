@@ -20,14 +20,13 @@ import pyarrow.parquet
 
 from clipft.data.columns import (
     NO_ID,
-    NO_LABEL,
     attribute_value,
     check_attributes,
     checked_captions,
+    class_of,
     encode_attribute,
     encode_labels,
     find_columns,
-    label_value,
 )
 from clipft.data.reading import BadRowError, Reading
 from clipft.data.rows import Picture
@@ -183,7 +182,7 @@ def _checked_rows(
                 raise BadRowError(place, f"expected an id in column {reading.id_column!r}, found none", NO_ID)
             if captions is not None:
                 checked_captions(captions[number], place)
-            name = None if labels is None else _checked_label(labels[number], classes, place)
+            name = None if labels is None else class_of(labels[number], classes, place)
             if images is not None and folder is not None:
                 image = stored[number]["image"] or {"bytes": None, "path": None}
                 if not image["bytes"]:
@@ -192,11 +191,3 @@ def _checked_rows(
             names.append(name)
             good.append(number)
     return good, images, cast(list[str], names) if labels is not None and classes is None else None
-
-
-def _checked_label(value: Any, classes: Sequence[str] | None, place: str) -> str:
-    if classes is None:
-        return label_value(value, place)
-    if value is None or not 0 <= value < len(classes):
-        raise BadRowError(place, f"expected the number of one of {len(classes)} classes, got {value}", NO_LABEL)
-    return classes[value]

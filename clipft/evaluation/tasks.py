@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clipft.data.objects import as_rows
 from clipft.data.rows import (
     DEFAULT_TEMPLATES,
     MISSING,
@@ -113,6 +114,7 @@ def evaluate_zero_shot(
         pictures. A class that was never predicted has precision 0. ``intervals``: [low, high] for each of these
         numbers, the 95 % bootstrap interval over the pictures of each class.
     """
+    class_names, dataset = list(class_names), as_rows(dataset)
     check_class_names(class_names)
     labels = checked_labels(dataset, len(class_names))
     image_embeds = embed_images(
@@ -151,6 +153,7 @@ def evaluate_heads(
     Raises:
         ValueError: no head has a column here, or a column has a class that its head does not know.
     """
+    dataset = as_rows(dataset)
     image_embeds = embed_images(
         model, processor, Pictures(dataset), batch_size=batch_size, num_workers=num_workers, progress=progress
     )
@@ -291,6 +294,7 @@ class _Features:
 
     def of_both(self, train: Any, test: Any) -> tuple[list[str], Any, Any]:
         """The class names, and of each data set (features [N, D], labels [N])."""
+        train, test = as_rows(train), as_rows(test)
         names, test_names = class_names_of(train), class_names_of(test)
         if names is None or names != test_names:
             raise ValueError(

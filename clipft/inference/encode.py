@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from clipft.data.collate import tokenize, unify_captions
-from clipft.data.pictures import UNREADABLE, EncodedPicture, naming, open_picture
+from clipft.data.objects import as_rows
+from clipft.data.pictures import UNREADABLE, EncodedPicture, in_order, naming, open_picture
 from clipft.data.rows import read_row, read_stored, render, stored_pictures
 from clipft.data.transforms import build_transform, stack_pictures
 from clipft.families.registry import base_model, family_of
@@ -76,7 +77,7 @@ def embed(
         model: a ``CLIPModel``, in float or int8, a ``SiglipModel`` or ``Siglip2Model``, a peft model of one, or a
             :class:`clipft.OnnxCLIP`.
         processor: the model's; None with ``OnnxCLIP``.
-        images: PIL pictures, paths, or a data set with the column ``image``.
+        images: PIL pictures, paths, or a data set as :class:`clipft.CLIPTrainer` takes it; of pairs their pictures.
         texts: strings. One of the two is given.
         batch_size, num_workers: pictures or texts at a time; processes that load pictures.
         progress: wraps the loop over batches of pictures.
@@ -97,8 +98,16 @@ def embed(
         return torch.from_numpy(finite(encoder.texts(list(texts)), texts))
     if isinstance(images, (str, bytes, Path, Image.Image)) or not hasattr(images, "__getitem__"):
         raise TypeError(f"images: expected several pictures, paths or a data set, got {type(images).__name__}")
-    parts = [rows for rows, _ in encode_pictures(encoder, images, batch_size, num_workers, progress=progress)]
+    pictures = _pictures_of(images)
+    parts = [rows for rows, _ in encode_pictures(encoder, pictures, batch_size, num_workers, progress=progress)]
     return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, _dim(model))
+
+
+def _pictures_of(images: Any) -> Any:
+    """Pictures by index, or rows of them."""
+    images = in_order(images) if getattr(images, "ndim", 2) == 1 else images  # a frame is rows
+    several = isinstance(images, (list, tuple, np.ndarray))
+    return images if several and not (len(images) and isinstance(images[0], (dict, tuple, list))) else as_rows(images)
 
 
 def _dim(model: Any) -> int:
@@ -250,7 +259,8 @@ class Pictures(Dataset[Any]):
     """The column ``image`` alone."""
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = stored_pictures(dataset) or dataset
+        rows = as_rows(dataset)
+        self.dataset = stored_pictures(rows) or rows
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from clipft.data.captions import shortened
-from clipft.data.pictures import check_preprocessing, open_picture, to_pixels
+from clipft.data.pictures import check_preprocessing, in_order, open_picture, to_pixels
 from clipft.files import check_file, check_set, read_json, settle
 from clipft.models.formats import ONNX_INFO as INFO
 
@@ -118,6 +118,7 @@ class OnnxCLIP:
         """PIL pictures or paths -> [N, D] float32, L2-normalised. ``progress`` may wrap the range of batches."""
         if isinstance(images, (str, bytes)) or not hasattr(images, "__len__"):
             raise TypeError(f"images: expected a list of PIL pictures or paths, got {type(images).__name__}")
+        images = in_order(images)
         starts = range(0, len(images), batch_size)
         parts = [
             self.run_images(
@@ -131,6 +132,7 @@ class OnnxCLIP:
         """Texts -> [N, D] float32, L2-normalised. Texts of like length share a batch."""
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
+        texts = in_order(texts)
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         embeds = np.empty((len(texts), self.info["dim"]), np.float32)
         for start in range(0, len(order), batch_size):

@@ -67,7 +67,7 @@ def doctor(
     ``clipft doctor``, with the same options.
 
     Args:
-        data, eval_data: a source that :func:`clipft.load_pairs` takes, or a ``datasets.Dataset`` as it gives them.
+        data, eval_data: sources that :func:`clipft.load_pairs` takes.
         model: a folder, a hub name, ``"demo"``, ``(model, processor)`` or a :class:`clipft.recipes.run.Run`; its
             tokenizer, preprocessing and logit scale are looked at.
         json: file for the findings.
@@ -129,13 +129,10 @@ class _Contents:
     def __init__(self, source: Any, options: dict[str, Any], purpose: str = "train") -> None:
         settings = options_from(DataOptions, options | {"on_bad_row": "skip"})
         reading = reading_of(settings)
-        self.source = {"train": "data", "test": "eval_data"}[purpose]
-        if isinstance(source, (str, Path)):
-            self.source = str(source)
-            dataset = read_pairs(source, settings.split if purpose == "train" else None, reading, purpose)
-        else:
-            dataset, reading.source = source, self.source
-            reading.finish(len(dataset))
+        if not isinstance(source, (str, Path)):
+            reading.source = {"train": "data", "test": "eval_data"}[purpose]
+        dataset = read_pairs(source, settings.split if purpose == "train" else None, reading, purpose)
+        self.source = source = reading.source
         places = [reading.place(number) for number in range(len(dataset))]
         self.rows = len(dataset) + len(reading.skipped)
         seen = list(_look(dataset, places))
@@ -179,9 +176,7 @@ def _spread(values: NDArray[Any]) -> dict[str, int]:
 
 def _look(dataset: Any, places: Sequence[str]) -> Iterator[_Picture | str]:
     """Each picture, or why it cannot be read."""
-    stored = stored_pictures(dataset)
-    if stored is None:
-        raise ValueError(f"data: expected a source, or a datasets.Dataset with an Image column, got {dataset}")
+    stored = stored_pictures(dataset) or dataset
 
     def look(place: str, image: dict[str, Any]) -> _Picture | str:
         try:

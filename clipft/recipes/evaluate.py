@@ -38,7 +38,7 @@ def evaluate(
 
     Args:
         model: a folder, a hub name, ``"demo"``, ``(model, processor)`` or a :class:`clipft.recipes.run.Run`.
-        data: a source that :func:`clipft.load_pairs` takes, or a ``datasets.Dataset`` as it gives them.
+        data: a source that :func:`clipft.load_pairs` takes.
         output: file for the numbers, as JSON; a page of the same name, ``.html``, goes beside it.
         console: where progress and tables go; default: standard output.
         options: fields of :class:`clipft.recipes.options.EvaluateOptions`: ``probe_data``, ``template``, ...
@@ -55,7 +55,8 @@ def evaluate(
     """
     settings = options_from(EvaluateOptions, options)
     console = console or console_of_run()
-    if (settings.probe_data is not None and settings.probe_data is data) or settings.probe_data == str(data):
+    probe = settings.probe_data
+    if (probe is not None and probe is data) or (isinstance(probe, (str, Path)) and str(probe) == str(data)):
         raise ValueError("probe_data: expected other pictures than data, which would be scored on themselves")
     if output is not None and Path(output).suffix == ".html":
         raise ValueError(f"output: expected the name of the JSON file, the page goes beside it, got {output}")

@@ -273,10 +273,11 @@ class TrainOptions(DataOptions):
     )
     template: Sequence[str] | None = option(None, "Caption of a class, with one {}; repeat for several.", DATA)
     seed: int = option(42, "Of the order, the augmentation and the held-out split.", DATA, argument="seed")
-    control_data: str = option(
+    control_data: Any = option(
         "drawings",
         "What must not be forgotten, scored before and after: drawings (in the package), none, or data.",
         FORGETTING,
+        text=True,
     )
     l2_sp: float = option(
         0.0, "Pull to the starting weights, for instance 0.01.", FORGETTING, argument="l2_sp", least=0.0

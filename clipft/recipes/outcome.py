@@ -53,13 +53,14 @@ def check_places_of_run(folder: Path, *, merged: bool) -> None:
     check_places(folder, [*own, "checkpoints/checkpoint", *([f"{MERGED}/config.json"] if merged else [])])
 
 
-def control_set(control_data: str, sources: Sources) -> tuple[Any, str] | None:
+def control_set(control_data: Any, sources: Sources) -> tuple[Any, str] | None:
     """The rows and their name."""
-    if control_data == "none":
+    if isinstance(control_data, str) and control_data == "none":
         return None
-    if control_data == "drawings":
+    if isinstance(control_data, str) and control_data == "drawings":
         return control_drawings(), "drawings of emoji in the package"
-    return sources.rows("control_data", control_data, purpose="test", attributes=False), control_data
+    rows = sources.rows("control_data", control_data, purpose="test", attributes=False)
+    return rows, sources.accounts["control_data"].source
 
 
 @dataclass

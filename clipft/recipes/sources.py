@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from clipft.data.columns import checked_attributes
+from clipft.data.objects import object_name
 from clipft.data.pictures import limit_pixels
 from clipft.data.reading import Reading
 from clipft.data.sources import load_reading
@@ -35,7 +36,7 @@ def reading_of(options: DataOptions, attributes: Sequence[str] = ()) -> Reading:
 
 def name_of(data: Any) -> str:
     """For messages and the report: a source as it was given, else what it is."""
-    return str(data) if isinstance(data, (str, Path)) else f"a {type(data).__name__}"
+    return str(data) if isinstance(data, (str, Path)) else object_name(data)
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def _named_by(option: str) -> Iterator[None]:
 
 @dataclass
 class Sources:
-    """Reads what :func:`clipft.load_pairs` takes; a data set that is given as an object stays as it is.
+    """Reads what :func:`clipft.load_pairs` takes.
 
     Attributes:
         options: how.
@@ -75,21 +76,26 @@ class Sources:
             purpose: which split is read where none is named, as :func:`clipft.data.splits.chosen_split` has it.
             attributes: whether the columns of attributes are needed.
         """
-        if not isinstance(source, (str, Path)):
-            return source
         reading = reading_of(self.options, self.attributes if attributes else ())
         with _named_by(option):
             rows = load_reading(source, reading, self.options.split if option == "data" else None, purpose)
         self.accounts[option] = reading
-        self.console.print(Text(f"{source}: {reading.line()}"))
+        self.console.print(Text(f"{reading.source}: {reading.line()}"))
         return rows
 
     def skipped(self) -> dict[str, Any]:
         """With ``on_bad_row="skip"``, why rows of each source were left out: ``skipped`` in report.json."""
         if self.options.on_bad_row != "skip":
             return {}
-        found = [reading for option, reading in self.accounts.items() if option != "control_data"]
-        return {own.source: {"count": len(own.skipped), "rows": own.skipped} for own in found}
+        found = {option: reading for option, reading in self.accounts.items() if option != "control_data"}
+        sources = [own.source for own in found.values()]
+        return {
+            own.source if sources.count(own.source) == 1 else f"{option}, {own.source}": {
+                "count": len(own.skipped),
+                "rows": own.skipped,
+            }
+            for option, own in found.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The accounts, under ``reading`` in report.json."""

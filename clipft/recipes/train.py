@@ -61,7 +61,7 @@ def train(
 
     Args:
         model: a folder, a hub name, ``"demo"``, ``(model, processor)``, or a :class:`Run` to go on from.
-        data: a source that :func:`clipft.load_pairs` takes, or a ``datasets.Dataset`` as it gives them.
+        data: a source that :func:`clipft.load_pairs` takes.
         output: folder for the model, the report and checkpoints; default: one that goes with the result.
         training_args: any other field of ``transformers.TrainingArguments``.
         callbacks: more ``transformers.TrainerCallback``s.
@@ -266,7 +266,9 @@ class _Training:
     def _settings(self, model: Any, data: Any) -> dict[str, Any]:
         """What ``config.yaml`` holds: every option as it was used."""
         names = {"model": model_name(model), "data": name_of(data), "output": str(self.folder)}
-        options = dataclasses.asdict(self.options) | {"class_balanced": self.arguments.class_balanced}
+        options = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(self.options)}
+        options["class_balanced"] = self.arguments.class_balanced
+        options["control_data"] = name_of(self.options.control_data)
         options["eval_data"] = None if self.options.eval_data is None else name_of(self.options.eval_data)
         if self.own_loss is not None:  # a file cannot repeat it: --config refuses the name
             options["loss"] = getattr(self.own_loss, "__qualname__", type(self.own_loss).__name__)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clipft.data.collate import CLIPDataCollator, FrozenFeatures
+from clipft.data.objects import as_rows
 from clipft.data.rows import PairRows, column_names
 from clipft.data.sampling import (
     ClassBalancedSampler,
@@ -29,7 +30,7 @@ from clipft.training.checkpoints import StagedCheckpoints
 from clipft.training.feature_cache import FrozenTowers, frozen_towers
 from clipft.training.head_training import HeadTraining
 
-__all__ = ["RowLoading", "own_collator"]
+__all__ = ["RowLoading", "given_rows", "own_collator"]
 
 _FEW_EPOCHS = 5
 
@@ -137,6 +138,13 @@ class RowLoading(StagedCheckpoints):
             parts.append(self.accelerator.gather_for_metrics(outputs[:2]))
         images, texts = (torch.cat(side).float() for side in zip(*parts, strict=True))
         return images, texts
+
+
+def given_rows(data: Any) -> Any:
+    """Of what a Trainer is given: a data set, several by name, or none."""
+    if isinstance(data, dict):
+        return {name: as_rows(own) for name, own in data.items()}
+    return None if data is None else as_rows(data)
 
 
 # ---- the collator ----

@@ -38,7 +38,7 @@ from clipft.training.grad_cache import cached_backward, chunks
 from clipft.training.head_training import HeadTraining
 from clipft.training.precision import bf16_speedup, cudnn_benchmark, hold_masters
 from clipft.training.regularizers import StartingPoint
-from clipft.training.row_loading import RowLoading, own_collator
+from clipft.training.row_loading import RowLoading, given_rows, own_collator
 from clipft.training.schedules import GradualUnfreezing, WeightAverage, split_by_depth
 
 __all__ = ["CLIPTrainer"]
@@ -51,11 +51,11 @@ class CLIPTrainer(RowLoading):
     """Used as ``transformers.Trainer``: ``CLIPTrainer(model, args, train_dataset=..., eval_dataset=...,
     processing_class=processor)``.
 
-    Data sets have columns ``image``, ``caption`` (a string or a list) and / or ``label`` (see ``clipft.load_pairs``).
-    Evaluation gives ``eval_loss`` and ``eval_image_to_text_R@1`` and so on; ``predict`` gives embeddings, (image [N,
-    D], text [N, D]). With ``args.head`` these are ``eval_accuracy`` and so on, and logits [N, C]. Several processes
-    (``torchrun``) use each other's pairs as negatives. The model is fused (:func:`clipft.fuse`) and stays so;
-    :func:`clipft.unfuse` undoes it.
+    Data sets have columns ``image``, ``caption`` (a string or a list) and / or ``label`` (see ``clipft.load_pairs``),
+    or are torchvision's, lists of (picture, text), and subsets of these. Evaluation gives ``eval_loss`` and
+    ``eval_image_to_text_R@1`` and so on; ``predict`` gives embeddings, (image [N, D], text [N, D]). With ``args.head``
+    these are ``eval_accuracy`` and so on, and logits [N, C]. Several processes (``torchrun``) use each other's pairs as
+    negatives. The model is fused (:func:`clipft.fuse`) and stays so; :func:`clipft.unfuse` undoes it.
     Weights that train become float32 if they are stored in less; ``args.bf16`` and ``args.fp16`` compute in less.
 
     ``loss``: a function in place of the loss that ``args`` names: (image_embeds [N, D], text_embeds [N, D], batch) ->
@@ -77,6 +77,7 @@ class CLIPTrainer(RowLoading):
     ) -> None:
         args = CLIPTrainingArguments(output_dir="trainer_output") if args is None else args
         check_arguments(args, kwargs, own_loss=loss is not None)
+        kwargs |= {name: given_rows(kwargs[name]) for name in ("train_dataset", "eval_dataset") if name in kwargs}
         self._own_loss = loss
         if model is not None:
             hold_masters(fuse(model))
