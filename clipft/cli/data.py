@@ -9,14 +9,14 @@ import typer
 
 from clipft.cli.common import app, examples, prepare, user_errors
 from clipft.cli.from_options import takes_options
-from clipft.recipes.options import DataOptions
+from clipft.recipes.options import ClassOptions
 
 __all__: list[str] = []
 
 
 @app.command(epilog=examples("clipft doctor pictures/ --eval-data test/ --model run"))
 @user_errors
-@takes_options(DataOptions)
+@takes_options(ClassOptions)
 def doctor(
     *,
     data: Annotated[str, typer.Argument(help="As --data of train.")],

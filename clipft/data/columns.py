@@ -4,7 +4,6 @@ classes.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +35,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "title")
 LABEL_COLUMNS = ("label", "class")
 _LIST_AS_TEXT = re.compile(r"""\s*[\[(]\s*(['"]).*\1\s*,?\s*[\])]\s*""", re.DOTALL)  # of Python, JSON or numpy
 _WHOLE_FLOAT = re.compile(r"^([+-]?\d+)\.0+$")
+_MISSING = ("", "nan", "null", "<na>")  # as programs write what is not known
 _SHOWN = 200  # characters of a value in a message
 # kinds of bad rows
 NO_CAPTION, NO_LABEL, NO_ID = "without a caption", "without a label", "without an id"
@@ -51,12 +51,16 @@ def checked_captions(value: Any, where: str) -> list[str]:
         raise BadRowError(where, f"expected a caption or a list of captions, got {_short(value)}", NO_CAPTION)
     for caption in captions:
         _check_text(caption, where, NO_CAPTION)
-        if caption.lstrip()[:1] in ("[", "(") and _LIST_AS_TEXT.fullmatch(caption):
+        if _is_list(caption):
             hint = "a row for each of them, or a list in .jsonl or .parquet"
             raise BadRowError(
                 where, f"expected a caption, got a list as text, {_short(caption)}; give {hint}", NO_CAPTION
             )
     return captions
+
+
+def _is_list(text: str) -> bool:
+    return text.lstrip()[:1] in ("[", "(") and _LIST_AS_TEXT.fullmatch(text) is not None
 
 
 def label_value(value: Any, where: str) -> str:
@@ -67,6 +71,8 @@ def label_value(value: Any, where: str) -> str:
     name = attribute_value(value)
     if name is None:
         raise BadRowError(where, f"expected a label, got {value!r}", NO_LABEL)
+    if _is_list(name):
+        raise BadRowError(where, f"expected one label, got a list as text, {_short(name)}", NO_LABEL)
     _check_text(name, where, NO_LABEL)
     return name
 
@@ -93,8 +99,8 @@ def encode_labels(values: list[str]) -> tuple[list[int], Any]:
 
 def attribute_value(value: Any) -> str | None:
     """A class's name as text: None where it is not known, and 1.0 is 1."""
-    missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
-    return None if missing else _WHOLE_FLOAT.sub(r"\1", str(value).strip())
+    name = "" if value is None else str(value).strip()
+    return None if name.lower() in _MISSING else _WHOLE_FLOAT.sub(r"\1", name)
 
 
 def _check_text(text: str, where: str, kind: str) -> None:

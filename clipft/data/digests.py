@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from clipft.data.pictures import EncodedPicture
 from clipft.data.rows import class_names_of, column_names, column_values, read_row, read_stored, stored_pictures
 
 __all__ = ["DIGEST", "digest_of", "picture_digests", "rows_digest"]
@@ -31,7 +32,7 @@ def picture_digests(dataset: Any) -> list[bytes]:
     """Of each row's picture: of its file's bytes, or of the decoded picture where there is no file."""
     stored = stored_pictures(dataset)
     if stored is None:
-        return [_digest_of_pixels(read_row(dataset, index)["image"]) for index in range(len(dataset))]
+        return [_digest_of_row(dataset, index) for index in range(len(dataset))]
     found: list[bytes] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(stored), _CHUNK):
@@ -39,7 +40,10 @@ def picture_digests(dataset: Any) -> list[bytes]:
     return found
 
 
-def _digest_of_pixels(picture: Any) -> bytes:
+def _digest_of_row(dataset: Any, index: int) -> bytes:
+    picture = read_row(dataset, index, encoded=True)["image"]
+    if isinstance(picture, EncodedPicture):
+        return digest_of(picture.data)
     pixels = np.asarray(picture)
     return digest_of(f"{pixels.dtype}/{pixels.shape}".encode(), np.ascontiguousarray(pixels).tobytes())
 

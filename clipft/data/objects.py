@@ -124,15 +124,6 @@ class ObjectRows:
         """The same with these labels."""
         return ObjectRows(self._data, self._rows, names, labels)
 
-    def train_test_split(self, **how: Any) -> dict[str, ObjectRows]:
-        """As that of ``datasets.Dataset``."""
-        columns: dict[str, Any] = {"row": list(range(len(self)))}
-        if self.names:
-            columns["label"] = self["label"]
-        features = datasets.Features({"row": datasets.Value("int64"), **self.features})
-        parts = datasets.Dataset.from_dict(columns, features=features).train_test_split(**how)
-        return {name: self.select(part["row"][:]) for name, part in parts.items()}
-
 
 def _item(data: Any, row: int) -> Any:
     """A row as the data set gives it; of a plain folder of torchvision the picture's path, to be decoded as it is

@@ -225,7 +225,8 @@ class Classification(_Resampled):
 
     def metrics(self) -> dict[str, Any]:
         """``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``top5``, with two classes ``auc``, and ``per_class``, by
-        scikit-learn; ``confusions``, the most frequent, and up to 200 classes all in ``confusion_matrix``.
+        scikit-learn; ``classes`` and ``classes_with_pictures``, how many; ``confusions``, the most frequent, and up to
+        200 classes all in ``confusion_matrix``.
         """
         labels, predicted, every = self.labels, self.predicted, list(range(len(self.class_names)))
         columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0.0)
@@ -242,6 +243,8 @@ class Classification(_Resampled):
             "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
             "top5": float(np.mean(self._among_five)) if len(every) > 5 else 1.0,
             **auc,
+            "classes": len(every),
+            "classes_with_pictures": len(np.unique(labels)),
             "per_class": rows,
             "confusions": self._confusions(),
             **({} if matrix is None else {"confusion_matrix": matrix}),

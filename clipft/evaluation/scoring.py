@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.functional import normalize
 from clipft.console import bar
 from clipft.data.rows import PairRows, class_names_of, class_targets, class_text, column_names, index_texts
 from clipft.evaluation.metrics import Classification, Retrieval, interval
-from clipft.evaluation.tasks import checked_labels, heads_found, similarities
+from clipft.evaluation.tasks import heads_found, similarities
 from clipft.inference.encode import Pictures, class_embeddings, embed_images, embed_texts, unified
 from clipft.models.heads import LABEL, heads_of
 
@@ -73,12 +74,16 @@ class Scorer:
     batch_size: int
     workers: int
     console: Console
+    class_names: Sequence[str] | None = None  # that pictures are told apart by; default: the data's own
 
     def __call__(self, stage: str) -> Found:
         """Score the model as it is now; ``stage`` is shown beside the progress bar."""
-        names, captioned = class_names_of(self.dataset), "caption" in column_names(self.dataset)
+        names, captioned = self.class_names or class_names_of(self.dataset), "caption" in column_names(self.dataset)
         if not (names or captioned):
-            raise ValueError("--data: expected captions, or labels with names, found labels that are numbers only")
+            raise ValueError(
+                "--data: expected captions, or labels with names, found labels that are numbers only: name them with "
+                "class_names (--class-names)"
+            )
         with bar(self.console) as progress:
             image_embeds = embed_images(
                 self.clip,
@@ -92,7 +97,7 @@ class Scorer:
         parts: dict[str, Any] = {"head": heads[LABEL]} if LABEL in heads else {}
         texts, texts_of, text_embeds = [], [], torch.empty(0)
         if names:
-            labels = checked_labels(self.dataset, len(names))
+            labels = class_targets(self.dataset, "label", names)
             text_embeds = class_embeddings(self.clip, self.processor, names, self.templates, self.batch_size)
             parts["zero_shot"] = Classification(labels, similarities(image_embeds, text_embeds), names)
             if LABEL in heads:  # it is what has learnt

@@ -204,7 +204,7 @@ def evaluate_linear_probe(
     Args:
         model, processor, batch_size, num_workers, progress, resamples, seed: as in :func:`evaluate_retrieval`.
         train_dataset: columns ``image`` and ``label``; fits the regression.
-        test_dataset: the same, with the same classes; scored.
+        test_dataset: the same, with classes among those; scored.
         C: inverse strength of the L2 penalty. None chooses among powers of ten from 0.1 to 10000 by five-fold
             cross-validated balanced accuracy on ``train_dataset`` (fewer folds where a class has fewer pictures).
 
@@ -248,7 +248,7 @@ def evaluate_knn(
     Args:
         model, processor, batch_size, num_workers, progress, resamples, seed: as in :func:`evaluate_retrieval`.
         train_dataset: columns ``image`` and ``label``; the neighbours.
-        test_dataset: the same, with the same classes; scored.
+        test_dataset: the same, with classes among those; scored.
         k: neighbours, at most as many as there are training pictures.
         temperature: of the votes.
 
@@ -296,16 +296,16 @@ class _Features:
         """The class names, and of each data set (features [N, D], labels [N])."""
         train, test = as_rows(train), as_rows(test)
         names, test_names = class_names_of(train), class_names_of(test)
-        if names is None or names != test_names:
+        if names is None or test_names is None or not set(test_names) <= set(names):
             raise ValueError(
-                "train_dataset, test_dataset: expected a column 'label' of type datasets.ClassLabel with the same "
-                f"names in both, got {names} and {test_names}"
+                "train_dataset, test_dataset: expected a column 'label' of type datasets.ClassLabel, the test set's "
+                f"names among those of training, got {names} and {test_names}"
             )
         check_class_names(names)
         labels = checked_labels(train, len(names))
         if len(np.unique(labels)) < 2:
             raise ValueError("train_dataset: expected pictures of two classes or more, found those of one")
-        return names, (self._of(train), labels), (self._of(test), checked_labels(test, len(names)))
+        return names, (self._of(train), labels), (self._of(test), class_targets(test, "label", names))
 
     def _of(self, dataset: Any) -> np.ndarray[Any, Any]:
         return embed_images(self.model, self.processor, Pictures(dataset), **self.options).numpy()

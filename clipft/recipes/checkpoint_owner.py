@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.text import Text
 
 from clipft.files import read_json, write_json
-from clipft.recipes.options import DataOptions, TrainOptions
+from clipft.recipes.options import ScoringOptions, TrainOptions
 from clipft.training.checkpoints import last_checkpoint
 
 __all__ = ["claim", "identity_of_run", "resume_point"]
 
 RUN = "run.json"
 _FREE = {  # options that change nothing of what is learned; how data was read shows in its rows
-    *(field.name for field in dataclasses.fields(DataOptions)),
+    *(field.name for field in dataclasses.fields(ScoringOptions)),
     *("model", "data", "output", "eval_data", "control_data", "workers", "report_to"),
     *("auto_batch", "grad_cache_chunk_size", "gradient_checkpointing"),
 }

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from clipft.console import console_of_run
 from clipft.data.captions import shortened
+from clipft.data.classes import read_class_names, renamed, says_nothing
 from clipft.data.collate import most_tokens, unify_captions
 from clipft.data.pictures import UNREADABLE, EncodedPicture, UnreadablePictureError, naming, to_rgb, upright
 from clipft.data.reading import UNREADABLE_KIND
@@ -35,7 +36,7 @@ from clipft.families.clip import CLIP
 from clipft.families.registry import family_of
 from clipft.files import write_json
 from clipft.recipes.findings import Finding, Findings, show_findings
-from clipft.recipes.options import DataOptions, options_from
+from clipft.recipes.options import ClassOptions, options_from
 from clipft.recipes.run import loaded
 from clipft.recipes.sources import reading_of
 
@@ -72,7 +73,7 @@ def doctor(
             tokenizer, preprocessing and logit scale are looked at.
         json: file for the findings.
         console: where the table goes; default: standard output.
-        options: fields of :class:`clipft.recipes.options.DataOptions`: ``caption_column``, ``split``, ...
+        options: fields of :class:`clipft.recipes.options.ClassOptions`: ``class_names``, ``caption_column``, ...
 
     Returns:
         ``findings`` and ``statistics``, a dictionary; ``.problems`` are the findings to mend first.
@@ -127,12 +128,14 @@ class _Contents:
     """A data set's captions and labels, and what a look at each picture gave."""
 
     def __init__(self, source: Any, options: dict[str, Any], purpose: str = "train") -> None:
-        settings = options_from(DataOptions, options | {"on_bad_row": "skip"})
+        settings = options_from(ClassOptions, options | {"on_bad_row": "skip"})
         reading = reading_of(settings)
         if not isinstance(source, (str, Path)):
             reading.source = {"train": "data", "test": "eval_data"}[purpose]
         dataset = read_pairs(source, settings.split if purpose == "train" else None, reading, purpose)
         self.source = source = reading.source
+        if settings.class_names is not None:
+            dataset = renamed(dataset, read_class_names(settings.class_names, settings.encoding), source)
         places = [reading.place(number) for number in range(len(dataset))]
         self.rows = len(dataset) + len(reading.skipped)
         seen = list(_look(dataset, places))
@@ -263,6 +266,16 @@ def _check_rows(contents: _Contents) -> list[Finding]:
         status = "problem" if min(sizes) < 2 or ratio >= _IMBALANCE else "ok" if ratio <= UNEVEN else "note"
         summary = text if status == "ok" else text + advice
         findings.append(Finding("class balance", status, summary, len(sizes), shown[:_EXAMPLES]))
+        findings.append(
+            _finding(
+                "class names",
+                "note",
+                [name for name in contents.class_names if says_nothing(name)],
+                f"of {len(sizes)} class names say nothing to the text tower, which captions are made for; give them "
+                "words with --class-names FILE",
+                "class names are words",
+            )
+        )
     return findings
 
 
@@ -411,13 +424,15 @@ def _check_leakage(train: _Contents, test: _Contents) -> list[Finding]:
             )
         )
     if train.labels and test.labels:
-        odd = sorted(set(test.labels) ^ set(train.labels))
+        new, missing = set(test.labels) - set(train.labels), set(train.labels) - set(test.labels)
         findings.append(
             _finding(
                 "classes of both sets",
-                "problem",
-                odd,
-                "classes have rows in one of the two sets only",
+                "problem" if new else "note",
+                sorted(new | missing),
+                "classes have rows in one of the two sets only"
+                if new
+                else "classes have no test pictures; the test set is scored against all classes of training",
                 "both sets have rows of the same classes",
             )
         )

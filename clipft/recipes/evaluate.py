@@ -10,11 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from clipft.console import console_of_run, show
+from clipft.data.classes import share_of_classes
 from clipft.data.rows import DEFAULT_TEMPLATES
+from clipft.data.splits import existing
 from clipft.environment import environment
 from clipft.evaluation.scoring import Scorer
 from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
-from clipft.files import check_output, write_json, write_text
+from clipft.files import check_output, read_json, write_json, write_text
 from clipft.models.heads import LABEL, heads_of
 from clipft.recipes.options import EvaluateOptions, options_from
 from clipft.recipes.run import Scores, loaded, model_name
@@ -68,17 +70,20 @@ def evaluate(
     clip, processor = loaded(model)
     _check_attributes(clip, settings.attribute or (), console)
     templates = list(settings.template or DEFAULT_TEMPLATES)
-    found = Scorer(clip, processor, dataset, templates, settings.batch_size, settings.workers, console)("evaluating")
+    neighbours = None if probe is None else sources.rows("probe_data", probe, attributes=False)
+    classes = sources.classes(dataset, [neighbours] if neighbours is not None else [])
+    classes = _classes_of_run(model, classes) if settings.classes is None else classes
+    how: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.workers}
+    scorer = Scorer(clip, processor, dataset, templates, settings.batch_size, settings.workers, console, classes)
+    found = scorer("evaluating")
     result = found.to_json()
-    if settings.probe_data is not None:
+    if neighbours is not None:
         probes: dict[str, Any] = {
             "linear_probe": evaluate_linear_probe,
             "knn": functools.partial(evaluate_knn, k=settings.knn_k),
         }
-        neighbours = sources.rows("probe_data", settings.probe_data, attributes=False)
-        how: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.workers}
         result |= {name: probe(clip, processor, neighbours, dataset, **how) for name, probe in probes.items()}
-    title = f"{model_name(model)} on {len(dataset)} pictures of {name_of(data)}"
+    title = f"{model_name(model)} on {len(dataset)} pictures of {name_of(data)}{share_of_classes(dataset, classes)}"
     page = functools.partial(_page, title, result, sources, found, dataset)
     if output is not None:
         path, reading = Path(output), {"reading": sources.to_json()}
@@ -89,6 +94,19 @@ def evaluate(
     if output is not None:
         console.print(f"{output}, and {path.with_suffix('.html')} to look at")
     return Scores(result, page)
+
+
+def _classes_of_run(model: Any, own: list[str] | None) -> list[str] | None:
+    """With the classes that a run's folder says it was scored against, where they are these and more."""
+    path = existing(model_name(model))
+    if own is None or path is None or not (path / "report.json").is_file():
+        return own
+    try:
+        rows = read_json(path / "report.json")["after"]["zero_shot"]["per_class"]
+        known = [str(row["class"]) for row in rows]
+    except (ValueError, KeyError, TypeError):  # of another program, or a run on captions
+        return own
+    return known if set(own) <= set(known) else own
 
 
 def _page(title: str, result: dict[str, Any], sources: Sources, found: Any, dataset: Any) -> str:

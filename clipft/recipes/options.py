@@ -20,8 +20,10 @@ __all__ = [
     "GROUPS",
     "MODEL",
     "RUN",
+    "ClassOptions",
     "DataOptions",
     "EvaluateOptions",
+    "ScoringOptions",
     "TrainOptions",
     "nearest",
     "option",
@@ -121,7 +123,28 @@ class DataOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions(DataOptions):
+class ClassOptions(DataOptions):
+    """How data with classes is read."""
+
+    class_names: Any = option(
+        None, "File that gives classes other names: a line has a class, a tab and its name in words.", DATA, text=True
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringOptions(ClassOptions):
+    """What pictures of a test set are told apart by."""
+
+    classes: Sequence[str] | None = option(
+        None,
+        "Classes that the test set is scored against: a,b or a file with a line each; or repeat. Default: its own and "
+        "those of training.",
+        DATA,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(ScoringOptions):
     """What ``clipft.train`` and ``clipft train`` take besides model, data and output."""
 
     eval_data: Any = option(None, "Data tested on before and after; default: a fifth of --data.", DATA, text=True)
@@ -312,7 +335,7 @@ class TrainOptions(DataOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(DataOptions):
+class EvaluateOptions(ScoringOptions):
     """What ``clipft.evaluate`` and ``clipft evaluate`` take besides model, data and output."""
 
     batch_size: int = option(64, "Pictures at a time.", least=1)

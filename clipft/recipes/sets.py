@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import datasets
 from rich.text import Text
 
+from clipft.data.classes import share_of_classes
 from clipft.data.digests import picture_digests, rows_digest
 from clipft.data.splits import TEST, TRAIN, names_of_splits, split_of_name, test_splits
 from clipft.recipes.hold_out import Seen, split_rows
@@ -24,13 +26,15 @@ VALIDATION = 0.1  # share of the training data that early stopping looks at
 class Sets:
     """The rows of a run. ``validation`` chooses the epoch, if early stopping is on, and is no part of ``test``.
 
-    ``seen``: which pictures the model will have seen; ``identity``: number and digest of the rows, by part.
+    ``classes``: those that pictures of the test set are told apart by; ``seen``: which pictures the model will have
+    seen; ``identity``: number and digest of the rows, by part.
     """
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
     test: datasets.Dataset
     test_name: str
+    classes: Sequence[str] | None
     sources: Sources
     seen: Seen
     identity: dict[str, Any]
@@ -64,7 +68,8 @@ def sets_of_run(sources: Sources, data: Any, eval_data: Any, seen: Seen, *, choo
     elif chooses:
         validation = rows.select(split.validation)
     train = rows.select(split.train)
-    test_name = f"{len(test)} pictures of {test_name}"
+    classes = sources.classes(test, [train])
+    test_name = f"{len(test)} pictures of {test_name}{share_of_classes(test, classes)}"
     say = sources.console.print
     say(Text(f"training on {len(train)} pictures of {name}; testing on {test_name}"))
     if validation is not None:
@@ -72,7 +77,7 @@ def sets_of_run(sources: Sources, data: Any, eval_data: Any, seen: Seen, *, choo
     for note in split.notes:
         say(note)
     identity = {"train": _identity(train, parts["train"]), "validation": _identity(validation, parts["validation"])}
-    return Sets(train, validation, test, test_name, sources, seen.then(**parts), identity)
+    return Sets(train, validation, test, test_name, classes, sources, seen.then(**parts), identity)
 
 
 def _how(split: Any, seed: int) -> str:
@@ -92,25 +97,29 @@ def _given(sources: Sources, data: Any, named: Any, chooses: bool) -> tuple[Any,
     """
     source, splits = _further_splits(sources, data)
     if named is None:
-        named = f"{source}:{splits.pop(0)}" if splits else None
+        named = _part(source, splits.pop(0)) if splits else None
     else:
         splits = [split for split in splits if split != TEST]
     test = None if named is None else sources.rows("eval_data", named, purpose="test")
     if splits and not chooses:
         sources.console.print(
-            Text(f"{source}:{splits[0]} is not read: it is for --early-stopping-patience and --wise-ft")
+            Text(f"{name_of(source)}:{splits[0]} is not read: it is for --early-stopping-patience and --wise-ft")
         )
-    chosen = f"{source}:{splits[0]}" if splits and chooses else None
+    chosen = _part(source, splits[0]) if splits and chooses else None
     validation = None if chosen is None else sources.rows("validation", chosen, purpose="test")
     return test, validation, name_of(named)
 
 
+def _part(source: Any, split: str) -> Any:
+    return source[split] if isinstance(source, datasets.DatasetDict) else f"{source}:{split}"
+
+
 def _further_splits(sources: Sources, data: Any) -> tuple[Any, list[str]]:
     """The source without a split in its name, and the splits that it has to test on and to choose by."""
-    if not isinstance(data, (str, Path)):
+    if not isinstance(data, (str, Path, datasets.DatasetDict)):
         return data, []
-    source, split = split_of_name(data)
+    source, split = (data, None) if isinstance(data, datasets.DatasetDict) else split_of_name(data)
     if (sources.options.split or split or TRAIN) != TRAIN:
         return source, []
-    names = names_of_splits(source)
+    names = list(source) if isinstance(source, datasets.DatasetDict) else names_of_splits(source)
     return source, test_splits(names) if TRAIN in names else []

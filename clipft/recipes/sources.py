@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from clipft.data.classes import checked_classes, classes_of, read_class_names, renamed
 from clipft.data.columns import checked_attributes
 from clipft.data.objects import object_name
 from clipft.data.pictures import limit_pixels
 from clipft.data.reading import Reading
 from clipft.data.sources import load_reading
 from clipft.data.text_tables import checked_encoding
-from clipft.recipes.options import DataOptions
+from clipft.recipes.options import DataOptions, ScoringOptions
 
 __all__ = ["Sources", "name_of", "reading_of"]
 
@@ -62,7 +64,7 @@ class Sources:
         accounts: by the name of the option that gave the source (``data``, ``eval_data``, ...), for report.json.
     """
 
-    options: DataOptions
+    options: ScoringOptions
     console: Console
     attributes: Sequence[str] = ()
     accounts: dict[str, Reading] = field(default_factory=dict)
@@ -79,9 +81,21 @@ class Sources:
         reading = reading_of(self.options, self.attributes if attributes else ())
         with _named_by(option):
             rows = load_reading(source, reading, self.options.split if option == "data" else None, purpose)
+        if option != "control_data":
+            rows = renamed(rows, self._words, reading.source)
         self.accounts[option] = reading
         self.console.print(Text(f"{reading.source}: {reading.line()}"))
         return rows
+
+    @cached_property
+    def _words(self) -> dict[str, str]:
+        given = self.options.class_names
+        return {} if given is None else read_class_names(given, self.options.encoding)
+
+    def classes(self, test: Any, others: Sequence[Any]) -> list[str] | None:
+        """The names that a test set is scored against, as :func:`clipft.data.classes.classes_of` has it."""
+        given = checked_classes(self.options.classes)
+        return classes_of(test, others, given and [self._words.get(name, name) for name in given])
 
     def skipped(self) -> dict[str, Any]:
         """With ``on_bad_row="skip"``, why rows of each source were left out: ``skipped`` in report.json."""

@@ -159,13 +159,14 @@ class _Training:
             console=console,
         )
         outcome = Outcome(
-            scorer(sets.test),
+            scorer(sets.test, class_names=sets.classes),
             sets.test_name,
             control=control and scorer(control[0]),
             control_name=control[1] if control else "",
             sources=sets.sources,
         )
-        self._train(trainer, point, outcome, clip, functools.partial(scorer, sets.validation))
+        held_out = functools.partial(scorer, sets.validation, class_names=sets.classes)
+        self._train(trainer, point, outcome, clip, held_out)
         if trainer.is_world_process_zero():
             save_run(self.folder, clip, processor, outcome, trainer.state.log_history, settings, sets.seen)
             outcome.show(console)
