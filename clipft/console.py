@@ -43,6 +43,12 @@ class PlainConsole(Console):
         """What rich makes of every string, also in tables."""
         return super().render_str(shown(text, lines=True), **options)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does; texts that have been made already are shown alike."""
+        plain = (isinstance(one, Text) and not one.spans for one in objects)
+        alike = (Text(shown(one.plain, lines=True)) if own else one for one, own in zip(objects, plain, strict=True))
+        super().print(*alike, **options)
+
 
 def console_of_run() -> Console:
     """Standard output; under torchrun of one process only."""

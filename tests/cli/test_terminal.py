@@ -12,6 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from rich.table import Table
+from rich.text import Text
 from tiny_clip import class_folders, picture
 from typer.testing import CliRunner
 
@@ -50,7 +51,8 @@ def test_control_characters_are_shown() -> None:
     rows.add_row("[red]x \x9b :apple:")
     console.print(rows)
     console.print("[/b] \x1b]0;t\x07")
-    for part in ("[b]head", r"\x1b[2J [/x]", r"[red]x \x9b :apple:", r"[/b] \x1b]0;t\x07"):
+    console.print(Text("a \x1b[5m folder"))
+    for part in (r"a \x1b[5m folder", "[b]head", r"\x1b[2J [/x]", r"[red]x \x9b :apple:", r"[/b] \x1b]0;t\x07"):
         assert part in said.getvalue()
 
 
