@@ -41,20 +41,30 @@ SEEN_ROWS = "clipft_rows.safetensors"  # digests of the pictures that a run trai
 MODEL_MANIFEST = "clipft_files.json"
 ONNX_INFO, ONNX_MODELS = "clipft_onnx.json", ("image_encoder*.onnx*", "text_encoder*.onnx*")
 PROCESSOR_FILES = (
-    "*tokenizer*",
-    "*processor_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "special_tokens_map.json",
-    "vocab.*",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "*.model",
+    "tokenizer.model",
+    "spiece.model",
 )
 _SHARDS = "model-*-of-*.safetensors"
 _MODELS = (*WEIGHT_FILES, _SHARDS, INT8_REPORT, ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
 
 
 def folder_of(name_or_path: str | Path) -> Path:
-    """Where a model is, if it is on this machine: a name on the hub is no folder."""
-    return DEMO_MODEL if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
+    """Where a model is, if it is on this machine: a name on the hub is no folder. The demo's model is in this package,
+    also where a name has it in the package of another machine.
+    """
+    path = Path(name_or_path).expanduser()
+    elsewhere = path.is_absolute() and path.parts[-3:] == DEMO_MODEL.parts[-3:] and not path.exists()
+    return DEMO_MODEL if elsewhere or str(name_or_path) == "demo" else path
 
 
 def is_adapter_folder(path: str | Path) -> bool:
@@ -66,7 +76,7 @@ def model_set(folder: Path, keep: Collection[str] = ()) -> AbstractContextManage
     """Where to write a model, whatever its kind, to take the place of whatever model is in the folder; encoders that
     were exported into the same folder go with that. Of the merged model of an earlier LoRA run nothing stays either.
     """
-    obsolete = [*_MODELS, ONNX_INFO, *ONNX_MODELS]
+    obsolete = ["config.json", *_MODELS, *PROCESSOR_FILES, ONNX_INFO, *ONNX_MODELS]
     if is_adapter_folder(folder):
         obsolete += [f"{MERGED}/{name}" for name in ("config.json", *_MODELS)]
     return replace_set(folder, MODEL_MANIFEST, obsolete=obsolete, replaces=[ONNX_INFO], keep=keep)

@@ -84,7 +84,10 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
             return load_merged(folder, **kwargs)
         if folder.is_dir():
             _check_folder(folder)
-        return _load(source, kwargs)
+        model, processor = _load(source, kwargs)
+    if folder.is_dir():
+        model.name_or_path = str(folder.absolute())  # what peft writes down for an adapter's base holds after cd
+    return model, processor
 
 
 def _load(source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -221,7 +224,7 @@ def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
     note_changes(folder, MODEL_MANIFEST)
     kind = dtype or model.dtype
     merged = merged_base(put_adapter(peft, model, folder, base)).to(kind).requires_grad_(True).eval()
-    merged.name_or_path = str(folder)  # not the base's: these are other weights
+    merged.name_or_path = str(folder.absolute())  # not the base's: these are other weights
     return merged, processor
 
 

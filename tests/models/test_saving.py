@@ -79,6 +79,15 @@ def test_retrained_after_int8_and_int8_after_that(tmp_path: Path) -> None:
     assert same(clipft.load(tmp_path / "int8")[0], clipft.quantize(model))
 
 
+def test_a_processor_of_an_earlier_model_does_not_decide_what_loads(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor", "size": 48}')
+    (tmp_path / "added_tokens.json").write_text('{"new": 514}')
+    model, processor = tiny_clip()
+    save_model(model, processor, tmp_path)
+    assert not {"preprocessor_config.json", "added_tokens.json"} & names(tmp_path)
+    assert clipft.load(tmp_path)[1].image_processor.crop_size == processor.image_processor.crop_size
+
+
 @pytest.fixture
 def encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written as a word each."""
@@ -228,6 +237,21 @@ def test_an_adapter_finds_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     adapter(Path("demo"), tmp_path / "of-demo")
     assert json.loads((tmp_path / "of-demo" / "adapter_config.json").read_text())["base_model_name_or_path"] == "demo"
     assert clipft.load(tmp_path / "of-demo")
+
+
+def test_an_adapter_that_peft_saved_finds_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    save_model(*tiny_clip(), tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    clipft.add_lora(clipft.load("base")[0], r=2).save_pretrained("run")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert clipft.load("../run")
+    clipft.add_lora(clipft.load("demo")[0], r=2).save_pretrained("of-demo")
+    config = json.loads(Path("of-demo/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/another/machine/site-packages/clipft/demo/model"
+    Path("of-demo/adapter_config.json").write_text(json.dumps(config))
+    assert clipft.load("of-demo")
 
 
 def test_a_base_is_known_with_and_without_an_adapter() -> None:
