@@ -193,7 +193,7 @@ def due(state: State, steps: Steps) -> State:
 def encoders_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder is a word that tells its model; all else of an export is as ever."""
 
-    def encoders(model: Any, folder: Path, kind: str, info: Any) -> None:
+    def encoders(model: Any, folder: Path, kind: str, *rest: Any) -> None:
         word = (folder / "image_encoder.onnx").read_text() if kind else digest(model)
         for side in ("image", "text"):
             (folder / f"{side}_encoder{kind}.onnx").write_text(word)

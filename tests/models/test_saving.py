@@ -92,7 +92,7 @@ def test_a_processor_of_an_earlier_model_does_not_decide_what_loads(tmp_path: Pa
 def encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written as a word each."""
 
-    def write(model: Any, folder: Path, kind: str, info: Any) -> None:
+    def write(model: Any, folder: Path, kind: str, *rest: Any) -> None:
         for side in ("image", "text"):
             (folder / f"{side}_encoder{kind}.onnx").write_text(f"{model.name_or_path} {side}{kind}")
 
