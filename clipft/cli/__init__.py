@@ -2,6 +2,10 @@
 ``deploy`` (merge, quantize, export), ``search`` (embed, search) and ``env``.
 """
 
+import codecs
+import os
+import sys
+
 from clipft.cli import training as training  # isort: skip  (--help lists commands in the order of their modules)
 from clipft.cli import evaluation as evaluation  # isort: skip
 from clipft.cli import data as data
@@ -16,4 +20,8 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Entry point of the ``clipft`` command."""
+    if codecs.lookup(sys.getfilesystemencoding()).name != "utf-8":  # names of files are UTF-8 in every locale
+        terminal = os.environ.get("PYTHONIOENCODING", sys.stdout.encoding)
+        environment = os.environ | {"PYTHONUTF8": "1", "PYTHONIOENCODING": terminal}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     app(prog_name="clipft")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from rich.table import Table
 from rich.text import Text
 from tiny_clip import class_folders, picture
@@ -150,3 +154,19 @@ def test_a_sheet_draws_any_name_and_says_which_characters_have_no_font(
         draw_sheet(tmp_path / "s.png", [*rows, Row("\ue000", [("a", 0.5, None)])])
     assert (tmp_path / "s.png").stat().st_size > 1000
     assert "characters that no font here has" in caplog.text and "\ue000" in caplog.text
+
+
+def test_names_in_an_ascii_locale(tmp_path: Path) -> None:
+    """Where Python takes the locale at its word: names of files are UTF-8 all the same, the terminal is not."""
+    (tmp_path / "猫").mkdir()
+    for number in range(2):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "猫" / f"é{number}.png")
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "clipft.cli", "doctor", tmp_path / "猫", "--model", "demo"],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"2 of 2" in done.stdout and done.stdout.isascii() and rb"\u732b" in done.stdout
