@@ -158,15 +158,15 @@ def test_a_sheet_draws_any_name_and_says_which_characters_have_no_font(
 
 def test_names_in_an_ascii_locale(tmp_path: Path) -> None:
     """Where Python takes the locale at its word: names of files are UTF-8 all the same, the terminal is not."""
-    (tmp_path / "猫").mkdir()
-    for number in range(2):
-        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "猫" / f"é{number}.png")
+    for number, name in enumerate(["猫", "dog"]):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), (99 * number, 0, 0)).save(tmp_path / "data" / name / "é.png")
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "clipft.cli", "doctor", tmp_path / "猫", "--model", "demo"],
+        [sys.executable, "-W", "ignore", "-m", "clipft.cli", "doctor", tmp_path / "data", "--model", "demo"],
         env=environment,
         capture_output=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert b"2 of 2" in done.stdout and done.stdout.isascii() and rb"\u732b" in done.stdout
+    assert done.returncode < 2 and not done.stderr, done.stderr  # 1: so few pictures are a problem
+    assert b"read 2 of 2" in done.stdout and done.stdout.isascii()
