@@ -32,6 +32,7 @@ __all__ = [
     "check_set",
     "drop_link",
     "empty",
+    "expanded",
     "locked",
     "note_changes",
     "read_json",
@@ -53,6 +54,11 @@ _FILES = "files"  # key of a manifest: {name: [size, digest]}
 _logger = logging.getLogger(__name__)
 
 # ---- a file ----
+
+
+def expanded(path: str | Path) -> Path:
+    """With the home that a ~ stands for; where there is no such user it stays, and names no file."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (Path's own ends in a RuntimeError)
 
 
 def check_file(path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from clipft.cli.common import Workers, app, examples, prepare, user_errors
 from clipft.cli.from_options import takes_options
-from clipft.files import check_output
+from clipft.files import check_output, expanded
 from clipft.recipes.options import DataOptions, options_from
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def embed(
     source: tuple[str, dict[str, str] | None]
     if texts is not None:
         rows, ids = _read_texts(texts, settings.encoding)
-        kind, source = "texts", (str(texts.expanduser().resolve()), None)
+        kind, source = "texts", (str(expanded(texts).resolve()), None)
     else:
         rows, reading = _read_pictures(str(data), settings, id_column)
         ids, names = list(rows["id"]), [reading.place(row) for row in range(len(rows))]
@@ -116,7 +116,7 @@ def _read_pictures(data: str, settings: DataOptions, id_column: str | None) -> t
 
 def _source_of(reading: Reading, settings: DataOptions) -> tuple[str, dict[str, str] | None]:
     """Of a description: where the rows are, and how they were read."""
-    path = Path(reading.source).expanduser()
+    path = expanded(reading.source)
     how = {
         "split": reading.split or settings.split,
         "image_column": settings.image_column,

@@ -19,7 +19,7 @@ from clipft.data.samples import TEXT_ENDINGS, Sample, check_text_size
 from clipft.data.slices import address_of
 from clipft.data.splits import hidden
 from clipft.data.tar_heads import Damage, Member, members
-from clipft.files import check_file
+from clipft.files import check_file, expanded
 
 __all__ = ["read_samples", "samples", "shard_paths"]
 
@@ -44,8 +44,8 @@ def shard_paths(pattern: str) -> list[Path]:
         numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
         patterns = [_BRACES.sub(number, one, count=1) for one in patterns for number in numbers]
     if len(patterns) > 1:
-        return [Path(one).expanduser() for one in patterns]
-    path = Path(patterns[0]).expanduser()
+        return [expanded(one) for one in patterns]
+    path = expanded(patterns[0])
     if path.is_file():
         return [path]
     found = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else []

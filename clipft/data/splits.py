@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 import datasets
 
-from clipft.files import read_json
+from clipft.files import expanded, read_json
 
 __all__ = [
     "TABLE_ENDINGS",
@@ -46,9 +46,9 @@ _OF_A_SPLIT = re.compile(rf"(?:^|[^a-z])(?:{'|'.join(_SPLITS)}|dev|eval)(?:$|[^a
 def existing(source: str | Path) -> Path | None:
     """The file or folder that a source is, if there is one."""
     try:
-        path = Path(source).expanduser()
+        path = expanded(source)
         return path if path.exists() else None
-    except (RuntimeError, OSError, ValueError):  # no such user's home, a name too long, a NUL byte
+    except (OSError, ValueError):  # a name too long, a NUL byte
         return None
 
 

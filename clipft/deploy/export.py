@@ -30,7 +30,7 @@ from clipft.deploy.quantize import pictures_and_captions, plain_model, quantize
 from clipft.evaluation.metrics import retrieval_metrics
 from clipft.families.family import Family
 from clipft.families.registry import family_of, model_names
-from clipft.files import replace_set, set_of, write_json
+from clipft.files import expanded, replace_set, set_of, write_json
 from clipft.inference.encode import embed_images, embed_texts, unified
 from clipft.inference.onnx_clip import INFO, OnnxCLIP
 from clipft.models.formats import MODEL_MANIFEST, ONNX_MODELS
@@ -94,7 +94,7 @@ def export_onnx(
     if int8 and not family_of(plain).int8:
         raise ValueError(f"int8: expected {model_names('int8')}, got a {type(plain).__name__}")
     pictures, captions, described = pictures_and_captions(data, _PAIRS)
-    with _staged(Path(directory).expanduser()) as (folder, staging):
+    with _staged(expanded(directory)) as (folder, staging):
         info = _write_model(plain, processor, staging, skip if int8 else None, external_data_above)
         parity = {"data": described} | _compare(plain, processor, staging, (pictures, captions), int8)
         _check(parity, min_cosine, folder)

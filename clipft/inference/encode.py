@@ -26,7 +26,7 @@ from clipft.data.pictures import UNREADABLE, EncodedPicture, in_order, naming, o
 from clipft.data.rows import read_row, read_stored, render, stored_pictures
 from clipft.data.transforms import build_transform, stack_pictures
 from clipft.families.registry import base_model, family_of
-from clipft.files import settle
+from clipft.files import expanded, settle
 from clipft.inference.onnx_clip import OnnxCLIP
 from clipft.models.formats import ONNX_INFO
 from clipft.models.loading import load
@@ -124,7 +124,7 @@ def load_encoder(name: str, *, int8: bool = False, batch_size: int = 64, threads
     """Of a folder that :func:`clipft.export_onnx` wrote, where ``int8`` chooses between its encoders, or of anything
     that :func:`clipft.load` takes. ``threads``: of ONNX Runtime or, in the whole process, of torch.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     settle(folder)
     if (folder / ONNX_INFO).is_file():
         return encoder_of(OnnxCLIP(folder, int8=int8, threads=threads), None, batch_size)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from clipft.data.captions import shortened
 from clipft.data.pictures import check_preprocessing, in_order, open_picture, to_pixels
-from clipft.files import check_file, check_set, read_json, settle
+from clipft.files import check_file, check_set, expanded, read_json, settle
 from clipft.models.formats import ONNX_INFO as INFO
 
 __all__ = ["INFO", "OnnxCLIP"]
@@ -60,7 +60,7 @@ class OnnxCLIP:
     ) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise ValueError(f"threads: expected a number of at least 1, got {threads!r}")
-        self.directory = Path(directory).expanduser()
+        self.directory = expanded(directory)
         settle(self.directory)
         self.info = _description(self.directory / INFO)
         self.logit_scale = float(self.info["logit_scale"])

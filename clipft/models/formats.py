@@ -6,7 +6,7 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from clipft.files import replace_set
+from clipft.files import expanded, replace_set
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -62,14 +62,14 @@ def folder_of(name_or_path: str | Path) -> Path:
     """Where a model is, if it is on this machine: a name on the hub is no folder. The demo's model is in this package,
     also where a name has it in the package of another machine.
     """
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     elsewhere = path.is_absolute() and path.parts[-3:] == DEMO_MODEL.parts[-3:] and not path.exists()
     return DEMO_MODEL if elsewhere or str(name_or_path) == "demo" else path
 
 
 def is_adapter_folder(path: str | Path) -> bool:
     """Whether this is a folder as peft's ``save_pretrained`` writes it."""
-    return (Path(path).expanduser() / ADAPTER_CONFIG).is_file()
+    return (expanded(path) / ADAPTER_CONFIG).is_file()
 
 
 def model_set(folder: Path, keep: Collection[str] = ()) -> AbstractContextManager[Path]:

@@ -22,7 +22,7 @@ from clipft.console import console_of_run
 from clipft.data.rows import class_targets
 from clipft.data.sampling import classes_are_uneven
 from clipft.evaluation.scoring import Scorer
-from clipft.files import check_folder, locked
+from clipft.files import check_folder, expanded, locked
 from clipft.inference.encode import encoder_of
 from clipft.models.bases import check_base_stays
 from clipft.models.formats import MERGED, folder_of
@@ -91,7 +91,7 @@ def train(
         raise ValueError("force: insists on resume, expected both")
     check_report_to(settings.report_to or [])
     temporary = tempfile.TemporaryDirectory(prefix="clipft-run-") if output is None else None
-    folder = Path(temporary.name if output is None and temporary else str(output)).expanduser()
+    folder = expanded(temporary.name if output is None and temporary else str(output))
     with _lock_of_run(folder):
         arguments = arguments_of(settings, folder, heads, console)
         training = _Training(settings, folder, heads, arguments, console, own_loss)

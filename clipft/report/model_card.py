@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from clipft.console import number, shown
-from clipft.files import write_text
+from clipft.files import expanded, write_text
 
 __all__ = ["write_model_card"]
 
@@ -82,13 +82,13 @@ def write_model_card(
 
 
 def _on_hub(model: str) -> bool:
-    return model != "demo" and model.count("/") <= 1 and not Path(model).expanduser().exists()
+    return model != "demo" and model.count("/") <= 1 and not expanded(model).exists()
 
 
 def _name(source: Any) -> str:
     """A hub name as it is, and of a path the last part: folders are nobody else's business. One line."""
     text = str(source)
-    return shown(Path(text).name if Path(text).is_absolute() or Path(text).expanduser().exists() else text)
+    return shown(Path(text).name if Path(text).is_absolute() or expanded(text).exists() else text)
 
 
 def _told(value: Any) -> Any:

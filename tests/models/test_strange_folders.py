@@ -165,3 +165,9 @@ def test_an_int8_folder_that_lies(base: Path, tmp_path: Path) -> None:
     ):
         save_file(good | {layer + name: change(good[layer + name])}, path, metadata={"format": "pt"})
         refused(tmp_path, message)
+
+
+def test_the_home_of_nobody_is_no_folder() -> None:
+    for call in (clipft.load, clipft.load_pairs, clipft.OnnxCLIP):
+        with pytest.raises((ValueError, OSError), match="no-such-user"):
+            call("~no-such-user-here/x")
