@@ -126,7 +126,7 @@ def read_csv(path: Path, delimiter: str, reading: Reading) -> list[Row]:
     for number, (start, fields) in enumerate(_records(lines, first + count, delimiter, is_row)):
         with reading.row():
             place = f"{path}, row {number}"
-            check_line(lines[start], place, reading.encoding)
+            check_line(lines[start] if isinstance(fields, str) else "\n".join(fields), place, reading.encoding)
             if isinstance(fields, str):
                 raise BadRowError(place, fields, BROKEN)
             if len(fields) != len(header):

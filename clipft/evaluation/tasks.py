@@ -114,8 +114,8 @@ def evaluate_zero_shot(
         pictures. A class that was never predicted has precision 0. ``intervals``: [low, high] for each of these
         numbers, the 95 % bootstrap interval over the pictures of each class.
     """
-    class_names, dataset = list(class_names), as_rows(dataset)
     check_class_names(class_names)
+    class_names, dataset = list(class_names), as_rows(dataset)
     labels = checked_labels(dataset, len(class_names))
     image_embeds = embed_images(
         model, processor, Pictures(dataset), batch_size=batch_size, num_workers=num_workers, progress=progress

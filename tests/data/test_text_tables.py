@@ -346,3 +346,11 @@ def test_saved_splits_stay_in_their_folder(folder: Path) -> None:
     (folder / "saved" / "dataset_dict.json").write_text('{"splits": ["../x"]}')
     with pytest.raises(ValueError, match="names splits outside of its folder"):
         clipft.load_pairs(folder / "saved")
+
+
+def test_each_line_of_a_row_is_looked_at(tmp_path: Path) -> None:
+    picture(0)[0].save(tmp_path / "0.png")
+    for bad, message in ((b"\xe9", "0xe9"), (b"\0", "a NUL byte")):
+        (tmp_path / "t.csv").write_bytes(b'image,caption\n0.png,"one line\nand ' + bad + b'"\n')
+        with pytest.raises(ValueError, match=rf"t\.csv, row 0: .*{message}"):
+            clipft.load_pairs(tmp_path / "t.csv")

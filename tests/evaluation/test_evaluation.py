@@ -85,7 +85,9 @@ def test_zero_shot_equals_scikit_learn(clip) -> None:
         assert row["support"] == expected["support"]
     assert result["confusion_matrix"] == sklearn.metrics.confusion_matrix(labels, predicted).tolist()
     assert "auc" not in result
-    assert result["intervals"].keys() == result.keys() - {"confusion_matrix", "confusions", "intervals"}
+    counts = {"classes", "classes_with_pictures"}
+    assert result["intervals"].keys() == result.keys() - {"confusion_matrix", "confusions", "intervals"} - counts
+    assert [result[name] for name in sorted(counts)] == [4, 4]
 
 
 @pytest.mark.parametrize("evaluate", [clipft.evaluate_linear_probe, clipft.evaluate_knn])
@@ -120,7 +122,7 @@ def test_probes_equal_scikit_learn(clip) -> None:
 def test_probes_check_their_arguments(clip) -> None:
     with pytest.raises(ValueError, match="k: expected 1 to 8"):
         clipft.evaluate_knn(*clip, labelled(8), labelled(8))
-    with pytest.raises(ValueError, match="same names in both"):
+    with pytest.raises(ValueError, match="names among those of training"):
         clipft.evaluate_linear_probe(*clip, labelled(8), captioned(8))
     with pytest.raises(ValueError, match="two classes or more"):
         clipft.evaluate_knn(*clip, labelled(1), labelled(8), k=1)
