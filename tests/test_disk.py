@@ -24,13 +24,18 @@ from clipft.inference.vectors import Description, VectorFile
 from clipft.models.saving import save_model
 
 FOLDERS = (("train", "--data", "none"), ("quantize",), ("export",), ("merge",))
-FILES = (("evaluate", "--data", "none"), ("embed", "--data", "none"), ("search", "--index", "none", "--text", "a"))
+FILES = (
+    ("evaluate", "--data", "none"),
+    ("embed", "--data", "none"),
+    ("search", "--index", "none", "--text", "a"),
+    ("doctor", "none"),
+)
 
 
 def refused(command: tuple[str, ...], model: Path, output: Path) -> str:
     """What a command prints that does not come so far as to read its data or its model."""
     (model / "adapter_config.json").write_text("{}")
-    done = run(*command, "--model", model, "--output", output)
+    done = run(*command, "--model", model, "--json" if command[0] == "doctor" else "--output", output)
     assert done.exit_code == 2 and done.output.startswith("error: "), done.output
     return " ".join(done.output.split())
 

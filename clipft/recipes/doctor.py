@@ -34,7 +34,7 @@ from clipft.data.sampling import UNEVEN
 from clipft.data.sources import read_pairs
 from clipft.families.clip import CLIP
 from clipft.families.registry import family_of
-from clipft.files import write_json
+from clipft.files import check_output, write_json
 from clipft.recipes.findings import Finding, Findings, show_findings
 from clipft.recipes.options import ClassOptions, options_from
 from clipft.recipes.run import loaded
@@ -82,6 +82,8 @@ def doctor(
         TypeError: no such option.
         FileNotFoundError, ValueError: there is no such data set or model.
     """
+    if json is not None:
+        check_output(Path(json))
     found = examine(data, eval_data=eval_data, model=model, **options)
     if json is not None:
         Path(json).parent.mkdir(parents=True, exist_ok=True)
