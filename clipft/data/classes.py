@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,6 +12,7 @@ from clipft.data.objects import ObjectRows
 from clipft.data.rows import class_names_of, class_targets, column_names, column_values
 from clipft.data.splits import existing
 from clipft.data.text_tables import check_line, read_lines, read_text_lines
+from clipft.files import check_file, expanded
 
 __all__ = [
     "checked_classes",
@@ -49,7 +49,8 @@ def read_class_names(source: Any, encoding: str | None = None) -> dict[str, str]
     """
     if isinstance(source, Mapping):
         return {str(name): str(words) for name, words in source.items()}
-    path, words_of = Path(source).expanduser(), dict[str, str]()
+    path, words_of = expanded(source), dict[str, str]()
+    check_file(path)
     for number, line in enumerate(read_lines(path, encoding)):
         place = f"class_names: {path}, line {number + 1}"
         check_line(line, place, encoding)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clipft
+from clipft.data.classes import read_class_names
 
 
 @pytest.fixture
@@ -168,6 +169,6 @@ def test_an_int8_folder_that_lies(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_home_of_nobody_is_no_folder() -> None:
-    for call in (clipft.load, clipft.load_pairs, clipft.OnnxCLIP):
+    for call in (clipft.load, clipft.load_pairs, clipft.OnnxCLIP, read_class_names):
         with pytest.raises((ValueError, OSError), match="no-such-user"):
             call("~no-such-user-here/x")
