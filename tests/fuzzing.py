@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,7 +171,8 @@ def _try(folder: Path, load: Callable[[], Any], equal: Callable[[Any], object], 
     def tried() -> None:
         nonlocal result, problem
         try:
-            result = load()
+            with warnings.catch_warnings(action="ignore"):
+                result = load()
         except (ValueError, OSError) as error:
             message = str(error)
             if folder.name not in message or "\n" in message or len(message) > 2000:

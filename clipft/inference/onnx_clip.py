@@ -25,6 +25,7 @@ try:
     import onnxruntime
 except ImportError as error:
     raise ImportError("ONNX needs onnxruntime: pip install 'clipft[onnx]'") from error
+onnxruntime.disable_telemetry_events()  # which some builds send
 
 
 _LENGTH, _MOST_TOKENS = 77, 1 << 16  # of a caption: where the tokenizer does not say; beyond what any model has

@@ -72,8 +72,8 @@ class VectorFile:
         try:
             file = _read_npy(path) if _suffix(path) == ".npy" else _read_parquet(path)
             return replace(file, vectors=_matrix("vectors", file.vectors))
-        except (pa.ArrowException, KeyError, TypeError, RecursionError, ValueError) as error:
-            raise ValueError(f"{path}: expected a file that clipft embed wrote ({error})") from error
+        except Exception as error:
+            raise _named(path, "a file that clipft embed wrote", error) from error
 
     def write(self, path: Path) -> None:
         """The old file stays until the new one is whole; so with the two of ``.npy``."""
@@ -99,6 +99,14 @@ def _read_parquet(path: Path) -> VectorFile:
     return VectorFile(_checked_ids(table.column("id").to_pylist()), _rows_of(table.column("embedding")), description)
 
 
+def _named(path: Path, expected: str, error: Exception) -> Exception:
+    """In a line, whatever numpy's, pyarrow's and JSON's parsers raise; but what the disk says is no damage."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    reason = " ".join(f"{error!s:.500}".split()) or type(error).__name__
+    return ValueError(f"{path}: expected {expected} ({reason})")
+
+
 def _rows_of(column: pa.ChunkedArray) -> Array:
     """[N, D] of a column of lists of one length."""
     lists = column.combine_chunks()
@@ -114,6 +122,8 @@ def _read_npy(path: Path) -> VectorFile:
         raise ValueError(f"there is no {_sidecar(path).name} beside it; of vectors that others wrote, give the folder")
     vectors = _load_npy(path)
     beside = json.loads(_sidecar(path).read_text(encoding="utf-8"))
+    if not isinstance(beside, dict):
+        raise ValueError(f"{_sidecar(path).name}: expected a JSON object, found a {type(beside).__name__}")
     ids = _checked_ids(beside.pop("ids"))
     if beside.pop("files", None) is not None:
         check_set(path.parent, _sidecar(path).name)
@@ -150,7 +160,9 @@ def _description(values: Any) -> Description:
     found = Description(**values)
     texts = [found.kind, found.model, found.identity, found.source, *found.left_out]
     options = {} if found.options is None else found.options
-    if not all(isinstance(text, str) for text in [*texts, *options, *options.values()]):
+    if not isinstance(options, dict) or not all(
+        isinstance(text, str) for text in [*texts, *options, *options.values()]
+    ):
         raise ValueError("expected a description of texts")
     return found
 
@@ -169,8 +181,8 @@ def _read_folder(folder: Path) -> VectorFile:
             ids += _ids_beside(file, len(parts[-1]))
             if parts[-1].shape[1] != parts[0].shape[1]:
                 raise ValueError(f"expected {parts[0].shape[1]} dimensions as before, got {parts[-1].shape[1]}")
-        except (pa.ArrowException, ValueError, OSError) as error:
-            raise ValueError(f"{file}: expected an array of vectors ({error})") from error
+        except Exception as error:
+            raise _named(file, "an array of vectors", error) from error
     vectors = np.concatenate(parts)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     kind = "texts" if own.name == "text_emb" else "images"
