@@ -66,10 +66,12 @@ class EmulatedCuda:
             library.impl(name, op, "CPU", allow_override=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # between its products torch's other threads would only spin
-        pack, QuantizedLinear._pack = QuantizedLinear._pack, lambda layer: layer.weight_int8  # as on a GPU
+        operands = QuantizedLinear._operands
+        on_gpu = lambda layer, none: (layer._plain_weight(), *operands(layer, none)[1:])  # noqa: E731
+        QuantizedLinear._operands = on_gpu
         try:
             yield
         finally:
-            QuantizedLinear._pack = pack
+            QuantizedLinear._operands = operands
             torch.set_num_threads(threads)
             library._destroy()

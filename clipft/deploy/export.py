@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ from clipft.inference.encode import embed_images, embed_texts, unified
 from clipft.inference.onnx_clip import INFO, OnnxCLIP
 from clipft.models.formats import MODEL_MANIFEST, ONNX_MODELS
 from clipft.models.int8 import QuantizedCLIPModel
+from clipft.ops.nn import QuantizedLinear
 
 __all__ = ["export_onnx"]
 
@@ -194,7 +195,10 @@ def _write(
 ) -> None:
     from clipft.deploy.onnx_int8 import TRANSLATIONS
 
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), ExitStack() as plainly:
+        for layer in encoder.modules():
+            if isinstance(layer, QuantizedLinear):
+                plainly.enter_context(layer.plain())
         warnings.filterwarnings("ignore", "# The axis name")  # torch's, of two inputs with the same axes
         program = torch.onnx.export(
             encoder.eval(),

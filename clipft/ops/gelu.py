@@ -13,9 +13,9 @@ from clipft.ops.kernels import (
     call,
     check_floats,
     check_tensors,
-    differentiates_plainly,
     has_kernel,
     no_second_derivative,
+    wants_plain,
 )
 
 __all__ = ["quick_gelu"]
@@ -34,7 +34,7 @@ def quick_gelu(input: Tensor) -> Tensor:  # noqa: A002
         TypeError: another dtype. ValueError: no dimensions, or more than 8.
     """
     check_tensors("quick_gelu", input=input)
-    if differentiates_plainly(input) or not has_kernel("quick_gelu", input, PLAIN):
+    if wants_plain(input) or not has_kernel("quick_gelu", input, PLAIN):
         check_floats("quick_gelu", input=input)
         return reference.quick_gelu(input.float()).to(input.dtype)
     return call(torch.ops.clipft.quick_gelu, input.contiguous())

@@ -121,6 +121,15 @@ def activation_code(op: str, activation: Any) -> int:
     return _ACTIVATIONS[activation]
 
 
+def check_codes(op: str, weight: Any, shape: tuple[int, int]) -> None:
+    """Of a layer of that shape."""
+    check_tensors(op, weight_int8=weight)
+    if weight.dtype != torch.int8:
+        raise TypeError(f"clipft.{op}: weight_int8 must be int8, got {dtype_name(weight)}")
+    if weight.shape != shape:
+        raise ValueError(f"clipft.{op}: weight_int8 must be [out, in], {list(shape)}, got shape {shape_of(weight)}")
+
+
 def check_weight(op: str, weight: Any, scale: Any) -> None:
     """Dtypes and shapes of a layer's state, before any op takes it."""
     check_tensors(op, weight_int8=weight, weight_scale=scale)
@@ -169,6 +178,11 @@ def _(weight: Tensor) -> Tensor:
     panels = (out + _PANEL - 1) // _PANEL
     size = _HEADER + panels * _PANEL * ((features + 3) // 4 * 4 + 4)
     return weight.new_empty((size,), dtype=torch.uint8)
+
+
+@torch.library.register_fake("clipft::quantized_unpack")
+def _(packed: Tensor, channels: int, features: int) -> Tensor:
+    return packed.new_empty((channels, features), dtype=torch.int8)
 
 
 @torch.library.register_fake("clipft::quantized_linear")

@@ -26,13 +26,13 @@ __all__ = [
     "check_fraction",
     "check_number",
     "check_tensors",
-    "differentiates_plainly",
     "dtype_name",
     "has_kernel",
     "no_second_derivative",
     "problem",
     "refuse_derivatives",
     "shape_of",
+    "wants_plain",
     "without_autocast",
 ]
 
@@ -69,10 +69,15 @@ def has_kernel(op: str, tensor: Tensor, instead: str, needed: str | None = None,
     return False
 
 
-def differentiates_plainly(*tensors: Tensor) -> bool:
-    """Whether derivatives are taken here that the ops do not have, but plain torch has: in forward mode, or within
-    ``torch.func.grad``, ``vjp``, ``jvp`` and what is made of them. (Dispatched as an op of ours, a dual tensor would
-    lose its tangent without a word.)"""
+def wants_plain(*tensors: Tensor) -> bool:
+    """Whether plain torch must compute what the ops could: ONNX has no such operators, and derivatives besides backward
+    are plain torch's alone."""
+    return torch.onnx.is_in_onnx_export() or _differentiates(*tensors)
+
+
+def _differentiates(*tensors: Tensor) -> bool:
+    """In forward mode, or within ``torch.func.grad``, ``vjp``, ``jvp`` and what is made of them. (Dispatched as an op
+    of ours, a dual tensor would lose its tangent without a word.)"""
     if torch.compiler.is_compiling():
         return False
     transforms = {transform.key() for transform in get_interpreter_stack() or ()}
@@ -83,7 +88,7 @@ def differentiates_plainly(*tensors: Tensor) -> bool:
 
 def refuse_derivatives(op: str, *tensors: Tensor) -> None:
     """That none is taken in forward mode or by ``torch.func``, of an op that has none at all."""
-    if differentiates_plainly(*tensors):
+    if _differentiates(*tensors):
         raise NotImplementedError(f"clipft.{op}: int8 layers are for inference and have no derivative")
 
 

@@ -20,9 +20,9 @@ from clipft.ops.kernels import (
     check_fraction,
     check_number,
     check_tensors,
-    differentiates_plainly,
     has_kernel,
     no_second_derivative,
+    wants_plain,
     without_autocast,
 )
 
@@ -120,7 +120,7 @@ def _lora_linear(
     some_bias = bias_or_empty(name, bias, weight, x)
     check_number(name, "scaling", scaling)
     check_fraction(name, "dropout", dropout)
-    if differentiates_plainly(x, weight, some_bias, lora_a, lora_b) or not has_kernel(name, x, PLAIN):
+    if wants_plain(x, weight, some_bias, lora_a, lora_b) or not has_kernel(name, x, PLAIN):
         return _plain(x, weight, bias, lora_a, lora_b, scaling, active_dropout, activation)
     if x.dim() > 2:
         x = x.contiguous()

@@ -22,11 +22,11 @@ from clipft.ops.kernels import (
     check_floats,
     check_fraction,
     check_tensors,
-    differentiates_plainly,
     dtype_name,
     has_kernel,
     no_second_derivative,
     shape_of,
+    wants_plain,
     without_autocast,
 )
 
@@ -171,9 +171,9 @@ def _check_labels(op: str, labels: Tensor, image: Tensor, text: Tensor) -> None:
 def _has_kernel(op: str, image: Tensor, text: Tensor, group: dist.ProcessGroup | None, *scalars: Tensor) -> bool:
     """Whether the op runs. Where something comes before it or in its place, what it would find is found here."""
     instead = "Plain torch computes it, with the N x N matrix of logits"
-    plainly = differentiates_plainly(image, text, *scalars)
+    plainly = wants_plain(image, text, *scalars)
     if plainly and group is not None:
-        raise NotImplementedError(f"clipft.{op}: with a process group there is backward alone, no other derivative")
+        raise NotImplementedError(f"clipft.{op}: with a process group there is backward alone, and no ONNX")
     here = not plainly and has_kernel(op, image, instead, None if group is None else "a process group")
     if group is not None or not here or image.is_meta:
         _check_embeds(op, image, text, group is not None)

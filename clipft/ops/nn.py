@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from clipft.ops import int8
 from clipft.ops.kernels import bias_or_empty, call, check_floats, check_tensors, has_kernel, refuse_derivatives
 from clipft.ops.losses import contrastive_loss, sigmoid_loss
+from clipft.ops.packed import PackedCodes
 
 __all__ = ["ContrastiveLoss", "QuantizedLinear", "SigmoidLoss"]
 
@@ -67,15 +69,17 @@ class SigmoidLoss(nn.Module):
 class QuantizedLinear(nn.Module):
     """:func:`clipft.quantized_linear` with its weights kept as this CPU wants them; on a GPU as they are saved.
 
-    The state is plain and moves between machines: ``weight_int8`` [out, in] int8, ``weight_scale`` [out] float32 and,
-    where there is one, ``bias`` [out]. What is packed is made from it when it is first needed, and again after a change
-    of ``weight_int8``; it is neither saved nor copied. ``weight_scale`` stays float32 whatever dtype the module is
-    cast to. For inference: nothing here gets a gradient.
+    What is saved is plain and moves between machines: ``weight_int8`` [out, in] int8, ``weight_scale`` [out] float32
+    and, where there is one, ``bias`` [out]. Weights are packed once: when the module is made, moved to a CPU, loaded,
+    or ``weight_int8`` assigned. A CPU keeps no other copy: ``weight_int8`` unpacks anew what it gives, and packs again
+    when torch changes that, or a view of it, in place. What changes its memory past torch (numpy, a pointer) changes
+    what was read and nothing else. ``weight_scale`` stays float32 whatever dtype the module is cast to. For inference:
+    nothing here gets a gradient. Graphs of ``torch.compile`` and ``torch.export`` take the weights as they are packed.
     """
 
-    weight_int8: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    _packed: Tensor  # as the kernel of its device reads the weights: uint8 bytes on a CPU, else [out, in] int8
 
     def __init__(
         self,
@@ -90,11 +94,49 @@ class QuantizedLinear(nn.Module):
         self.out_features = out_features
         self.activation = activation
         int8.activation_code(_NAME, activation)
-        self._packed: tuple[object, Tensor] | None = None
-        self.register_buffer("weight_int8", torch.zeros((out_features, in_features), dtype=torch.int8, device=device))
+        weight = torch.zeros((out_features, in_features), dtype=torch.int8, device=device)
         self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
-        int8.check_weight(_NAME, self.weight_int8, self.weight_scale)
+        int8.check_weight(_NAME, weight, self.weight_scale)
+        self.register_buffer("_packed", _pack(weight), persistent=False)
+
+    @property
+    def weight_int8(self) -> Tensor:
+        """[out, in] int8 in -127 .. 127. On a CPU unpacked anew at each reading, and packed again where it changes."""
+        packed = self._packed
+        if packed.dtype == torch.int8:
+            return packed
+
+        def write(weight: Tensor) -> None:
+            nonlocal packed
+            if self._packed is not packed:
+                raise RuntimeError(
+                    f"clipft.{_NAME}: weight_int8 was changed since this tensor was read from it; read it again"
+                )
+            packed = self._packed = _pack(weight)
+
+        return PackedCodes.of(self._plain_weight(), write)
+
+    @weight_int8.setter
+    def weight_int8(self, weight: Tensor) -> None:
+        int8.check_codes(_NAME, weight, (self.out_features, self.in_features))
+        self._packed = _pack(weight.detach().as_subclass(Tensor))
+
+    def _plain_weight(self) -> Tensor:
+        packed = self._packed
+        if packed.dtype == torch.int8:
+            return packed
+        op = torch.ops.clipft.quantized_unpack
+        return cast(Tensor, call(op, packed, self.out_features, self.in_features, name=_NAME))
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Within, the weights are as they are saved on a CPU too, for a file of another kind to hold."""
+        packed, self._packed = self._packed, self._plain_weight()
+        try:
+            yield
+        finally:
+            self._packed = packed
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation: str | None = None) -> QuantizedLinear:
@@ -122,7 +164,7 @@ class QuantizedLinear(nn.Module):
         rows: ``residual + then(self(norm(input)))``, ``norm`` over [in], ``then`` a layer without an activation whose
         input these are.
         """
-        check_tensors(_NAME, input=input, weight_int8=self.weight_int8, weight_scale=self.weight_scale)
+        check_tensors(_NAME, input=input, weight_int8=self._packed, weight_scale=self.weight_scale)
         refuse_derivatives(_NAME, input)
         code = int8.activation_code(_NAME, self.activation)
         if then is not None and not (
@@ -134,7 +176,7 @@ class QuantizedLinear(nn.Module):
             )
         last = self if then is None else then
         int8.check_surroundings(_NAME, input, norm, residual, self.in_features, last.out_features)
-        if torch.compiler.is_exporting():
+        if torch.onnx.is_in_onnx_export():
             return self._by_steps(input, norm, residual, then, code)
         if not has_kernel(_NAME, input, int8.PLAIN):
             return self._plain(input, norm, residual, then)
@@ -151,17 +193,21 @@ class QuantizedLinear(nn.Module):
         )
 
     def _operands(self, none: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight = self.weight_int8 if self.weight_int8.device.type == "cuda" else self._pack()
-        bias = none if self.bias is None else bias_or_empty(_NAME, self.bias, self.weight_int8, none)
-        return weight, self.weight_scale, bias
+        bias = none if self.bias is None else bias_or_empty(_NAME, self.bias, self._packed, none)
+        return self._packed, self.weight_scale, bias
 
     def _by_steps(
         self, x: Tensor, norm: nn.LayerNorm | None, residual: Tensor | None, then: QuantizedLinear | None, code: int
     ) -> Tensor:
-        """In ops that an exporter can translate."""
+        """In ops for which ``clipft.export_onnx`` has ONNX's."""
+        if self._packed.dtype != torch.int8:
+            raise NotImplementedError(
+                f"clipft.{_NAME}: torch.onnx.export has no operators for it; clipft.export_onnx(model, processor, "
+                "folder, int8=True) writes the float model as int8 ONNX, with the same weights"
+            )
         x = int8.in_order(x if norm is None else norm(x))
-        bias = bias_or_empty(_NAME, self.bias, self.weight_int8, x)
-        x = torch.ops.clipft.quantized_linear(x, self.weight_int8, self.weight_scale, bias, code)
+        bias = bias_or_empty(_NAME, self.bias, self._packed, x)
+        x = torch.ops.clipft.quantized_linear(x, self._packed, self.weight_scale, bias, code)
         if then is not None:
             x = then(x)
         return x if residual is None else residual + x
@@ -175,42 +221,68 @@ class QuantizedLinear(nn.Module):
         if norm is not None:
             wide = F.layer_norm(wide, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
         for layer in (self,) if then is None else (self, then):
-            wide = int8.plain_linear(_NAME, wide, layer.weight_int8, layer.weight_scale, layer.bias, layer.activation)
+            wide = int8.plain_linear(
+                _NAME, wide, layer._plain_weight(), layer.weight_scale, layer.bias, layer.activation
+            )
         return (wide if residual is None else residual + wide).to(x.dtype)
 
-    def _pack(self) -> Tensor:
-        """The packed weights. While torch.compile traces, those that there are; in eager mode they are made anew where
-        ``weight_int8`` is another tensor or was written to. The pair is replaced as one: threads may race for it."""
-        packed, weight = self._packed, self.weight_int8
-        if torch.compiler.is_compiling():
-            return self._packed_anew() if packed is None else packed[1]
-        key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        if packed is None or packed[0] != key:
-            packed = self._packed = (key, self._packed_anew())
-        return packed[1]
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight_int8"] = self._plain_weight()
 
-    def _packed_anew(self) -> Tensor:
-        return call(torch.ops.clipft.quantized_pack, self.weight_int8, name=_NAME)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._packed = None
-        int8.check_weight(_NAME, self.weight_int8, self.weight_scale)
-        if self.weight_int8.device.type == "cpu":
-            self._pack()
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        key = f"{prefix}weight_int8"
+        if key not in state_dict:
+            missing_keys += [key] * strict
+            return
+        unexpected_keys[:] = [name for name in unexpected_keys if name != key]
+        weight, own = state_dict[key], [self.out_features, self.in_features]
+        if list(weight.shape) != own:
+            error_msgs.append(f"size mismatch for {key}: expected {own}, got {list(weight.shape)}.")
+            return
+        self.weight_int8 = weight if local_metadata.get("assign_to_params_buffers") else weight.to(self._packed.device)
+        int8.check_weight(_NAME, torch.empty_like(weight, device=self.weight_scale.device), self.weight_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        scale = self.weight_scale
+        packed, weight, scale = self._packed, self._plain_weight(), self.weight_scale
         super()._apply(fn, recurse)
-        self._packed = None
+        moved = self.weight_scale.device != scale.device
+        self._packed = _pack(fn(weight)) if moved else packed
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+        buffers = {name: tensor for name, tensor in self._buffers.items() if name != "_packed"}
+        return {**self.__dict__, "_buffers": {**buffers, "weight_int8": self._plain_weight()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.pop("_packed", None)  # of 0.1
+        self._buffers = dict(self._buffers)
+        weight = cast(Tensor, self._buffers.pop("weight_int8"))
+        self._non_persistent_buffers_set = {"_packed"}
+        self.register_buffer("_packed", _pack(weight), persistent=False)
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """As the kernels of its device read it."""
+    if weight.device.type != "cpu":
+        return weight
+    return cast(Tensor, call(torch.ops.clipft.quantized_pack, weight, name=_NAME))

@@ -38,7 +38,12 @@ def contrastive_loss(
     """Symmetric cross-entropy over cosine logits (CLIP, arXiv:2103.00020, figure 3); the dtype is the embeddings'."""
     logits = logit_scale * image_embeds @ text_embeds.t()
     targets = contrastive_targets(len(logits), labels, label_smoothing).to(logits)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
+    return (_cross_entropy(logits, targets) + _cross_entropy(logits.t(), targets)) / 2
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """torch's, of probabilities, which ONNX does not have."""
+    return -(targets * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
 
 
 def sigmoid_loss(

@@ -1,5 +1,5 @@
 /* quantized_linear: y = act(x W^T + b) with int8 weights as they are saved; quantized_chain: one or two layers packed by quantized_pack,
- * with the norm before and the residual behind them. The work is kernels/int8/int8.h. */
+ * with the norm before and the residual behind them; quantized_unpack: what was packed, [out, in]. The work is kernels/int8/int8.h. */
 #include "quantized_inputs.h"
 
 #include <stdlib.h>
@@ -40,7 +40,7 @@ done:
 }
 CLIPFT_CPU_ENTRY(quantized_linear)
 
-/* What quantized_pack gave becomes a layer. */
+/* What quantized_pack gave becomes a layer; beside itself where nothing else is there. */
 static bool check_packed(const clipft_tensor *t, const clipft_tensor *input, clipft_int8_layer *layer, clipft_error *error)
 {
     clipft_int8_header header;
@@ -80,3 +80,23 @@ done:
     clipft_release(&weight);
 }
 CLIPFT_CPU_ENTRY(quantized_pack)
+
+static void run_quantized_unpack(const quantized_unpack_args *args, quantized_unpack_results *results, clipft_error *error)
+{
+    const int64_t sizes[] = {clipft_unbox_int(args->channels), clipft_unbox_int(args->features)};
+    clipft_tensor packed, weight = {0};
+    clipft_int8_layer layer;
+
+    if (!clipft_unbox(args->packed, "packed", &packed, error) || !check_packed(&packed, &packed, &layer, error)) goto done;
+    if (layer.out != sizes[0] || layer.in != sizes[1])
+        clipft_fail(error, CLIPFT_VALUE_ERROR, "packed must be of [%lld, %lld], got [%lld, %lld]", (long long)sizes[0], (long long)sizes[1],
+                    (long long)layer.out, (long long)layer.in);
+    else if (clipft_empty(clipft_dtype_int8(), 2, sizes, &weight, error) &&
+             (clipft_int8_unpack(&clipft_torch_host, packed.data, weight.data) ||
+              clipft_fail(error, CLIPFT_RUNTIME_ERROR, "torch's threads failed")))
+        results->result = clipft_box(&weight);
+done:
+    clipft_release(&weight);
+    clipft_release(&packed);
+}
+CLIPFT_CPU_ENTRY(quantized_unpack)

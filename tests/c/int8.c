@@ -47,7 +47,10 @@ static double held(const clipft_view *v, int64_t i, int64_t j)
 static void pack(const int8_t *w, int64_t out, int64_t in, uint8_t *packed)
 {
     const clipft_int8_weights weights = {w, out, in, in, 1};
+    int8_t *back = check_alloc(out * in, 1);
     clipft_int8_pack(&check_host, &weights, packed);
+    check_near(clipft_int8_unpack(&check_host, packed, back) && memcmp(back, w, (size_t)(out * in)) == 0, 1.0, 0.0, "int8_unpack", in);
+    free(back);
 }
 
 /* Rows 2 and 5, where there are such, are bad; row 1 is zero; row 3 is huge, row 4 denormal. */
@@ -212,6 +215,12 @@ static void pack_channels(const clipft_int8_weights *w, int8_t *panel, int32_t *
         }
 }
 
+static void unpack_channels(const int8_t *panel, int64_t channels, int64_t in, int8_t *w)
+{
+    for (int64_t c = 0; c < channels; ++c)
+        for (int64_t k = 0; k < in; ++k) w[c * in + k] = panel[c * clipft_round_up(in, OTHER_DEPTH) + k];
+}
+
 static void multiply_channels(const clipft_int8_tile *tile, int32_t *sums)
 {
     check_near(entered, 1.0, 0.0, "int8_dot outside of enter and leave", tile->rows);
@@ -231,6 +240,7 @@ static void test_other_slot(int64_t rows)
                                           .depth = OTHER_DEPTH,
                                           .rows = CLIPFT_INT8_ROWS,
                                           .pack = pack_channels,
+                                          .unpack = unpack_channels,
                                           .multiply = multiply_channels,
                                           .enter = enter,
                                           .leave = leave};

@@ -21,6 +21,7 @@ from transformers import CLIPImageProcessor
 from typer.testing import CliRunner
 
 import clipft
+import clipft.nn
 from clipft.cli import app
 from clipft.data.pictures import to_pixels
 from clipft.data.transforms import build_transform
@@ -428,3 +429,42 @@ def test_quantize_command(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
     again = run("quantize", "--model", tmp_path / "int8", "--output", tmp_path / "no")
     assert again.exit_code == 2 and "expected a float model, got one that has int8 layers already" in again.output
+
+
+# ---- torch's own exporter ----
+
+
+class Features(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> Any:
+        output = self.model(input_ids=ids, pixel_values=pixels, return_loss=True)
+        return output.image_embeds, output.text_embeds, output.loss
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_torch_exports_a_fused_model(lora: bool, dynamo: bool, tmp_path: Path) -> None:
+    import onnxruntime
+
+    model = tiny_clip()[0].eval()
+    model = clipft.add_lora(model, r=2, targets="vision.last1:fc2").eval() if lora else clipft.fuse(model)
+    inputs = torch.randn(2, 3, SIZE, SIZE), torch.tensor([[500, 7, 501], [500, 9, 501]])
+    inputs[1][:, -1] = model.config.text_config.eos_token_id
+    torch.onnx.export(Features(model), inputs, tmp_path / "m.onnx", dynamo=dynamo, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    names = [entry.name for entry in session.get_inputs()]
+    found = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+    with torch.no_grad():
+        for got, want in zip(found, Features(model)(*inputs), strict=True):
+            np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_exports_no_int8_model(tmp_path: Path) -> None:
+    layer = clipft.nn.QuantizedLinear(8, 4)
+    with pytest.raises(Exception, match=r"clipft.export_onnx\(model, processor, folder, int8=True\)"):
+        torch.onnx.export(layer, (torch.ones(2, 8),), tmp_path / "m.onnx", dynamo=False, verbose=False)

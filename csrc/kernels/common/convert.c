@@ -35,8 +35,9 @@ void clipft_float16_to_float(const uint16_t *src, float *dst, int64_t n)
 {
     for (int64_t i = 0; i < n; ++i) {
         const uint32_t sign = (uint32_t)(src[i] & 0x8000U) << 16, magnitude = (uint32_t)(src[i] & 0x7fffU);
-        /* Shifted into float32's place the exponent is 112 too small: a multiplication mends it, denormals included. */
-        const uint32_t finite = to_bits(from_bits(magnitude << 13) * 0x1p112F);
+        /* Denormals are counts of 2^-24: never by way of a float32 denormal, which a thread may flush to zero. */
+        const uint32_t denormal = to_bits((float)(int32_t)magnitude * 0x1p-24F);
+        const uint32_t finite = magnitude < 0x400U ? denormal : (magnitude << 13) + (112U << 23);
         dst[i] = from_bits(sign | (magnitude >= 0x7c00U ? 0x7f800000U | (magnitude << 13) : finite));
     }
 }

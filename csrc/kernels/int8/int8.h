@@ -29,6 +29,9 @@ int64_t clipft_int8_packed_size(int64_t out, int64_t in);
 /* Packs the weights. False when the host failed. */
 bool clipft_int8_pack(const clipft_host *host, const clipft_int8_weights *w, uint8_t *packed);
 
+/* The weights of such a whole, which clipft_int8_packed took: [out, in], contiguous. False when the host failed. */
+bool clipft_int8_unpack(const clipft_host *host, const uint8_t *packed, int8_t *w);
+
 /* Whether `size` bytes are such a whole, in that layout; its header. */
 bool clipft_int8_packed(const uint8_t *packed, int64_t size, clipft_int8_header *header);
 

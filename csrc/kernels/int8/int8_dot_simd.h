@@ -96,4 +96,5 @@ const clipft_int8_dot KERNEL(int8_dot) = {.layout = CLIPFT_INT8_QUADS,
                                           .depth = 4,
                                           .rows = CLIPFT_INT8_DOT_ROWS,
                                           .pack = clipft_int8_pack_quads,
+                                          .unpack = clipft_int8_unpack_quads,
                                           .multiply = KERNEL(int8_multiply)};

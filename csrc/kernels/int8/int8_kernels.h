@@ -48,6 +48,9 @@ typedef struct clipft_int8_dot {
     /* Writes a panel, up to CLIPFT_INT8_PANEL channels, into zeros, and adds each channel's weights to its sum. */
     void (*pack)(const clipft_int8_weights *w, int8_t *panel, int32_t *sums);
 
+    /* The other way: a panel's `channels`, [channels, in], rows `in` apart. */
+    void (*unpack)(const int8_t *panel, int64_t channels, int64_t in, int8_t *w);
+
     /* sums[i][j] = sum_k x[i][k] * w[j][k], rows CLIPFT_INT8_COLS apart. Exact. */
     void (*multiply)(const clipft_int8_tile *tile, int32_t *sums);
 
@@ -56,8 +59,9 @@ typedef struct clipft_int8_dot {
     void (*leave)(void);
 } clipft_int8_dot;
 
-/* The pack of CLIPFT_INT8_QUADS. */
+/* The pack and unpack of CLIPFT_INT8_QUADS. */
 void clipft_int8_pack_quads(const clipft_int8_weights *w, int8_t *panel, int32_t *sums);
+void clipft_int8_unpack_quads(const int8_t *panel, int64_t channels, int64_t in, int8_t *w);
 
 typedef enum clipft_activation { CLIPFT_NO_ACTIVATION, CLIPFT_QUICK_GELU, CLIPFT_GELU, CLIPFT_ACTIVATIONS } clipft_activation;
 

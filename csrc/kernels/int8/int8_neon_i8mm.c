@@ -82,6 +82,7 @@ const clipft_int8_dot clipft_int8_dot_neon_i8mm = {.layout = CLIPFT_INT8_QUADS,
                                                    .depth = 4,
                                                    .rows = CLIPFT_INT8_DOT_ROWS,
                                                    .pack = clipft_int8_pack_quads,
+                                                   .unpack = clipft_int8_unpack_quads,
                                                    .multiply = clipft_int8_multiply_neon_i8mm};
 #else
 typedef int clipft_not_aarch64; /* ISO C forbids an empty file */

@@ -39,6 +39,12 @@ void clipft_int8_pack_quads(const clipft_int8_weights *weights, int8_t *panel, i
     }
 }
 
+void clipft_int8_unpack_quads(const int8_t *panel, int64_t channels, int64_t in, int8_t *w)
+{
+    for (int64_t c = 0; c < channels; ++c)
+        for (int64_t k = 0; k < in; ++k) w[c * in + k] = panel[k / 4 * 4 * CLIPFT_INT8_PANEL + 4 * c + k % 4];
+}
+
 typedef struct pack_job {
     const clipft_int8_weights *w;
     const clipft_int8_dot *dot;
@@ -69,6 +75,31 @@ bool clipft_int8_pack(const clipft_host *host, const clipft_int8_weights *w, uin
     const clipft_int8_header header = {.magic = MAGIC, .out = w->out, .in = w->in, .layout = job.dot->layout};
     memcpy(packed, &header, sizeof header);
     return host->parallel_for(0, panels_of(w->out), 4, pack_panels, &job);
+}
+
+typedef struct unpack_job {
+    const clipft_int8_dot *dot;
+    const uint8_t *packed;
+    clipft_int8_header header;
+    int8_t *w;
+} unpack_job;
+
+static void unpack_panels(int64_t begin, int64_t end, void *ctx)
+{
+    const unpack_job *job = ctx;
+    const int64_t bytes = clipft_int8_panel_bytes(job->dot, job->header.in);
+    for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t first = panel * CLIPFT_INT8_PANEL;
+        job->dot->unpack(clipft_int8_panels(job->packed) + panel * bytes, clipft_min(CLIPFT_INT8_PANEL, job->header.out - first),
+                         job->header.in, job->w + first * job->header.in);
+    }
+}
+
+bool clipft_int8_unpack(const clipft_host *host, const uint8_t *packed, int8_t *w)
+{
+    unpack_job job = {.dot = clipft_kernel_table.int8.dot, .packed = packed, .w = w};
+    memcpy(&job.header, packed, sizeof job.header);
+    return host->parallel_for(0, panels_of(job.header.out), 4, unpack_panels, &job);
 }
 
 bool clipft_int8_packed(const uint8_t *packed, int64_t size, clipft_int8_header *header)

@@ -52,6 +52,7 @@ const clipft_int8_dot clipft_int8_dot_ref = {.layout = CLIPFT_INT8_QUADS,
                                              .depth = 4,
                                              .rows = CLIPFT_INT8_DOT_ROWS,
                                              .pack = clipft_int8_pack_quads,
+                                             .unpack = clipft_int8_unpack_quads,
                                              .multiply = clipft_int8_multiply_ref};
 
 static float activate(float v, clipft_activation activation)
