@@ -145,13 +145,15 @@ def from_folder(folder: Path, reading: Reading) -> datasets.Dataset:
         _pass_over(tree, "pictures", reading)
         _refuse(tree, reading)
         return from_samples(samples, str(folder), reading)
-    if len({tree.part(picture) for picture in tree.pictures} - {None}) > 1:
+    has_classes = len({tree.part(picture) for picture in tree.pictures} - {None}) > 1
+    if has_classes:
         _pass_over(tree, "classes", reading)
     elif tree.shards:
         _refuse(tree, reading)
         _count(_OTHER, [*tree.pictures, *tree.tables, *tree.texts, *tree.others], reading)
         return from_samples(read_samples(tree.shards, reading), str(folder), reading)
-    return _from_tables(tree.tables, tree, reading) if tree.tables else _from_class_folders(tree, reading)
+    is_table = tree.tables and not has_classes
+    return _from_tables(tree.tables, tree, reading) if is_table else _from_class_folders(tree, reading)
 
 
 def _count(kind: str, files: Sequence[Path], reading: Reading) -> None:
