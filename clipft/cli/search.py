@@ -53,7 +53,6 @@ def embed(
     check_output(output)
     console = prepare()
     from clipft.console import bar
-    from clipft.data.reading import UNREADABLE_KIND
     from clipft.inference.encode import load_encoder
     from clipft.inference.vectors import Description, embed_to_file
 
@@ -85,14 +84,22 @@ def embed(
             restart=restart,
             done=lambda count: progress.advance(task, count),
         )
+    _say_what_was_left_out(console, data, reading, unreadable, len(ids))
+    console.print(f"{len(ids) - len(unreadable)} vectors in {output}", highlight=False)
+
+
+def _say_what_was_left_out(
+    console: Console, data: str | None, reading: Reading | None, unreadable: list[int], rows: int
+) -> None:
+    from clipft.data.reading import UNREADABLE_KIND
+
     if unreadable:
-        console.print(f"{len(unreadable)} of {len(ids)} pictures cannot be read and were left out")
+        console.print(f"{len(unreadable)} of {rows} pictures cannot be read and were left out")
     if reading is not None:
         for row in unreadable:
             reading.leave_out_row(row, UNREADABLE_KIND, reading.place(row))
-        reading.keep(sorted(set(range(len(ids))) - set(unreadable)))
+        reading.keep(sorted(set(range(rows)) - set(unreadable)))
         console.print(Text(f"{data}: {reading.line()}"))
-    console.print(f"{len(ids) - len(unreadable)} vectors in {output}", highlight=False)
 
 
 def _read_texts(path: Path, encoding: str | None) -> tuple[list[str], list[str]]:

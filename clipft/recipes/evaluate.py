@@ -58,13 +58,7 @@ def evaluate(
     settings = options_from(EvaluateOptions, options)
     console = console or console_of_run()
     probe = settings.probe_data
-    if (probe is not None and probe is data) or (isinstance(probe, (str, Path)) and str(probe) == str(data)):
-        raise ValueError("probe_data: expected other pictures than data, which would be scored on themselves")
-    if output is not None and Path(output).suffix == ".html":
-        raise ValueError(f"output: expected the name of the JSON file, the page goes beside it, got {output}")
-    if output is not None:
-        check_output(Path(output))
-        check_output(Path(output).with_suffix(".html"))
+    _check(data, probe, output)
     sources = Sources(settings, console, settings.attribute or ())
     dataset = sources.rows("data", data, purpose="test")
     clip, processor = loaded(model)
@@ -94,6 +88,17 @@ def evaluate(
     if output is not None:
         console.print(f"{output}, and {path.with_suffix('.html')} to look at")
     return Scores(result, page)
+
+
+def _check(data: Any, probe: Any, output: str | Path | None) -> None:
+    """What can be told before the work."""
+    if (probe is not None and probe is data) or (isinstance(probe, (str, Path)) and str(probe) == str(data)):
+        raise ValueError("probe_data: expected other pictures than data, which would be scored on themselves")
+    if output is not None and Path(output).suffix == ".html":
+        raise ValueError(f"output: expected the name of the JSON file, the page goes beside it, got {output}")
+    if output is not None:
+        check_output(Path(output))
+        check_output(Path(output).with_suffix(".html"))
 
 
 def _classes_of_run(model: Any, own: list[str] | None) -> list[str] | None:
