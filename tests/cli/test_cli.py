@@ -61,7 +61,8 @@ def test_train_on_class_folders(base: Path, colours: Path, tmp_path: Path) -> No
     assert report["after"].keys() == {"zero_shot"}  # class names are not captions
     zero_shot = report["after"]["zero_shot"]
     numbers = {"accuracy", "balanced_accuracy", "macro_f1", "top5"}
-    assert zero_shot.keys() == numbers | {"per_class", "confusion_matrix", "confusions", "intervals"}
+    parts = {"classes", "classes_with_pictures", "per_class", "confusion_matrix", "confusions", "intervals"}
+    assert zero_shot.keys() == numbers | parts
     assert [row["class"] for row in zero_shot["per_class"]] == ["blue", "green", "red", "yellow"]
     assert [row["support"] for row in zero_shot["per_class"]] == [2, 2, 2, 2]  # each class's share
     assert zero_shot["accuracy"] >= report["before"]["zero_shot"]["accuracy"] + 0.25
