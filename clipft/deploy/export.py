@@ -74,7 +74,7 @@ def export_onnx(
             the embedded drawings.
         min_cosine: the least mean cosine between embeddings of an encoder and of the float model in torch.
         skip: layers to leave in float with ``int8``, as in :func:`clipft.quantize`.
-        external_data_above: bytes of an encoder's weights, beyond which they are in a second file, ``NAME.onnx.data``,
+        external_data_above: bytes of an encoder, beyond which its weights are in a second file, ``NAME.onnx.data``,
             that the first one names: ONNX has no files over 2 GB, and above the default there is no other way.
 
     Returns:
@@ -119,10 +119,11 @@ def _write_model(
     """Encoders, processor and description, which is returned; with ``skip`` the int8 encoders too."""
     processor.save_pretrained(folder)
     info = _info(model, processor)
-    _write_encoders(model, folder, "", info, external_data_above)
+    _write_encoders(model, folder, "", info)
     if skip is not None:
         quantized = quantize(model, skip=skip, processor=processor)
-        _write_encoders(quantized, folder, ".int8", info, external_data_above)
+        _write_encoders(quantized, folder, ".int8", info)
+    _set_apart(folder, external_data_above)
     _write_info(folder, info)
     return info
 
@@ -156,7 +157,7 @@ class _TextEncoder(nn.Module):
         return nn.functional.normalize(features.pooler_output, dim=-1)
 
 
-def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any], external_data_above: int) -> None:
+def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any]) -> None:
     family = family_of(model)
     options = {} if isinstance(model, QuantizedCLIPModel) else family.image_encoder(model)  # int8 has its own way
     config: Any = model.config
@@ -171,7 +172,6 @@ def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any], e
         "image_embeds",
         folder / f"image_encoder{kind}.onnx",
         info,
-        external_data_above,
     )
     _write(
         _TextEncoder(model),
@@ -180,18 +180,11 @@ def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any], e
         "text_embeds",
         folder / f"text_encoder{kind}.onnx",
         info,
-        external_data_above,
     )
 
 
 def _write(
-    encoder: nn.Module,
-    inputs: dict[str, Tensor],
-    shapes: dict[str, Any],
-    output: str,
-    path: Path,
-    info: dict[str, Any],
-    external_data_above: int,
+    encoder: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, Any], output: str, path: Path, info: dict[str, Any]
 ) -> None:
     from clipft.deploy.onnx_int8 import TRANSLATIONS
 
@@ -214,9 +207,17 @@ def _write(
     for node in program.model.graph:  # torch's notes: the lines of code that a node came from, on this machine
         node.metadata_props.clear()
     program.model.metadata_props.update({f"clipft.{name}": json.dumps(value) for name, value in info.items()})
-    values = (value.const_value for value in program.model.graph.initializers.values())
-    size = sum(tensor.nbytes for tensor in values if tensor is not None)
-    program.save(str(path), external_data=size > external_data_above)
+    program.save(str(path), external_data=False)  # of 1.5 GB and more torch sets the weights apart by itself
+
+
+def _set_apart(folder: Path, most: int) -> None:
+    """Weights of encoders of more bytes than that, in a file beside each."""
+    import onnx
+
+    for path in sorted(folder.glob("*.onnx")):
+        if path.stat().st_size > most:
+            own = onnx.load(path)
+            onnx.save_model(own, path, save_as_external_data=True, location=f"{path.name}.data")
 
 
 # ---- what stands beside them ----
