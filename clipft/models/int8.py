@@ -306,8 +306,8 @@ def load_quantized(weights: Path, config: CLIPConfig) -> QuantizedCLIPModel:
     except (AttributeError, RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split("\n")[:2])
         raise ValueError(f"{weights}: expected the weights of the model in config.json ({reason})") from error
-    check_set(weights.parent, MODEL_MANIFEST)
     check_whole(weights, left.missing_keys, left.unexpected_keys)
+    check_set(weights.parent, MODEL_MANIFEST)
     report = weights.with_name(INT8_REPORT)
     model.quantization_report = read_json(report) if report.is_file() else {}
     return cast(QuantizedCLIPModel, model.requires_grad_(False).eval())

@@ -112,6 +112,9 @@ def examine(data: Any, *, eval_data: Any = None, model: Any = None, **options: A
     )
 
 
+vars(doctor).update(Finding=Finding, examine=examine)  # clipft.doctor was a module with these names in 0.1
+
+
 # ---- what a data set holds ----
 
 

@@ -109,7 +109,7 @@ def test_results_are_written_before_they_are_printed(
 
     data = class_folders(tmp_path / "data", 8)
     monkeypatch.setattr("clipft.recipes.evaluate.show", no_terminal)
-    monkeypatch.setattr("clipft.cli.data._show", no_terminal)
+    monkeypatch.setattr("clipft.recipes.doctor.show_findings", no_terminal)
     assert run("evaluate", "--model", base, "--data", data, "--output", tmp_path / "s.json").exit_code == 2
     assert run("doctor", data, "--json", tmp_path / "d.json").exit_code == 2
     assert (tmp_path / "s.json").is_file() and (tmp_path / "s.html").is_file() and (tmp_path / "d.json").is_file()

@@ -20,7 +20,7 @@ from rich.console import Console
 from tiny_clip import class_folders, tiny_clip
 
 import clipft
-from clipft.recipes.doctor import examine
+from clipft.recipes.doctor import doctor, examine
 
 
 def photograph(seed: int) -> Image.Image:
@@ -93,6 +93,7 @@ def test_the_same_from_python(clean: Path, base: Path, tmp_path: Path) -> None:
 
 
 def test_the_old_module_is_still_the_function() -> None:
+    assert vars(doctor)["examine"] is examine  # as `from clipft import doctor` gave it
     with pytest.warns(DeprecationWarning) if "clipft.doctor" not in sys.modules else contextlib.nullcontext():
         module = importlib.import_module("clipft.doctor")
     assert module.examine is examine and clipft.doctor is module
