@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, cast
@@ -28,6 +28,7 @@ from clipft.data.columns import (
     encode_labels,
     find_columns,
 )
+from clipft.data.parquet import batches
 from clipft.data.reading import BadRowError, Reading
 from clipft.data.rows import Picture
 from clipft.data.tables import safe_path
@@ -36,8 +37,6 @@ from clipft.files import read_json
 __all__ = ["canonical", "holds_paths", "read_parquet", "read_saved", "select_rows"]
 
 _PATHS, _BYTES = ("string", "large_string"), ("binary", "large_binary")
-_ROWS = 4096  # that are unpacked at a time
-_SWELLS, _ALWAYS = 200, 100 << 20  # times that rows may be more than their file, and bytes that they may be in any case
 _IN_MEMORY = 2 << 30  # bytes of a table; a larger one is unpacked to the disk
 
 
@@ -56,27 +55,15 @@ def read_parquet(path: Path) -> datasets.Dataset:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
             size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
             if size <= _IN_MEMORY:
-                rows = pyarrow.Table.from_batches(_batches(file, info.st_size), file.schema_arrow)
+                rows = pyarrow.Table.from_batches(batches(file, info.st_size), file.schema_arrow)
                 return datasets.Dataset(datasets.table.InMemoryTable(rows), fingerprint=fingerprint.hexdigest())
             unpacked = Path(_scratch().name, f"{fingerprint.hexdigest()}.arrow")
             with pyarrow.ipc.new_stream(unpacked, file.schema_arrow) as stream:
-                for batch in _batches(file, info.st_size):
+                for batch in batches(file, info.st_size):
                     stream.write_batch(batch)
         return datasets.Dataset.from_file(str(unpacked))
     except Exception as error:  # whatever a damaged file makes pyarrow and datasets raise
         raise ValueError(f"{path}: expected a Parquet file ({error})") from error
-
-
-def _batches(file: pyarrow.parquet.ParquetFile, packed: int) -> Iterator[pyarrow.RecordBatch]:
-    """The rows, a few at a time, until they are far more than a file of ``packed`` bytes has of its own accord."""
-    most, rows, size = max(_SWELLS * packed, _ALWAYS), 0, 0
-    if file.metadata.num_rows > most:
-        raise ValueError(f"{file.metadata.num_rows} rows in {packed} bytes")
-    for batch in file.iter_batches(_ROWS):
-        rows, size = rows + len(batch), size + batch.nbytes
-        if size > most:
-            raise ValueError(f"more than {most >> 20} MB in {rows} rows of a file of {packed} bytes")
-        yield batch
 
 
 @cache

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipft.data.parquet import read_table
 from clipft.data.rows import stored_pictures
 from clipft.data.slices import shard_of
 from clipft.files import check_set, drop_link, empty, locked, replace_set, settle, write_json, writing
@@ -94,7 +95,7 @@ class VectorFile:
 
 
 def _read_parquet(path: Path) -> VectorFile:
-    table = pq.read_table(path)
+    table = read_table(path)
     description = _description(json.loads((table.schema.metadata or {})[_KEY]))
     return VectorFile(_checked_ids(table.column("id").to_pylist()), _rows_of(table.column("embedding")), description)
 
@@ -200,7 +201,7 @@ def _ids_beside(file: Path, rows: int) -> list[str]:
     metadata = file.parent.parent / "metadata" / f"metadata_{found[0] if found else ''}.parquet"
     if not metadata.is_file():
         return [f"{file.name}:{row}" for row in range(rows)]
-    table = pq.read_table(metadata)
+    table = read_table(metadata)
     column = next((name for name in _NAMES if name in table.column_names), None)
     if len(table) != rows or column is None:
         raise ValueError(f"{metadata.name} has {len(table)} rows for {rows} vectors, of {table.column_names}")

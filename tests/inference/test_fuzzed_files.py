@@ -97,6 +97,15 @@ def test_vectors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     fuzz(path.parent, lambda: VectorFile.read(path), equal, SECONDS / 3)
 
 
+def test_a_parquet_file_that_swells(tmp_path: Path) -> None:
+    """Some kilobytes that say 120 MB."""
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(30_000_000, np.float32)), 500)
+    table = pa.table([pa.array(["x"] * 60_000), vectors], names=["id", "embedding"])
+    pq.write_table(table, tmp_path / "v.parquet", compression="zstd")
+    with pytest.raises(ValueError, match=r"v\.parquet: expected a file that clipft embed wrote \(more than 1\d\d MB"):
+        VectorFile.read(tmp_path / "v.parquet")
+
+
 def test_a_folder_of_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LIARS, ".npy", lie_npy)
     folder = tmp_path / "img_emb"
