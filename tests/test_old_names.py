@@ -275,3 +275,12 @@ def test_what_needs_no_torch_imports_none(code: str) -> None:
         pytest.importorskip("onnxruntime")
     shown = python("-W", "ignore", "-c", f"import sys, clipft; {code}; print([m for m in {HEAVY} if m in sys.modules])")
     assert shown.strip() == "[]"
+
+
+def test_commands_need_no_extra_of_others() -> None:
+    """And load no ONNX Runtime, which writes files of its own as it loads."""
+    extras = ("onnx", "onnxruntime", "onnxscript", "faiss", "peft", "matplotlib", "tensorboard", "sentencepiece")
+    modules = "clipft.demo, clipft.recipes.train, clipft.recipes.evaluate, clipft.recipes.doctor, clipft.cli"
+    more = "clipft.deploy.quantize, clipft.inference.vectors"
+    code = f"import sys; sys.modules |= dict.fromkeys({extras}); import {modules}, {more}; print('whole')"
+    assert python("-W", "ignore", "-c", code).strip() == "whole"

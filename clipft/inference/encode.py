@@ -27,7 +27,6 @@ from clipft.data.rows import read_row, read_stored, render, stored_pictures
 from clipft.data.transforms import build_transform, stack_pictures
 from clipft.families.registry import base_model, family_of
 from clipft.files import expanded, settle
-from clipft.inference.onnx_clip import OnnxCLIP
 from clipft.models.formats import ONNX_INFO
 from clipft.models.loading import load
 
@@ -127,6 +126,8 @@ def load_encoder(name: str, *, int8: bool = False, batch_size: int = 64, threads
     folder = expanded(name)
     settle(folder)
     if (folder / ONNX_INFO).is_file():
+        from clipft.inference.onnx_clip import OnnxCLIP  # an extra, which writes files as it loads
+
         return encoder_of(OnnxCLIP(folder, int8=int8, threads=threads), None, batch_size)
     if int8:
         raise ValueError(f"--int8: chooses between the encoders of an ONNX folder, which {name!r} is not")
