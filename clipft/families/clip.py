@@ -14,7 +14,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 from transformers.utils.generic import can_return_tuple
 
 from clipft.families.family import Family, Tower
-from clipft.families.forward import PairForward, is_watched, records
+from clipft.families.forward import PairForward, given, is_watched, records
 
 __all__ = ["CLIP", "FusedCLIPOutput", "FusedLastLayer", "fuse_last_layer", "needs_all_tokens"]
 
@@ -69,6 +69,7 @@ class CLIPForward(PairForward):
         """
         if return_logits is None:
             return_logits = not return_loss
+        kwargs = given(kwargs)
         everything = return_logits or needs_all_tokens(self, kwargs)
         vision: Any = None
         text: Any = None

@@ -16,7 +16,7 @@ from clipft.families.losses import LOSSES
 if TYPE_CHECKING:
     from clipft.families.family import Family
 
-__all__ = ["PairForward", "is_watched", "loss_parameters", "normalised", "records"]
+__all__ = ["PairForward", "given", "is_watched", "loss_parameters", "normalised", "records"]
 
 
 class PairForward:
@@ -90,6 +90,13 @@ class PairForward:
             **({} if bias is None else {"logit_bias": bias}),
             head_weights=_head_weights(self),
         )
+
+
+def given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Without what a peft model with a ``task_type`` hands on unset, such as ``inputs_embeds=None``: towers that take
+    it from their caller would have it twice.
+    """
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 def loss_parameters(output: Any) -> tuple[Tensor, ...]:

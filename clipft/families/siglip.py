@@ -12,7 +12,7 @@ from transformers.models.siglip.modeling_siglip import SiglipOutput
 from transformers.utils.generic import can_return_tuple
 
 from clipft.families.family import Family, Tower
-from clipft.families.forward import PairForward
+from clipft.families.forward import PairForward, given
 
 __all__ = ["SIGLIP", "SiglipTowersForward", "embedding_dim", "fit_captions", "siglip_tower"]
 
@@ -46,6 +46,7 @@ class SiglipTowersForward(PairForward):
         **kwargs: Any,
     ) -> FusedSiglipOutput:
         """The rest of ``forward``, after its own arguments: those of :class:`clipft.families.clip.CLIPForward`."""
+        kwargs = given(kwargs)
         vision = text = None
         if image_pooler_output is None and pictures["pixel_values"] is not None:
             vision = self.get_image_features(**pictures, **kwargs)

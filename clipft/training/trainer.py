@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from clipft.data.collate import model_inputs
@@ -106,6 +107,7 @@ class CLIPTrainer(RowLoading):
             self.add_callback(self._unfreezing)
 
     _average: WeightAverage | None = None
+    _collected: EvalLoopContainer | None = None  # where Trainer's loop does not give all predictions as they are
     _unfreezing: GradualUnfreezing | None = None
 
     @property
@@ -306,13 +308,20 @@ class CLIPTrainer(RowLoading):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
+        predictions, labels = self._predictions(inputs, outputs)
+        if self._collected is not None:
+            self._collected.add(self.gather_function(predictions))
+            self._collected.to_cpu_and_numpy()
+        return loss, predictions, labels
+
+    def _predictions(self, inputs: dict[str, Any], outputs: Any) -> tuple[Any, Tensor | None]:
         embeds = (outputs.image_embeds, outputs.text_embeds)
         if self._heads is None:
-            return loss, embeds, inputs.get("labels")
+            return embeds, inputs.get("labels")
         logits, targets = self._heads.logits(outputs.image_embeds), inputs["targets"]
         if self._heads.pairs:
-            return loss, (*embeds, *logits), targets
-        return (loss, logits, targets) if len(logits) > 1 else (loss, logits[0], targets[:, 0])
+            return (*embeds, *logits), targets
+        return (logits, targets) if len(logits) > 1 else (logits[0], targets[:, 0])
 
     def evaluation_loop(
         self,
@@ -323,10 +332,16 @@ class CLIPTrainer(RowLoading):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Trainer's loop, then metrics from its embeddings and logits: the towers run once."""
-        loss_only = self.args.prediction_loss_only
+        args = self.args
+        if args.batch_eval_metrics or not args.eval_do_concat_batches or self.preprocess_logits_for_metrics:
+            self._collected = EvalLoopContainer(do_nested_concat=True)
         with self._averaged():
-            output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
-            metrics = {} if loss_only else self._metrics(dataloader.dataset, output.predictions)
+            output = super().evaluation_loop(
+                dataloader, description, args.prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            predictions = self._collected.get_arrays() if self._collected else output.predictions
+            self._collected = None
+            metrics = {} if args.prediction_loss_only else self._metrics(dataloader.dataset, predictions)
         if output.metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output

@@ -59,6 +59,16 @@ def test_outputs_and_gradients_are_those_of_peft(
     assert_same_gradients(gradients(fused, batch), gradients(plain, batch))
 
 
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", "SEQ_CLS"])
+def test_a_task_type_changes_nothing(batch: dict[str, Tensor], task: str) -> None:
+    """peft's classes for tasks hand on the arguments of text models, unset; peft alone fails by them."""
+    expected = adapted()
+    model = clipft.fuse(adapted(task_type=task))
+    assert type(model) is not type(expected)
+    assert_near(embeds(model, batch), embeds(expected, batch))
+    assert_same_gradients(gradients(model, batch), gradients(clipft.fuse(expected), batch))
+
+
 def test_gradients_of_trained_base_weights(batch: dict[str, Tensor]) -> None:
     plain, fused = both()
     for model in (plain, fused):

@@ -228,6 +228,34 @@ def test_several_eval_sets_and_own_metrics(tmp_path: Path) -> None:
     assert {"eval_one_loss", "eval_two_image_to_text_R@1"} <= metrics.keys()
 
 
+@pytest.mark.parametrize("captions", [1, 3])
+def test_metrics_by_batches_leave_those_of_retrieval(tmp_path: Path, captions: int) -> None:
+    """The loop then gives the last result alone, lists of batches, or what was made of the embeddings."""
+    rows = captioned(21, captions)
+    seen: list[int] = []
+
+    def count(prediction: Any, compute_result: bool) -> dict[str, int]:
+        seen.append(len(prediction.predictions[0]))
+        return {"count": sum(seen)} if compute_result else {}
+
+    model, processor = tiny_clip()
+    options: dict[str, Any] = {"eval_dataset": rows, "processing_class": processor}
+    expected = clipft.evaluate_retrieval(model, processor, rows, resamples=0)
+    by_batches = clipft.CLIPTrainer(
+        model, arguments(tmp_path, batch_eval_metrics=True), compute_metrics=count, **options
+    ).evaluate()
+    assert (seen, by_batches["eval_count"]) == ([8, 8, 5], 21)
+    as_lists = clipft.CLIPTrainer(model, arguments(tmp_path, eval_do_concat_batches=False), **options).evaluate()
+    norms = clipft.CLIPTrainer(
+        model,
+        arguments(tmp_path),
+        preprocess_logits_for_metrics=lambda embeds, labels: embeds[0].norm(dim=1),
+        **options,
+    ).evaluate()
+    for metrics in (by_batches, as_lists, norms):
+        assert {f"eval_{name}": value for name, value in expected.items()}.items() <= metrics.items()
+
+
 def test_loss_only(tmp_path: Path) -> None:
     metrics = trainer_of(tmp_path, captioned(8), captioned(8), prediction_loss_only=True).evaluate()
     assert "eval_loss" in metrics
