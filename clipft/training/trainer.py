@@ -332,16 +332,14 @@ class CLIPTrainer(RowLoading):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Trainer's loop, then metrics from its embeddings and logits: the towers run once."""
-        args = self.args
-        if args.batch_eval_metrics or not args.eval_do_concat_batches or self.preprocess_logits_for_metrics:
+        loss_only = self.args.prediction_loss_only
+        if self.args.batch_eval_metrics or not self.args.eval_do_concat_batches or self.preprocess_logits_for_metrics:
             self._collected = EvalLoopContainer(do_nested_concat=True)
         with self._averaged():
-            output = super().evaluation_loop(
-                dataloader, description, args.prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
             predictions = self._collected.get_arrays() if self._collected else output.predictions
             self._collected = None
-            metrics = {} if args.prediction_loss_only else self._metrics(dataloader.dataset, predictions)
+            metrics = {} if loss_only else self._metrics(dataloader.dataset, predictions)
         if output.metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output

@@ -18,7 +18,7 @@ typedef struct cuda_call {
     int works;
 } cuda_call;
 
-/* `beside` outlives the call. */
+/* Before anything is allocated, whose failure is told by what this finds in torch. `beside` outlives the call. */
 bool cuda_begin(cuda_call *call, const clipft_tensor *beside);
 void cuda_end(cuda_call *call);
 

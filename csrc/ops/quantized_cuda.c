@@ -108,7 +108,6 @@ static bool run_block(int8_job *job, int64_t begin, int64_t end)
 static bool prepare(int8_job *job, const clipft_tensor *input)
 {
     int64_t in = 1, out = 1;
-    if (!cuda_begin(&job->call, input)) return false;
     for (int k = 0; k < job->in->chain.count; ++k) {
         if (!make_operand(job, k)) return false;
         if (job->layers[k].in > in) in = job->layers[k].in;
@@ -129,7 +128,8 @@ static void run(int8_inputs *in, bool ok, clipft_slot_Tensor *result, clipft_err
 {
     int8_job job = {.in = in, .call.error = error};
     clipft_tensor output = {0};
-    ok = ok && int8_make_output(in, &output, &job.y, error) && (in->x.rows == 0 || prepare(&job, &in->input));
+    ok = ok && cuda_begin(&job.call, &in->input) && int8_make_output(in, &output, &job.y, error) &&
+         (in->x.rows == 0 || prepare(&job, &in->input));
     for (int64_t row = 0; ok && row < in->x.rows; row += job.block_rows)
         ok = run_block(&job, row, row + job.block_rows < in->x.rows ? row + job.block_rows : in->x.rows);
     if (ok) *result = clipft_box(&output);

@@ -128,6 +128,26 @@ def test_cuda_without_a_gpu_has_a_cause() -> None:
     assert _C.cuda_problem(-1) == "clipft knows GPUs 0 to 63 only"
 
 
+FIRST_OP = """
+import sys
+sys.path[:0] = {tests!r}
+from pathlib import Path
+import torch, clipft
+from emulated_cuda import EmulatedCuda
+arguments = torch.ones(4, 8), torch.ones(16, 8, dtype=torch.int8), torch.ones(16), torch.empty(0)
+with EmulatedCuda(Path({folder!r})).installed():
+    try:
+        torch.ops.clipft.quantized_linear(*arguments)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_cuda_out_of_memory_in_the_first_op_is_an_error(emulated_cuda_folder: Path, tmp_path: Path) -> None:
+    """It is told by a function of torch's that the process has not looked for yet."""
+    assert "CUDA out of memory" in said(start(emulated_cuda_folder, tmp_path, FIRST_OP, EMULATED_MEMORY="10"))
+
+
 # ---- the emulation finds what it is for ----
 
 LOSS = """

@@ -102,6 +102,23 @@ static AOTITorchError int_mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenT
     return rows <= 16 || depth == 0 || depth % 8 || cols == 0 || cols % 8 || stride != 1 || cpu_int_mm_out(out, a, b);
 }
 
+static AOTITorchError (*cpu_copy)(AtenTensorHandle self, AtenTensorHandle src, int32_t non_blocking);
+
+/* In the place of torch_abi.c's, by the linker's --wrap: the table is empty until an op asks for it, as in a new process. */
+const char *__wrap_clipft_torch_cuda_resolve(void);
+const char *__wrap_clipft_torch_cuda_resolve(void)
+{
+    clipft_torch_cuda = (clipft_torch_cuda_abi){
+        .aoti_torch_get_current_cuda_stream = current_stream,
+        .aoti_torch_cuda_addmm_out = real.aoti_torch_cpu_addmm_out,
+        .aoti_torch_cuda_mm_dtype_out = mm_dtype_out,
+        .aoti_torch_cuda__int_mm_out = int_mm_out,
+        .aoti_torch_copy_ = cpu_copy,
+        .torch_exception_get_what_without_backtrace = what,
+    };
+    return NULL;
+}
+
 #define OP_CUDA(name)                                                                                                                      \
     static void emulated_##name(StableIValue *stack, uint64_t num_inputs, uint64_t num_outputs)                                            \
     {                                                                                                                                      \
@@ -118,21 +135,12 @@ API const char *emulated_pretend(const char *libtorch)
 {
     const char *missing = clipft_torch_resolve(libtorch);
     void *library = dlopen(libtorch, RTLD_NOW | RTLD_NOLOAD);
-    AOTITorchError (*copy)(AtenTensorHandle self, AtenTensorHandle src, int32_t non_blocking);
     *(void **)&cpu_int_mm_out = dlsym(library, "aoti_torch_cpu__int_mm_out");
-    *(void **)&copy = dlsym(library, "aoti_torch_copy_");
+    *(void **)&cpu_copy = dlsym(library, "aoti_torch_copy_");
     real = clipft_torch;
     clipft_torch.aoti_torch_get_data_ptr = get_data_ptr;
     clipft_torch.aoti_torch_empty_strided = empty_strided;
     clipft_torch.aoti_torch_device_type_cuda = clipft_torch.aoti_torch_device_type_cpu;
-    clipft_torch_cuda = (clipft_torch_cuda_abi){
-        .aoti_torch_get_current_cuda_stream = current_stream,
-        .aoti_torch_cuda_addmm_out = real.aoti_torch_cpu_addmm_out,
-        .aoti_torch_cuda_mm_dtype_out = mm_dtype_out,
-        .aoti_torch_cuda__int_mm_out = int_mm_out,
-        .aoti_torch_copy_ = copy,
-        .torch_exception_get_what_without_backtrace = what,
-    };
     return missing;
 }
 
