@@ -32,11 +32,16 @@ typedef struct clipft_cuda_target_gpu {
     int driver;       /* version, as 13000 */
 } clipft_cuda_target_gpu;
 
+/* That the device code in the folder is what this C was compiled with, whose structs it shares: after an update of a source tree it may be
+ * newer. Builds without CLIPFT_CUDA_DIGEST (the tests', which break device code on purpose) take any. */
+bool clipft_cuda_check_device_code(const char *folder, char *problem, size_t problem_size);
+
 /* The machine code (a cubin) of <folder>/<name>.cu for that GPU; free it. NULL with a sentence in `problem`.
  *
- * It is taken from the disk ($XDG_CACHE_HOME or ~/.cache, clipft/cuda) where the same source, options, NVRTC and driver made it before. A
- * file there appears whole under a name that tells all of these, and is checked when read, so any number of processes may use the folder at
- * once; where it cannot be written, every process compiles. */
+ * It is taken from the disk ($XDG_CACHE_HOME or ~/.cache, clipft/cuda) where the same source, options, NVRTC (to its patch release) and
+ * driver made it before. A file there appears whole under a name that tells all of these, and is checked when read, so any number of
+ * processes may use the folder at once; where it cannot be written, every process compiles. Only regular files of this user's are read, and
+ * those unused for 90 days are removed when one is written. */
 char *clipft_cuda_cubin(const char *folder, const char *name, const clipft_cuda_target_gpu *gpu, char *problem, size_t problem_size);
 
 #endif

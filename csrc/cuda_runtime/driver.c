@@ -93,12 +93,17 @@ static bool load_file(device *d, const char *folder, const char *name, const cli
     return ok;
 }
 
-static bool load_kernels(device *d, const clipft_cuda_target_gpu *gpu)
+static bool find_device_code(device *d, char *folder, size_t size)
 {
-    char folder[4096];
+    return (clipft_cuda_folder(folder, size) ||
+            problem(d, "clipft's device code was not found", "the package's folder cuda is missing; install clipft again")) &&
+           clipft_cuda_check_device_code(folder, d->problem, sizeof d->problem);
+}
+
+static bool load_kernels(device *d, const char *folder, const clipft_cuda_target_gpu *gpu)
+{
     CUmodule module = NULL;
-    bool ok = clipft_cuda_folder(folder, sizeof folder) ||
-              problem(d, "clipft's device code was not found", "the package's folder cuda is missing; install clipft again");
+    bool ok = true;
 #define CUDA_FILE(name) ok = ok && load_file(d, folder, #name, gpu, &module);
 #define CUDA_KERNEL(file, name, args)                                                                                                      \
     ok = ok && succeeds(d, "the kernel " #name " is missing in " #file ".cu",                                                              \
@@ -114,6 +119,8 @@ static bool prepare(device *d, int32_t ordinal)
     clipft_cuda_target_gpu gpu = {0};
     CUdevice id;
     int l2 = 0;
+    char folder[4096];
+    if (!find_device_code(d, folder, sizeof folder)) return false;
     const char *missing = clipft_torch_cuda_resolve();
     if (missing) return problem(d, "this torch cannot be used with CUDA, it lacks", missing);
     if (!open_driver(d)) return false;
@@ -126,7 +133,7 @@ static bool prepare(device *d, int32_t ordinal)
         !succeeds(d, "the GPU cannot be used", cuda.cuCtxPushCurrent_v2(d->context)))
         return false;
     d->l2_bytes = l2;
-    const bool ok = load_kernels(d, &gpu);
+    const bool ok = load_kernels(d, folder, &gpu);
     CUcontext popped;
     cuda.cuCtxPopCurrent_v2(&popped);
     return ok;

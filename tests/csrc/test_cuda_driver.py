@@ -44,7 +44,8 @@ def said(process: subprocess.Popen) -> str:
 
 
 def test_cuda_kernels_are_compiled_once_and_kept(emulated_cuda_folder: Path, tmp_path: Path) -> None:
-    """One process after another and two at once; a damaged file, another driver and another GPU are compiled anew."""
+    """One process after another and two at once; a damaged file, what is not a file of one's own that nobody else may
+    write, another driver and another GPU are compiled anew."""
     both = [start(emulated_cuda_folder, tmp_path) for _ in range(2)]
     assert [said(p).split()[0] for p in both] == ["None", "None"]
     files = sorted((tmp_path / "clipft" / "cuda").iterdir())
@@ -54,10 +55,31 @@ def test_cuda_kernels_are_compiled_once_and_kept(emulated_cuda_folder: Path, tmp
     whole = files[0].read_bytes()
     files[0].write_bytes(whole[:-1])
     files[1].write_bytes(b"\0" + files[1].read_bytes()[1:])
-    assert said(start(emulated_cuda_folder, tmp_path)) == "None 2"
+    files[2].symlink_to(files[2].rename(tmp_path / "elsewhere"))
+    files[3].chmod(0o666)
+    files[4].unlink()
+    os.mkfifo(files[4])
+    assert said(start(emulated_cuda_folder, tmp_path)) == "None 5"
     assert files[0].read_bytes() == whole
+    assert all(file.is_file() and not file.is_symlink() for file in files)
     assert said(start(emulated_cuda_folder, tmp_path, EMULATED_DRIVER="12080")) == f"None {len(KERNELS)}"
     assert said(start(emulated_cuda_folder, tmp_path, EMULATED_CAPABILITY="80")) == f"None {len(KERNELS)}"
+
+
+def test_cuda_kernels_that_are_old_or_of_another_nvrtc(emulated_cuda_folder: Path, tmp_path: Path) -> None:
+    """A patch release of NVRTC has the version of the one before; what nobody used for long is removed, no more."""
+    folder, library = tmp_path / "clipft" / "cuda", emulated_cuda_folder / "libnvrtc.so"
+    assert said(start(emulated_cuda_folder, tmp_path)) == f"None {len(KERNELS)}"
+    before = sorted(folder.iterdir())
+    for name in ("note.txt", "losses-sm_80-0.cubin.7.0.tmp"):
+        (folder / name).touch()
+    for path in (*before[1:], *folder.glob("*[!n]")):
+        os.utime(path, (0, 0))
+    os.utime(library, (0, 0))
+    assert said(start(emulated_cuda_folder, tmp_path)) == f"None {len(KERNELS)}"
+    left = {path.name for path in folder.iterdir()}
+    assert left & {path.name for path in before} == {before[0].name}
+    assert "note.txt" in left and len(left) == len(KERNELS) + 2
 
 
 def test_cuda_works_without_a_place_to_keep_kernels(emulated_cuda_folder: Path) -> None:

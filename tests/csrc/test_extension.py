@@ -4,7 +4,9 @@ in."""
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -61,6 +63,63 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
         ValueError, match=r'unknown instruction set "sse9"; expected ref, neon, neon_dot, .* or avx512_vnni'
     ):
         _C.set_isa("sse9")
+
+
+OLD_ASSEMBLER = """#!/bin/sh
+for file; do
+    case "$file" in *.s) grep -q '{{vex}}' "$file" && echo 'Error: no such instruction: {{vex}}' >&2 && exit 1 ;; esac
+done
+exec {assembler} "$@"
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("gcc") is None, reason="is about gcc on x86-64")
+def test_an_assembler_that_is_too_old_for_avx_vnni_builds_the_rest(tmp_path: Path) -> None:
+    """Of the sources, those that name these kernels."""
+    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "clipft/_version.py"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / part, tmp_path / part)
+    (tmp_path / "clipft" / "__init__.py").touch()
+    shutil.copytree(ROOT / "cuda", tmp_path / "cuda")
+    named = {"cpu.c", "dispatch.c", "int8_avx_vnni.c"}
+    others = {path.name for path in (ROOT / "csrc").rglob("*.c")} - named
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns(*others))
+    old = tmp_path / "old" / "as"
+    old.parent.mkdir()
+    old.write_text(OLD_ASSEMBLER.format(assembler=shutil.which("as")))
+    old.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", "out", "--build-temp", "objects"],
+        cwd=tmp_path,
+        env={**os.environ, "CC": f"gcc -B{old.parent}/", "CFLAGS": "-O0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "these kernels are left out" in done.stdout
+    [built] = (tmp_path / "out").rglob("_C*.so")
+    assert b"avx2" in built.read_bytes()
+
+
+def test_other_device_code_is_refused(tmp_path: Path) -> None:
+    """A source tree that was updated and not built again: kernels would read their arguments by another struct."""
+    (tmp_path / "clipft").mkdir()
+    shutil.copytree(ROOT / "cuda", tmp_path / "cuda")
+    built = Path(shutil.copy(_C.__file__, tmp_path / "clipft"))
+
+    def problem() -> str:
+        own = Path(shutil.copy(built, tmp_path / "clipft" / f"{len(list(built.parent.iterdir()))}.so"))
+        spec = importlib.util.spec_from_file_location("_C", own)
+        assert spec is not None
+        return importlib.util.module_from_spec(spec).cuda_problem(0)  # made, and not executed: no ops are registered
+
+    assert "device code" not in problem()
+    with (tmp_path / "cuda" / "lora.cu").open("a") as file:
+        file.write("// newer")
+    assert "device code in" in problem() and "is not what its C extension was compiled with" in problem()
+    (tmp_path / "cuda" / "args.h").unlink()
+    assert "device code cannot be read" in problem()
 
 
 def test_import_twice() -> None:
