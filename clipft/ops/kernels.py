@@ -27,6 +27,7 @@ __all__ = [
     "check_number",
     "check_tensors",
     "dtype_name",
+    "exports_to_onnx",
     "has_kernel",
     "no_second_derivative",
     "problem",
@@ -72,7 +73,14 @@ def has_kernel(op: str, tensor: Tensor, instead: str, needed: str | None = None,
 def wants_plain(*tensors: Tensor) -> bool:
     """Whether plain torch must compute what the ops could: ONNX has no such operators, and derivatives besides backward
     are plain torch's alone."""
-    return torch.onnx.is_in_onnx_export() or _differentiates(*tensors)
+    return exports_to_onnx() or _differentiates(*tensors)
+
+
+@torch.compiler.assume_constant_result
+def exports_to_onnx() -> bool:
+    """Within ``torch.onnx.export``, which calls the model and, where that fails, traces it by dynamo; dynamo itself
+    would take no for the answer."""
+    return torch.onnx.is_in_onnx_export()
 
 
 def _differentiates(*tensors: Tensor) -> bool:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipft.ops import int8
-from clipft.ops.kernels import bias_or_empty, call, check_floats, check_tensors, has_kernel, refuse_derivatives
+from clipft.ops.kernels import (
+    bias_or_empty,
+    call,
+    check_floats,
+    check_tensors,
+    exports_to_onnx,
+    has_kernel,
+    refuse_derivatives,
+)
 from clipft.ops.losses import contrastive_loss, sigmoid_loss
 from clipft.ops.packed import PackedCodes
 
@@ -176,7 +184,7 @@ class QuantizedLinear(nn.Module):
             )
         last = self if then is None else then
         int8.check_surroundings(_NAME, input, norm, residual, self.in_features, last.out_features)
-        if torch.onnx.is_in_onnx_export():
+        if exports_to_onnx():
             return self._by_steps(input, norm, residual, then, code)
         if not has_kernel(_NAME, input, int8.PLAIN):
             return self._plain(input, norm, residual, then)

@@ -463,8 +463,9 @@ def test_torch_exports_a_fused_model(lora: bool, dynamo: bool, tmp_path: Path) -
             np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.filterwarnings("ignore")
-def test_torch_exports_no_int8_model(tmp_path: Path) -> None:
+def test_torch_exports_no_int8_model(dynamo: bool, tmp_path: Path) -> None:
     layer = clipft.nn.QuantizedLinear(8, 4)
     with pytest.raises(Exception, match=r"clipft.export_onnx\(model, processor, folder, int8=True\)"):
-        torch.onnx.export(layer, (torch.ones(2, 8),), tmp_path / "m.onnx", dynamo=False, verbose=False)
+        torch.onnx.export(layer, (torch.ones(2, 8),), tmp_path / "m.onnx", dynamo=dynamo, verbose=False)
