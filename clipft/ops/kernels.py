@@ -189,7 +189,9 @@ def check_fraction(op: str, name: str, value: Any) -> None:
 
 
 def bias_or_empty(op: str, bias: Tensor | None, weight: Tensor, x: Tensor) -> Tensor:
-    """A layer's bias as the ops take it: empty for none. So a bias that is empty itself is refused here."""
+    """A layer's bias as the ops take it: empty for none. So a bias that is empty itself is refused here. ``weight``,
+    or its scales: [out, ...].
+    """
     if bias is None:
         return x.new_empty(0)
     check_tensors(op, input=x, bias=bias)

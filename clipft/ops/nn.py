@@ -201,7 +201,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def _operands(self, none: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        bias = none if self.bias is None else bias_or_empty(_NAME, self.bias, self._packed, none)
+        bias = none if self.bias is None else bias_or_empty(_NAME, self.bias, self.weight_scale, none)
         return self._packed, self.weight_scale, bias
 
     def _by_steps(
@@ -214,7 +214,7 @@ class QuantizedLinear(nn.Module):
                 "folder, int8=True) writes the float model as int8 ONNX, with the same weights"
             )
         x = int8.in_order(x if norm is None else norm(x))
-        bias = bias_or_empty(_NAME, self.bias, self._packed, x)
+        bias = bias_or_empty(_NAME, self.bias, self.weight_scale, x)
         x = torch.ops.clipft.quantized_linear(x, self._packed, self.weight_scale, bias, code)
         if then is not None:
             x = then(x)

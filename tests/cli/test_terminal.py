@@ -132,7 +132,7 @@ def _report(data: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [*NASTY, "a\n---\ntags: [x]\n```\n# b", 'quo"te\\'])
 def test_a_model_card_holds_any_name(name: str, tmp_path: Path) -> None:
     settings = {"model": "demo", "data": name, "caption_templates": [f"{name} {{}}"], "output": "x"}
-    write_model_card(tmp_path, _report(name), settings, adapter=False)
+    write_model_card(tmp_path, "run", _report(name), settings, adapter=False)
     text = (tmp_path / "README.md").read_text()
     assert "\x1b" not in text and "\r" not in text and "\u202e" not in text
     card = ModelCard.load(tmp_path / "README.md")

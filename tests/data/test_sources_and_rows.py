@@ -367,7 +367,7 @@ def test_class_names_make_captions() -> None:
 def test_rows_are_checked() -> None:
     with pytest.raises(ValueError, match="column 'image', found"):
         PairRows(datasets.Dataset.from_dict({"picture": [1]}))
-    with pytest.raises(ValueError, match="column 'caption', or a column 'label' of type"):
+    with pytest.raises(ValueError, match="column 'caption', or a column 'label' with class names"):
         PairRows([{"image": picture(0)[0], "label": 1}])
     with pytest.raises(ValueError, match="row 1: expected a caption"):
         PairRows([{"image": picture(0)[0], "caption": text} for text in ("a", " ")])[1]
