@@ -156,11 +156,13 @@ static PyObject *py_kernels(PyObject *self, PyObject *unused)
 static PyObject *py_cuda_problem(PyObject *self, PyObject *args)
 {
     int device;
-    const char *problem;
+    const char *problem, *name = NULL;
     (void)self;
-    if (!PyArg_ParseTuple(args, "i:cuda_problem", &device)) return NULL;
+    if (!PyArg_ParseTuple(args, "i|s:cuda_problem", &device, &name)) return NULL;
+    const clipft_cuda_file file = name ? clipft_cuda_file_named(name) : CLIPFT_CUDA_FILES;
+    if (name && file == CLIPFT_CUDA_FILES) return PyErr_Format(PyExc_ValueError, "cuda_problem: there is no %s.cu", name);
     Py_BEGIN_ALLOW_THREADS /* it may compile */
-        problem = clipft_cuda_problem(device);
+        problem = clipft_cuda_problem(device, file);
     Py_END_ALLOW_THREADS if (problem) return PyUnicode_DecodeUTF8(problem, (Py_ssize_t)strlen(problem), "replace");
     Py_RETURN_NONE;
 }
@@ -185,7 +187,9 @@ static PyMethodDef methods[] = {
     {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): use another instruction set. For tests; not while an op runs."},
     {"kernels", py_kernels, METH_NOARGS, "kernels() -> dict[str, str]: for each kernel the instruction set it runs on."},
     {"cuda_problem", py_cuda_problem, METH_VARARGS,
-     "cuda_problem(index) -> str | None: None if that GPU can run the kernels, which are then compiled and loaded, else why it cannot."},
+     "cuda_problem(index, name=None) -> str | None: None if that GPU can run the kernels of cuda/<name>.cu, or all, which are then "
+     "compiled "
+     "and loaded, else why it cannot."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -71,7 +71,7 @@ class FusedQuickGELU(QuickGELUActivation):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the parameter's name in transformers)
         """Any shape, kept."""
-        if problem(input.device) is not None or input.dtype not in FLOATS or not 1 <= input.dim() <= MAX_DIM:
+        if problem(input.device, "lora") is not None or input.dtype not in FLOATS or not 1 <= input.dim() <= MAX_DIM:
             return super().forward(input)
         return quick_gelu(input)
 

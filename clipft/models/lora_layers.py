@@ -184,7 +184,7 @@ def _why_not_adapter(lora_b: Any, scaling: Any) -> str | None:
 def _why_not_dtype(layer: Any, weight: Tensor, lora_a: Any, lora_b: Any) -> str | None:
     if weight.dtype not in FLOATS:
         return f"clipft.lora_linear has no kernel for {weight.dtype} on {weight.device.type}"
-    if (reason := problem(weight.device)) is not None:
+    if (reason := problem(weight.device, "lora")) is not None:
         return f"clipft.lora_linear has no kernel on {weight.device.type}: {reason}"
     if {lora_a.weight.dtype, lora_b.weight.dtype} - {weight.dtype, torch.float32}:
         return f"an adapter in {lora_a.weight.dtype} on a layer in {weight.dtype}"

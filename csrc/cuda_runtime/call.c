@@ -6,14 +6,14 @@ _Static_assert((int)CLIPFT_FLOAT32 == (int)CLIPFT_CUDA_FLOAT32 && (int)CLIPFT_BF
                    (int)CLIPFT_FLOAT16 == (int)CLIPFT_CUDA_FLOAT16,
                "one number for a kind of floats");
 
-bool cuda_begin(cuda_call *call, const clipft_tensor *beside)
+bool cuda_begin(cuda_call *call, clipft_cuda_file file, const clipft_tensor *beside)
 {
     char got[32];
     call->beside = beside;
     if (beside->device != clipft_torch.aoti_torch_device_type_cuda())
         return clipft_fail(call->error, CLIPFT_VALUE_ERROR, "%s must be on the device of the other tensors, cuda, got %s", beside->name,
                            clipft_device_text(beside, got, sizeof got));
-    const char *problem = clipft_cuda_problem(beside->index);
+    const char *problem = clipft_cuda_problem(beside->index, file);
     if (problem) return clipft_fail(call->error, CLIPFT_NOT_IMPLEMENTED, "the CUDA kernels cannot run: %s", problem);
     return !clipft_torch_cuda.aoti_torch_get_current_cuda_stream(beside->index, &call->stream) ||
            clipft_fail(call->error, CLIPFT_RUNTIME_ERROR, "torch has no current stream on cuda:%d", beside->index);

@@ -18,8 +18,8 @@ typedef struct cuda_call {
     int works;
 } cuda_call;
 
-/* Before anything is allocated, whose failure is told by what this finds in torch. `beside` outlives the call. */
-bool cuda_begin(cuda_call *call, const clipft_tensor *beside);
+/* For kernels of that file. Before anything is allocated, whose failure is told by what this finds in torch. `beside` outlives the call. */
+bool cuda_begin(cuda_call *call, clipft_cuda_file file, const clipft_tensor *beside);
 void cuda_end(cuda_call *call);
 
 /* Work space on the device until cuda_end; NULL when there is none. */

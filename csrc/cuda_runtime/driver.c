@@ -25,10 +25,16 @@ enum { L2_CACHE_SIZE = 38, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76 };
 
 typedef enum state { UNTRIED, READY, UNUSABLE } state;
 
-typedef struct device {
+/* To prepare something once. */
+typedef struct attempt {
     _Atomic state state; /* set last */
-    bool busy;           /* preparing failed for a reason that may pass */
+    bool busy;           /* it failed for a reason that may pass */
     char problem[CLIPFT_CUDA_PROBLEM];
+} attempt;
+
+typedef struct device {
+    attempt itself, files[CLIPFT_CUDA_FILES];
+    clipft_cuda_target_gpu gpu;
     CUcontext context; /* the primary one, torch's */
     CUfunction functions[CLIPFT_CUDA_KERNELS];
     int64_t l2_bytes;
@@ -44,24 +50,24 @@ static const char *error_text(clipft_cuda_result result)
     return cuda.cuGetErrorString && !cuda.cuGetErrorString(result, &text) && text ? text : "an unknown error of the CUDA driver";
 }
 
-static bool problem(device *d, const char *what, const char *detail)
+static bool problem(attempt *a, const char *what, const char *detail)
 {
-    snprintf(d->problem, sizeof d->problem, "%s: %s", what, detail);
+    snprintf(a->problem, sizeof a->problem, "%s: %s", what, detail);
     return false;
 }
 
-static bool succeeds(device *d, const char *what, clipft_cuda_result result)
+static bool succeeds(attempt *a, const char *what, clipft_cuda_result result)
 {
-    if (result == OUT_OF_MEMORY || (result >= FIRST_OF_CAPTURE && result <= LAST_OF_CAPTURE)) d->busy = true;
-    return !result || problem(d, what, error_text(result));
+    if (result == OUT_OF_MEMORY || (result >= FIRST_OF_CAPTURE && result <= LAST_OF_CAPTURE)) a->busy = true;
+    return !result || problem(a, what, error_text(result));
 }
 
-static bool open_driver(device *d)
+static bool open_driver(attempt *a)
 {
     const char *missing = NULL;
     if (cuda.cuInit) return true;
     void *library = dlopen(CLIPFT_LIBCUDA, RTLD_NOW);
-    if (!library) return problem(d, "there is no CUDA driver", dlerror());
+    if (!library) return problem(a, "there is no CUDA driver", dlerror());
     union {
         void *object;
         void (*function)(void);
@@ -75,9 +81,9 @@ static bool open_driver(device *d)
 #undef RESOLVE
     if (missing) {
         dlclose(library);
-        return problem(d, "the CUDA driver is too old, it lacks", missing);
+        return problem(a, "the CUDA driver is too old, it lacks", missing);
     }
-    if (!succeeds(d, "the CUDA driver does not start", table.cuInit(0))) {
+    if (!succeeds(a, "the CUDA driver does not start", table.cuInit(0))) {
         dlclose(library);
         return false;
     }
@@ -85,79 +91,106 @@ static bool open_driver(device *d)
     return true;
 }
 
-static bool load_file(device *d, const char *folder, const char *name, const clipft_cuda_target_gpu *gpu, CUmodule *module)
+static const char *const file_names[] = {
+#define CUDA_FILE(name) #name,
+#define CUDA_KERNEL(file, name, args)
+#include "kernels.inc"
+#undef CUDA_FILE
+#undef CUDA_KERNEL
+};
+
+clipft_cuda_file clipft_cuda_file_named(const char *name)
 {
-    char *image = clipft_cuda_cubin(folder, name, gpu, d->problem, sizeof d->problem);
-    const bool ok = image && succeeds(d, "the CUDA driver does not load the kernels", cuda.cuModuleLoadData(module, image));
+    int file = 0;
+    while (file < CLIPFT_CUDA_FILES && strcmp(name, file_names[file]) != 0) ++file;
+    return (clipft_cuda_file)file;
+}
+
+static bool find_device_code(attempt *a, char *folder, size_t size)
+{
+    return (clipft_cuda_folder(folder, size) ||
+            problem(a, "clipft's device code was not found", "the package's folder cuda is missing; install clipft again")) &&
+           clipft_cuda_check_device_code(folder, a->problem, sizeof a->problem);
+}
+
+static bool load_kernels(device *d, int file)
+{
+    attempt *a = &d->files[file];
+    char folder[4096];
+    CUmodule module = NULL;
+    CUcontext popped;
+    char *image = find_device_code(a, folder, sizeof folder)
+                      ? clipft_cuda_cubin(folder, file_names[file], &d->gpu, a->problem, sizeof a->problem)
+                      : NULL;
+    if (!image) return false;
+    bool ok = succeeds(a, "the GPU cannot be used", cuda.cuCtxPushCurrent_v2(d->context));
+    if (ok) {
+        ok = succeeds(a, "the CUDA driver does not load the kernels", cuda.cuModuleLoadData(&module, image));
+#define CUDA_FILE(name)
+#define CUDA_KERNEL(of, name, args)                                                                                                        \
+    if (file == CLIPFT_CUDA_FILE_##of)                                                                                                     \
+        ok = ok && succeeds(a, "the kernel " #name " is missing in " #of ".cu",                                                            \
+                            cuda.cuModuleGetFunction(&d->functions[CLIPFT_CUDA_##name], module, #name));
+#include "kernels.inc"
+#undef CUDA_FILE
+#undef CUDA_KERNEL
+        cuda.cuCtxPopCurrent_v2(&popped);
+    }
     free(image);
     return ok;
 }
 
-static bool find_device_code(device *d, char *folder, size_t size)
+static bool prepare(device *d, int ordinal)
 {
-    return (clipft_cuda_folder(folder, size) ||
-            problem(d, "clipft's device code was not found", "the package's folder cuda is missing; install clipft again")) &&
-           clipft_cuda_check_device_code(folder, d->problem, sizeof d->problem);
-}
-
-static bool load_kernels(device *d, const char *folder, const clipft_cuda_target_gpu *gpu)
-{
-    CUmodule module = NULL;
-    bool ok = true;
-#define CUDA_FILE(name) ok = ok && load_file(d, folder, #name, gpu, &module);
-#define CUDA_KERNEL(file, name, args)                                                                                                      \
-    ok = ok && succeeds(d, "the kernel " #name " is missing in " #file ".cu",                                                              \
-                        cuda.cuModuleGetFunction(&d->functions[CLIPFT_CUDA_##name], module, #name));
-#include "kernels.inc"
-#undef CUDA_FILE
-#undef CUDA_KERNEL
-    return ok;
-}
-
-static bool prepare(device *d, int32_t ordinal)
-{
-    clipft_cuda_target_gpu gpu = {0};
+    attempt *a = &d->itself;
     CUdevice id;
     int l2 = 0;
     char folder[4096];
-    if (!find_device_code(d, folder, sizeof folder)) return false;
+    if (!find_device_code(a, folder, sizeof folder)) return false;
     const char *missing = clipft_torch_cuda_resolve();
-    if (missing) return problem(d, "this torch cannot be used with CUDA, it lacks", missing);
-    if (!open_driver(d)) return false;
-    if (!succeeds(d, "the CUDA driver does not know the GPU", cuda.cuDeviceGet(&id, ordinal)) ||
-        !succeeds(d, "the GPU does not tell its capability", cuda.cuDeviceGetAttribute(&gpu.major, CAPABILITY_MAJOR, id)) ||
-        !succeeds(d, "the GPU does not tell its capability", cuda.cuDeviceGetAttribute(&gpu.minor, CAPABILITY_MINOR, id)) ||
-        !succeeds(d, "the GPU does not tell its cache", cuda.cuDeviceGetAttribute(&l2, L2_CACHE_SIZE, id)) ||
-        !succeeds(d, "the CUDA driver does not tell its version", cuda.cuDriverGetVersion(&gpu.driver)) ||
-        !succeeds(d, "the GPU cannot be used", cuda.cuDevicePrimaryCtxRetain(&d->context, id)) ||
-        !succeeds(d, "the GPU cannot be used", cuda.cuCtxPushCurrent_v2(d->context)))
+    if (missing) return problem(a, "this torch cannot be used with CUDA, it lacks", missing);
+    if (!open_driver(a)) return false;
+    if (!succeeds(a, "the CUDA driver does not know the GPU", cuda.cuDeviceGet(&id, ordinal)) ||
+        !succeeds(a, "the GPU does not tell its capability", cuda.cuDeviceGetAttribute(&d->gpu.major, CAPABILITY_MAJOR, id)) ||
+        !succeeds(a, "the GPU does not tell its capability", cuda.cuDeviceGetAttribute(&d->gpu.minor, CAPABILITY_MINOR, id)) ||
+        !succeeds(a, "the GPU does not tell its cache", cuda.cuDeviceGetAttribute(&l2, L2_CACHE_SIZE, id)) ||
+        !succeeds(a, "the CUDA driver does not tell its version", cuda.cuDriverGetVersion(&d->gpu.driver)) ||
+        !succeeds(a, "the GPU cannot be used", cuda.cuDevicePrimaryCtxRetain(&d->context, id)))
         return false;
     d->l2_bytes = l2;
-    const bool ok = load_kernels(d, folder, &gpu);
-    CUcontext popped;
-    cuda.cuCtxPopCurrent_v2(&popped);
-    return ok;
+    return true;
 }
 
-const char *clipft_cuda_problem(int32_t ordinal)
+/* NULL once `make` has succeeded, or what it says. */
+static const char *settle(attempt *a, bool (*make)(device *d, int which), device *d, int which)
 {
-    if (ordinal < 0 || ordinal >= CLIPFT_CUDA_DEVICES) return "clipft knows GPUs 0 to 63 only";
-    device *d = &devices[ordinal];
-    state found = atomic_load_explicit(&d->state, memory_order_acquire);
+    state found = atomic_load_explicit(&a->state, memory_order_acquire);
     if (found == UNTRIED) {
         pthread_mutex_lock(&lock);
-        found = atomic_load_explicit(&d->state, memory_order_relaxed);
+        found = atomic_load_explicit(&a->state, memory_order_relaxed);
         if (found == UNTRIED) {
-            d->busy = false;
-            found = prepare(d, ordinal) ? READY : d->busy ? UNTRIED : UNUSABLE;
-            atomic_store_explicit(&d->state, found, memory_order_release);
+            a->busy = false;
+            found = make(d, which) ? READY : a->busy ? UNTRIED : UNUSABLE;
+            atomic_store_explicit(&a->state, found, memory_order_release);
         }
         pthread_mutex_unlock(&lock);
     }
     if (found == UNTRIED) /* a text that no other thread's attempt writes over */
         return "the GPU had no memory, or was capturing a graph, when they were to be loaded; the next call tries again. Call once before "
                "capturing";
-    return found == READY ? NULL : d->problem;
+    return found == READY ? NULL : a->problem;
+}
+
+const char *clipft_cuda_problem(int32_t ordinal, clipft_cuda_file file)
+{
+    if (ordinal < 0 || ordinal >= CLIPFT_CUDA_DEVICES) return "clipft knows GPUs 0 to 63 only";
+    device *d = &devices[ordinal];
+    const bool is_loss = file == CLIPFT_CUDA_FILE_contrastive || file == CLIPFT_CUDA_FILE_sigmoid;
+    const char *found = settle(&d->itself, prepare, d, ordinal);
+    for (int k = 0; !found && k < CLIPFT_CUDA_FILES; ++k)
+        if (file == CLIPFT_CUDA_FILES || (int)file == k || (is_loss && k == CLIPFT_CUDA_FILE_losses))
+            found = settle(&d->files[k], load_kernels, d, k);
+    return found;
 }
 
 int64_t clipft_cuda_l2_bytes(int32_t ordinal) { return devices[ordinal].l2_bytes; }

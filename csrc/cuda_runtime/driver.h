@@ -1,7 +1,8 @@
 /* The kernels of cuda/ on a GPU: found, compiled and loaded at first use, launched on torch's stream.
  *
  * Nothing of CUDA is linked or needed to build. libcuda and NVRTC are opened at run time; a device that cannot be used has a sentence that
- * says why. A device is prepared once, under a lock, and used without one from then on. */
+ * says why. A device is prepared once, and so is each file of kernels, when an op wants it: under a lock, and used without one from
+ * then on. */
 #ifndef CLIPFT_CUDA_RUNTIME_DRIVER_H
 #define CLIPFT_CUDA_RUNTIME_DRIVER_H
 
@@ -37,6 +38,15 @@ typedef struct clipft_cuda_api {
 } clipft_cuda_api;
 #undef CLIPFT_CUDA_MEMBER
 
+typedef enum clipft_cuda_file {
+#define CUDA_FILE(name) CLIPFT_CUDA_FILE_##name,
+#define CUDA_KERNEL(file, name, args)
+#include "kernels.inc"
+#undef CUDA_FILE
+#undef CUDA_KERNEL
+    CLIPFT_CUDA_FILES
+} clipft_cuda_file;
+
 typedef enum clipft_cuda_kernel {
 #define CUDA_FILE(name)
 #define CUDA_KERNEL(file, name, args) CLIPFT_CUDA_##name,
@@ -48,9 +58,12 @@ typedef enum clipft_cuda_kernel {
 
 enum { CLIPFT_CUDA_DEVICES = 64, CLIPFT_CUDA_PROBLEM = 1024 };
 
-/* Prepares the device if it is not yet. NULL, or why it cannot run the kernels: a sentence that stays as it is for the life of the process.
- */
-const char *clipft_cuda_problem(int32_t device);
+/* Prepares the device if it is not yet, and compiles and loads the kernels of that file (and of losses.cu, for those of either loss), or of
+ * all: CLIPFT_CUDA_FILES. NULL, or why it cannot run them: a sentence that stays as it is for the life of the process. */
+const char *clipft_cuda_problem(int32_t device, clipft_cuda_file file);
+
+/* The file of that name, or CLIPFT_CUDA_FILES. */
+clipft_cuda_file clipft_cuda_file_named(const char *name);
 
 /* Bytes of the L2 cache of a prepared device. */
 int64_t clipft_cuda_l2_bytes(int32_t device);

@@ -48,7 +48,7 @@ static void forward(const loss_slots *embeds, const target_slots *targets, contr
     clipft_tensor value = {0}, row_lse = {0}, col_lse = {0}, target = {0}, tiles = {0}, labels = {0};
     clipft_cuda_contrastive_tile_args tile = {0};
 
-    bool ok = cuda_loss_begin(&loss, embeds);
+    bool ok = cuda_loss_begin(&loss, CLIPFT_CUDA_FILE_contrastive, embeds);
     ok = take_targets(&loss, targets, &labels, &tile.targets, ok);
     if (!ok) goto done;
     const int64_t no_tiles[] = {0, loss.cols}, blocks = cuda_loss_tile_blocks(&loss);
@@ -130,7 +130,7 @@ static void run_contrastive_loss_backward(const contrastive_loss_backward_args *
     backward_job job = {0};
     clipft_tensor labels = {0}, upstream, row_lse, col_lse, tiles, d_scale = {0};
 
-    bool ok = cuda_loss_begin(&loss, &embeds);
+    bool ok = cuda_loss_begin(&loss, CLIPFT_CUDA_FILE_contrastive, &embeds);
     ok = take_targets(&loss, &targets, &labels, &job.args.targets, ok);
     ok &= clipft_unbox(args->grad, "grad", &upstream, error);
     ok &= clipft_unbox(args->row_lse, "row_lse", &row_lse, error);

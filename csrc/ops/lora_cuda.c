@@ -21,7 +21,7 @@ static bool begin(lora_job *job)
     const int64_t item = in->x.kind == CLIPFT_FLOAT32 ? (int64_t)sizeof(float) : (int64_t)sizeof(uint16_t);
     if (in->rows > INT32_MAX || in->in > INT32_MAX || in->out > INT32_MAX || in->rank > INT32_MAX)
         return clipft_fail(job->call.error, CLIPFT_VALUE_ERROR, "on CUDA rows, features and rank must be below 2^31");
-    if (!cuda_begin(&job->call, &in->input)) return false;
+    if (!cuda_begin(&job->call, CLIPFT_CUDA_FILE_lora, &in->input)) return false;
     const int64_t fit = clipft_cuda_l2_bytes(in->input.index) / 2 / (item * in->in);
     job->act_rows = fit < MIN_ROWS ? MIN_ROWS : fit / ROW_ALIGN * ROW_ALIGN;
     if (job->act_rows > in->rows) job->act_rows = in->rows;
@@ -231,7 +231,7 @@ static void run_dropout_mask(const dropout_mask_args *args, dropout_mask_results
     clipft_dropout dropout;
 
     if (!clipft_unbox(args->seed, "seed", &seed, error) || !lora_check_dropout(&seed, clipft_unbox_float(args->dropout), &dropout, error) ||
-        !lora_check_mask(sizes, error) || !cuda_begin(&call, &seed) ||
+        !lora_check_mask(sizes, error) || !cuda_begin(&call, CLIPFT_CUDA_FILE_lora, &seed) ||
         !clipft_empty_beside(&seed, clipft_dtype_float32(), 2, sizes, &mask, error))
         goto done;
     clipft_cuda_dropout_mask_args launch = {{dropout.active ? seed.data : NULL, dropout.threshold}, mask.data, sizes[0], sizes[1]};
@@ -250,8 +250,8 @@ static void run_quick_gelu(const quick_gelu_args *args, quick_gelu_results *resu
     cuda_call call = {.error = error};
     clipft_tensor input = {0}, out = {0};
     clipft_view x, y;
-    if (gelu_take(args->input, "input", &input, &x, error) && cuda_begin(&call, &input) && gelu_make_result(&input, &out, &y, error) &&
-        quick_gelu(&call, &x, NULL, &y))
+    if (gelu_take(args->input, "input", &input, &x, error) && cuda_begin(&call, CLIPFT_CUDA_FILE_lora, &input) &&
+        gelu_make_result(&input, &out, &y, error) && quick_gelu(&call, &x, NULL, &y))
         results->result = clipft_box(&out);
     clipft_release(&out);
     clipft_release(&input);
@@ -264,7 +264,7 @@ static void run_quick_gelu_backward(const quick_gelu_backward_args *args, quick_
     cuda_call call = {.error = error};
     clipft_tensor grad = {0}, input = {0}, out = {0};
     clipft_view dy, x, dx;
-    if (gelu_take_gradient(args, &grad, &dy, &input, &x, error) && cuda_begin(&call, &input) &&
+    if (gelu_take_gradient(args, &grad, &dy, &input, &x, error) && cuda_begin(&call, CLIPFT_CUDA_FILE_lora, &input) &&
         gelu_make_result(&input, &out, &dx, error) && quick_gelu(&call, &x, &dy, &dx))
         results->result = clipft_box(&out);
     clipft_release(&out);

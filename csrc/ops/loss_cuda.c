@@ -17,11 +17,11 @@ static int64_t tile_rows(int32_t device)
     return rows;
 }
 
-bool cuda_loss_begin(cuda_loss *loss, const loss_slots *slots)
+bool cuda_loss_begin(cuda_loss *loss, clipft_cuda_file file, const loss_slots *slots)
 {
     if (!loss_inputs_unbox(&loss->in, slots, loss->call.error)) return false;
     const int32_t device = loss->in.image.index;
-    if (!cuda_begin(&loss->call, &loss->in.image)) return false;
+    if (!cuda_begin(&loss->call, file, &loss->in.image)) return false;
     loss->rows = loss->in.image.size[0], loss->cols = loss->in.text.size[0], loss->dim = loss->in.text.size[1];
     loss->tile_rows = tile_rows(device), loss->tile_cols = TILE_COLUMNS * loss->tile_rows;
     if (loss->tile_rows > loss->rows) loss->tile_rows = loss->rows;

@@ -18,7 +18,7 @@ typedef struct cuda_loss {
 } cuda_loss;
 
 /* Unboxes and checks what every op takes, prepares the device and makes room for a tile. */
-bool cuda_loss_begin(cuda_loss *loss, const loss_slots *slots);
+bool cuda_loss_begin(cuda_loss *loss, clipft_cuda_file file, const loss_slots *slots);
 void cuda_loss_end(cuda_loss *loss);
 
 /* A block for each block of the tile. */

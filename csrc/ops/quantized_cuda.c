@@ -128,7 +128,7 @@ static void run(int8_inputs *in, bool ok, clipft_slot_Tensor *result, clipft_err
 {
     int8_job job = {.in = in, .call.error = error};
     clipft_tensor output = {0};
-    ok = ok && cuda_begin(&job.call, &in->input) && int8_make_output(in, &output, &job.y, error) &&
+    ok = ok && cuda_begin(&job.call, CLIPFT_CUDA_FILE_quantized, &in->input) && int8_make_output(in, &output, &job.y, error) &&
          (in->x.rows == 0 || prepare(&job, &in->input));
     for (int64_t row = 0; ok && row < in->x.rows; row += job.block_rows)
         ok = run_block(&job, row, row + job.block_rows < in->x.rows ? row + job.block_rows : in->x.rows);

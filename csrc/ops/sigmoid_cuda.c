@@ -53,7 +53,7 @@ static void forward(const loss_slots *embeds, clipft_slot_Tensor bias, clipft_sl
     clipft_tensor value = {0}, tiles = {0};
     clipft_cuda_sigmoid_args args = {.unit = 1.0F};
 
-    bool ok = cuda_loss_begin(&loss, embeds);
+    bool ok = cuda_loss_begin(&loss, CLIPFT_CUDA_FILE_sigmoid, embeds);
     ok = begin(&loss, bias, labels, &t, &args, ok);
     const int64_t no_tiles[] = {0, loss.cols};
     ok = ok && clipft_empty_beside(&loss.in.image, clipft_dtype_float32(), 2, no_tiles, &tiles, error) &&
@@ -102,7 +102,7 @@ static void run_sigmoid_loss_backward(const sigmoid_loss_backward_args *args, si
     term_inputs t = {0};
     clipft_tensor upstream, tiles, d_scale = {0}, d_bias = {0};
 
-    bool ok = cuda_loss_begin(&loss, &embeds);
+    bool ok = cuda_loss_begin(&loss, CLIPFT_CUDA_FILE_sigmoid, &embeds);
     ok = begin(&loss, args->logit_bias, args->labels, &t, &job.args, ok);
     ok &= clipft_unbox(args->grad, "grad", &upstream, error);
     ok &= clipft_unbox(args->tiles, "tiles", &tiles, error);

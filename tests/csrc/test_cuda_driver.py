@@ -66,6 +66,26 @@ def test_cuda_kernels_are_compiled_once_and_kept(emulated_cuda_folder: Path, tmp
     assert said(start(emulated_cuda_folder, tmp_path, EMULATED_CAPABILITY="80")) == f"None {len(KERNELS)}"
 
 
+FIRST_LOSS = """
+import sys
+sys.path[:0] = {tests!r}
+from pathlib import Path
+import torch, clipft
+from emulated_cuda import EmulatedCuda
+gpu = EmulatedCuda(Path({folder!r}))
+with gpu.installed():
+    x = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
+    clipft.contrastive_loss(x, x, 20.0)
+print(gpu.compilations())
+"""
+
+
+def test_cuda_kernels_are_compiled_when_an_op_wants_them(emulated_cuda_folder: Path, tmp_path: Path) -> None:
+    assert said(start(emulated_cuda_folder, tmp_path, FIRST_LOSS)) == "2"
+    kept = {path.name.split("-")[0] for path in (tmp_path / "clipft" / "cuda").iterdir()}
+    assert kept == {"contrastive", "losses"}
+
+
 def test_cuda_kernels_that_are_old_or_of_another_nvrtc(emulated_cuda_folder: Path, tmp_path: Path) -> None:
     """A patch release of NVRTC has the version of the one before; what nobody used for long is removed, no more."""
     folder, library = tmp_path / "clipft" / "cuda", emulated_cuda_folder / "libnvrtc.so"

@@ -115,6 +115,8 @@ def test_other_device_code_is_refused(tmp_path: Path) -> None:
         return importlib.util.module_from_spec(spec).cuda_problem(0)  # made, and not executed: no ops are registered
 
     assert "device code" not in problem()
+    with pytest.raises(ValueError, match=r"there is no loss\.cu"):
+        _C.cuda_problem(0, "loss")
     with (tmp_path / "cuda" / "lora.cu").open("a") as file:
         file.write("// newer")
     assert "device code in" in problem() and "is not what its C extension was compiled with" in problem()

@@ -160,4 +160,4 @@ API const char *emulated_register(const char *driver)
     return bad ? "the emulated ops could not be registered" : NULL;
 }
 
-API const char *emulated_problem(int device) { return clipft_cuda_problem(device); }
+API const char *emulated_problem(int device) { return clipft_cuda_problem(device, CLIPFT_CUDA_FILES); }

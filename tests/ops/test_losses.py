@@ -463,7 +463,7 @@ def test_peak_memory_does_not_grow_with_the_square(loss: str) -> None:
 def test_a_device_without_a_kernel_takes_plain_torch_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clipft.ops.kernels._WARNED", set())
     monkeypatch.setattr(
-        "clipft.ops.kernels._cuda_problem", lambda index: "there is no CUDA driver: as the test wants it"
+        "clipft.ops.kernels._cuda_problem", lambda index, code: "there is no CUDA driver: as the test wants it"
     )
     monkeypatch.delenv("CLIPFT_STRICT", raising=False)
     with FakeTensorMode():
