@@ -50,7 +50,7 @@ def attention(
     if scale is None:  # 1 where heads do not fit, of which C tells
         scale = (width // (3 * heads)) ** -0.5 if 0 < 3 * heads <= width else 1.0
     queries = length if queries is None else queries
-    if wants_plain(qkv) or not has_kernel("attention", None, qkv, PLAIN):
+    if wants_plain(qkv) or not has_kernel("attention", qkv, PLAIN):
         _check(qkv, heads, queries, scale)
         with without_autocast(qkv.device):
             return reference.attention(qkv.float(), heads, scale, causal, queries).to(qkv.dtype)

@@ -34,7 +34,7 @@ def quick_gelu(input: Tensor) -> Tensor:  # noqa: A002
         TypeError: another dtype. ValueError: no dimensions, or more than 8.
     """
     check_tensors("quick_gelu", input=input)
-    if wants_plain(input) or not has_kernel("quick_gelu", "lora", input, PLAIN):
+    if wants_plain(input) or not has_kernel("quick_gelu", input, PLAIN, "lora"):
         check_floats("quick_gelu", input=input)
         return reference.quick_gelu(input.float()).to(input.dtype)
     return call(torch.ops.clipft.quick_gelu, input.contiguous())

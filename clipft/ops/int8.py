@@ -62,7 +62,7 @@ def quantized_linear(
     check_tensors(name, input=input, weight_int8=weight_int8, weight_scale=weight_scale)
     refuse_derivatives(name, input, weight_scale)
     some_bias, code = bias_or_empty(name, bias, weight_int8, input), activation_code(name, activation)
-    if not has_kernel(name, "quantized", input, PLAIN):
+    if not has_kernel(name, input, PLAIN, "quantized"):
         check_floats(name, input=input)
         return plain_linear(name, input, weight_int8, weight_scale, bias, activation)
     return call(torch.ops.clipft.quantized_linear, in_order(input), weight_int8, weight_scale, some_bias, code)

@@ -40,28 +40,29 @@ __all__ = [
 _WARNED: set[tuple[str, str]] = set()
 
 
-def problem(device: torch.device, code: str | None) -> str | None:
-    """Why the kernels do not run on the device; None where they do. Those of a GPU, of ``cuda/<code>.cu`` (None: there
-    are none), are compiled and loaded by then.
+def problem(device: torch.device, *code: str) -> str | None:
+    """Why the kernels do not run on the device; None where they do. Those of a GPU, of ``cuda/<code>.cu`` or of all
+    files, are compiled and loaded by then.
     """
     if device.type in ("cpu", "meta"):
         return None
-    if device.type == "cuda" and code is not None:
-        return _cuda_problem(device.index or 0, code)
+    if device.type == "cuda":
+        return _cuda_problem(device.index or 0, *code)
     return f"there are none for {device.type} tensors"
 
 
 @torch.compiler.assume_constant_result
-def _cuda_problem(index: int, code: str) -> str | None:
-    return clipft._C.cuda_problem(index, code)
+def _cuda_problem(index: int, *code: str) -> str | None:
+    return clipft._C.cuda_problem(index, *code)
 
 
-def has_kernel(op: str, code: str | None, tensor: Tensor, instead: str, needed: str | None = None) -> bool:
+def has_kernel(op: str, tensor: Tensor, instead: str, *code: str, needed: str | None = None) -> bool:
     """Whether the kernels run on the tensor's device. Where they do not: ``instead`` happens, said once with the cause,
     or an error, in an environment with ``CLIPFT_STRICT=1`` or where something (``needed``) cannot do without.
-    ``code``: see :func:`problem`.
+    ``code``: as :func:`problem` has it; an op without one has none for any GPU.
     """
-    reason = problem(tensor.device, code)
+    on_gpu = not code and tensor.device.type == "cuda"
+    reason = "there is none for cuda tensors" if on_gpu else problem(tensor.device, *code)
     if reason is None:
         return True
     message = f"clipft.{op}: the kernels do not run here: {reason}"

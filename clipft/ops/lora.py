@@ -120,7 +120,7 @@ def _lora_linear(
     some_bias = bias_or_empty(name, bias, weight, x)
     check_number(name, "scaling", scaling)
     check_fraction(name, "dropout", dropout)
-    if wants_plain(x, weight, some_bias, lora_a, lora_b) or not has_kernel(name, "lora", x, PLAIN):
+    if wants_plain(x, weight, some_bias, lora_a, lora_b) or not has_kernel(name, x, PLAIN, "lora"):
         return _plain(x, weight, bias, lora_a, lora_b, scaling, active_dropout, activation)
     if x.dim() > 2:
         x = x.contiguous()

@@ -174,8 +174,8 @@ def _has_kernel(op: str, image: Tensor, text: Tensor, group: dist.ProcessGroup |
     plainly = wants_plain(image, text, *scalars)
     if plainly and group is not None:
         raise NotImplementedError(f"clipft.{op}: with a process group there is backward alone, and no ONNX")
-    code = op.removesuffix("_loss")
-    here = not plainly and has_kernel(op, code, image, instead, None if group is None else "a process group")
+    needed = None if group is None else "a process group"
+    here = not plainly and has_kernel(op, image, instead, op.removesuffix("_loss"), needed=needed)
     if group is not None or not here or image.is_meta:
         _check_embeds(op, image, text, group is not None)
     return here

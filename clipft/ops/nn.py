@@ -186,7 +186,7 @@ class QuantizedLinear(nn.Module):
         int8.check_surroundings(_NAME, input, norm, residual, self.in_features, last.out_features)
         if exports_to_onnx():
             return self._by_steps(input, norm, residual, then, code)
-        if not has_kernel(_NAME, "quantized", input, int8.PLAIN):
+        if not has_kernel(_NAME, input, int8.PLAIN, "quantized"):
             return self._plain(input, norm, residual, then)
         none = input.new_empty(0)
         return call(

@@ -126,7 +126,7 @@ def test_op_and_compile() -> None:
 def test_a_device_without_the_kernel_takes_plain_torch(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     qkv = projected(2, 9, 2, 8).bfloat16()
     want = attention(qkv, 2, causal=causal, queries=4)
-    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device, code: "there are none for such tensors")
+    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device, *code: "there are none for such tensors")
     monkeypatch.setattr("clipft.ops.kernels._WARNED", set())
     with pytest.warns(
         UserWarning, match=r"clipft\.attention: the kernels do not run here: there are none .* Plain torch"
@@ -165,7 +165,7 @@ def test_bad_input(
     with pytest.raises(kind, match=message):
         attention(qkv, **options)
     with monkeypatch.context() as without_kernels, pytest.raises(kind, match=message):
-        without_kernels.setattr("clipft.ops.kernels.problem", lambda device, code: "there are none for such tensors")
+        without_kernels.setattr("clipft.ops.kernels.problem", lambda device, *code: "there are none for such tensors")
         without_kernels.setattr("clipft.ops.kernels._WARNED", {("attention", "cpu")})
         attention(qkv, **options)
     if isinstance(qkv, Tensor):  # the op checks for itself

@@ -222,7 +222,7 @@ def test_without_kernels_plain_torch_and_why(monkeypatch: pytest.MonkeyPatch) ->
     norms = norm, copy.deepcopy(norm).bfloat16()  # of either dtype that goes with the input
     want_half = [narrow(half, some_norm, half, narrow2) for some_norm in norms]
     monkeypatch.setattr("clipft.ops.kernels._WARNED", set())
-    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device, code: "as the test wants it")
+    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device, *code: "as the test wants it")
     monkeypatch.delenv("CLIPFT_STRICT", raising=False)
     with pytest.warns(UserWarning, match=r"quantized_linear: the kernels do not run here: as the test wants it. Plain"):
         torch.testing.assert_close(clipft.quantized_linear(*args), want)

@@ -125,7 +125,7 @@ def test_meta_losses_have_shapes_that_fit() -> None:
 def test_plain_torch_computes_nothing_that_the_kernels_would_refuse(
     function: Callable[[], Tensor], kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device, code: "as the test wants it")
+    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device, *code: "as the test wants it")
     monkeypatch.delenv("CLIPFT_STRICT", raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

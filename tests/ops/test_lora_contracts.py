@@ -154,7 +154,7 @@ def test_without_kernels_plain_torch_and_why(monkeypatch: pytest.MonkeyPatch) ->
     args = LoraCase((2, 20, 64), 48, 8).tensors()
     want, want_gelu = clipft.lora_linear(*args, 2.0), quick_gelu_lora_linear(*args, 2.0)
     monkeypatch.setattr("clipft.ops.kernels._WARNED", set())
-    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device, code: "as the test wants it")
+    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device, *code: "as the test wants it")
     monkeypatch.delenv("CLIPFT_STRICT", raising=False)
     with pytest.warns(
         UserWarning, match=r"lora_linear: the kernels do not run here: as the test wants it. Plain torch"

@@ -463,7 +463,7 @@ def test_peak_memory_does_not_grow_with_the_square(loss: str) -> None:
 def test_a_device_without_a_kernel_takes_plain_torch_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clipft.ops.kernels._WARNED", set())
     monkeypatch.setattr(
-        "clipft.ops.kernels._cuda_problem", lambda index, code: "there is no CUDA driver: as the test wants it"
+        "clipft.ops.kernels._cuda_problem", lambda index, *code: "there is no CUDA driver: as the test wants it"
     )
     monkeypatch.delenv("CLIPFT_STRICT", raising=False)
     with FakeTensorMode():
@@ -494,7 +494,7 @@ def test_plain_torch_keeps_float32_logits_under_autocast(monkeypatch: pytest.Mon
     image, text = LossCase(64, 32, 100.0, "paired").embeds()
     losses = (clipft.contrastive_loss, lambda *args: clipft.sigmoid_loss(*args, -5.0))
     want = [loss(image, text, 100.0) for loss in losses]
-    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device, code: "as the test wants it")
+    monkeypatch.setattr("clipft.ops.kernels.problem", lambda device, *code: "as the test wants it")
     monkeypatch.delenv("CLIPFT_STRICT", raising=False)
     with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.bfloat16):
         warnings.simplefilter("ignore")
