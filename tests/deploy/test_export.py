@@ -210,7 +210,7 @@ def test_threads(exported: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypa
             asked.append(options["threads"])
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr("clipft.inference.encode.OnnxCLIP", Noted)
+    monkeypatch.setattr("clipft.inference.onnx_clip.OnnxCLIP", Noted)
     (tmp_path / "texts.txt").write_text("a red square\n")
     out = tmp_path / "texts.npy"
     embed = ("embed", "--model", exported[0], "--texts", tmp_path / "texts.txt", "--output", out)
