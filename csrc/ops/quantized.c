@@ -85,7 +85,7 @@ static void run_quantized_unpack(const quantized_unpack_args *args, quantized_un
 {
     const int64_t sizes[] = {clipft_unbox_int(args->channels), clipft_unbox_int(args->features)};
     clipft_tensor packed, weight = {0};
-    clipft_int8_layer layer;
+    clipft_int8_layer layer = {0};
 
     if (!clipft_unbox(args->packed, "packed", &packed, error) || !check_packed(&packed, &packed, &layer, error)) goto done;
     if (layer.out != sizes[0] || layer.in != sizes[1])
