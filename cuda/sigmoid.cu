@@ -9,21 +9,35 @@ struct Logits {
     float z[CLIPFT_CUDA_LANE_COLS], sign[CLIPFT_CUDA_LANE_COLS];
 };
 
+/* The bit of each of a thread's elements whose row and column have one label: kept in place of the labels, for their registers. */
+DEVICE unsigned positive_elements(const clipft_cuda_sigmoid_args &a, const Place &at)
+{
+    const ColumnLabels columns = column_labels(a.labels, a.tile, at);
+    unsigned positive = 0;
+#pragma unroll
+    for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r) {
+        if (at.row + r >= a.tile.rows) continue;
+        const long long label = label_of(a.labels, a.tile.row_offset + a.tile.row0 + at.row + r);
+#pragma unroll
+        for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k)
+            if (columns.of[k] == label) positive |= 1u << (r * CLIPFT_CUDA_LANE_COLS + k);
+    }
+    return positive;
+}
+
 /* The sum of a block's elements but pairs, by Terms. */
 template <bool Whole, bool Labelled, class Terms>
-DEVICE void over_elements(const clipft_cuda_sigmoid_args &a, const Place &at, const Elements &x, Terms &terms)
+DEVICE void over_elements(const clipft_cuda_sigmoid_args &a, const Place &at, const Elements &x, unsigned positive, Terms &terms)
 {
     const float scale = a.scale[0], bias = a.bias[0];
     const unsigned counted = Whole ? 0 : counted_elements(a.tile, at);
-    const ColumnLabels columns = Labelled ? column_labels(a.labels, a.tile, at) : ColumnLabels{};
 #pragma unroll
     for (int r = 0; r < CLIPFT_CUDA_WARP_ROWS; ++r) {
         if (!Whole && (at.row + r >= a.tile.rows || at.col >= a.tile.cols)) continue;
-        const long long label = Labelled ? label_of(a.labels, a.tile.row_offset + a.tile.row0 + at.row + r) : 0;
         Logits row;
 #pragma unroll
         for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {
-            row.sign[k] = Labelled && columns.of[k] == label ? -1.0f : 1.0f;
+            row.sign[k] = Labelled && is_counted<false>(positive, r, k) ? -1.0f : 1.0f;
             row.z[k] = row.sign[k] * fmaf(scale, x[r][k], bias);
         }
         terms.template row<Whole>(row, (at.row + r) * a.tile.stride + at.col, counted, r);
@@ -33,16 +47,17 @@ DEVICE void over_elements(const clipft_cuda_sigmoid_args &a, const Place &at, co
 template <class Terms, class Shared> DEVICE void over_block(const clipft_cuda_sigmoid_args &a, Terms terms, Shared &warp_sums)
 {
     const Place at = place_in(a.tile);
+    const unsigned positive = a.labels.data ? positive_elements(a, at) : 0;
     Elements x;
     load_elements(a.tile, at, x);
     const OwnPair pair = own_pair(a.tile, at);
     if (at.pairs) __syncthreads(); /* before `out`, maybe the tile itself, is written */
     if (a.labels.data)
-        over_elements<false, true>(a, at, x, terms);
+        over_elements<false, true>(a, at, x, positive, terms);
     else if (at.whole)
-        over_elements<true, false>(a, at, x, terms);
+        over_elements<true, false>(a, at, x, positive, terms);
     else
-        over_elements<false, false>(a, at, x, terms);
+        over_elements<false, false>(a, at, x, positive, terms);
     double total = terms.total();
     if (pair.here) total += terms.pair(a.tile.row0 + pair.row, (double)a.scale[0] * (double)pair.x + (double)a.bias[0]);
     add_block_sum(a.sum, total, a.first, warp_sums);
@@ -60,7 +75,8 @@ struct Softplus {
             if (!is_counted<Whole>(counted, r, k)) continue;
             const float z = logits.z[k], e = exp_fast(-fabsf(z));
             product[k] = fmaf(product[k], e, product[k] + e);
-            linear[k] = fmaf(0.0f, z, linear[k] + fmaxf(z, 0.0f)); /* Inf makes it NaN */
+            float &sum = linear[Whole ? k : k & 1];    /* fewer, where labels or an edge want registers too */
+            sum = fmaf(0.0f, z, sum + fmaxf(z, 0.0f)); /* Inf makes it NaN */
         }
     }
     DEVICE_MEMBER double total() const

@@ -7,6 +7,7 @@ object gives. Nothing is copied: a picture is read when its row is.
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
-from torchvision.datasets import DatasetFolder
-from torchvision.datasets.folder import default_loader
 
 from clipft.data.reading import BadRowError
 
@@ -129,14 +128,23 @@ def _item(data: Any, row: int) -> Any:
     """A row as the data set gives it; of a plain folder of torchvision the picture's path, to be decoded as it is
     needed.
     """
-    plain = (
+    return data.samples[row] if _is_plain_folder(data) else data[row]
+
+
+def _is_plain_folder(data: Any) -> bool:
+    """Of torchvision, without which there is none, and loads as it does of its own accord."""
+    if "torchvision" not in sys.modules:
+        return False
+    from torchvision.datasets import DatasetFolder
+    from torchvision.datasets.folder import default_loader
+
+    return (
         isinstance(data, DatasetFolder)
         and type(data).__getitem__ is DatasetFolder.__getitem__
         and data.loader is default_loader
         and data.transform is None
         and data.target_transform is None
     )
-    return data.samples[row] if plain else data[row]
 
 
 def _names_of(data: Any) -> list[str] | None:
