@@ -25,6 +25,7 @@ from tiny_clip import tiny_model
 
 import clipft
 from clipft.nn import QuantizedLinear
+from clipft.ops.int8 import quantize_weight
 
 AFFORDABLE = [case for case in CASES if case.rows * (case.features + case.out) < 100_000]
 
@@ -99,9 +100,8 @@ def test_cuda_int8_compiles_and_has_no_gradient(cuda: EmulatedCuda) -> None:
     x = torch.randn(7, 52)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
-    torch.library.opcheck(
-        torch.ops.clipft.quantized_linear.default, (x, layer.weight_int8, layer.weight_scale, x[0, :0], 1)
-    )
+    weight, scale = quantize_weight(torch.randn(39, 52))
+    torch.library.opcheck(torch.ops.clipft.quantized_linear.default, (x, weight, scale, x[0, :0], 1))
     with pytest.raises(RuntimeError, match="int8 layers are for inference"):
         layer(x.requires_grad_()).sum().backward()
 
