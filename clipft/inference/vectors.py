@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipft.data.digests import digest_of
 from clipft.data.parquet import read_table
 from clipft.data.rows import stored_pictures
 from clipft.data.slices import shard_of
@@ -289,7 +290,7 @@ def _states(rows: Any, kind: str) -> Iterator[str]:
     for image in rows if stored is None else stored["image"]:
         image = image if isinstance(image, dict) else {"bytes": None, "path": image}  # noqa: PLW2901
         if image["bytes"] is not None:
-            yield hashlib.blake2b(image["bytes"], digest_size=16).hexdigest()
+            yield digest_of(image["bytes"]).hex()
         elif isinstance(image["path"], (str, Path)):
             file = Path(shard_of(str(image["path"])) or image["path"])
             state = file.stat() if file.is_file() else None

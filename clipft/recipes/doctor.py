@@ -8,7 +8,6 @@ pictures have no signs: these are near where their colours are.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections import Counter
@@ -27,6 +26,7 @@ from clipft.console import console_of_run
 from clipft.data.captions import shortened
 from clipft.data.classes import read_class_names, renamed, says_nothing
 from clipft.data.collate import most_tokens, unify_captions
+from clipft.data.digests import digest_of
 from clipft.data.pictures import UNREADABLE, EncodedPicture, UnreadablePictureError, naming, to_rgb, upright
 from clipft.data.reading import UNREADABLE_KIND
 from clipft.data.rows import PairRows, class_names_of, read_stored, stored_pictures
@@ -213,7 +213,7 @@ def _picture(data: bytes) -> _Picture:
         note = f"uses {top:.1%} of the 16-bit range" if top < _DARK else ""
     picture = to_rgb(picture)
     grey = np.asarray(picture.convert("L").resize((_SIDE, _SIDE)), np.float32)
-    digest = hashlib.blake2b(data, digest_size=16).digest()
+    digest = digest_of(data)
     return _Picture(digest, _signs(grey), _plain_colour(picture), size, kind, note, several)
 
 
