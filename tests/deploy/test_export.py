@@ -186,7 +186,7 @@ def test_alone(exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
         f"import clipft; clip = clipft.OnnxCLIP({str(exported[0])!r});"
         f"print(clip.encode_images([{str(tmp_path / 'a.png')!r}]).shape, clip.encode_texts(['a red square']).shape)"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "(1, 16) (1, 16)", done.stderr
 
 
@@ -226,7 +226,7 @@ def test_a_thread_for_each_core_that_it_may_use(exported: tuple[Path, dict[str, 
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import clipft.inference.onnx_clip as own;"
         f"clip = own.OnnxCLIP({str(exported[0])!r}); print(clip._image.get_session_options().intra_op_num_threads)"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "1", done.stderr
 
 

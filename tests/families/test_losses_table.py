@@ -107,7 +107,7 @@ def test_the_command_line_has_the_rows() -> None:
         "print(run('--help').output); print(run('--model', 'm', '--data', 'd', '--output', 'o', '--loss', 'x').output);"
         "assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "auto|contrastive|sigmoid|toy" in done.stdout.replace(" ", "")
     assert "'auto', 'contrastive', 'sigmoid', 'toy'" in done.stdout

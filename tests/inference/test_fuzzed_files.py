@@ -177,10 +177,10 @@ def test_nothing_outside_is_read_or_written(base: Path, tmp_path: Path) -> None:
     vectors.write(folders[4] / "v.npy")
     home = tmp_path / "home"
     home.mkdir()
-    log, tests = tmp_path / "strace.log", Path(__file__).parents[1]
+    log, paths = tmp_path / "strace.log", [Path(__file__).parents[1], Path(clipft.__file__).parents[1]]
     watch = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=%file", "-s", "4096", "-o", log]
     environment = os.environ | {"HOME": str(home), "HF_HOME": str(home), "TMPDIR": str(home)}
-    environment |= {"PYTHONPATH": f"{tests}:{tests.parent}", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": ":".join(map(str, paths)), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     command = [*watch, sys.executable, "-c", WATCHED, *folders]
     done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -140,7 +140,7 @@ def test_search_refuses(index: Any, queries: Any, k: Any, message: str) -> None:
 
 def test_without_faiss_the_error_says_what_to_install() -> None:
     code = "import sys; sys.modules['faiss'] = None; import clipft; clipft.search([[1.0]], [[1.0]], 1)"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: searching needs faiss: pip install 'clipft[search]'" in done.stderr
 
 
@@ -234,7 +234,7 @@ def test_an_interrupted_run_goes_on_where_it_was(base: Path, folder: Path, tmp_p
     command = ["embed", "--model", str(base), "--data", str(folder), "--output", str(file), "--batch-size", "2"]
 
     def child(calls: int, *more: str) -> Any:
-        arguments = [sys.executable, "-P", "-c", KILLED, str(calls), *command, *more]
+        arguments = [sys.executable, "-c", KILLED, str(calls), *command, *more]
         return subprocess.run(arguments, capture_output=True, text=True, check=False)
 
     assert child(5).returncode == -9 and not file.exists()  # two shards of two batches, and one batch more
@@ -256,7 +256,7 @@ def test_an_interrupted_run_goes_on_where_it_was(base: Path, folder: Path, tmp_p
 
 def test_a_damaged_shard_is_named(base: Path, folder: Path, tmp_path: Path) -> None:
     command = ["embed", "--model", base, "--data", folder, "--output", tmp_path / "v.npy"]
-    arguments = [sys.executable, "-P", "-c", KILLED, "5", *map(str, command), "--batch-size", "2"]
+    arguments = [sys.executable, "-c", KILLED, "5", *map(str, command), "--batch-size", "2"]
     subprocess.run(arguments, capture_output=True, check=False)
     (tmp_path / ".v.npy.parts" / "000000.npy").write_bytes(b"half")
     result = run(*command)

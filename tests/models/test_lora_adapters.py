@@ -141,7 +141,7 @@ def test_without_peft_the_error_says_what_to_install() -> None:
         "try: clipft.add_lora(clipft.unfuse(model))\n"
         "except ImportError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("LoRA needs peft: pip install 'clipft[lora]'")
 
 
@@ -228,7 +228,7 @@ def test_an_adapter_saved_here_loads_in_plain_peft_without_clipft(
         "torch.save(torch.cat([output.image_embeds, output.text_embeds]).detach(), out)"
     )
     out = tmp_path / "out.pt"
-    arguments = [sys.executable, "-P", "-c", code, str(adapter), str(tmp_path / "batch.pt"), str(out)]
+    arguments = [sys.executable, "-c", code, str(adapter), str(tmp_path / "batch.pt"), str(out)]
     subprocess.run(arguments, check=True, capture_output=True)
     assert torch.equal(torch.load(out), expected)
 

@@ -383,7 +383,7 @@ def test_killed_and_resumed_it_ends_as_an_undisturbed_run(
     """`clipft train`, kill -9 while it writes its second checkpoint, or at a random moment after its first."""
     (command, whole), broken = undisturbed, tmp_path / "broken"
     killed = subprocess.run(
-        [sys.executable, "-P", "-c", DRIVER, when, *command, "--output", str(broken)],
+        [sys.executable, "-c", DRIVER, when, *command, "--output", str(broken)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
