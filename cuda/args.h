@@ -184,7 +184,7 @@ typedef struct clipft_cuda_int8_sums {
     CLIPFT_GLOBAL(const int) sums; /* [rows, out], rows `stride` apart, a multiple of 4 */
     CLIPFT_GLOBAL(const float) row_scale;
     clipft_cuda_matrix col_scale, bias; /* [1, out]; the bias may lack data */
-    int stride, activation;             /* 0, 1: quick_gelu, 2: gelu */
+    int stride, activation;             /* clipft_activation */
 } clipft_cuda_int8_sums;
 
 typedef struct clipft_cuda_int8_quantize_args {

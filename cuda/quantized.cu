@@ -13,6 +13,7 @@ DEVICE float activate(float v, int activation)
 {
     if (activation == 1) return v < -52.0f ? 0.0f : __fdividef(v, 1.0f + expf(-1.702f * v));
     if (activation == 2) return v < -14.0f ? 0.0f : 0.5f * v * erfcf(v * -0.70710678118654752f);
+    if (activation == 3) return v < -10.5f ? 0.0f : __fdividef(v, 1.0f + expf(v * (v * v * -0.0713548163f - 1.59576912f)));
     return v;
 }
 

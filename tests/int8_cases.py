@@ -1,8 +1,9 @@
 """The cases and checks of quantized_linear and nn.QuantizedLinear, for whichever device runs them.
 
 Tolerances: u = 2^-24. Behind the exact sum stand four roundings, and an activation of slope at most 1.13 that is
-computed with a relative error of a few u (quick_gelu) or an absolute one of 1e-7 |v| (gelu). A 16-bit result adds half
-an ulp of itself.
+computed with a relative error of a few u (quick_gelu) or an absolute one of 1e-7 |v| (gelu). gelu_tanh is
+v / (1 + e^-t) with t moved by 5 u of itself, which moves the whole by 5 u |v| t e^-t / (1 + e^-t)^2 < 1.5 u |v|. A
+16-bit result adds half an ulp of itself.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Int8Case:
 
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (5, 4, 16), (7, 63, 17), (13, 64, 64), (12, 65, 130), (50, 768, 768), (26, 1030, 100)]
-CASES = [Int8Case(*shape, activation=a) for shape in SHAPES for a in (None, "quick_gelu", "gelu")]
+CASES = [Int8Case(*shape, activation=a) for shape in SHAPES for a in (None, "quick_gelu", "gelu", "gelu_tanh")]
 CASES += [Int8Case(9, 100, 40, values=v) for v in ("positive", "outliers", "halves")]
 CASES += [Int8Case(9, n, 40, "gelu", dtype=t) for n in (1029, 1032) for t in (torch.bfloat16, torch.float16)]
 CASES += [
@@ -70,6 +71,7 @@ CASES += [
     for x in ("transposed", "strided", "offset")
     for t in (torch.float32, torch.bfloat16)
 ]
+CASES += [Int8Case(9, 1029, 40, "gelu_tanh", dtype=t) for t in (torch.bfloat16, torch.float16)]
 CASES += [Int8Case(3, 3072, 48, bias=False), Int8Case(1700, 5000, 20), Int8Case(0, 8, 8, "quick_gelu")]
 
 
@@ -81,6 +83,8 @@ def tolerance(case: Int8Case, want: Tensor, size: Tensor) -> Tensor:
         error += U * (8 + 4 * size) * want.abs()
     if case.activation == "gelu":
         error += (1e-7 + 8 * U) * size
+    if case.activation == "gelu_tanh":
+        error += U * (8 * want.abs() + 1.5 * size)
     return error + rounding * (want.abs() + error) + 1e-30 + (2.0**-25 if case.dtype == torch.float16 else 0.0)
 
 

@@ -34,7 +34,7 @@ from clipft.files import expanded, replace_set, set_of, write_json
 from clipft.inference.encode import embed_images, embed_texts, unified
 from clipft.inference.onnx_clip import INFO, OnnxCLIP
 from clipft.models.formats import MODEL_MANIFEST, ONNX_MODELS
-from clipft.models.int8 import QuantizedCLIPModel
+from clipft.models.int8 import QuantizedModel
 from clipft.ops.nn import QuantizedLinear
 
 __all__ = ["export_onnx"]
@@ -159,7 +159,7 @@ class _TextEncoder(nn.Module):
 
 def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any]) -> None:
     family = family_of(model)
-    options = {} if isinstance(model, QuantizedCLIPModel) else family.image_encoder(model)  # int8 has its own way
+    options = {} if isinstance(model, QuantizedModel) else family.image_encoder(model)  # int8 has its own way
     config: Any = model.config
     batch = torch.export.Dim("batch")
     most = family.most_positions(config)

@@ -16,7 +16,7 @@ __all__ = ["TRANSLATIONS"]
 
 op: Any = opset20  # its types say that everything may be everything
 _LEVELS, _SMALLEST = 127.0, float(np.finfo(np.float32).tiny)
-_QUICK_GELU, _GELU = 1, 2
+_QUICK_GELU, _GELU, _GELU_TANH = 1, 2, 3
 
 
 def quantized_linear(
@@ -43,6 +43,8 @@ def quantized_linear(
         y = op.Add(y, bias)
     if activation == _QUICK_GELU:
         return op.Mul(y, op.Sigmoid(op.Mul(y, op.Constant(value_float=1.702))))
+    if activation == _GELU_TANH:
+        return op.Gelu(y, approximate="tanh")
     return op.Gelu(y) if activation == _GELU else y
 
 

@@ -1,8 +1,9 @@
-"""``clipft.quantize``: a ``CLIPModel`` with its linear layers in int8, and what that changed.
+"""``clipft.quantize``: a model with its linear layers in int8, and what that changed.
 
-Every product of both towers, q, k and v as one, and both projections become ``clipft.nn.QuantizedLinear``; embeddings,
-norms and attention stay in float. The errors that the report tells are measured on pictures: the inputs of each layer
-are taken from the float model, half of their rows serve the searches of ``calibrate`` and the other half judge.
+Every product of both towers, q, k and v as one, and both projections or heads become ``clipft.nn.QuantizedLinear``;
+embeddings, norms and attention stay in float. The errors that the report tells are measured on pictures: the inputs of
+each layer are taken from the float model, half of their rows serve the searches of ``calibrate`` and the other half
+judge.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel
 
 from clipft.data.drawings import decode, on_white, read_pictures
 from clipft.data.rows import PairRows
+from clipft.families.family import Family
 from clipft.families.registry import family_of, find_family, model_names
 from clipft.models.fusing import unfuse
-from clipft.models.int8 import QuantizedCLIPModel, install
+from clipft.models.int8 import QuantizedModel, install
 from clipft.models.lora import merged_base
 from clipft.models.rounding import QKV, patch_layer, quantize_layer
 from clipft.ops.nn import QuantizedLinear
@@ -30,7 +31,7 @@ __all__ = ["pictures_and_captions", "plain_model", "quantize"]
 _PICTURES = 32  # that the errors are measured on
 _DRAWINGS = 300  # embedded ones to compare on, at most
 _ROWS = 512  # of a layer's input
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+_TOKENS = 16  # of a random text
 
 
 def quantize(
@@ -41,14 +42,15 @@ def quantize(
     data: Any = None,
     processor: Any = None,
     calibrate: bool = False,
-) -> QuantizedCLIPModel:
-    """Replace the linear layers of both towers, both projections and the patch convolution by int8 layers.
+) -> QuantizedModel:
+    """Replace the linear layers of both towers, projections and heads, and the patch convolution by int8 layers.
 
     Weights are rounded to int8 with one scale an output channel; activations are rounded at run time, row by row. No
     data is needed for that.
 
     Args:
-        model: a ``CLIPModel``, fused or not, or a peft model of one, whose adapters are merged first; on the CPU.
+        model: a ``CLIPModel`` or ``SiglipModel``, fused or not, or a peft model of one, whose adapters are merged
+            first; on the CPU.
         skip: layers to leave in float, by whole parts of their names: ``"visual_projection"``, ``"fc2"``,
             ``"vision_model.encoder.layers.0"``.
         inplace: take the model's own modules instead of a copy; what is left of ``model`` is the result.
@@ -60,24 +62,27 @@ def quantize(
             lowers the layer's error on rows that the search did not see.
 
     Returns:
-        The model in evaluation mode: a ``CLIPModel`` in use. ``save_pretrained`` writes what :func:`clipft.load` reads.
-        Its ``quantization_report`` holds ``layers`` (for each, by its name in the float model, ``error``: the relative
-        error of its output, and with ``calibrate`` what was kept: ``clipped``, ``smoothing``), ``skipped``,
+        The model in evaluation mode, in use one of its own class. ``save_pretrained`` writes what :func:`clipft.load`
+        reads. Its ``quantization_report`` holds ``layers`` (for each, by its name in the float model, ``error``: the
+        relative error of its output, and with ``calibrate`` what was kept: ``clipped``, ``smoothing``; a pooling
+        head's keys and values are one layer, ``kv_proj``), ``skipped``,
         ``image_cosine`` and ``text_cosine`` (``mean`` and ``min`` over the pictures and captions, to the float model's
         embeddings), ``pictures`` and ``texts`` (what they are), and ``bytes`` (``float`` and ``int8``, of the whole
         model).
 
     Raises:
-        TypeError: not a ``CLIPModel``, or not on the CPU in a float type that the kernels have.
-        ValueError: ``skip`` names nothing, ``data`` without ``processor``, weights with NaN or Inf.
+        TypeError: none of these models, or not on the CPU in a float type that the kernels have.
+        ValueError: a ``Siglip2Model`` (NaFlex), ``skip`` names nothing, ``data`` without ``processor``, weights with
+            NaN or Inf.
     """
     plain = plain_model(model, inplace, "int8")
+    family, size = family_of(plain), _bytes(plain)
+    family.split_layers(plain)
     names, skipped = _layers_of(plain), [skip] if isinstance(skip, str) else list(skip)
     left_out = _matching(names, skipped)
     if data is not None and processor is None:
         raise ValueError("processor: expected the model's processor together with data, got None")
-    batch, described = _measure_on(plain, data, processor)
-    size = _bytes(plain)
+    batch, described = _measure_on(plain, family, data, processor)
     quantized, errors, before = _quantize_layers(
         plain, [name for name in names if name not in left_out], batch, calibrate
     )
@@ -93,8 +98,8 @@ def quantize(
 
 
 def _quantize_layers(
-    plain: CLIPModel, names: list[str], batch: dict[str, Tensor], calibrate: bool
-) -> tuple[QuantizedCLIPModel, dict[str, dict[str, Any]], dict[str, Tensor]]:
+    plain: Any, names: list[str], batch: dict[str, Tensor], calibrate: bool
+) -> tuple[QuantizedModel, dict[str, dict[str, Any]], dict[str, Tensor]]:
     """The model with these layers in int8, each layer's errors, and the float model's embeddings."""
     plan = _plan(names)
     rows, embeddings = _observe(plain, plan, batch)
@@ -116,7 +121,7 @@ def plain_model(model: Any, inplace: bool, use: Literal["int8", "onnx"]) -> Any:
         TypeError, ValueError: not a model of a family that has this use, or not ready for it.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if isinstance(inner, QuantizedCLIPModel):
+    if isinstance(inner, QuantizedModel):
         raise ValueError("model: expected a float model, got one that has int8 layers already")
     family = find_family(type(inner))
     if family is None:
@@ -176,11 +181,11 @@ def _bytes(model: nn.Module) -> int:
 # ---- what it is measured on ----
 
 
-def _measure_on(model: CLIPModel, data: Any, processor: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _measure_on(model: Any, family: Family, data: Any, processor: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A batch of pictures and captions, and what they are."""
     pictures, captions, source = pictures_and_captions(data, _PICTURES)
     if processor is None:
-        return {"pixel_values": _pixels(model, pictures), **_random_tokens(model)}, {
+        return {"pixel_values": _pixels(model, family, pictures), **_random_tokens(model, family)}, {
             "pictures": source,
             "texts": f"{_PICTURES} of random tokens",
         }
@@ -191,7 +196,7 @@ def _measure_on(model: CLIPModel, data: Any, processor: Any) -> tuple[dict[str, 
     transform = build_transform(processor.image_processor)
     pixels = torch.stack([transform(picture) for picture in pictures])
     texts = [own[0] for own in captions]
-    return {"pixel_values": pixels, **tokenize(processor, texts, family=family_of(model))}, {
+    return {"pixel_values": pixels, **tokenize(processor, texts, family=family)}, {
         "pictures": source,
         "texts": f"captions of the {source}",
     }
@@ -214,29 +219,35 @@ def _spread(rows: Sequence[Any], most: int) -> list[Any]:
     return [rows[int(number * step)] for number in range(min(len(rows), most))]
 
 
-def _pixels(model: CLIPModel, pictures: list[Any]) -> Tensor:
+def _pixels(model: Any, family: Family, pictures: list[Any]) -> Tensor:
     """CLIP's own preprocessing at the model's size; of square drawings, so without a crop."""
-    side = cast(Any, model.config.vision_config).image_size
+    side = model.config.vision_config.image_size
     arrays = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) for picture in pictures]
     raw = [array.view(picture.height, picture.width, 3) for array, picture in zip(arrays, pictures, strict=True)]
     pixels = torch.stack(raw).permute(0, 3, 1, 2).float() / 255
     pixels = nn.functional.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-    return (pixels - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+    return (pixels - torch.tensor(family.pixel_mean).view(3, 1, 1)) / torch.tensor(family.pixel_std).view(3, 1, 1)
 
 
-def _random_tokens(model: CLIPModel) -> dict[str, Tensor]:
-    config: Any = model.config.text_config
-    end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id  # 2: old ones take the largest
+def _random_tokens(model: Any, family: Family) -> dict[str, Tensor]:
+    config, most = model.config.text_config, family.most_positions(model.config)
+    last = config.vocab_size - 1
+    end = config.eos_token_id
+    end = min(end, last) if isinstance(end, int) and end != 2 else last  # 2: old ones take the largest
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, max(end, 1), (_PICTURES, min(16, config.max_position_embeddings)), generator=generator)
+    ids = torch.randint(0, max(end, 1), (_PICTURES, min(_TOKENS, most)), generator=generator)
     ids[:, -1] = end
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family.padding == "longest":
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padding = max(0, min(family.text_length, most) - ids.shape[1])
+    return {"input_ids": nn.functional.pad(ids, (0, padding), value=min(config.pad_token_id or 0, last))}
 
 
-def _embeddings(model: CLIPModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _embeddings(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    tokens = {name: tensor for name, tensor in batch.items() if name != "pixel_values"}
     with torch.no_grad():
         images = model.get_image_features(pixel_values=batch["pixel_values"].to(model.dtype))
-        texts = model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        texts = model.get_text_features(**tokens)
     return {"image": images.pooler_output, "text": texts.pooler_output}
 
 
@@ -246,7 +257,7 @@ def _cosines(before: Tensor, after: Tensor) -> dict[str, float]:
 
 
 def _observe(
-    model: CLIPModel, plan: dict[str, list[str]], batch: dict[str, Tensor]
+    model: nn.Module, plan: dict[str, list[str]], batch: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Rows of the inputs of each layer, [rows, in] float32, and the embeddings."""
     rows: dict[str, Tensor] = {}

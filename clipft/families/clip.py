@@ -198,6 +198,7 @@ CLIP = Family(
         layers="vision_model.encoder.layers",
         projection="visual_projection",
         stem=("vision_model.embeddings", "vision_model.pre_layrnorm"),
+        pools_first=True,
     ),
     text=Tower(
         module="text_model",

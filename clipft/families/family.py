@@ -30,6 +30,7 @@ class Tower:
         projection: what turns a token or tokens to the embedding; trainable with ``freeze(model, "towers")``.
         stem: what comes before the first layer, as far as the model has it: submodules and parameters.
         linears: names of a layer's linear layers, which LoRA adapts.
+        pools_first: whether the embedding is of the first token alone, so that the last layer need give no more.
         dropouts: fields of the tower's configuration that make its output random in training.
     """
 
@@ -38,6 +39,7 @@ class Tower:
     projection: str
     stem: tuple[str, ...]
     linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    pools_first: bool = False
     dropouts: tuple[str, ...] = ("attention_dropout",)
 
     def module_of(self, model: nn.Module) -> nn.Module:
@@ -107,7 +109,9 @@ class Family:
         most_positions: from the configuration to the tokens that the text tower has positions for.
         picture: from the configuration to the shape of a picture, channels first.
         scale_shape: of the parameter ``logit_scale``.
+        pixel_mean, pixel_std: of the pixels that its checkpoints were trained on, where no processor says.
         fuse_layers: takes over layers of a model that compute less than Hugging Face's.
+        split_layers: takes over layers whose products are not linear layers, of which int8 takes no others.
         image_encoder: makes a plain model ready for export, and gives what its ``get_image_features`` then takes
             besides pixels.
         fit_tokenizer: brings a model and a tokenizer, as they were loaded, to the captions that the family was trained
@@ -129,7 +133,10 @@ class Family:
     most_positions: Callable[[Any], int] = _most_positions
     picture: Callable[[Any], tuple[int, int, int]] = _picture
     scale_shape: tuple[int, ...] = ()
+    pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+    pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     fuse_layers: Callable[[Any], None] = _no_layers
+    split_layers: Callable[[Any], None] = _no_layers
     image_encoder: Callable[[Any], dict[str, Any]] = _no_options
     fit_tokenizer: Callable[[Any, Any], str | None] = _fits
     onnx: bool = False

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import normalizers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GemmaTokenizer, Siglip2Tokenizer, SiglipModel, SiglipProcessor
-from transformers.models.siglip.modeling_siglip import SiglipOutput
+from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead, SiglipOutput
 from transformers.utils.generic import can_return_tuple
 
 from clipft.families.family import Family, Tower
@@ -87,6 +88,55 @@ class SiglipForward(SiglipTowersForward):
         return self._contrast(pictures, texts, return_loss=return_loss, **kwargs)
 
 
+# ---- the pooling head in linear layers ----
+
+
+class ProbeAttention(nn.Module):
+    """The pooling head's attention, from one query that is the same for every picture, so that it is no product."""
+
+    def __init__(self, attention: nn.MultiheadAttention, probe: Tensor) -> None:
+        super().__init__()
+        self.heads, width = attention.num_heads, attention.embed_dim
+        weight, bias = attention.in_proj_weight.detach(), attention.in_proj_bias.detach()
+        query = F.linear(probe.detach().float(), weight[:width].float(), bias[:width].float())
+        self.query = nn.Parameter(query.to(weight.dtype))  # [1, 1, D]
+        self.kv_proj = nn.Linear(width, 2 * width, device="meta")
+        self.kv_proj.weight = nn.Parameter(weight[width:].clone())
+        self.kv_proj.bias = nn.Parameter(bias[width:].clone())
+        self.out_proj = attention.out_proj
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[B, L, D] -> [B, 1, D]."""
+        batch, length, width = states.shape
+        keys, values = self.kv_proj(states).view(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        query = self.query.view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
+        pooled: Tensor = self.out_proj(F.scaled_dot_product_attention(query, keys, values).reshape(batch, 1, width))
+        return pooled
+
+
+class SplitPoolingHead(SiglipMultiheadAttentionPoolingHead):
+    """``SiglipMultiheadAttentionPoolingHead`` around a :class:`ProbeAttention`."""
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        """[B, L, D] -> [B, D]."""
+        pooled = self.attention(hidden_state)
+        embeds: Tensor = (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
+        return embeds
+
+
+def split_pooling_head(model: Any) -> None:
+    """Keys and values become a linear layer, and the query what it is."""
+    head = getattr(model.vision_model, "head", None)
+    if head is None:
+        raise ValueError("model: expected a vision tower with its pooling head (vision_use_head)")
+    head.attention = ProbeAttention(head.attention, head.probe)
+    del head.probe
+    head.__class__ = SplitPoolingHead
+
+
+# ---- the family ----
+
+
 def siglip_tower(name: str) -> Tower:
     """Of either family: the head inside is the projection."""
     return Tower(
@@ -135,5 +185,9 @@ SIGLIP = Family(
     text=siglip_tower("text"),
     dim=embedding_dim,
     scale_shape=(1,),
+    pixel_mean=(0.5, 0.5, 0.5),
+    pixel_std=(0.5, 0.5, 0.5),
+    split_layers=split_pooling_head,
     fit_tokenizer=fit_captions,
+    int8=True,
 )

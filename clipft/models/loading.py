@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import CLIPConfig
 from transformers.utils.hub import cached_file
 
 from clipft.families.family import Family
@@ -169,7 +168,7 @@ def _load_int8(family: Family, source: str, folder: Path, config: dict[str, Any]
     if other:
         raise TypeError(f"{other[0]}: not for {source!r}, an int8 model, which comes as it was saved")
     weights = Path(str(cached_file(source, INT8_WEIGHTS, revision=kwargs.get("revision", "main"))))
-    return load_quantized(weights, CLIPConfig.from_dict(config))
+    return load_quantized(weights, cast(Any, family.model).config_class.from_dict(config))
 
 
 def _looks_like_path(name: str) -> bool:

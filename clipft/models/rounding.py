@@ -8,15 +8,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel
 
-from clipft.models.int8 import QuantizedPatchEmbedding, fused_activation
+from clipft.models.int8 import fused_activation
+from clipft.models.int8_layers import QuantizedPatchEmbedding
 from clipft.ops.int8 import quantize_weight, quantized_linear
 from clipft.ops.nn import QuantizedLinear
 
 __all__ = ["QKV", "patch_layer", "quantize_layer"]
 
 QKV = ("q_proj", "k_proj", "v_proj")
+_NORMS = {"self_attn.qkv_proj": ("layer_norm1",), "mlp.fc1": ("layer_norm2", "layernorm")}  # in a block, or a head
 _CLIPS = (1.0, 0.97, 0.94, 0.91, 0.87, 0.82, 0.76, 0.7)  # shares of a channel's range that the search tries
 _SMOOTHINGS = (0.35, 0.5, 0.65)  # SmoothQuant's alpha
 
@@ -37,7 +38,7 @@ class _Rounded:
 
 
 def quantize_layer(
-    model: CLIPModel, name: str, sources: list[str], rows: Tensor, calibrate: bool
+    model: nn.Module, name: str, sources: list[str], rows: Tensor, calibrate: bool
 ) -> tuple[QuantizedLinear, dict[str, dict[str, Any]]]:
     """The int8 layer ``name`` that stands for these float layers, and of each of them what the report says.
 
@@ -64,7 +65,7 @@ def quantize_layer(
     return layer, {source: {"error": error, **found} for source, error in zip(sources, errors, strict=True)}
 
 
-def _new_layer(model: CLIPModel, name: str, modules: list[Any], rounded: _Rounded) -> QuantizedLinear:
+def _new_layer(model: nn.Module, name: str, modules: list[Any], rounded: _Rounded) -> QuantizedLinear:
     first, out = modules[0], len(rounded.scale)
     layer: QuantizedLinear
     if isinstance(first, nn.Conv2d):
@@ -84,13 +85,12 @@ def patch_layer(conv: nn.Conv2d) -> QuantizedPatchEmbedding:
     return QuantizedPatchEmbedding(conv.in_channels, side, conv.out_channels, bias, device="meta")
 
 
-def _norm_before(model: CLIPModel, name: str) -> nn.LayerNorm | None:
+def _norm_before(model: nn.Module, name: str) -> nn.LayerNorm | None:
     """The norm whose output this layer, and nothing else, takes in."""
-    path, _, own = name.rpartition(".")
-    if own == "qkv_proj":
-        return cast(nn.LayerNorm, model.get_submodule(path.rpartition(".")[0]).layer_norm1)
-    if own == "fc1":
-        return cast(nn.LayerNorm, model.get_submodule(path.rpartition(".")[0]).layer_norm2)
+    for layer, norms in _NORMS.items():
+        if name.endswith(f".{layer}"):
+            block: Any = model.get_submodule(name.removesuffix(f".{layer}"))
+            return cast(nn.LayerNorm, next(getattr(block, norm) for norm in norms if hasattr(block, norm)))
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from clipft.models.bases import check_base_stays, record_base
 from clipft.models.formats import model_set
-from clipft.models.int8 import QuantizedCLIPModel
+from clipft.models.int8 import QuantizedModel
 
 __all__ = ["save_model", "write_model"]
 
@@ -32,7 +32,7 @@ def save_model(model: Any, processor: Any, folder: Path, also: Iterable[Path] = 
 
 def write_model(model: Any, processor: Any, staging: Path) -> None:
     """The files, into the empty folder that ``model_set`` gives, or into one in that."""
-    if isinstance(model, QuantizedCLIPModel):
+    if isinstance(model, QuantizedModel):
         model.write_files(staging)
     else:
         model.save_pretrained(staging)

@@ -25,7 +25,8 @@ __all__ = ["quantize_weight", "quantized_linear"]
 _MAX_IN, _MAX_OUT = 131072, 1 << 24  # CLIPFT_INT8_MAX_IN and _OUT in csrc/kernels/int8/int8.h
 _HEADER = 64  # clipft_int8_header there
 _PANEL = 16  # CLIPFT_INT8_PANEL in csrc/kernels/int8/int8_kernels.h
-_ACTIVATIONS = {None: 0, "quick_gelu": 1, "gelu": 2}  # clipft_activation in csrc/kernels/int8/int8_kernels.h
+_ACTIVATIONS = {None: 0, "quick_gelu": 1, "gelu": 2, "gelu_tanh": 3}  # clipft_activation there
+_NAMES = 'None, "quick_gelu", "gelu" or "gelu_tanh"'
 
 
 def quantized_linear(
@@ -46,7 +47,8 @@ def quantized_linear(
         weight_int8: [out, in] int8, in <= 131072, out <= 2^24.
         weight_scale: [out] float32; channel j's weights are ``weight_int8[j] * weight_scale[j]``.
         bias: [out], float32 or the dtype of ``input``, or None.
-        activation: None, "quick_gelu" (``x · sigmoid(1.702 x)``) or "gelu" (exact).
+        activation: None, "quick_gelu" (``x · sigmoid(1.702 x)``), "gelu" (exact) or "gelu_tanh" (torch's
+            ``F.gelu(approximate="tanh")``).
 
     Returns:
         [..., out] in the dtype of ``input``. A row that holds a NaN or an infinity comes out NaN; other rows do not
@@ -113,11 +115,9 @@ def in_order(x: Tensor) -> Tensor:
 def activation_code(op: str, activation: Any) -> int:
     """The op's number of an activation."""
     if activation is not None and not isinstance(activation, str):
-        raise TypeError(
-            f'clipft.{op}: activation must be None, "quick_gelu" or "gelu", got {type(activation).__name__}'
-        )
+        raise TypeError(f"clipft.{op}: activation must be {_NAMES}, got {type(activation).__name__}")
     if activation not in _ACTIVATIONS:
-        raise ValueError(f'clipft.{op}: activation must be None, "quick_gelu" or "gelu", got "{activation}"')
+        raise ValueError(f'clipft.{op}: activation must be {_NAMES}, got "{activation}"')
     return _ACTIVATIONS[activation]
 
 

@@ -148,7 +148,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation: str | None = None) -> QuantizedLinear:
-        """The int8 form of ``linear``, with ``activation`` (None, "quick_gelu" or "gelu") behind it."""
+        """The int8 form of ``linear``, with ``activation`` (None, "quick_gelu", "gelu" or "gelu_tanh") behind it."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"clipft.{_NAME}: linear must be a torch.nn.Linear, got {type(linear).__name__}")
         bias = linear.bias

@@ -127,6 +127,8 @@ def quantized_linear(
     out = out if bias is None else out + bias.double()
     if activation == "quick_gelu":
         return quick_gelu(out)
+    if activation == "gelu_tanh":
+        return F.gelu(out, approximate="tanh")
     return F.gelu(out) if activation == "gelu" else out
 
 

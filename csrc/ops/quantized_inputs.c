@@ -56,8 +56,8 @@ static bool check_layer(const int8_layer_tensors *t, const clipft_tensor *input,
         !check_out(&t->scale, layer->out, error) || !check_vector(&t->bias, input, layer->out, error))
         return false;
     if (activation < 0 || activation >= CLIPFT_ACTIVATIONS)
-        return clipft_fail(error, CLIPFT_VALUE_ERROR, "activation must be None, \"quick_gelu\" or \"gelu\" (0, 1 or 2), got %lld",
-                           (long long)activation);
+        return clipft_fail(error, CLIPFT_VALUE_ERROR,
+                           "activation must be None, \"quick_gelu\", \"gelu\" or \"gelu_tanh\" (0 to 3), got %lld", (long long)activation);
     layer->activation = (clipft_activation)activation;
     clipft_tensor_view(&t->scale, &layer->scale);
     layer->bias = vector_view(&t->bias);

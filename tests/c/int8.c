@@ -13,11 +13,11 @@ typedef struct layer_case {
 } layer_case;
 
 static const layer_case cases[] = {
-    {1, 1, 1, CLIPFT_NO_ACTIVATION, true, false, CLIPFT_FLOAT32},    {0, 5, 7, CLIPFT_QUICK_GELU, true, false, CLIPFT_FLOAT32},
-    {3, 4, 16, CLIPFT_QUICK_GELU, false, false, CLIPFT_FLOAT32},     {13, 63, 65, CLIPFT_GELU, true, false, CLIPFT_FLOAT32},
-    {50, 64, 64, CLIPFT_NO_ACTIVATION, true, true, CLIPFT_FLOAT32},  {25, 130, 131, CLIPFT_GELU, true, false, CLIPFT_BFLOAT16},
-    {12, 1030, 100, CLIPFT_QUICK_GELU, true, false, CLIPFT_FLOAT16}, {700, 600, 17, CLIPFT_NO_ACTIVATION, true, false, CLIPFT_FLOAT32},
-    {7, 2050, 9, CLIPFT_NO_ACTIVATION, false, true, CLIPFT_BFLOAT16}};
+    {1, 1, 1, CLIPFT_NO_ACTIVATION, true, false, CLIPFT_FLOAT32},     {0, 5, 7, CLIPFT_QUICK_GELU, true, false, CLIPFT_FLOAT32},
+    {3, 4, 16, CLIPFT_QUICK_GELU, false, false, CLIPFT_FLOAT32},      {13, 63, 65, CLIPFT_GELU, true, false, CLIPFT_FLOAT32},
+    {50, 64, 64, CLIPFT_NO_ACTIVATION, true, true, CLIPFT_FLOAT32},   {25, 130, 131, CLIPFT_GELU, true, false, CLIPFT_BFLOAT16},
+    {12, 1030, 100, CLIPFT_QUICK_GELU, true, false, CLIPFT_FLOAT16},  {700, 600, 17, CLIPFT_NO_ACTIVATION, true, false, CLIPFT_FLOAT32},
+    {7, 2050, 9, CLIPFT_NO_ACTIVATION, false, true, CLIPFT_BFLOAT16}, {21, 70, 77, CLIPFT_GELU_TANH, true, false, CLIPFT_FLOAT32}};
 
 typedef struct layer_data {
     clipft_view x, y, scale, bias;

@@ -17,19 +17,27 @@ static inline void check_same(const void *got, const void *want, size_t bytes, c
     check_near(memcmp(got, want, bytes) != 0, 0.0, 0.0, what, size);
 }
 
+static inline double exponent_of_tanh(double v) { return sqrt(8.0 / acos(-1.0)) * (v + 0.044715 * v * v * v); }
+
 static inline double activated(double v, clipft_activation activation)
 {
     if (activation == CLIPFT_QUICK_GELU) return v / (1.0 + exp(-1.702 * v));
     if (activation == CLIPFT_GELU) return 0.5 * v * erfc(-v * sqrt(0.5));
+    if (activation == CLIPFT_GELU_TANH) return v / (1.0 + exp(-exponent_of_tanh(v)));
     return v;
 }
 
 /* Four roundings before the activation, whose slope is at most 1.13; then quick_gelu's exponential (2 u and u |t| for its argument's
- * rounding), or gelu's erfc, whose formula errs by 0.75e-7 |v| and is evaluated with a few roundings of numbers below 1. */
+ * rounding), gelu_tanh's (5 u |t|, as far as the exponential counts beside 1), or gelu's erfc, whose formula errs by 0.75e-7 |v| and is
+ * evaluated with a few roundings of numbers below 1. */
 static inline double tolerance(double v, double size, clipft_activation activation)
 {
     const double before = 4.0 * u * size * 1.13;
     if (activation == CLIPFT_QUICK_GELU) return before + u * (8.0 + 4.0 * fabs(v)) * fabs(activated(v, activation)) + 1e-36;
+    if (activation == CLIPFT_GELU_TANH) {
+        const double t = exponent_of_tanh(v);
+        return before + u * (8.0 + 5.0 * fabs(t) / (1.0 + exp(t))) * fabs(activated(v, activation)) + 1e-36;
+    }
     return activation == CLIPFT_GELU ? before + (1e-7 + 8.0 * u) * fabs(v) : before;
 }
 

@@ -209,7 +209,7 @@ def test_hooks_of_every_part_see_all_tokens(layer: int, part: str, batch: dict[s
 
 def test_attention_is_ours_but_under_a_mask(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both give what eager attention gives, for pictures, texts of one length, and texts that padding makes equal."""
-    import clipft.models.int8 as module
+    import clipft.models.int8_layers as module
 
     calls: list[bool] = []
 
@@ -399,7 +399,9 @@ def test_what_it_refuses() -> None:
     quantized = clipft.quantize(tiny_model())
     with pytest.raises(ValueError, match="expected a float model, got one that has int8 layers already"):
         clipft.quantize(quantized)
-    with pytest.raises(TypeError, match="model: expected a CLIPModel or a peft model of one, got Linear"):
+    with pytest.raises(
+        TypeError, match="model: expected a CLIPModel or SiglipModel or a peft model of one, got Linear"
+    ):
         clipft.quantize(nn.Linear(3, 3))
     with pytest.raises(TypeError, match="expected a model on the CPU, got one on meta"):
         clipft.quantize(tiny_model().to("meta"))

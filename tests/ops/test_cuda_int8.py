@@ -46,7 +46,7 @@ def test_cuda_int8_sums_are_exact(shape: tuple[int, int, int], values: str, cuda
 def test_cuda_int8_special_rows(cuda: EmulatedCuda) -> None:
     for features in (2, 64, 4099, 131072):
         check_extreme_levels(features)
-    for activation in (None, "quick_gelu", "gelu"):
+    for activation in (None, "quick_gelu", "gelu", "gelu_tanh"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             check_bad_rows(activation, dtype)
     check_bad_rows_in_a_chain()

@@ -63,7 +63,14 @@ typedef struct clipft_int8_dot {
 void clipft_int8_pack_quads(const clipft_int8_weights *w, int8_t *panel, int32_t *sums);
 void clipft_int8_unpack_quads(const int8_t *panel, int64_t channels, int64_t in, int8_t *w);
 
-typedef enum clipft_activation { CLIPFT_NO_ACTIVATION, CLIPFT_QUICK_GELU, CLIPFT_GELU, CLIPFT_ACTIVATIONS } clipft_activation;
+/* CLIPFT_GELU_TANH: x / (1 + exp(-sqrt(8 / pi) (x + 0.044715 x^3))), which is 0.5 x (1 + tanh(half of that)), as SigLIP has it. */
+typedef enum clipft_activation {
+    CLIPFT_NO_ACTIVATION,
+    CLIPFT_QUICK_GELU,
+    CLIPFT_GELU,
+    CLIPFT_GELU_TANH,
+    CLIPFT_ACTIVATIONS
+} clipft_activation;
 
 /* What turns sums into a layer's results. Everything of a column has room for CLIPFT_INT8_COLS. */
 typedef struct clipft_int8_finish {

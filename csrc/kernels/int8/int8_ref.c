@@ -59,6 +59,7 @@ static float activate(float v, clipft_activation activation)
 {
     if (activation == CLIPFT_QUICK_GELU) return v < -52.0F ? 0.0F : v / (1.0F + expf(-1.702F * v));
     if (activation == CLIPFT_GELU) return v < -14.0F ? 0.0F : 0.5F * v * erfcf(v * -0.70710678118654752F);
+    if (activation == CLIPFT_GELU_TANH) return v < -10.5F ? 0.0F : v / (1.0F + expf(v * (v * v * -0.0713548163F - 1.59576912F)));
     return v;
 }
 

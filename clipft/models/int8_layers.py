@@ -1,0 +1,192 @@
+"""The modules of an int8 model, which take over those of Hugging Face's by class, whatever the family.
+
+A form here goes before the class that it stands in for (``quantized_class``), so that instances keep their place, and
+whoever asks for their kind still finds it. Attention has queries, keys and values in one product (``qkv_proj``), the
+MLP's first layer its activation, and the patch convolution is a linear layer over patches.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import eager_attention_forward
+
+from clipft.families.forward import is_watched
+from clipft.ops.attention import attention
+from clipft.ops.nn import QuantizedLinear
+
+__all__ = [
+    "QuantizedAttention",
+    "QuantizedEncoderLayer",
+    "QuantizedLastLayer",
+    "QuantizedMLP",
+    "QuantizedPatchEmbedding",
+    "QuantizedVisionEmbeddings",
+    "quantized_class",
+]
+
+
+@functools.cache
+def quantized_class(form: Any, plain: Any) -> Any:
+    """``plain`` as ``form``, one of the classes below or of ``clipft.models.int8``. Pickle and deepcopy, which would
+    look for the class by its name, go by ``__reduce__``.
+    """
+    own = {
+        "__doc__": form.__doc__,
+        "__module__": form.__module__,
+        "__reduce__": lambda self: (_new, (form, plain), vars(self).copy()),
+    }
+    return type(form.__name__.replace("Model", plain.__name__), (form, plain), own)  # QuantizedCLIPModel
+
+
+def _new(form: type, plain: type) -> Any:
+    kind = quantized_class(form, plain)
+    return kind.__new__(kind)
+
+
+class QuantizedAttention(nn.Module):
+    """Queries, keys and values as one product of one quantised input."""
+
+    qkv_proj: QuantizedLinear
+    out_proj: QuantizedLinear
+    config: Any
+    num_heads: int
+    head_dim: int
+    scale: float
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        norm: nn.LayerNorm | None = None,
+        residual: Tensor | None = None,
+        first_only: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the plain class's: [B, L, D] -> [B, L, D] and the attention weights, if its function gives any. ``norm``
+        and ``residual``: as those of ``QuantizedLinear.forward``. ``first_only``: for the first token alone,
+        [B, 1, D]."""
+        length = hidden_states.shape[1]
+        states, queries = self.qkv_proj(hidden_states, norm), 1 if first_only else length
+        output, weights = self._attend(states, queries, attention_mask, **kwargs)
+        return (self.out_proj(output) if residual is None else self.out_proj(output, None, residual)), weights
+
+    def _attend(
+        self, states: Tensor, queries: int, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, L, 3 * D] queries, keys and values -> [B, queries, D], and the weights if the model's function gives any.
+
+        ``clipft.attention`` where it takes over from torch's (the "sdpa" that transformers chooses): not with a mask,
+        which a batch of texts of several lengths has, and not for an exporter, which could not translate it.
+        """
+        sdpa = self.config._attn_implementation == "sdpa"
+        if sdpa and attention_mask is None and states.device.type == "cpu" and not torch.compiler.is_exporting():
+            causal = bool(kwargs.get("is_causal"))
+            return attention(states, self.num_heads, scale=self.scale, causal=causal, queries=queries), None
+        batch, length = states.shape[:2]
+        heads = states.view(batch, length, 3, self.num_heads, self.head_dim)
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        mask = attention_mask
+        output, weights = attend(
+            self, query[:, :, :queries], key, value, mask, scaling=self.scale, dropout=0.0, **kwargs
+        )
+        return output.reshape(batch, queries, -1), weights
+
+
+class QuantizedMLP(nn.Module):
+    """The activation belongs to ``fc1``."""
+
+    fc1: QuantizedLinear
+    fc2: QuantizedLinear
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """As the plain class's."""
+        states: Tensor = self.fc2(self.fc1(hidden_states))
+        return states
+
+
+class QuantizedEncoderLayer(nn.Module):
+    """All in int8: norms and residuals are done with the products, and the MLP's two layers row block by row block."""
+
+    layer_norm1: nn.LayerNorm
+    layer_norm2: nn.LayerNorm
+    self_attn: QuantizedAttention
+    mlp: QuantizedMLP
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As the plain class's: [B, L, D] -> [B, L, D]."""
+        if is_watched(self.layer_norm1, self.layer_norm2, self.mlp, self.mlp.fc1, self.mlp.fc2, self.self_attn):
+            watched: Tensor = super().forward(hidden_states, attention_mask, **kwargs)
+            return watched
+        return self._block(hidden_states, hidden_states, attention_mask, **kwargs)
+
+    def _block(self, states: Tensor, residual: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        states, _ = self.self_attn(states, attention_mask, norm=self.layer_norm1, residual=residual, **kwargs)
+        result: Tensor = self.mlp.fc1(states, self.layer_norm2, states, self.mlp.fc2)
+        return result
+
+
+class QuantizedLastLayer(QuantizedEncoderLayer):
+    """The image tower's last layer, which computes the class token alone where no more is wanted."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        class_token_only: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the plain class's: [B, L, D] -> [B, L, D], or [B, 1, D]."""
+        if not class_token_only or attention_mask is not None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        return self._block(hidden_states, hidden_states[:, :1], None, first_only=True, **kwargs)
+
+
+class QuantizedPatchEmbedding(QuantizedLinear):
+    """The patch convolution, whose patches do not overlap, as a linear layer over them."""
+
+    def __init__(self, channels: int, patch: int, out_features: int, bias: bool, **kwargs: Any) -> None:
+        super().__init__(channels * patch * patch, out_features, bias, **kwargs)
+        self.channels, self.patch = channels, patch
+
+    def forward(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, C, H, W] -> [B, patches, out]."""
+        return super().forward(self.patches(pixel_values))
+
+    def patches(self, pixel_values: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, patches, C * patch * patch], rows and columns of pixels beyond whole patches left out."""
+        batch, side = pixel_values.shape[0], self.patch
+        rows, cols = pixel_values.shape[2] // side, pixel_values.shape[3] // side
+        whole = pixel_values[:, :, : rows * side, : cols * side].reshape(batch, self.channels, rows, side, cols, side)
+        return whole.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * cols, self.in_features)
+
+
+class QuantizedVisionEmbeddings(nn.Module):
+    """Patches by ``QuantizedPatchEmbedding``, after the class token where the tower has one."""
+
+    class_embedding: Tensor
+    patch_embedding: QuantizedPatchEmbedding
+    position_embedding: nn.Embedding
+    image_size: int
+    interpolate_pos_encoding: Any
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """As the plain class's: [B, C, H, W] -> [B, tokens, D]."""
+        height, width = pixel_values.shape[2:]
+        if not interpolate_pos_encoding and (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"pixel_values: expected pictures of the model's size, {self.image_size} x {self.image_size}, got "
+                f"{height} x {width}; interpolate_pos_encoding=True takes others"
+            )
+        tokens = self.patch_embedding(pixel_values.to(self.position_embedding.weight.dtype))
+        if hasattr(self, "class_embedding"):
+            classes = self.class_embedding.expand(tokens.shape[0], 1, -1)  # not len(), which export would freeze
+            tokens = torch.cat([classes, tokens], dim=1)
+        if interpolate_pos_encoding:
+            return tokens + self.interpolate_pos_encoding(tokens, height, width)
+        return tokens + self.position_embedding.weight
