@@ -24,6 +24,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from clipft.errors import line_of
+
 __all__ = [
     "check_file",
     "check_folder",
@@ -88,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"{path}: expected a JSON object, found one nested too deep to read") from error
     except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON object; the file is damaged ({error})") from error
+        raise ValueError(f"{path}: expected a JSON object; the file is damaged ({line_of(error)})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value

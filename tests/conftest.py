@@ -104,6 +104,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny CLIP's ONNX encoders, to be copied by who changes it."""
+    for module in ("onnx", "onnxruntime"):
+        pytest.importorskip(module)
+    from tiny_clip import captioned, tiny_clip
+
+    import clipft
+
+    folder = tmp_path_factory.mktemp("exported")
+    clipft.export_onnx(*tiny_clip(), folder, data=captioned(4))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders of 40 pictures."""

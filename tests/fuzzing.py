@@ -1,7 +1,8 @@
-"""Files of strangers made from good ones: bytes flipped, cut and joined, and descriptions that lie.
+"""Files of strangers made from good ones: bytes flipped, cut and joined, numbers and descriptions that lie.
 
-What is fuzzed loads equal (to what the caller says) or ends in one line that names the file, within a second and 200 MB
-over the plain run. ``CLIPFT_FUZZ_SECONDS`` makes a run longer, ``CLIPFT_FUZZ_SEED`` another.
+What is fuzzed loads equal (to what the caller says) or ends in one line that names the file that was changed, within a
+second and 200 MB over the plain run. ``CLIPFT_FUZZ_SECONDS`` makes each fuzzer's run longer, ``CLIPFT_FUZZ_SEED``
+another.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,12 @@ LIES: list[Any] = [
     *("", "a", "F32", "I64", "../x", "/etc/passwd", "http://a/b", "\0", "[red]\x1b[2J", "9" * 5000, "é"),
     *([], {}, [1, 2], [[]], {"a": {}}, ["a", "b"], [10**9, 10**9]),
 ]
-Case = dict[str, bytes | None]  # changed files by name
+NUMBERS = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 31, (1 << 63) - 1, (1 << 64) - 1]
+WORDS = [
+    *(b"\0", b"\xff\xfe", b'"', b",", b"\t", b"\n", b"\r", b"{", b"-1", b"../", b"\\ud800", b"1e999"),
+    *(b"[" * 5000, b"9" * 5000, b"/etc/passwd", b"\x1b[2J", b"x" * 200_000),
+]
+Case = tuple[str, bytes]  # a file's name, and what is in it now
 
 
 class Hang(BaseException):
@@ -53,10 +59,20 @@ def cut(rng: random.Random, data: bytes) -> bytes:
 def join(rng: random.Random, data: bytes) -> bytes:
     """Something is there twice, or more than belongs there."""
     first, last = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-    junk = rng.choice((rng.randbytes(rng.choice((1, 8, 999))), b"\0" * 4096, b"\n", b"\xff\xfe", b"{}"))
+    junk = rng.choice((rng.randbytes(rng.choice((1, 8, 999))), b"\0" * 4096, *WORDS))
     return rng.choice(
         (data + data, data[:last] + data[first:], data + junk, junk + data, data[:first] + junk + data[first:])
     )
+
+
+def lie_binary(rng: random.Random, data: bytes) -> bytes:
+    """Numbers in bytes are others."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2))):
+        size, place = rng.choice((1, 2, 4, 8)), rng.randrange(min(len(data), rng.choice((64, 4096, len(data)))))
+        number = rng.choice(NUMBERS) & ((1 << 8 * size) - 1)
+        changed[place : place + size] = number.to_bytes(size, rng.choice(("little", "big")))
+    return bytes(changed)
 
 
 def lie(rng: random.Random, value: Any) -> Any:
@@ -95,16 +111,16 @@ def lie_safetensors(rng: random.Random, data: bytes) -> bytes:
 LIARS: dict[str, Callable[[random.Random, bytes], bytes]] = {".json": lie_json, ".safetensors": lie_safetensors}
 
 
-def cases(good: dict[str, bytes], seed: int) -> Iterator[tuple[str, Case]]:
-    """Without end: what was done, and the changed files."""
+def cases(good: Mapping[str, Sequence[bytes]], seed: int) -> Iterator[tuple[str, Case]]:
+    """Without end, of files that are good in one form or several: what was done, and the changed file."""
     for number in range(1 << 30):
         rng = random.Random(f"{seed} {number}")
         name = rng.choice(list(good))
-        ways: list[Callable[[random.Random, bytes], bytes]] = [flip, cut, join]
+        ways: list[Callable[[random.Random, bytes], bytes]] = [flip, cut, join, lie_binary]
         if liar := LIARS.get(Path(name).suffix):
-            ways += [liar] * 5
+            ways += [liar] * 6
         way = rng.choice(ways)
-        yield f"{number}: {way.__name__} {name}", {name: way(rng, good[name])}
+        yield f"{number}: {way.__name__} {name}", (name, way(rng, rng.choice(good[name])))
 
 
 # ---- the run ----
@@ -116,54 +132,43 @@ def fuzz(
     equal: Callable[[Any], object],
     seconds: float,
     names: Sequence[str] = ("",),
-    more: Callable[[dict[str, bytes], int], Iterator[tuple[str, Case]]] = cases,
-) -> int:
+    forms: Mapping[str, Sequence[bytes]] | None = None,
+) -> None:
     """Change files of a good folder, one case after the other, and hold what ``load`` makes of each to the promise.
 
     Args:
-        folder: the good one, which is changed and mended again.
+        folder: the good one, whose files are changed and mended again.
         load: what is tried.
         equal: is given what came out of it, and raises AssertionError where that is not what the files hold.
         seconds: of CPU time, unless the environment says otherwise.
         names: ends of the names of the files that are changed.
-        more: makes the cases of these.
-
-    Returns:
-        How many cases there were.
+        forms: in place of these, files by name with all that is good in them.
     """
     paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.endswith(tuple(names))]
-    good = {path.name: path.read_bytes() for path in paths}
+    good = {path.name: [path.read_bytes()] for path in paths} if forms is None else forms
     seconds = float(os.environ.get("CLIPFT_FUZZ_SECONDS") or seconds)
     seed = int(os.environ.get("CLIPFT_FUZZ_SEED") or 0)
-    load()
-    plain = min(_cost(load)[0] for _ in range(2))
+    plain = 0.0
+    for name, data in [(name, data) for name, own in good.items() for data in own][: None if forms else 1]:
+        (folder / name).write_bytes(data)
+        equal(load())
+        plain = max(plain, _cost(load)[0])
     start, count, faults, loaded = time.process_time(), 0, [], 0
-    for what, case in more(good, seed):
-        if time.process_time() - start > seconds:
+    for what, (name, data) in cases(good, seed):
+        if time.process_time() - start > seconds or len(faults) > 20:
             break
-        for name, data in case.items():
-            _put(folder / name, data)
-        fault, came = _try(folder, load, equal, plain)
+        (folder / name).write_bytes(data)
+        fault, came = _try(folder / name, load, equal, plain)
         if fault:
             faults.append(f"{what}: {fault}")
         count, loaded = count + 1, loaded + came
-        for name in case:
-            _put(folder / name, good.get(name))
-        if len(faults) > 20:
-            break
-    print(f"{count} inputs, {loaded} loaded")
+        (folder / name).write_bytes(good[name][0])
+    print(f"{count} inputs in {time.process_time() - start:.0f} s, {loaded} loaded, {len(faults)} faults, seed {seed}")
     assert not faults, f"{len(faults)} of {count} (seed {seed}):\n" + "\n".join(faults)
-    return count
+    assert 0 < loaded < count
 
 
-def _put(path: Path, data: bytes | None) -> None:
-    if data is None:
-        path.unlink(missing_ok=True)
-    else:
-        path.write_bytes(data)
-
-
-def _try(folder: Path, load: Callable[[], Any], equal: Callable[[Any], object], plain: float) -> tuple[str, bool]:
+def _try(path: Path, load: Callable[[], Any], equal: Callable[[Any], object], plain: float) -> tuple[str, bool]:
     """What is wrong, or nothing; and whether it loaded."""
     result: Any = None
     problem = ""
@@ -175,7 +180,7 @@ def _try(folder: Path, load: Callable[[], Any], equal: Callable[[Any], object], 
                 result = load()
         except (ValueError, OSError) as error:
             message = str(error)
-            if folder.name not in message or "\n" in message or len(message) > 2000:
+            if str(path.parent) not in message or path.name not in message or "\n" in message or len(message) > 2000:
                 problem = f"{type(error).__name__}, not a line that names the file: {message[:300]!r}"
         except Hang:
             problem = f"did not end within {HANG} s"

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from clipft.errors import line_of
 from clipft.recipes.options import nearest
 
 __all__ = ["Config"]
@@ -25,8 +26,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise typer.BadParameter(f"{path}: expected a YAML file with options ({reason})") from error
+        raise typer.BadParameter(f"{path}: expected a YAML file with options ({line_of(error)})") from error
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path}: expected 'option: value' lines, got {type(values).__name__}")
     options = {parameter.name: parameter for parameter in context.command.params if parameter.name not in _LEFT_OUT}

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 
 from clipft.data.reading import BadRowError, Reading
+from clipft.errors import short
 
 __all__ = [
     "CAPTION_COLUMNS",
@@ -36,7 +37,6 @@ LABEL_COLUMNS = ("label", "class")
 _LIST_AS_TEXT = re.compile(r"""\s*[\[(]\s*(['"]).*\1\s*,?\s*[\])]\s*""", re.DOTALL)  # of Python, JSON or numpy
 _WHOLE_FLOAT = re.compile(r"^([+-]?\d+)\.0+$")
 _MISSING = ("", "nan", "null", "<na>")  # as programs write what is not known
-_SHOWN = 200  # characters of a value in a message
 # kinds of bad rows
 NO_CAPTION, NO_LABEL, NO_ID = "without a caption", "without a label", "without an id"
 
@@ -48,13 +48,13 @@ def checked_captions(value: Any, where: str) -> list[str]:
     """A row's caption or captions as a list of one or more."""
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise BadRowError(where, f"expected a caption or a list of captions, got {_short(value)}", NO_CAPTION)
+        raise BadRowError(where, f"expected a caption or a list of captions, got {short(value)}", NO_CAPTION)
     for caption in captions:
         _check_text(caption, where, NO_CAPTION)
         if _is_list(caption):
             hint = "a row for each of them, or a list in .jsonl or .parquet"
             raise BadRowError(
-                where, f"expected a caption, got a list as text, {_short(caption)}; give {hint}", NO_CAPTION
+                where, f"expected a caption, got a list as text, {short(caption)}; give {hint}", NO_CAPTION
             )
     return captions
 
@@ -66,13 +66,13 @@ def _is_list(text: str) -> bool:
 def label_value(value: Any, where: str) -> str:
     """A row's label as the name of its class: without blanks around it, and 1.0 is 1."""
     if isinstance(value, (list, tuple, dict, set, bytes)):
-        why = f"expected one label, got a {type(value).__name__}, {_short(value)}"
+        why = f"expected one label, got a {type(value).__name__}, {short(value)}"
         raise BadRowError(where, f"{why}; for several classes a row, see attribute_columns", NO_LABEL)
     name = attribute_value(value)
     if name is None:
-        raise BadRowError(where, f"expected a label, got {value!r}", NO_LABEL)
+        raise BadRowError(where, f"expected a label, got {short(value)}", NO_LABEL)
     if _is_list(name):
-        raise BadRowError(where, f"expected one label, got a list as text, {_short(name)}", NO_LABEL)
+        raise BadRowError(where, f"expected one label, got a list as text, {short(name)}", NO_LABEL)
     _check_text(name, where, NO_LABEL)
     return name
 
@@ -107,12 +107,7 @@ def _check_text(text: str, where: str, kind: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRowError(where, f"expected text, got half a character in {_short(text)}", kind) from error
-
-
-def _short(value: Any) -> str:
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        raise BadRowError(where, f"expected text, got half a character in {short(text)}", kind) from error
 
 
 def encode_attribute(values: list[str | None], name: str, where: str) -> tuple[list[int | None], Any]:
@@ -138,11 +133,13 @@ def checked_attributes(names: Sequence[str]) -> list[str]:
 def check_attributes(columns: Sequence[str], used: Sequence[str | None], where: str, reading: Reading) -> None:
     """That the attributes that are asked for are columns, and none that serves another purpose; so with ids."""
     if reading.id_column is not None and reading.id_column not in columns:
-        raise ValueError(f"{where}: id_column: expected one of its columns {list(columns)}, got {reading.id_column!r}")
+        raise ValueError(
+            f"{where}: id_column: expected one of its columns {short(list(columns))}, got {reading.id_column!r}"
+        )
     rest = [column for column in columns if column not in used]
     wrong = [name for name in reading.attributes if name not in rest]
     if wrong:
-        raise ValueError(f"attribute_columns: expected columns of {where} among {rest}, got {wrong}")
+        raise ValueError(f"attribute_columns: expected columns of {where} among {short(rest)}, got {wrong}")
 
 
 def find_image(columns: Sequence[str], named: str | None) -> int | None:
@@ -165,12 +162,12 @@ def find_columns(
     usual = (IMAGE_COLUMNS, CAPTION_COLUMNS, LABEL_COLUMNS)
     for argument, name, known in zip(("image_column", "caption_column", "label_column"), named, usual, strict=True):
         if name is not None and name not in columns:
-            raise ValueError(f"{where}: {argument}: expected one of its columns {list(columns)}, got {name!r}")
+            raise ValueError(f"{where}: {argument}: expected one of its columns {short(list(columns))}, got {name!r}")
         found.append(name or _usual(columns, known))
     image, caption, label = found
     if image is None:
         raise ValueError(
-            f"{where}: expected a column with images ({', '.join(IMAGE_COLUMNS)}), found {list(columns)}; "
+            f"{where}: expected a column with images ({', '.join(IMAGE_COLUMNS)}), found {short(list(columns))}; "
             "name it with image_column"
         )
     if pictures_only:
@@ -178,6 +175,6 @@ def find_columns(
     if caption is None and label is None:
         raise ValueError(
             f"{where}: expected a column with captions ({', '.join(CAPTION_COLUMNS)}) or labels "
-            f"({', '.join(LABEL_COLUMNS)}), found {list(columns)}; name it with caption_column or label_column"
+            f"({', '.join(LABEL_COLUMNS)}), found {short(list(columns))}; name it with caption_column or label_column"
         )
     return found

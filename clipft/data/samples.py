@@ -20,6 +20,7 @@ from clipft.data.reading import NO_FILE, BadRowError, Reading
 from clipft.data.slices import Address, shard_of
 from clipft.data.tables import add_picture, add_row, dataset_of_pictures
 from clipft.data.text_tables import BROKEN, check_line, decoded
+from clipft.errors import line_of
 
 __all__ = ["TEXT_ENDINGS", "Sample", "check_text_size", "from_samples"]
 
@@ -62,7 +63,7 @@ class Sample:
             try:
                 value = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise BadRowError(place, f"expected JSON ({error})", BROKEN) from error
+                raise BadRowError(place, f"expected JSON ({line_of(error)})", BROKEN) from error
             self.objects[ending] = value if isinstance(value, dict) else {}
 
 

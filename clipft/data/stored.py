@@ -32,6 +32,7 @@ from clipft.data.parquet import batches
 from clipft.data.reading import BadRowError, Reading
 from clipft.data.rows import Picture
 from clipft.data.tables import safe_path
+from clipft.errors import line_of
 from clipft.files import read_json
 
 __all__ = ["canonical", "holds_paths", "read_parquet", "read_saved", "select_rows"]
@@ -63,7 +64,7 @@ def read_parquet(path: Path) -> datasets.Dataset:
                     stream.write_batch(batch)
         return datasets.Dataset.from_file(str(unpacked))
     except Exception as error:  # whatever a damaged file makes pyarrow and datasets raise
-        raise ValueError(f"{path}: expected a Parquet file ({error})") from error
+        raise ValueError(f"{path}: expected a Parquet file ({line_of(error)})") from error
 
 
 @cache
@@ -83,7 +84,7 @@ def read_saved(folder: Path) -> datasets.Dataset:
             raise ValueError(f"its state.json names files outside of it, {files}")
         return datasets.Dataset.load_from_disk(str(folder))
     except Exception as error:  # whatever a damaged file makes datasets raise
-        raise ValueError(f"{folder}: expected a data set that save_to_disk wrote ({error})") from error
+        raise ValueError(f"{folder}: expected a data set that save_to_disk wrote ({line_of(error)})") from error
 
 
 def holds_paths(dataset: datasets.Dataset, where: str, reading: Reading) -> bool:

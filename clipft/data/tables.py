@@ -27,6 +27,7 @@ from clipft.data.reading import NO_FILE, BadRowError, Reading
 from clipft.data.rows import Picture
 from clipft.data.slices import shard_of
 from clipft.data.splits import existing
+from clipft.errors import short
 
 __all__ = ["add_picture", "add_row", "dataset_of_pictures", "from_table_rows", "safe_path"]
 
@@ -43,7 +44,9 @@ def from_table_rows(rows: list[tuple[Path, int, dict[str, Any]]], where: str, re
         place = f"{path}, row {number}"
         with reading.row():
             if row.keys() != keys:
-                raise ValueError(f"{place}: expected the keys of row {first}, {sorted(keys)}, got {sorted(row)}")
+                raise ValueError(
+                    f"{place}: expected the keys of row {first}, {short(sorted(keys))}, got {short(sorted(row))}"
+                )
             image = safe_path(row[cast(str, names[0])], path.parent, place, reading)
             if reading.pictures_only:
                 add_picture(pictures, image, row.get(reading.id_column or str(names[0])), place)
@@ -67,13 +70,15 @@ def add_row(
     known = pictures.get(image, {})
     if known.get("label", own) != own:
         raise ValueError(
-            f"{where}: expected the label of an earlier row with this image, {known['label']!r}, got {own!r}"
+            f"{where}: expected the label of an earlier row with this image, {short(known['label'])}, got {short(own)}"
         )
     values = {name: attribute_value(row[name]) for name in attributes}
     for name, value in values.items():
         earlier = known.get("attributes", values)[name]
         if None not in (earlier, value) and earlier != value:
-            raise ValueError(f"{where}: expected {name} of an earlier row with this image, {earlier!r}, got {value!r}")
+            raise ValueError(
+                f"{where}: expected {name} of an earlier row with this image, {short(earlier)}, got {short(value)}"
+            )
         values[name] = earlier if value is None else value
     picture = pictures.setdefault(image, {"image": image, "captions": [], "places": [], "label": own})
     picture["captions"] += captions
@@ -85,7 +90,7 @@ def add_picture(pictures: dict[str, dict[str, Any]], image: str, name: Any, wher
     """Add a row that is the picture alone, with an id, whatever others have the same."""
     own = attribute_value(name)
     if own is None:
-        raise BadRowError(where, f"expected an id, got {name!r}", NO_ID)
+        raise BadRowError(where, f"expected an id, got {short(name)}", NO_ID)
     pictures[str(len(pictures))] = {"image": image, "id": own, "places": [where]}
 
 
@@ -121,7 +126,7 @@ def safe_path(value: Any, folder: Path, where: str, reading: Reading) -> str:
     folder. Back-slashes are read as Windows means them, where no file has such a name.
     """
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise BadRowError(where, f"expected the path of an image, got {value!r}", NO_FILE)
+        raise BadRowError(where, f"expected the path of an image, got {short(value)}", NO_FILE)
     shard = shard_of(value)
     name = str(shard or value)
     if "\\" in name and not _is_file(folder / name):
@@ -129,14 +134,14 @@ def safe_path(value: Any, folder: Path, where: str, reading: Reading) -> str:
     try:
         path = os.path.realpath(folder / name)
     except UnicodeEncodeError as error:
-        raise BadRowError(where, f"expected the path of an image, got {value!r}", NO_FILE) from error
+        raise BadRowError(where, f"expected the path of an image, got {short(value)}", NO_FILE) from error
     if not reading.allow_outside and not Path(path).is_relative_to(os.path.realpath(folder)):
         raise ValueError(
-            f"{where}: expected an image inside {folder}, the file's folder, got {value!r}, which leaves it; if that "
-            "is meant, allow_outside=True (--allow-outside-paths)"
+            f"{where}: expected an image inside {folder}, the file's folder, got {short(value)}, which leaves it; if "
+            "that is meant, allow_outside=True (--allow-outside-paths)"
         )
     if not _is_file(path):
-        raise FileNotFoundError(f"{where}: there is no image {value!r} in {folder}")
+        raise FileNotFoundError(f"{where}: there is no image {short(value)} in {folder}")
     reading.listed.add(path)
     return value if shard else path
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from clipft.data.columns import find_image
 from clipft.data.reading import BadRowError, Reading
+from clipft.errors import line_of, short
 
 __all__ = [
     "BROKEN",
@@ -71,7 +72,9 @@ def decoded(data: bytes, where: str, encoding: str | None) -> str:
         return data[len(mark) :].decode(own, "surrogateescape")
     except UnicodeDecodeError as error:
         raise BadRowError(
-            where, f"expected text in {own} ({error}); name its encoding with encoding (--encoding)", _OTHER_ENCODING
+            where,
+            f"expected text in {own} ({line_of(error)}); name its encoding with encoding (--encoding)",
+            _OTHER_ENCODING,
         ) from error
 
 
@@ -142,7 +145,7 @@ def _checked_header(fields: list[str] | str, path: Path) -> list[str]:
     if isinstance(fields, str):
         raise ValueError(f"{path}, header: {fields}")
     if twice := sorted({name for name in fields if fields.count(name) > 1}):
-        raise ValueError(f"{path}: expected each column once, got {', '.join(map(repr, twice))} more than once")
+        raise ValueError(f"{path}: expected each column once, got {short(twice)} more than once")
     return fields
 
 
@@ -194,7 +197,7 @@ def read_jsonl(path: Path, reading: Reading) -> list[Row]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise BadRowError(place, f"expected one JSON object a line ({error})", BROKEN) from error
+                raise BadRowError(place, f"expected one JSON object a line ({line_of(error)})", BROKEN) from error
             if not isinstance(row, dict):
                 raise BadRowError(place, f"expected a JSON object, got {type(row).__name__}", BROKEN)
             rows.append((number, row))

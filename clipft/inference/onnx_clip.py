@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from clipft.data.captions import shortened
 from clipft.data.pictures import check_preprocessing, in_order, open_picture, to_pixels
+from clipft.errors import line_of
 from clipft.files import check_file, check_set, expanded, read_json, settle
 from clipft.models.formats import ONNX_INFO as INFO
 
@@ -86,6 +87,7 @@ class OnnxCLIP:
         """That they take what is made of a picture and of captions, whatever these hold, and give what the description
         says."""
         dim, (image, text) = self.info["dim"], self._paths
+        wanted = f"embeddings of {dim} numbers, as {INFO} says"
         pixels = self.preprocess(Image.new("RGB", (3, 2)))[None]
         _check_inputs(image, self._image, {"pixel_values": ("tensor(float)", pixels.shape)})
         length, vocabulary = cast(Any, self._tokenizer.truncation)["max_length"], self._tokenizer.get_vocab()
@@ -94,14 +96,14 @@ class OnnxCLIP:
         _check_inputs(text, self._text, dict.fromkeys(names, ("tensor(int64)", ids.shape)))
         for path, (found, *_) in ((image, self._image.get_outputs()), (text, self._text.get_outputs())):
             if found.type != "tensor(float)" or found.shape[1:] not in ([dim], [str(found.shape[-1])]):
-                raise ValueError(_disagrees(path, f"gives {found.type} {found.shape}", f"embeddings of {dim} numbers"))
+                raise ValueError(_disagrees(path, f"gives {found.type} {found.shape}", wanted))
         try:
             embeds = self.run_texts(ids, np.ones_like(ids))
         except ValueError as error:
-            tokens = f"captions of {length} tokens up to {ids[0, 0]}"
-            raise ValueError(_disagrees(text, "fails", f"{tokens}, as the tokenizer makes them ({error})")) from error
+            tokens = f"captions of {length} tokens up to {ids[0, 0]}, as tokenizer.json and tokenizer_config.json say"
+            raise ValueError(_disagrees(text, "fails", f"{tokens} ({line_of(error)})")) from error
         if embeds.shape != (1, dim):
-            raise ValueError(_disagrees(text, f"gives {list(embeds.shape)}", f"embeddings of {dim} numbers"))
+            raise ValueError(_disagrees(text, f"gives {list(embeds.shape)}", wanted))
 
     def __getstate__(self) -> dict[str, Any]:
         """ONNX Runtime's sessions stay behind; a process that was spawned opens its own if it needs them."""
@@ -242,18 +244,14 @@ def _session(path: Path, threads: int | None, providers: Sequence[str]) -> onnxr
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # ONNX Runtime has no common class of its own
-        raise ValueError(f"{path}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+        raise ValueError(f"{path}: ONNX Runtime cannot load it: {line_of(error)}") from error
 
 
 def _run(path: Path, session: onnxruntime.InferenceSession, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
     try:
         return np.asarray(session.run(None, inputs)[0])
     except Exception as error:
-        raise ValueError(f"{path}: ONNX Runtime cannot run it: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{' '.join(str(error).splitlines()[:1]):.500}"
+        raise ValueError(f"{path}: ONNX Runtime cannot run it: {line_of(error)}") from error
 
 
 # ---- the tokenizer ----
@@ -265,7 +263,7 @@ def _tokenizer(directory: Path, info: dict[str, Any]) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"{path}: expected a tokenizer ({error!s:.200})") from error
+        raise ValueError(f"{path}: expected a tokenizer ({line_of(error)})") from error
     pad, length = config.get("pad_token"), config.get("model_max_length", _LENGTH)
     pad = pad.get("content") if isinstance(pad, dict) else pad
     identity = tokenizer.token_to_id(pad) if isinstance(pad, str) else None

@@ -28,7 +28,8 @@ from clipft.data.digests import digest_of
 from clipft.data.parquet import read_table
 from clipft.data.rows import stored_pictures
 from clipft.data.slices import shard_of
-from clipft.files import check_set, drop_link, empty, locked, replace_set, settle, write_json, writing
+from clipft.errors import line_of
+from clipft.files import check_set, drop_link, empty, locked, read_json, replace_set, settle, write_json, writing
 from clipft.inference.encode import Encoder, encode_pictures, finite
 
 __all__ = ["Description", "VectorFile", "embed_to_file", "search"]
@@ -105,8 +106,7 @@ def _named(path: Path, expected: str, error: Exception) -> Exception:
     """In a line, whatever numpy's, pyarrow's and JSON's parsers raise; but what the disk says is no damage."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
-    reason = " ".join(f"{error!s:.500}".split()) or type(error).__name__
-    return ValueError(f"{path}: expected {expected} ({reason})")
+    return ValueError(f"{path}: expected {expected} ({line_of(error)})")
 
 
 def _rows_of(column: pa.ChunkedArray) -> Array:
@@ -122,16 +122,16 @@ def _rows_of(column: pa.ChunkedArray) -> Array:
 def _read_npy(path: Path) -> VectorFile:
     if not _sidecar(path).is_file():
         raise ValueError(f"there is no {_sidecar(path).name} beside it; of vectors that others wrote, give the folder")
-    vectors = _load_npy(path)
-    beside = json.loads(_sidecar(path).read_text(encoding="utf-8"))
-    if not isinstance(beside, dict):
-        raise ValueError(f"{_sidecar(path).name}: expected a JSON object, found a {type(beside).__name__}")
-    ids = _checked_ids(beside.pop("ids"))
+    vectors, beside = _load_npy(path), read_json(_sidecar(path))
     if beside.pop("files", None) is not None:
         check_set(path.parent, _sidecar(path).name)
+    try:
+        ids, description = _checked_ids(beside.pop("ids")), _description(beside)
+    except Exception as error:
+        raise ValueError(f"in {_sidecar(path).name}: {line_of(error)}") from error
     if len(ids) != len(vectors):
-        raise ValueError(f"{len(ids)} ids for an array of shape {list(vectors.shape)}")
-    return VectorFile(ids, vectors, _description(beside))
+        raise ValueError(f"{len(ids)} ids in {_sidecar(path).name} for an array of shape {list(vectors.shape)}")
+    return VectorFile(ids, vectors, description)
 
 
 def _load_npy(path: Path) -> Array:
@@ -182,7 +182,9 @@ def _read_folder(folder: Path) -> VectorFile:
             parts.append(_matrix("vectors", _load_npy(file)))
             ids += _ids_beside(file, len(parts[-1]))
             if parts[-1].shape[1] != parts[0].shape[1]:
-                raise ValueError(f"expected {parts[0].shape[1]} dimensions as before, got {parts[-1].shape[1]}")
+                raise ValueError(
+                    f"expected {parts[0].shape[1]} dimensions, as {files[0].name} has, got {parts[-1].shape[1]}"
+                )
         except Exception as error:
             raise _named(file, "an array of vectors", error) from error
     vectors = np.concatenate(parts)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clipft.errors import line_of, short
 from clipft.files import read_json
 from clipft.models.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from clipft.models.weights import Stored, check_floats_stored, listed, tensors_of
@@ -35,11 +36,11 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     config = read_json(path)
     kind, base, revision = (config.get(key) for key in ("peft_type", "base_model_name_or_path", "revision"))
     if kind != "LORA":
-        raise ValueError(f"{path}: expected peft_type 'LORA', found {kind!r}")
+        raise ValueError(f"{path}: expected peft_type 'LORA', found {short(kind)}")
     if not isinstance(base, str) or not base or "\0" in base:
-        raise ValueError(f"{path}: expected base_model_name_or_path to name the base model, found {base!r}")
+        raise ValueError(f"{path}: expected base_model_name_or_path to name the base model, found {short(base)}")
     if revision is not None and not isinstance(revision, str):
-        raise ValueError(f"{path}: expected revision to be a name, found {revision!r}")
+        raise ValueError(f"{path}: expected revision to be a name, found {short(revision)}")
     if not (folder / ADAPTER_WEIGHTS).exists():
         hint = "; adapter_model.bin is a pickle, which clipft does not open" * (folder / "adapter_model.bin").exists()
         raise FileNotFoundError(
@@ -55,24 +56,23 @@ def put_adapter(peft: Any, model: Any, folder: Path, base: str) -> Any:
     Raises:
         ValueError: the adapter does not fit, or its configuration is not one that clipft lets peft read.
     """
-    path = folder / ADAPTER_CONFIG
-    found = tensors_of([folder / ADAPTER_WEIGHTS])
-    check_floats_stored(folder / ADAPTER_WEIGHTS, found)
+    path, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
+    found = tensors_of([weights])
+    check_floats_stored(weights, found)
     try:
         config = peft.LoraConfig.from_pretrained(str(folder))
         _bound(config, [name for name, _ in model.named_modules() if name], path)
         _check_numbers(config, found, path)
         adapted = peft.PeftModel.from_pretrained(model, folder, config=config)
+        odd = set(peft.get_peft_model_state_dict(adapted)) ^ set(found)  # of which peft only warns
+        if odd:
+            raise ValueError(f"missing or left over: {listed(odd)}")
     except Exception as error:  # of whatever class peft's parts raise
-        if isinstance(error, ValueError) and str(path) in str(error):
+        if isinstance(error, ValueError) and str(folder) in str(error):
             raise
-        first = " ".join(str(error).split("\n")[:2])  # of a line per tensor
-        raise ValueError(f"{folder}: the adapter does not fit its base model {base!r}: {first}") from error
-    odd = set(peft.get_peft_model_state_dict(adapted)) ^ set(found)  # of which peft only warns
-    if odd:
         raise ValueError(
-            f"{folder}: the adapter does not fit its base model {base!r}: missing or left over: {listed(odd)}"
-        )
+            f"{weights}: does not fit the base model {base!r} as {path.name} puts it there: {line_of(error)}"
+        ) from error
     return adapted
 
 
@@ -88,7 +88,7 @@ def _bound(config: Any, names: Sequence[str], path: Path) -> None:
         value = getattr(config, field, None) or ()
         for name in [value] if isinstance(value, str) else value:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise ValueError(f"{path}: expected {field} to hold names, found {name!r}")
+                raise ValueError(f"{path}: expected {field} to hold names, found {short(name)}")
     for field in ("target_modules", "exclude_modules"):
         value = getattr(config, field, None)
         if isinstance(value, str) and value and not (field == "target_modules" and value == "all-linear"):
@@ -122,7 +122,7 @@ def _matches(pattern: str, names: Sequence[str], field: str, path: Path, end: fl
             f"{path}: {field}: matching {pattern[:80]!r} takes too long; list the layers' names in its place"
         ) from error
     except (regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path}: {field}: {pattern[:80]!r} is no regular expression ({error})") from error
+        raise ValueError(f"{path}: {field}: {pattern[:80]!r} is no regular expression ({line_of(error)})") from error
 
 
 # ---- numbers ----
@@ -133,7 +133,7 @@ def _check_numbers(config: Any, found: dict[str, Stored], path: Path) -> None:
     for field, values in (("r", config.rank_pattern), ("lora_alpha", config.alpha_pattern)):
         for value in (getattr(config, field), *values.values()):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{path}: expected {field} to be a number above 0, found {value!r}")
+                raise ValueError(f"{path}: expected {field} to be a number above 0, found {short(value)}")
     parts = {name: _FIRST.split(name) for name in found}
     stored = {part[0]: found[name].shape for name, part in parts.items() if len(part) > 1}
     if not stored or not all(stored.values()):
@@ -144,6 +144,6 @@ def _check_numbers(config: Any, found: dict[str, Stored], path: Path) -> None:
     for layer, rank in ranks.items():
         asked = (value for end, value in config.rank_pattern.items() if f".{layer}".endswith(f".{end}"))
         if (wanted := next(asked, config.r)) != rank:
-            raise ValueError(f"{path}: asks for rank {wanted} at {layer}, where the weights have rank {rank}")
+            raise ValueError(f"{path}: asks for rank {wanted} at {layer:.200}, where {ADAPTER_WEIGHTS} has rank {rank}")
     if config.r > _ODD * max(ranks.values()):  # of layers that the weights do not know
-        raise ValueError(f"{path}: asks for rank {config.r}, the weights have at most rank {max(ranks.values())}")
+        raise ValueError(f"{path}: asks for rank {config.r}, {ADAPTER_WEIGHTS} has at most rank {max(ranks.values())}")

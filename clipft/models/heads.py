@@ -73,7 +73,7 @@ def _stored(config: Any) -> list[dict[str, Any]]:
     """The heads that a configuration names."""
     heads = getattr(config, HEADS_KEY, None) or []
     if not isinstance(heads, list) or not all(_is_head(head) for head in heads):
-        raise ValueError(f"config.json: expected {HEADS_KEY} to be a list of heads, each with its name and classes")
+        raise ValueError(f"expected {HEADS_KEY} to be a list of heads, each with its name and classes")
     return heads
 
 

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer, CLIPVisionEmbeddings
 from transformers.utils.generic import can_return_tuple
 
+from clipft.errors import line_of
 from clipft.families.clip import needs_all_tokens
 from clipft.families.family import Family
 from clipft.families.registry import family_of, family_of_type
@@ -223,7 +224,9 @@ def load_quantized(weights: Path, config: Any) -> QuantizedModel:
     try:
         tensors = load_file(weights)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{weights}: expected weights as safetensors; the file is damaged ({error})") from error
+        raise ValueError(
+            f"{weights}: expected weights as safetensors; the file is damaged ({line_of(error)})"
+        ) from error
     _check_stored(weights, config, tensors)
     family = family_of_type(config.model_type, str(weights))
     with init_empty_weights():
@@ -235,8 +238,7 @@ def load_quantized(weights: Path, config: Any) -> QuantizedModel:
         model = install(plain, {name: _empty_layer(plain, name, tensors) for name in names})
         left = model.load_state_dict(tensors, strict=False, assign=True)
     except (AttributeError, RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split("\n")[:2])
-        raise ValueError(f"{weights}: expected the weights of the model in config.json ({reason})") from error
+        raise ValueError(f"{weights}: expected the weights of the model in config.json ({line_of(error)})") from error
     check_whole(weights, left.missing_keys, left.unexpected_keys)
     check_set(weights.parent, MODEL_MANIFEST)
     report = weights.with_name(INT8_REPORT)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from transformers.utils.hub import cached_file
 
+from clipft.errors import line_of
 from clipft.families.family import Family
 from clipft.families.registry import family_of_type
 from clipft.files import check_file, note_changes, read_json, settle
@@ -37,7 +38,7 @@ from clipft.models.heads import with_heads
 from clipft.models.int8 import load_quantized
 from clipft.models.lora import import_peft, merged_base
 from clipft.models.processors import fit, load_processor
-from clipft.models.weights import check_shapes, check_whole, shards_of, tensors_of, weight_files
+from clipft.models.weights import check_shapes, check_whole, shards_of, stored_weights
 
 __all__ = ["load", "load_merged", "settle_model"]
 
@@ -92,24 +93,28 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
 def _load(source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     revision = kwargs.get("revision", "main")
     folder = Path(source) if Path(source).is_dir() else _fetched(source, revision)
-    config = read_json(folder / "config.json")
-    family = family_of_type(config.get("model_type"), source)
-    check_trust(config, folder / "config.json")
+    path = folder / "config.json"
+    config = read_json(path)
+    family = family_of_type(config.get("model_type"), str(path))
+    check_trust(config, path)
     processor = load_processor(family, source, revision, folder)
-    model = _load_int8(family, source, folder, config, kwargs) or _load_float(family, source, folder, kwargs)
+    with _named(str(folder), kwargs, str(path)):  # what is wrong with the weights says so
+        model = _load_int8(family, source, folder, config, kwargs) or _load_float(family, source, folder, kwargs)
     fit(family, model, processor, folder)
     return model.eval(), processor
 
 
 @contextmanager
-def _named(source: str, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Whatever a library raises over a model's files has the model's name, and is an error of a kind to expect."""
+def _named(source: str, kwargs: dict[str, Any], file: str = "") -> Iterator[None]:
+    """Whatever a library raises over a model's files has the model's name, or its file's, and is an error of a kind to
+    expect."""
     try:
         yield
     except Exception as error:
-        message = " ".join(str(error)[:_LINE].split()) or type(error).__name__
+        message = line_of(error, _LINE)
         if "trust_remote_code" in message:
-            raise ValueError(f"{source}: asks to run code of its own folder, which clipft does not") from error
+            where = message.partition(": ")[0] if message.startswith(source) else source
+            raise ValueError(f"{where}: asks to run code of its own folder, which clipft does not") from error
         named = isinstance(error, OSError | ValueError) and source in message and message == str(error)
         if named or isinstance(error, ImportError):
             raise
@@ -117,7 +122,7 @@ def _named(source: str, kwargs: dict[str, Any]) -> Iterator[None]:
             raise
         kind = type(error) if type(error) in (OSError, FileNotFoundError) else ValueError
         known = isinstance(error, OSError | ValueError)
-        raise kind(f"{source}: {'' if known else f'{type(error).__name__}: '}{message}") from error
+        raise kind(f"{file or source}: {'' if known else f'{type(error).__name__}: '}{message}") from error
 
 
 def _fetched(source: str, revision: str) -> Path:
@@ -135,8 +140,7 @@ def _fetched(source: str, revision: str) -> Path:
 def _load_float(family: Family, source: str, folder: Path, kwargs: dict[str, Any]) -> Any:
     """The model, with the classification heads that its configuration names."""
     note_changes(folder, MODEL_MANIFEST)
-    files = weight_files(folder)
-    stored = tensors_of(files) if files else None  # transformers may know another way to a model of the hub
+    where, stored = stored_weights(folder)  # None: transformers may know another way to a model of the hub
     tolerant = bool(kwargs.get("ignore_mismatched_sizes"))
 
     class Checked(with_heads(family.model)):  # type: ignore[misc]
@@ -146,13 +150,13 @@ def _load_float(family: Family, source: str, folder: Path, kwargs: dict[str, Any
             check_sizes(config, folder / "config.json", None if stored is None else len(stored))
             super().__init__(config)
             if stored is not None and not tolerant:
-                check_shapes(folder, self.state_dict(), stored)
+                check_shapes(where, self.state_dict(), stored)
 
     Checked.__name__ = family.model.__name__
     given = {"ignore_mismatched_sizes": True, "trust_remote_code": False} | kwargs  # mismatches are told below
     model, found = Checked.from_pretrained(source, use_safetensors=True, output_loading_info=True, **given)
     mismatched = [] if tolerant else [key[0] for key in found["mismatched_keys"]]
-    check_whole(folder, {*found["missing_keys"], *mismatched}, found["unexpected_keys"])
+    check_whole(where, {*found["missing_keys"], *mismatched}, found["unexpected_keys"], stored)
     model.__class__ = family.model
     return model
 
@@ -163,7 +167,7 @@ def _load_int8(family: Family, source: str, folder: Path, config: dict[str, Any]
         return None
     method = (config["quantization_config"] or {}).get("quant_method")
     if not family.int8 or method != QUANT_METHOD:
-        raise ValueError(f"{folder / 'config.json'}: expected a float model or clipft's int8, found {method!r}")
+        raise ValueError(f"{folder / 'config.json'}: expected a float model or clipft's int8, found {method!r:.80}")
     other = sorted(kwargs.keys() - {"revision"})
     if other:
         raise TypeError(f"{other[0]}: not for {source!r}, an int8 model, which comes as it was saved")
@@ -259,8 +263,8 @@ def _load_base(folder: Path, kwargs: dict[str, Any]) -> tuple[str, Any, Any]:
         if recorded is None or recorded.is_of(plain):
             return place, model, processor
         failed = ValueError(
-            f"{folder}: expected the base model that the adapter was trained on; {place!r} has other weights: put "
-            "those of then back, or train the adapter anew"
+            f"{folder / MODEL_MANIFEST}: knows the base model that the adapter was trained on; {place!r} has other "
+            "weights: put those of then back, or train the adapter anew"
         )
     raise cast(Exception, failed)
 

@@ -7,22 +7,29 @@ goes wrong without a word.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import SizeDict
 
 from clipft.data.collate import tokenize
 from clipft.data.transforms import build_transform, stack_pictures
+from clipft.errors import line_of
 from clipft.families.family import Family
 from clipft.families.naflex import is_naflex
 from clipft.families.registry import MOST_TOKENS
+from clipft.files import read_json
+from clipft.models.formats import PROCESSOR_FILES
 
 __all__ = ["fit", "load_processor"]
 
 _MOST = 8192  # of pixels a side, or of patches: beyond it no model's pictures
+_TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.*", "merges.txt", "*.model")
+_PICTURES = ("processor_config.json", "preprocessor_config.json")
 _SIZES = ("size", "crop_size", "pad_size", "patch_size", "max_num_patches")
 _logger = logging.getLogger(__name__)
 
@@ -46,6 +53,8 @@ def load_processor(family: Family, source: str, revision: str, folder: Path) -> 
         if "sentencepiece" not in str(error).lower() and "protobuf" not in str(error).lower():
             raise
         raise ImportError(f"{source}: its tokenizer needs sentencepiece: pip install 'clipft[siglip]'") from error
+    except Exception as error:
+        raise ValueError(f"{_files_at_fault(folder)}: {type(error).__name__}: {line_of(error)}") from error
     backend = getattr(processor.image_processor, "backend", None)
     if backend != "torchvision":
         raise ImportError(
@@ -57,8 +66,32 @@ def load_processor(family: Family, source: str, revision: str, folder: Path) -> 
         value = getattr(processor.image_processor, name, None)
         for side in vars(value).values() if isinstance(value, SizeDict) else [value]:
             if side is not None and not (isinstance(side, int) and 1 <= side <= _MOST):
-                raise ValueError(f"{folder}: the image processor's {name}: expected 1 to {_MOST}, found {side!r}")
+                where = _files(folder, _PICTURES)
+                raise ValueError(f"{where}: the image processor's {name}: expected 1 to {_MOST}, found {side!r:.80}")
     return processor
+
+
+def _files_at_fault(folder: Path) -> str:
+    """Of a processor that does not load: found by loading its parts.
+
+    Raises:
+        ValueError: a file is no JSON object at all.
+    """
+    for name in PROCESSOR_FILES:
+        if name.endswith(".json") and (folder / name).is_file():
+            read_json(folder / name)
+    for kind, names in ((AutoTokenizer, _TOKENIZER), (AutoImageProcessor, _PICTURES)):
+        try:
+            kind.from_pretrained(str(folder), trust_remote_code=False)
+        except Exception:  # of whatever class
+            return _files(folder, names)
+    return _files(folder, _PICTURES[:1])
+
+
+def _files(folder: Path, names: Sequence[str]) -> str:
+    """Those that are there: the first with its folder, the others as what belongs to it."""
+    first, *rest = [path.name for name in names for path in sorted(folder.glob(name))] or [""]
+    return str(folder / first) + (f" (with {', '.join(rest)})" if rest else "")
 
 
 def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
@@ -80,31 +113,37 @@ def fit(family: Family, model: Any, processor: Any, folder: Path) -> None:
     Raises:
         ValueError: they do not fit.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, words, pictures = processor.tokenizer, _files(folder, _TOKENIZER), _files(folder, _PICTURES)
     vocabulary = getattr(model.config.text_config, "vocab_size", None)  # a family may call it otherwise
     largest = max(tokenizer.get_vocab().values())
     if vocabulary is not None and largest >= vocabulary:
         raise ValueError(
-            f"{folder}: the tokenizer has tokens up to {largest}, config.json's vocab_size is {vocabulary}: use the "
-            "model's own tokenizer, or model.text_model.resize_token_embeddings"
+            f"{words}: has tokens up to {largest}, config.json's vocab_size is {vocabulary}: use the model's own "
+            "tokenizer, or model.text_model.resize_token_embeddings"
         )
     try:
         for line in filter(None, (family.fit_tokenizer(model, tokenizer), _cut(family, model, tokenizer))):
             _logger.warning("%s: %s", folder, line)
-        tokens = tokenize(processor, ["a"], family=family)["input_ids"]
-        transform = build_transform(processor.image_processor)
-        pictures = stack_pictures(processor.image_processor, [transform(Image.new("RGB", (3, 2)))])
+        if not tokenize(processor, ["a"], family=family)["input_ids"].numel():
+            raise ValueError("expected tokens of a word, found none")
     except Exception as error:  # of whatever class a step raises that gets nonsense
-        raise ValueError(f"{folder}: its processor fails on a picture and a word: {error}") from error
-    shape, finite = tuple(pictures["pixel_values"].shape[1:]), bool(torch.isfinite(pictures["pixel_values"]).all())
+        raise ValueError(
+            f"{words}: the tokenizer fails on a word, or does not fit config.json: {line_of(error)}"
+        ) from error
+    try:
+        transform = build_transform(processor.image_processor)
+        values = stack_pictures(processor.image_processor, [transform(Image.new("RGB", (3, 2)))])["pixel_values"]
+    except Exception as error:
+        raise ValueError(f"{pictures}: the image processor fails on a picture: {line_of(error)}") from error
+    shape, finite = tuple(values.shape[1:]), bool(torch.isfinite(values).all())
     if is_naflex(processor.image_processor):
         vision = model.config.vision_config
         wanted: tuple[int, ...] = (shape[0], vision.num_channels * vision.patch_size**2)
     else:
         wanted = family.picture(model.config)
-    if shape != wanted or not finite or not tokens.numel():
+    if shape != wanted or not finite:
         raise ValueError(
-            f"{folder}: the image processor makes {list(shape)} of a picture{'' if finite else ' (not of numbers)'}, "
+            f"{pictures}: the image processor makes {list(shape)} of a picture{'' if finite else ' (not of numbers)'}, "
             f"the model in config.json takes {list(wanted)}"
         )
 
@@ -114,7 +153,7 @@ def _cut(family: Family, model: Any, tokenizer: Any) -> str | None:
     of the family says, 77 for CLIP, says nothing of a model with more."""
     positions, stated = family.most_positions(model.config), tokenizer.model_max_length
     if isinstance(stated, bool) or not isinstance(stated, int | float) or not stated >= 1:
-        raise ValueError(f"expected the tokenizer's model_max_length to be a number of tokens, found {stated!r}")
+        raise ValueError(f"expected the tokenizer's model_max_length to be a number of tokens, found {stated!r:.80}")
     unsaid = stated > MOST_TOKENS or stated == family.text_length
     tokenizer.model_max_length = positions if unsaid else min(positions, int(stated))
     if stated > MOST_TOKENS or stated == positions:

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from clipft.errors import line_of, short
 from clipft.files import check_file, read_json
 from clipft.models.formats import FLOAT_WEIGHTS
 
@@ -23,8 +24,8 @@ __all__ = [
     "check_whole",
     "listed",
     "shards_of",
+    "stored_weights",
     "tensors_of",
-    "weight_files",
 ]
 
 _FLOATS = ("F", "BF")  # beginnings of safetensors' words: F32, F8_E5M2, BF16
@@ -34,29 +35,39 @@ _NAMED = 4  # tensors in a message
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a file's header describes it; ``dtype`` in safetensors' words: F32, BF16, I8, ..."""
+    """A tensor as the header of the file ``path`` describes it; ``dtype`` in safetensors' words: F32, BF16, I8, ..."""
 
     shape: tuple[int, ...]
     dtype: str
+    path: Path
 
 
 # ---- files ----
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Of a float model, in the order in which transformers looks for them; none if it has none.
+def stored_weights(folder: Path) -> tuple[Path, dict[str, Stored] | None]:
+    """Of a float model: the file that has its weights, or says which do, and what they hold; the folder and None where
+    there is neither.
 
     Raises:
-        FileNotFoundError, ValueError: an index that does not name files of its own folder.
+        FileNotFoundError, ValueError: an index that lies, or a file that is damaged.
     """
     single, index = (folder / name for name in FLOAT_WEIGHTS)
-    if single.exists():
-        return [single]
-    files = [folder / name for name in shards_of(index)] if index.exists() else []
+    if single.exists():  # transformers looks for it first
+        return single, tensors_of([single])
+    if not index.exists():
+        return folder, None
+    files = [folder / name for name in shards_of(index)]
     for path in files:
         if not path.exists():
             raise FileNotFoundError(f"{index}: names {path.name}, which is missing in {folder}")
-    return files
+    found = tensors_of(files)
+    for name, file in read_json(index)["weight_map"].items():
+        if name not in found or found[name].path.name != file:
+            raise ValueError(
+                f"{folder / file}: expected {name:.80} in it, as {index.name} says: one or the other is damaged"
+            )
+    return index, found
 
 
 def shards_of(index: Path) -> list[str]:
@@ -65,12 +76,15 @@ def shards_of(index: Path) -> list[str]:
     Raises:
         ValueError: others than .safetensors of its own folder.
     """
-    names = read_json(index).get("weight_map")
+    described = read_json(index)
+    names, metadata = described.get("weight_map"), described.get("metadata")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: expected a weight_map, from the names of tensors to those of files")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{index}: expected metadata to be an object, found a {type(metadata).__name__}")
     for name in names.values():
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: expected names of .safetensors files in its own folder, found {name!r}")
+            raise ValueError(f"{index}: expected names of .safetensors files in its own folder, found {short(name)}")
     return sorted(set(names.values()))
 
 
@@ -86,10 +100,10 @@ def tensors_of(files: Iterable[Path]) -> dict[str, Stored]:
         try:
             with safe_open(path, "pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                found |= {name: Stored(tuple(own.get_shape()), own.get_dtype()) for name, own in slices.items()}
+                found |= {name: Stored(tuple(own.get_shape()), own.get_dtype(), path) for name, own in slices.items()}
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
-                f"{path}: expected weights as safetensors; the file is damaged or was cut ({error!s:.200}): copy or "
+                f"{path}: expected weights as safetensors; the file is damaged or was cut ({line_of(error)}): copy or "
                 "download it again"
             ) from error
         if not found:
@@ -106,20 +120,21 @@ def check_shapes(where: Path, expected: Mapping[str, Any], found: Mapping[str, S
     Names alone may differ still: transformers renames those of older versions.
 
     Args:
-        where: the folder.
+        where: the file that has the weights, or says which do.
         expected: the model's tensors by name, on the device "meta".
         found: what its files hold.
 
     Raises:
         ValueError: they do not fit.
     """
-    odd = [
-        f"{name} {list(found[name].shape)} in place of {list(tensor.shape)}"
+    odd = {
+        name: f"{name} {list(found[name].shape)} in place of {list(tensor.shape)}"
         for name, tensor in expected.items()
         if name in found and found[name].shape != tuple(tensor.shape)
-    ]
+    }
     if odd:
-        raise ValueError(f"{where}: expected weights of the shapes that config.json asks for, found {listed(odd)}")
+        place, said = _file_of(odd, found, where), listed(odd.values())
+        raise ValueError(f"{place}: expected weights of the shapes that config.json asks for, found {said}")
     asked = sum(tensor.numel() for tensor in expected.values())
     held = sum(math.prod(stored.shape) for stored in found.values())
     if asked > held:
@@ -134,16 +149,19 @@ def check_floats_stored(where: Path, found: Mapping[str, Stored]) -> None:
     Raises:
         ValueError: others are among them.
     """
-    odd = [f"{name} {stored.dtype}" for name, stored in found.items() if not stored.dtype.startswith(_FLOATS)]
+    odd = {name: f"{name} {own.dtype}" for name, own in found.items() if not own.dtype.startswith(_FLOATS)}
     if odd:
-        raise ValueError(f"{where}: expected weights of a float type, found {listed(odd)}")
+        place = _file_of(odd, found, where)
+        raise ValueError(f"{place}: expected weights of a float type, found {listed(odd.values())}")
 
 
-def check_whole(where: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
+def check_whole(
+    where: Path, missing: Collection[str], unexpected: Collection[str], found: Mapping[str, Stored] | None = None
+) -> None:
     """That a model got all its weights, and weights are left over only where older versions saved more.
 
     Raises:
-        ValueError: with their names.
+        ValueError: with their names; those of strange ones' files where ``found`` has them.
     """
     if missing:
         raise ValueError(
@@ -153,12 +171,20 @@ def check_whole(where: Path, missing: Collection[str], unexpected: Collection[st
     over = [name for name in unexpected if name.rpartition(".")[2] not in _HARMLESS]
     if over:
         raise ValueError(
-            f"{where}: expected only the weights that config.json asks for, found others too: {listed(over)}. "
-            "They belong to another model, or to a config.json with more layers or heads"
+            f"{_file_of(over, found or {}, where)}: expected only the weights that config.json asks for, found others "
+            f"too: {listed(over)}. They belong to another model, or to a config.json with more layers or heads"
         )
+
+
+def _file_of(names: Iterable[str], found: Mapping[str, Stored], where: Path) -> Path:
+    """The file that these tensors are in, if it is one."""
+    files = {found[name].path if name in found else where for name in names}
+    return files.pop() if len(files) == 1 else where
 
 
 def listed(names: Collection[str]) -> str:
     """The first few."""
     chosen = sorted(names)
-    return ", ".join(chosen[:_NAMED]) + (f" and {len(chosen) - _NAMED} more" if len(chosen) > _NAMED else "")
+    return ", ".join(f"{name:.200}" for name in chosen[:_NAMED]) + (
+        f" and {len(chosen) - _NAMED} more" if len(chosen) > _NAMED else ""
+    )

@@ -269,8 +269,8 @@ def test_load_names_what_is_wrong_with_an_adapter(adapter: Path) -> None:
         ({"peft_type": "LOHA"}, ValueError, "expected peft_type 'LORA', found 'LOHA'"),
         ({"base_model_name_or_path": None}, ValueError, "to name the base model, found None"),
         ({"base_model_name_or_path": "/no/base"}, FileNotFoundError, "the base model '/no/base' does not load"),
-        ({"target_modules": ["q_proj"]}, ValueError, "does not fit its base model .*left over: base_model.model.text"),
-        ({"r": 3}, ValueError, "asks for rank 3 at .*, where the weights have rank"),
+        ({"target_modules": ["q_proj"]}, ValueError, "does not fit the base model .*left over: base_model.model.text"),
+        ({"r": 3}, ValueError, "asks for rank 3 at .*, where adapter_model.safetensors has rank"),
     ):
         before = (adapter / "adapter_config.json").read_text()
         change(adapter, **values)
