@@ -113,7 +113,7 @@ def hostile_folders(good: list[Path], secret: Path) -> list[Path]:
     folder = another("model-index", good[0])
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    index = {"weight_map": dict.fromkeys(weights, "../secret/model.safetensors")}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "../secret/model.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     edit(another("model-other", good[0]) / "config.json", transformers_weights="../secret/model.safetensors")
     folder = another("model-code", good[0])

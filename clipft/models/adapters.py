@@ -6,6 +6,7 @@ matched here, within a time, and the names that they mean take their place.
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import time
@@ -14,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from clipft.errors import line_of, short
-from clipft.files import read_json
+from clipft.files import expanded, read_json
 from clipft.models.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from clipft.models.weights import Stored, check_floats_stored, listed, tensors_of
 
 __all__ = ["base_of", "put_adapter"]
 
-_SECONDS = 2.0  # for all patterns of a configuration; they take milliseconds
+_NEVER = {
+    "megatron_config": "which imports a module of the folder's choice",
+    "monteclora_config": "which draws random matrices of sizes that no weights bound",
+    "alora_invocation_tokens": "whose adapters cannot be merged into their base",
+}
+_SECONDS = 0.5  # for all patterns of a configuration; they take milliseconds
 _NAME = re.compile(r"[\w.\-]*")
 _PREFIX, _FIRST = "base_model.model.", re.compile(r"\.lora_(?:A\.weight|embedding_A)$")
 _ODD = 16  # times the largest rank in the weights: no adapter's r
@@ -37,7 +43,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     kind, base, revision = (config.get(key) for key in ("peft_type", "base_model_name_or_path", "revision"))
     if kind != "LORA":
         raise ValueError(f"{path}: expected peft_type 'LORA', found {short(kind)}")
-    if not isinstance(base, str) or not base or "\0" in base:
+    if not isinstance(base, str) or not base or not _may_be_a_name(base):
         raise ValueError(f"{path}: expected base_model_name_or_path to name the base model, found {short(base)}")
     if revision is not None and not isinstance(revision, str):
         raise ValueError(f"{path}: expected revision to be a name, found {short(revision)}")
@@ -48,6 +54,17 @@ def base_of(folder: Path) -> tuple[str, str | None]:
         )
     tensors_of([folder / ADAPTER_WEIGHTS])
     return base, revision
+
+
+def _may_be_a_name(text: str) -> bool:
+    """Whether a system can be asked for a file or folder of this name."""
+    try:
+        expanded(text).stat()
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    except ValueError:  # half a character, or a NUL
+        return False
+    return True
 
 
 def put_adapter(peft: Any, model: Any, folder: Path, base: str) -> Any:
@@ -82,8 +99,9 @@ def put_adapter(peft: Any, model: Any, folder: Path, base: str) -> Any:
 def _bound(config: Any, names: Sequence[str], path: Path) -> None:
     """Put names in place of the configuration's regular expressions."""
     end = time.monotonic() + _SECONDS
-    if getattr(config, "megatron_config", None):
-        raise ValueError(f"{path}: expected no megatron_config, which imports a module of the folder's choice")
+    for field, why in _NEVER.items():
+        if getattr(config, field, None) is not None:
+            raise ValueError(f"{path}: expected no {field}, {why}")
     for field in ("modules_to_save", "layers_pattern"):  # peft makes expressions of these
         value = getattr(config, field, None) or ()
         for name in [value] if isinstance(value, str) else value:

@@ -140,7 +140,11 @@ def _fetched(source: str, revision: str) -> Path:
 def _load_float(family: Family, source: str, folder: Path, kwargs: dict[str, Any]) -> Any:
     """The model, with the classification heads that its configuration names."""
     note_changes(folder, MODEL_MANIFEST)
-    where, stored = stored_weights(folder)  # None: transformers may know another way to a model of the hub
+    where, stored = stored_weights(folder)
+    if stored is None and Path(source).is_dir():  # transformers may know another way to a model of the hub
+        raise FileNotFoundError(
+            f"{folder / 'config.json'}: of a float model, whose {FLOAT_WEIGHTS[0]} is missing beside it"
+        )
     tolerant = bool(kwargs.get("ignore_mismatched_sizes"))
 
     class Checked(with_heads(family.model)):  # type: ignore[misc]
@@ -226,7 +230,8 @@ def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
     base, model, processor = _load_base(folder, kwargs)
     note_changes(folder, MODEL_MANIFEST)
     kind = dtype or model.dtype
-    merged = merged_base(put_adapter(peft, model, folder, base)).to(kind).requires_grad_(True).eval()
+    with _named(str(folder), {}, str(folder / ADAPTER_CONFIG)):
+        merged = merged_base(put_adapter(peft, model, folder, base)).to(kind).requires_grad_(True).eval()
     merged.name_or_path = str(folder.absolute())  # not the base's: these are other weights
     return merged, processor
 

@@ -80,11 +80,11 @@ def shards_of(index: Path) -> list[str]:
     names, metadata = described.get("weight_map"), described.get("metadata")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: expected a weight_map, from the names of tensors to those of files")
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{index}: expected metadata to be an object, found a {type(metadata).__name__}")
     for name in names.values():
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: expected names of .safetensors files in its own folder, found {short(name)}")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{index}: expected metadata to be an object, found a {type(metadata).__name__}")
     return sorted(set(names.values()))
 
 

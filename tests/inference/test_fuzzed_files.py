@@ -18,7 +18,7 @@ from PIL import Image
 import clipft
 from clipft.inference.vectors import Description, VectorFile
 
-SECONDS = 6.0
+SECONDS = 4.0
 
 
 def test_onnx(exported: Path, tmp_path: Path) -> None:

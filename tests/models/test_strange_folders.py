@@ -81,6 +81,45 @@ def test_weights_that_are_not_whole(folder: Path, change: Callable[..., Any], me
     refused(folder, message)
 
 
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("config.json", {"dtype": "int8"}),
+        ("config.json", {"text_config__hidden_act": "nothing"}),
+        ("processor_config.json", {"image_processor": 3}),
+        ("processor_config.json", {"image_processor__size": {"height": -1, "width": 5}}),
+        ("processor_config.json", {"image_processor__image_mean": "x"}),
+        ("tokenizer_config.json", {"unk_token": 0.5}),
+        ("tokenizer_config.json", {"model_max_length": "many"}),
+        ("tokenizer.json", {"model": {"type": "None"}}),
+    ],
+)
+def test_the_file_at_fault_is_named(folder: Path, name: str, change: dict[str, Any]) -> None:
+    edit(folder / name, **change)
+    refused(folder, f"^{folder}/.*{name}")
+    (folder / name).write_text("{")
+    refused(folder, f"^{folder / name}: expected a JSON object; the file is damaged")
+
+
+def test_an_index_and_its_files(base: Path, tmp_path: Path) -> None:
+    model, processor = clipft.load(base)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    processor.save_pretrained(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    described = json.loads(index.read_text())
+    name, file = next(iter(described["weight_map"].items()))
+    index.write_text(json.dumps({"weight_map": described["weight_map"]}))
+    refused(tmp_path, f"^{index}: expected metadata to be an object")
+    index.write_text(json.dumps(described))
+    tensors = load_file(tmp_path / file)
+    save_file({"x" if key == name else key: own for key, own in tensors.items()}, tmp_path / file, {"format": "pt"})
+    refused(tmp_path, f"^{tmp_path / file}: expected {name} in it, as model.safetensors.index.json says")
+    save_file(tensors | {"x": tensors[name].clone()}, tmp_path / file, {"format": "pt"})
+    refused(tmp_path, f"^{tmp_path / file}: expected only the weights .* others too: x")
+    save_file(tensors | {name: tensors[name].int()}, tmp_path / file, {"format": "pt"})
+    refused(tmp_path, f"^{tmp_path / file}: expected weights of a float type, found {name} I32")
+
+
 def test_what_older_versions_saved_loads(folder: Path) -> None:
     ids = torch.arange(24).view(1, -1)
     weights(
@@ -146,6 +185,11 @@ def test_adapters_of_strangers(base: Path, tmp_path: Path) -> None:
         ({"r": 10**9}, "asks for rank 1000000000"),
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "imports a module"),
         ({"lora_alpha": float("nan")}, "lora_alpha to be a number above 0"),
+        ({"base_model_name_or_path": "9" * 5000}, "to name the base model"),
+        ({"base_model_name_or_path": "x\ud800"}, "to name the base model"),
+        ({"alora_invocation_tokens": [1]}, "expected no alora_invocation_tokens"),
+        ({"monteclora_config": {}}, "expected no monteclora_config"),
+        ({"task_type": "24"}, "adapter_config.json.*Invalid task type"),
     ):
         (adapter / "adapter_config.json").write_text(good)
         edit(adapter / "adapter_config.json", **change)
@@ -166,6 +210,10 @@ def test_an_int8_folder_that_lies(base: Path, tmp_path: Path) -> None:
     ):
         save_file(good | {layer + name: change(good[layer + name])}, path, metadata={"format": "pt"})
         refused(tmp_path, message)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, f"^{tmp_path}/config.json: of a float model, whose model.safetensors is missing")
 
 
 def test_the_home_of_nobody_is_no_folder() -> None:
