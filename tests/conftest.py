@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -105,8 +105,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny CLIP's ONNX encoders, to be copied by who changes it."""
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with the tiny CLIP's ONNX encoders, float and int8, and the report of the export."""
     for module in ("onnx", "onnxruntime"):
         pytest.importorskip(module)
     from tiny_clip import captioned, tiny_clip
@@ -114,8 +114,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import clipft
 
     folder = tmp_path_factory.mktemp("exported")
-    clipft.export_onnx(*tiny_clip(), folder, data=captioned(4))
-    return folder
+    return folder, clipft.export_onnx(*tiny_clip(), folder, int8=True, data=captioned(40))
 
 
 @pytest.fixture(scope="module")

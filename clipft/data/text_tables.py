@@ -145,7 +145,7 @@ def _checked_header(fields: list[str] | str, path: Path) -> list[str]:
     if isinstance(fields, str):
         raise ValueError(f"{path}, header: {fields}")
     if twice := sorted({name for name in fields if fields.count(name) > 1}):
-        raise ValueError(f"{path}: expected each column once, got {short(twice)} more than once")
+        raise ValueError(f"{path}: expected each column once, got {', '.join(map(short, twice[:5]))} more than once")
     return fields
 
 

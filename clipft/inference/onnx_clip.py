@@ -89,11 +89,12 @@ class OnnxCLIP:
         dim, (image, text) = self.info["dim"], self._paths
         wanted = f"embeddings of {dim} numbers, as {INFO} says"
         pixels = self.preprocess(Image.new("RGB", (3, 2)))[None]
-        _check_inputs(image, self._image, {"pixel_values": ("tensor(float)", pixels.shape)})
+        expected = {"pixel_values": ("tensor(float)", pixels.shape)}
+        _check_inputs(image, self._image, expected, "processor_config.json")
         length, vocabulary = cast(Any, self._tokenizer.truncation)["max_length"], self._tokenizer.get_vocab()
         ids = np.full((1, length), max(vocabulary.values()), np.int64)
         names = ("input_ids", "attention_mask")
-        _check_inputs(text, self._text, dict.fromkeys(names, ("tensor(int64)", ids.shape)))
+        _check_inputs(text, self._text, dict.fromkeys(names, ("tensor(int64)", ids.shape)), "tokenizer_config.json")
         for path, (found, *_) in ((image, self._image.get_outputs()), (text, self._text.get_outputs())):
             if found.type != "tensor(float)" or found.shape[1:] not in ([dim], [str(found.shape[-1])]):
                 raise ValueError(_disagrees(path, f"gives {found.type} {found.shape}", wanted))
@@ -217,9 +218,9 @@ def _disagrees(path: Path, found: str, expected: str) -> str:
 
 
 def _check_inputs(
-    path: Path, session: onnxruntime.InferenceSession, expected: dict[str, tuple[str, tuple[int, ...]]]
+    path: Path, session: onnxruntime.InferenceSession, expected: dict[str, tuple[str, tuple[int, ...]]], by: str
 ) -> None:
-    """That a graph takes these types and shapes, of batches of any size."""
+    """That a graph takes these types and shapes, as the file ``by`` asks for them, of batches of any size."""
     found = {one.name: (one.type, one.shape) for one in session.get_inputs()}
     for name in found.keys() | expected.keys():
         kind, shape = found.get(name, ("", []))
@@ -227,7 +228,8 @@ def _check_inputs(
         fixed = [size for size, own in zip(shape[1:], sizes[1:], strict=False) if isinstance(size, int) and size != own]
         if kind != wanted or len(shape) != len(sizes) or fixed or isinstance(shape[0], int):
             takes = f"takes {name} as {kind} {shape}" if kind else f"takes no {name}"
-            raise ValueError(_disagrees(path, takes, f"{wanted} [batch, {', '.join(map(str, sizes[1:]))}]"))
+            asked = f"{wanted} [batch, {', '.join(map(str, sizes[1:]))}], as {by} makes it"
+            raise ValueError(_disagrees(path, takes, asked))
 
 
 # ---- ONNX Runtime ----

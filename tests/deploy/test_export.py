@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,11 +33,18 @@ FILES = {"image_encoder.onnx", "text_encoder.onnx", "clipft_onnx.json", "process
 INT8 = {"image_encoder.int8.onnx", "text_encoder.int8.onnx"}
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("onnx")
-    model, processor = tiny_clip()
-    return folder, clipft.export_onnx(model, processor, folder, int8=True, data=captioned(40))
+@pytest.fixture
+def written(exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Encoders that torch has exported once stand for those of each further export, whose models are here."""
+    models = []
+
+    def write(model: Any, folder: Path, kind: str, info: dict[str, Any]) -> None:
+        models.append(model)
+        for side in ("image", "text"):
+            shutil.copy(exported[0] / f"{side}_encoder{kind}.onnx", folder)
+
+    monkeypatch.setattr("clipft.deploy.export._write_encoders", write)
+    return models
 
 
 def undescribed(folder: Path, **change: Any) -> None:
@@ -154,7 +162,7 @@ def test_pixels_are_those_of_training(mode: str, shape: tuple[int, int]) -> None
         assert np.array_equal(to_pixels(image, own), build_transform(processor)(image).numpy())
 
 
-def test_adapters_are_merged(tmp_path: Path) -> None:
+def test_adapters_are_merged(written: list[Any], tmp_path: Path) -> None:
     pytest.importorskip("peft")
     model, processor = tiny_clip()
     plain, pixels = tiny_clip()[0], torch.randn(2, 3, SIZE, SIZE)
@@ -164,17 +172,18 @@ def test_adapters_are_merged(tmp_path: Path) -> None:
             nn.init.normal_(parameter, std=0.1)
     with torch.no_grad():
         want, other = (embeds(m.get_image_features(pixel_values=pixels)) for m in (adapted.eval(), plain))
-    clipft.export_onnx(adapted, processor, tmp_path / "out", data=captioned(4))
-    got = clipft.OnnxCLIP(tmp_path / "out").run_images(pixels.numpy())
+    clipft.export_onnx(adapted, processor, tmp_path / "out", data=captioned(4), min_cosine=-1)
+    with torch.no_grad():
+        got = embeds(written[0].get_image_features(pixel_values=pixels))
     np.testing.assert_allclose(got, want, atol=2e-6)
+    assert type(written[0]).__name__ == "CLIPModel" and not any("lora" in name for name in written[0].state_dict())
     assert np.abs(want - other).max() > 1e-3
 
 
-def test_a_bfloat16_model_is_exported_in_float32(tmp_path: Path) -> None:
+def test_a_bfloat16_model_is_exported_in_float32(written: list[Any], tmp_path: Path) -> None:
     model, processor = tiny_clip()
     clipft.export_onnx(model.to(torch.bfloat16), processor, tmp_path, data=captioned(4))
-    pixels = np.zeros((1, 3, SIZE, SIZE), np.float32)
-    assert clipft.OnnxCLIP(tmp_path).run_images(pixels).dtype == np.float32 and model.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in written[0].parameters()} == {torch.float32} and model.dtype == torch.bfloat16
 
 
 def test_alone(exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -230,6 +239,7 @@ def test_a_thread_for_each_core_that_it_may_use(exported: tuple[Path, dict[str, 
     assert done.stdout.strip() == "1", done.stderr
 
 
+@pytest.mark.usefixtures("written")
 def test_weights_over_the_limit_are_in_a_file_of_their_own(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     parity = clipft.export_onnx(*tiny_clip(), folder, data=captioned(4), external_data_above=100_000)
@@ -260,6 +270,7 @@ def test_weights_over_the_limit_are_in_a_file_of_their_own(tmp_path: Path) -> No
 # ---- what goes wrong ----
 
 
+@pytest.mark.usefixtures("written")
 def test_a_missed_threshold_leaves_nothing(tmp_path: Path) -> None:
     model, processor = tiny_clip()
     with pytest.raises(ValueError, match=r"at least 0.99999999 .* the int8 (image|text) encoder has 0.99"):
@@ -269,6 +280,7 @@ def test_a_missed_threshold_leaves_nothing(tmp_path: Path) -> None:
         clipft.export_onnx(model, processor, tmp_path / "out", min_cosine=2)
 
 
+@pytest.mark.usefixtures("written")
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_clip()
 
@@ -384,6 +396,7 @@ def test_a_description_that_disagrees_with_its_graph(
         clipft.OnnxCLIP(tmp_path)
 
 
+@pytest.mark.usefixtures("written")
 def test_int8_that_is_not_there(tmp_path: Path) -> None:
     clipft.export_onnx(*tiny_clip(), tmp_path, data=captioned(4))
     assert {file.name for file in tmp_path.iterdir()} == FILES | {"tokenizer_config.json"}

@@ -37,12 +37,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def onnx_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("onnxruntime")
-    path = tmp_path_factory.mktemp("onnx")
-    clipft.export_onnx(*tiny_clip(), path, data=captioned(4), int8=True)
-    return path
+@pytest.fixture
+def onnx_base(exported: tuple[Path, Any]) -> Path:
+    return exported[0]
 
 
 def run(*arguments: Any) -> Any:
