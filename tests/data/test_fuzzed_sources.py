@@ -64,7 +64,9 @@ def saved(name: str) -> bytes:
 @pytest.mark.parametrize("group", ["usual", "others"])
 def test_pictures(tmp_path: Path, group: str, skip: bool) -> None:
     usual = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
-    plain = [saved(name) for name in picture_formats() if (name in usual) == (group == "usual") and name in Image.SAVE]
+    without_range = ("SPIDER",) if skip else ()  # of floats, which are opened and no RGB
+    names = [name for name in picture_formats() if name in Image.SAVE and name not in without_range]
+    plain = [saved(name) for name in names if (name in usual) == (group == "usual")]
     assert len(plain) > 5
     path = tmp_path / f"{group}.png"
 
