@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import sys
 from typing import Any
 
@@ -18,19 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["PlainConsole", "bar", "console_of_run", "log_to_terminal", "show", "shown", "worst_classes"]
+from clipft.errors import shown
+
+__all__ = ["PlainConsole", "bar", "console_of_run", "log_to_terminal", "show", "worst_classes"]
 
 _TITLES = {"zero_shot": "zero-shot"}
 _CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "top5")
 _CLASSES = 50  # rows of the table of classes
-# C0 and C1, marks and overrides of direction, line and paragraph separators, halves of surrogate pairs
-_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def shown(text: str, *, lines: bool = False) -> str:
-    """Text with its control characters as escapes, ESC as ``\\x1b``: one line, or with ``lines`` several."""
-    kept = "\n\t" if lines else ""
-    return _CONTROL.sub(lambda c: c[0] if c[0] in kept else c[0].encode("unicode_escape").decode(), text)
 
 
 class PlainConsole(Console):

@@ -10,7 +10,7 @@ from typing import Any
 
 from clipft._version import __version__
 
-__all__ = ["environment"]
+__all__ = ["environment", "usable_cores"]
 
 _PACKAGES = (
     *("torch", "torchvision", "transformers", "accelerate", "datasets", "safetensors", "numpy", "pyarrow", "pillow"),
@@ -33,6 +33,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
+        "usable_cores": usable_cores(),
         "kernels": _C.isa(),
         "kernels_available": list(_C.isas()),
         "CLIPFT_ISA": os.environ.get("CLIPFT_ISA"),
@@ -46,6 +47,11 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, which a container or a cpuset may have fewer of than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

@@ -1,9 +1,13 @@
-"""What libraries and strangers' files say, for messages: a line, and not a long one."""
+"""What libraries and strangers' files say, for messages: a line, not a long one, and no command to the terminal."""
 
 from __future__ import annotations
 
-__all__ = ["line_of", "short"]
+import re
 
+__all__ = ["line_of", "short", "shown"]
+
+# C0 and C1, marks and overrides of direction, line and paragraph separators, halves of surrogate pairs
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SHOWN, _LINE = 200, 500  # characters of a value, and of what a library raised
 
 
@@ -15,5 +19,11 @@ def line_of(error: object, most: int = _LINE) -> str:
 
 def short(value: object, most: int = _SHOWN) -> str:
     """A value as Python writes it, up to so many characters."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def shown(text: str, *, lines: bool = False) -> str:
+    """Text with its control characters as escapes, ESC as ``\\x1b``: one line, or with ``lines`` several."""
+    kept = "\n\t" if lines else ""
+    return _CONTROL.sub(lambda c: c[0] if c[0] in kept else c[0].encode("unicode_escape").decode(), text)

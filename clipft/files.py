@@ -63,15 +63,17 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111  (Path's own ends in a RuntimeError)
 
 
-def check_file(path: Path) -> None:
-    """That it is a file: who opens a pipe waits for ever.
+def check_file(path: Path) -> int:
+    """The size of a file; that it is one, for who opens a pipe waits for ever.
 
     Raises:
         FileNotFoundError: there is nothing. ValueError: something else.
     """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: expected a file, found {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}")
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):
+        found = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe or a device"
+        raise ValueError(f"{path}: expected a file, found {found}")
+    return info.st_size
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,11 +82,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is none. ValueError: no file, or no JSON object in it.
     """
-    check_file(path)
-    if path.stat().st_size > _MOST_JSON:
-        raise ValueError(
-            f"{path}: expected JSON of at most {_MOST_JSON >> 20} MB, found {path.stat().st_size >> 20} MB"
-        )
+    if (size := check_file(path)) > _MOST_JSON:
+        raise ValueError(f"{path}: expected JSON of at most {_MOST_JSON >> 20} MB, found {size >> 20} MB")
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError as error:

@@ -94,6 +94,11 @@ def class_folders(folder: Path, count: int) -> Path:
     return folder
 
 
+def smooth(width: int, height: int) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
 def encoded(image: Image.Image, **options: Any) -> Any:
     """As ``load_pairs`` keeps a picture whose file is in memory: JPEG unless options name another format."""
     from clipft.data.pictures import EncodedPicture
@@ -117,3 +122,15 @@ def check_gradients(fused: nn.Module, plain: nn.Module, exact: nn.Module) -> Non
         error, of_plain = ((model.get_parameter(name).grad - truth).abs().max() for model in (fused, plain))
         rounding = torch.finfo(torch.float32).eps * largest[name.rsplit(".", 2)[0], truth.shape]
         assert error <= 4 * of_plain + 8 * rounding, f"{name}: {error:.3g}, of transformers {of_plain:.3g}"
+
+
+def attributes_csv(folder: Path, count: int = 24) -> Path:
+    """Pictures with a caption, the colour, which is missing in every fifth row, and the shape."""
+    rows = ["image,caption,color,shape"]
+    for index in range(count):
+        image, caption, colour = picture(index)
+        image.save(folder / f"{index}.png")
+        rows.append(f"{index}.png,{caption},{'' if index % 5 == 0 else colour},{SHAPES[index // 4 % 4]}")
+    path = folder / "pairs.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path

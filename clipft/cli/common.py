@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.text import Text
 
 from clipft._version import __version__
-from clipft.console import PlainConsole, console_of_run, log_to_terminal, shown
+from clipft.console import PlainConsole, console_of_run, log_to_terminal
+from clipft.errors import line_of, shown
 from clipft.files import check_folder
 from clipft.recipes.options import TrainOptions
 
@@ -107,6 +108,9 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+_LONGEST = 4000  # characters of a message; some hold what a file holds
+
+
 def user_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Print what went wrong with the input as one line; anything else keeps its traceback."""
 
@@ -115,7 +119,7 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
-            if not (message := _one_line(error)):
+            if not (message := _said(error)):
                 raise
             said = shown(_as_options(message, _flags(command)))
             PlainConsole(stderr=True).print(Text.assemble(("error: ", "red"), said))
@@ -124,7 +128,7 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-def _one_line(error: Exception) -> str:
+def _said(error: Exception) -> str:
     """The message; of an error in a loader's process, where torch adds the traceback to the message, the last line.
     Of a RuntimeError nothing, unless it is about such a process that was killed.
     """
@@ -132,10 +136,10 @@ def _one_line(error: Exception) -> str:
         from clipft.training.faults import worker_death
 
         return worker_death(error)
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
+    lines = str(error).strip().splitlines()
+    if lines and lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
         return lines[-1].partition(": ")[2]
-    return " ".join(" ".join(lines).split())
+    return line_of(error, _LONGEST)
 
 
 def _flags(command: Callable[..., None]) -> dict[str, str]:

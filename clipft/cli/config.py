@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from clipft.errors import line_of
+from clipft.errors import line_of, short
 from clipft.recipes.options import nearest
 
 __all__ = ["Config"]
@@ -25,7 +25,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         return None
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # of bytes, dates, depth
         raise typer.BadParameter(f"{path}: expected a YAML file with options ({line_of(error)})") from error
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path}: expected 'option: value' lines, got {type(values).__name__}")
@@ -40,8 +40,10 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path}: no such option: {named}{there}")
     for name, value in given.items():
         several = getattr(options[name], "multiple", False)
-        if value is not None and (isinstance(value, dict) or several != isinstance(value, list)):
-            raise typer.BadParameter(f"{path}: {name}: expected {'a list' if several else 'one value'}, got {value!r}")
+        nested = any(isinstance(one, dict | list) for one in (value if isinstance(value, list) else [value]))
+        if value is not None and (nested or several != isinstance(value, list)):
+            found = "one that holds others" if nested else short(value)  # by aliases a few lines may hold millions
+            raise typer.BadParameter(f"{path}: {name}: expected {'a list' if several else 'one value'}, got {found}")
     context.default_map = {name: value for name, value in given.items() if value is not None}
     return path
 

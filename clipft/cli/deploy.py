@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from clipft.cli.common import Model, app, examples, output_folder, prepare, user_errors
+from clipft.cli.from_options import takes_options
+from clipft.recipes.options import DataOptions, ScoringOptions, options_from
 
 CheckData = Annotated[
     str | None, typer.Option("--data", help="Data to compare on, as for train; default: embedded drawings.")
@@ -51,6 +53,7 @@ def merge(
 
 @app.command(epilog=examples("clipft quantize --model run --output run-int8 --calibrate"))
 @user_errors
+@takes_options(DataOptions)
 def quantize(
     *,
     model: Model,
@@ -61,11 +64,11 @@ def quantize(
         bool, typer.Option("--calibrate", help="Search clipping and smoothing, kept where they lower a layer's error.")
     ] = False,
     min_cosine: MinCosine = 0.99,
+    **options: Any,
 ) -> None:
     """Turn a model's linear layers to int8, and show what that changed."""
     output_folder(output)
     console = prepare()
-    from clipft import load_pairs
     from clipft.deploy.quantize import quantize as quantize_model
     from clipft.files import locked
     from clipft.models.int8 import check_own_folder
@@ -75,7 +78,7 @@ def quantize(
     with locked(output):
         check_own_folder(output)
         clip, processor = load(model)
-        pairs = None if data is None else load_pairs(data)
+        pairs = _rows_to_compare_on(data, options, console)
         quantized = quantize_model(
             clip, skip=skip or (), inplace=True, data=pairs, processor=processor, calibrate=calibrate
         )
@@ -90,6 +93,18 @@ def quantize(
             f"{found[f'{kind}_cosine']['mean']:.5f}; nothing is written. Try --calibrate, or --skip layers"
         )
     console.print(f"int8 model and quantization_report.json in {output}")
+
+
+def _rows_to_compare_on(data: str | None, options: dict[str, Any], console: Console) -> Any:
+    """The rows of ``--data``, whose account is said."""
+    from clipft.recipes.sources import Sources
+
+    settings = options_from(ScoringOptions, options)
+    if data is not None:
+        return Sources(settings, console).rows("data", data)
+    if settings != ScoringOptions():
+        raise ValueError("data: expected with the options that say how it is read")
+    return None
 
 
 def _quantization_table(found: dict[str, Any]) -> Table:
@@ -111,6 +126,7 @@ def _quantization_table(found: dict[str, Any]) -> Table:
 
 @app.command(epilog=examples("clipft export --model run --output run-onnx --int8"))
 @user_errors
+@takes_options(DataOptions)
 def export(
     *,
     model: Model,
@@ -119,15 +135,16 @@ def export(
     data: CheckData = None,
     skip: Skip = None,
     min_cosine: MinCosine = 0.99,
+    **options: Any,
 ) -> None:
     """Write a model as two ONNX encoders, and compare them with it."""
     output_folder(output)
     console = prepare()
-    from clipft import export_onnx, load_pairs
+    from clipft import export_onnx
     from clipft.models.loading import load
 
     clip, processor = load(model)
-    pairs = None if data is None else load_pairs(data)
+    pairs = _rows_to_compare_on(data, options, console)
     with console.status("exporting and comparing"):
         parity = export_onnx(
             clip, processor, output, int8=int8, data=pairs, min_cosine=min_cosine, skip=tuple(skip or ())

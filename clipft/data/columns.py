@@ -34,7 +34,11 @@ __all__ = [
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "filepath", "file_path", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "title")
 LABEL_COLUMNS = ("label", "class")
-_LIST_AS_TEXT = re.compile(r"""\s*[\[(]\s*(['"]).*\1\s*,?\s*[\])]\s*""", re.DOTALL)  # of Python, JSON or numpy
+_NULL = "(?:nan|null|None)"
+_LIST_AS_TEXT = re.compile(  # as Python, JSON or numpy print lists and sets: of texts, of numbers, empty ones
+    rf"""\s*(?:[\[({{]\s*(?:{_NULL}\s*,\s*)*['"].*['"]\s*(?:,\s*(?:{_NULL}\s*)?)*[\])}}]|\[(?:[\s,\d.+-]|{_NULL})*\])\s*""",
+    re.DOTALL,
+)
 _WHOLE_FLOAT = re.compile(r"^([+-]?\d+)\.0+$")
 _MISSING = ("", "nan", "null", "<na>")  # as programs write what is not known
 # kinds of bad rows
@@ -60,7 +64,7 @@ def checked_captions(value: Any, where: str) -> list[str]:
 
 
 def _is_list(text: str) -> bool:
-    return text.lstrip()[:1] in ("[", "(") and _LIST_AS_TEXT.fullmatch(text) is not None
+    return text.lstrip()[:1] in ("[", "(", "{") and _LIST_AS_TEXT.fullmatch(text) is not None
 
 
 def label_value(value: Any, where: str) -> str:
@@ -134,7 +138,7 @@ def check_attributes(columns: Sequence[str], used: Sequence[str | None], where: 
     """That the attributes that are asked for are columns, and none that serves another purpose; so with ids."""
     if reading.id_column is not None and reading.id_column not in columns:
         raise ValueError(
-            f"{where}: id_column: expected one of its columns {short(list(columns))}, got {reading.id_column!r}"
+            f"{where}: id_column: expected one of its columns {short(list(columns), 1000)}, got {reading.id_column!r}"
         )
     rest = [column for column in columns if column not in used]
     wrong = [name for name in reading.attributes if name not in rest]
@@ -158,16 +162,17 @@ def find_columns(
     columns: Sequence[str], where: str, named: Sequence[str | None], pictures_only: bool = False
 ) -> list[str | None]:
     """The columns of image, caption and label. The image is needed and, unless ``pictures_only``, one of the others."""
+    there = short(list(columns), 1000)
     found: list[str | None] = []
     usual = (IMAGE_COLUMNS, CAPTION_COLUMNS, LABEL_COLUMNS)
     for argument, name, known in zip(("image_column", "caption_column", "label_column"), named, usual, strict=True):
         if name is not None and name not in columns:
-            raise ValueError(f"{where}: {argument}: expected one of its columns {short(list(columns))}, got {name!r}")
+            raise ValueError(f"{where}: {argument}: expected one of its columns {there}, got {name!r}")
         found.append(name or _usual(columns, known))
     image, caption, label = found
     if image is None:
         raise ValueError(
-            f"{where}: expected a column with images ({', '.join(IMAGE_COLUMNS)}), found {short(list(columns))}; "
+            f"{where}: expected a column with images ({', '.join(IMAGE_COLUMNS)}), found {there}; "
             "name it with image_column"
         )
     if pictures_only:
@@ -175,6 +180,6 @@ def find_columns(
     if caption is None and label is None:
         raise ValueError(
             f"{where}: expected a column with captions ({', '.join(CAPTION_COLUMNS)}) or labels "
-            f"({', '.join(LABEL_COLUMNS)}), found {short(list(columns))}; name it with caption_column or label_column"
+            f"({', '.join(LABEL_COLUMNS)}), found {there}; name it with caption_column or label_column"
         )
     return found

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from clipft.data.pictures import EncodedPicture
 from clipft.data.rows import class_names_of, column_names, column_values, read_row, read_stored, stored_pictures
+from clipft.environment import usable_cores
 
-__all__ = ["DIGEST", "digest_of", "picture_digests", "rows_digest"]
+__all__ = ["DIGEST", "digest_of", "know_digests", "picture_digests", "rows_digest"]
 
 DIGEST = 16  # bytes
 _CHUNK = 256  # pictures in memory
@@ -30,14 +31,24 @@ def digest_of(*parts: bytes) -> bytes:
 
 def picture_digests(dataset: Any) -> list[bytes]:
     """Of each row's picture: of its file's bytes, or of the decoded picture where there is no file."""
+    if (known := _known.get(dataset)) is not None:
+        return known
     stored = stored_pictures(dataset)
     if stored is None:
         return [_digest_of_row(dataset, index) for index in range(len(dataset))]
     found: list[bytes] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for start in range(0, len(stored), _CHUNK):
             found += pool.map(lambda image: digest_of(read_stored(image)), stored[start : start + _CHUNK]["image"])
     return found
+
+
+def know_digests(dataset: Any, pictures: list[bytes]) -> None:
+    """What :func:`picture_digests` gives for these rows, which are not read again while they are in use."""
+    _known[dataset] = pictures
+
+
+_known: WeakKeyDictionary[Any, list[bytes]] = WeakKeyDictionary()
 
 
 def _digest_of_row(dataset: Any, index: int) -> bytes:

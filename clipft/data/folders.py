@@ -24,7 +24,7 @@ from clipft.data.samples import TEXT_ENDINGS, Sample, check_text_size, from_samp
 from clipft.data.shards import read_samples
 from clipft.data.slices import Address
 from clipft.data.splits import TABLE_ENDINGS, hidden
-from clipft.data.stored import canonical, holds_paths, read_parquet, read_saved
+from clipft.data.stored import canonical, features_of_parquet, holds_paths, read_saved
 from clipft.data.table_files import from_files, lists_pictures
 from clipft.data.tables import add_picture, dataset_of_pictures
 
@@ -204,7 +204,7 @@ def _from_pictures(tree: Tree, reading: Reading) -> datasets.Dataset:
 def _holds_pictures(table: Path, reading: Reading) -> bool:
     """Whether a table has pictures in it, not beside it."""
     try:
-        return table.suffix.lower() == ".parquet" and not holds_paths(read_parquet(table), str(table), reading)
+        return table.suffix.lower() == ".parquet" and not holds_paths(features_of_parquet(table), str(table), reading)
     except ValueError:  # damaged, or without pictures
         return False
 

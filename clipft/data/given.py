@@ -10,7 +10,7 @@ import datasets
 from torch.utils.data import Subset
 
 from clipft.data.columns import checked_captions, class_of, encode_labels, find_columns
-from clipft.data.objects import ObjectRows, as_rows, object_name
+from clipft.data.objects import ObjectRows, as_rows, object_name, rows_of_pandas
 from clipft.data.pictures import UNREADABLE
 from clipft.data.reading import NO_FILE, UNREADABLE_KIND, BadRowError, Reading
 from clipft.data.splits import chosen_split
@@ -32,9 +32,7 @@ def read_object(data: Any, split: str | None, reading: Reading, purpose: str) ->
         data = data[reading.split]
     elif split not in (None, "train"):
         raise ValueError(f"split: {where} has no splits, got {split!r}")
-    if hasattr(data, "iloc"):
-        data = data.to_dict("records")
-    data = as_rows(data) if isinstance(data, Subset) else data
+    data = as_rows(data) if isinstance(data, Subset) else rows_of_pandas(data)
     if isinstance(data, datasets.Dataset):
         return _from_dataset(data, where, reading)
     if isinstance(data, (list, tuple)) and data and isinstance(data[0], Mapping):
@@ -50,7 +48,7 @@ def _from_dataset(data: datasets.Dataset, where: str, reading: Reading) -> Any:
     if data.format["type"] == "custom":  # its rows are what the user's function makes of them
         return data
     data = data.with_format(None)
-    if not holds_paths(data, where, reading):
+    if not holds_paths(data.features, where, reading):
         return canonical(data, where, None, reading)
     used = [*find_columns(data.column_names, where, reading.named), *reading.attributes]
     return _from_paths(data.select_columns([name for name in used if name]).to_list(), where, reading)

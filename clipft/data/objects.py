@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from clipft.data.reading import BadRowError
 
-__all__ = ["ObjectRows", "as_row", "as_rows", "object_name"]
+__all__ = ["ObjectRows", "as_row", "as_rows", "object_name", "rows_of_pandas"]
 
 _WANTED = "a (picture, text or class) pair or a dictionary with image and caption or label"
 
@@ -43,13 +43,19 @@ def as_rows(data: Any) -> Any:
         )
     if isinstance(data, Subset):
         return as_rows(data.dataset).select([int(row) for row in data.indices])
-    if hasattr(data, "iloc"):  # pandas counts by index, not by order
-        data = data.to_dict("records")
+    data = rows_of_pandas(data)
     iterable = isinstance(data, (torch.utils.data.IterableDataset, str, bytes, Path))
     if iterable or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         hint = "; clipft.load_pairs reads files" if isinstance(data, (str, Path)) else ""
         raise TypeError(f"dataset: expected one with a length and rows by index, got {type(data).__name__}{hint}")
     return ObjectRows(data)
+
+
+def rows_of_pandas(data: Any) -> Any:
+    """A frame's or a Series' rows as a list, since pandas counts by index and not by order; of all else, itself."""
+    if not hasattr(data, "iloc"):
+        return data
+    return data.to_dict("records") if data.ndim > 1 else list(data)
 
 
 def object_name(data: Any) -> str:
@@ -200,10 +206,11 @@ def _text_or_class(value: Any, place: str) -> dict[str, Any]:
         return {"caption": value if isinstance(value, str) else list(value)}
     if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
         value = value.item()
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return {"label": int(value)}
-    if value is None or (isinstance(value, float) and np.isnan(value)):
+    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+    if value is None or (number is not None and np.isnan(number)):
         return {}
+    if number is not None and number.is_integer():
+        return {"label": int(value)}
     raise BadRowError(place, f"expected a text, texts or the number of a class beside the picture, got {_kind(value)}")
 
 

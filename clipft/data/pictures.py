@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +24,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from clipft.errors import line_of
+from clipft.files import check_file
 
 __all__ = [
     "UNOPENED_ENDINGS",
@@ -145,7 +147,7 @@ def has_picture_content(path: str | Path) -> bool:
     """Whether a file without an ending begins as a picture does, by formats that have a mark of their own."""
     marked = [name for name in picture_formats() if Image.OPEN[name][1] is not None]
     try:
-        _check_regular(path)
+        check_file(Path(path))
         with Image.open(path, formats=marked):
             return True
     except Exception:  # whatever a decoder makes of another kind of file
@@ -187,7 +189,7 @@ def read_file(path: str | Path) -> bytes:
     Raises:
         OSError: there is no such file. ValueError: no regular file, or larger than any picture that is read.
     """
-    check_size(_check_regular(path))
+    check_size(check_file(Path(path)))
     return Path(path).read_bytes()
 
 
@@ -196,14 +198,6 @@ def check_size(size: int) -> None:
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and size > _BYTES_OF_A_PIXEL * most:
         raise ValueError(f"{size} bytes, too many for a picture of max_pixels (--max-pixels) {most}")
-
-
-def _check_regular(path: str | Path) -> int:
-    """The size of a file that may be opened: a FIFO would wait for ever."""
-    info = Path(path).stat()
-    if not stat.S_ISREG(info.st_mode):
-        raise ValueError("no regular file")
-    return info.st_size
 
 
 # ---- reading ----
@@ -223,7 +217,7 @@ def naming(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # decoders raise RuntimeError, struct.error, ZeroDivisionError, ...
         why = error.why if isinstance(error, UnreadablePictureError) else _why(error)
-        named = UnreadablePictureError(f"{name}: the image cannot be read ({why})")
+        named = UnreadablePictureError(f"{name}: the image cannot be read ({why.removeprefix(f'{name}: ')})")
         named.why = why
         raise named from error
 
@@ -235,7 +229,7 @@ def _why(error: Exception) -> str:
         return f"more pixels than max_pixels (--max-pixels) {Image.MAX_IMAGE_PIXELS}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return line_of(error)
 
 
 def in_order(values: Any) -> Any:

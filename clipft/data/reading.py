@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from clipft.errors import shown
+
 __all__ = ["HIDDEN", "NO_FILE", "NO_REGULAR_FILE", "UNREADABLE_KIND", "BadRowError", "Reading"]
 
 UNREADABLE_KIND = "unreadable"
@@ -125,13 +127,15 @@ class Reading:
         return self.read + sum(map(len, self.left_out.values()))
 
     def line(self) -> str:
-        """``read 118 of 131: 9 .heic (install pillow-heif), 3 hidden, 1 unreadable: cat/7.jpg``."""
+        """The account, bad rows last and with the first of their names, in a line without a stranger's escapes:
+        ``read 118 of 131: 9 .heic (install pillow-heif), 3 hidden, 1 unreadable: cat/7.jpg``.
+        """
         parts = []
         for kind, names in sorted(self.left_out.items(), key=lambda entry: (entry[0] in self._bad, -len(entry[1]))):
-            shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-            parts.append(f"{len(names)} {kind}" + (f": {shown}" if kind in self._bad else ""))
+            first = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+            parts.append(f"{len(names)} {kind}" + (f": {first}" if kind in self._bad else ""))
         split = f"split {self.split}, " if self.split else ""
-        return _printable(f"{split}read {self.read} of {self.given}" + (": " if parts else "") + ", ".join(parts))
+        return shown(f"{split}read {self.read} of {self.given}" + (": " if parts else "") + ", ".join(parts))
 
     def to_json(self) -> dict[str, Any]:
         """The same for report.json, with all names."""
@@ -146,13 +150,8 @@ class Reading:
 
     def summary(self) -> str:
         """One line for the user: which bad rows were left out, and why."""
-        shown = "; ".join(self.skipped[:_SHOWN]) + ("; ..." if len(self.skipped) > _SHOWN else "")
-        return _printable(f"{self.source}: left out {len(self.skipped)} of {self.given} rows: {shown}")
+        reasons = "; ".join(self.skipped[:_SHOWN]) + ("; ..." if len(self.skipped) > _SHOWN else "")
+        return shown(f"{self.source}: left out {len(self.skipped)} of {self.given} rows: {reasons}")
 
     def _short(self, name: str) -> str:
         return name.removeprefix(f"{self.source}, ").removeprefix(f"{self.source.rstrip('/')}/")
-
-
-def _printable(text: str) -> str:
-    """Without what moves a terminal's cursor or ends its line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -166,4 +166,4 @@ def _found(values: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 @cache
 def _picture_endings() -> list[str]:
-    return [ending[1:] for ending in sorted(picture_endings())]
+    return [*(ending[1:] for ending in sorted(picture_endings())), ""]  # a file without one is judged by its content

@@ -8,8 +8,7 @@ be each other's negatives.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from clipft.data.samples import from_samples
 from clipft.data.shards import read_samples, shard_paths
 from clipft.data.splits import TABLE_ENDINGS, chosen_split, existing, hidden, sources_of_splits, split_of_name
 from clipft.data.stored import canonical, select_rows
-from clipft.data.table_files import from_files
+from clipft.data.table_files import from_files, lists_pictures
 from clipft.data.text_tables import checked_encoding
+from clipft.environment import usable_cores
 from clipft.files import check_file
 
 __all__ = ["load_pairs", "load_reading", "read_pairs"]
@@ -142,10 +142,22 @@ def _read(source: str | Path, split: str | None, reading: Reading, purpose: str)
     reading.split = chosen_split(parts, split, purpose, str(source))
     chosen = parts[reading.split]
     if chosen[0].is_dir() and not (path / "dataset_dict.json").is_file():
-        for entry in sorted(path.iterdir()):
-            if hidden(entry.name) or not entry.is_dir():
-                reading.leave_out(HIDDEN if hidden(entry.name) else "beside the splits", str(entry))
+        _count_beside_splits(path, parts, split, reading)
     return from_folder(chosen[0], reading) if chosen[0].is_dir() else from_files(chosen, reading)
+
+
+def _count_beside_splits(folder: Path, splits: Iterable[str], asked: str | None, reading: Reading) -> None:
+    """What is no split of a folder of splits; a table that may be what is meant is refused."""
+    for entry in sorted(folder.iterdir()):
+        if hidden(entry.name):
+            reading.leave_out(HIDDEN, str(entry))
+        elif not entry.is_dir():
+            if asked is None and entry.suffix.lower() in TABLE_ENDINGS and lists_pictures(entry, reading):
+                raise ValueError(
+                    f"{folder}: has {', '.join(splits)}, and {entry.name}, which lists pictures too: give the file "
+                    f"itself, or name the split, as {folder}:{reading.split}"
+                )
+            reading.leave_out("beside the splits", str(entry))
 
 
 def _drop_unreadable(dataset: datasets.Dataset, reading: Reading) -> datasets.Dataset:
@@ -162,7 +174,7 @@ def _drop_unreadable(dataset: datasets.Dataset, reading: Reading) -> datasets.Da
         return None
 
     faults: list[str | None] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for start in range(0, len(stored), _CHUNK):
             images = stored[start : start + _CHUNK]["image"]
             faults += pool.map(fault, range(start, start + len(images)), images)

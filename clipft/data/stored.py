@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, cast
@@ -35,7 +35,7 @@ from clipft.data.tables import safe_path
 from clipft.errors import line_of
 from clipft.files import read_json
 
-__all__ = ["canonical", "holds_paths", "read_parquet", "read_saved", "select_rows"]
+__all__ = ["canonical", "features_of_parquet", "holds_paths", "read_parquet", "read_saved", "select_rows"]
 
 _PATHS, _BYTES = ("string", "large_string"), ("binary", "large_binary")
 _IN_MEMORY = 2 << 30  # bytes of a table; a larger one is unpacked to the disk
@@ -67,6 +67,18 @@ def read_parquet(path: Path) -> datasets.Dataset:
         raise ValueError(f"{path}: expected a Parquet file ({line_of(error)})") from error
 
 
+def features_of_parquet(path: Path) -> datasets.Features:
+    """The columns of a file, whose rows are not read.
+
+    Raises:
+        ValueError: no Parquet, or a damaged file.
+    """
+    try:
+        return datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(path))
+    except Exception as error:
+        raise ValueError(f"{path}: expected a Parquet file ({error})") from error
+
+
 @cache
 def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="clipft-parquet-")
@@ -87,10 +99,10 @@ def read_saved(folder: Path) -> datasets.Dataset:
         raise ValueError(f"{folder}: expected a data set that save_to_disk wrote ({line_of(error)})") from error
 
 
-def holds_paths(dataset: datasets.Dataset, where: str, reading: Reading) -> bool:
-    """Whether the column of images has their paths as text."""
-    image = cast(str, find_columns(dataset.column_names, where, reading.named, reading.pictures_only)[0])
-    return getattr(dataset.features[image], "dtype", None) in _PATHS
+def holds_paths(features: Mapping[str, Any], where: str, reading: Reading) -> bool:
+    """Whether the column of images, of these columns, has their paths as text."""
+    image = cast(str, find_columns(list(features), where, reading.named, reading.pictures_only)[0])
+    return getattr(features[image], "dtype", None) in _PATHS
 
 
 # ---- columns and rows ----

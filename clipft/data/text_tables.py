@@ -109,12 +109,12 @@ def check_line(line: str, place: str, encoding: str | None) -> None:
 # ---- .csv and .tsv ----
 
 
-def read_csv(path: Path, delimiter: str, reading: Reading) -> list[Row]:
+def read_csv(path: Path, delimiter: str, reading: Reading) -> Iterator[Row]:
     """The rows with their numbers, from 0 and without empty lines, but for those left out."""
     lines = read_lines(path, reading.encoding)
     first = next((number for number, line in enumerate(lines) if line.removesuffix("\r")), len(lines))
     if first == len(lines):
-        return []
+        return
     check_line(lines[first], f"{path}, header", reading.encoding)
     header, count = _record(lines, first, delimiter)
     header = _checked_header(header, path)
@@ -125,8 +125,8 @@ def read_csv(path: Path, delimiter: str, reading: Reading) -> list[Row]:
         value = fields[image] if image is not None and len(fields) == len(header) else ""
         return bool(_FILE_NAME.search(value)) and not value.endswith(('"', "."))
 
-    rows: list[Row] = []
     for number, (start, fields) in enumerate(_records(lines, first + count, delimiter, is_row)):
+        row: dict[str, Any] | None = None
         with reading.row():
             place = f"{path}, row {number}"
             check_line(lines[start] if isinstance(fields, str) else "\n".join(fields), place, reading.encoding)
@@ -137,8 +137,9 @@ def read_csv(path: Path, delimiter: str, reading: Reading) -> list[Row]:
                     f"expected {len(header)} fields, as in the header; a field that holds {delimiter!r} must be quoted"
                 )
                 raise BadRowError(place, why, BROKEN)
-            rows.append((number, dict(zip(header, fields, strict=True))))
-    return rows
+            row = dict(zip(header, fields, strict=True))
+        if row is not None:
+            yield number, row
 
 
 def _checked_header(fields: list[str] | str, path: Path) -> list[str]:
@@ -185,20 +186,21 @@ def _record(lines: Sequence[str], start: int, delimiter: str) -> tuple[list[str]
 # ---- .jsonl ----
 
 
-def read_jsonl(path: Path, reading: Reading) -> list[Row]:
+def read_jsonl(path: Path, reading: Reading) -> Iterator[Row]:
     """The rows with their numbers, which count empty lines, but for those left out."""
-    rows = []
     for number, line in enumerate(read_lines(path, reading.encoding)):
+        row: dict[str, Any] | None = None
         if not line.strip():
             continue
         with reading.row():
             place = f"{path}, line {number + 1}"
             check_line(line, place, reading.encoding)
             try:
-                row = json.loads(line)
+                found = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise BadRowError(place, f"expected one JSON object a line ({line_of(error)})", BROKEN) from error
-            if not isinstance(row, dict):
-                raise BadRowError(place, f"expected a JSON object, got {type(row).__name__}", BROKEN)
-            rows.append((number, row))
-    return rows
+            if not isinstance(found, dict):
+                raise BadRowError(place, f"expected a JSON object, got {type(found).__name__}", BROKEN)
+            row = found
+        if row is not None:
+            yield number, row

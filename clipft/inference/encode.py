@@ -94,7 +94,8 @@ def embed(
     if texts is not None:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"texts: expected a list of strings, got {type(texts).__name__}")
-        return torch.from_numpy(finite(encoder.texts(list(texts)), texts))
+        texts = list(texts)
+        return torch.from_numpy(finite(encoder.texts(texts), texts))
     if isinstance(images, (str, bytes, Path, Image.Image)) or not hasattr(images, "__getitem__"):
         raise TypeError(f"images: expected several pictures, paths or a data set, got {type(images).__name__}")
     pictures = _pictures_of(images)

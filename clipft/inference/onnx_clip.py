@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer
 
 from clipft.data.captions import shortened
 from clipft.data.pictures import check_preprocessing, in_order, open_picture, to_pixels
+from clipft.environment import usable_cores
 from clipft.errors import line_of
 from clipft.files import check_file, check_set, expanded, read_json, settle
 from clipft.models.formats import ONNX_INFO as INFO
@@ -235,14 +235,12 @@ def _check_inputs(
 # ---- ONNX Runtime ----
 
 
-def _cores() -> int:
-    """ONNX Runtime by itself counts the machine's, and binds its threads to them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _session(path: Path, threads: int | None, providers: Sequence[str]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads or _cores(), _QUIET
+    options.log_severity_level = _QUIET
+    options.intra_op_num_threads = (
+        threads or usable_cores()
+    )  # by itself it takes the machine's, and binds itself to them
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # ONNX Runtime has no common class of its own

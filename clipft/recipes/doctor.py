@@ -9,7 +9,6 @@ pictures have no signs: these are near where their colours are.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from clipft.data.reading import UNREADABLE_KIND
 from clipft.data.rows import PairRows, class_names_of, read_stored, stored_pictures
 from clipft.data.sampling import UNEVEN
 from clipft.data.sources import read_pairs
+from clipft.environment import usable_cores
 from clipft.families.clip import CLIP
 from clipft.families.registry import family_of
 from clipft.files import check_output, write_json
@@ -193,7 +193,7 @@ def _look(dataset: Any, places: Sequence[str]) -> Iterator[_Picture | str]:
         except UnreadablePictureError as error:
             return str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for start in range(0, len(stored), _CHUNK):
             images = stored[start : start + _CHUNK]["image"]
             yield from pool.map(look, places[start : start + len(images)], images)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipft.console import shown
+from clipft.errors import shown
 
 __all__ = ["Finding", "Findings", "show_findings"]
 

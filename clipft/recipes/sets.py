@@ -11,7 +11,7 @@ import datasets
 from rich.text import Text
 
 from clipft.data.classes import share_of_classes
-from clipft.data.digests import picture_digests, rows_digest
+from clipft.data.digests import know_digests, picture_digests, rows_digest
 from clipft.data.splits import TEST, TRAIN, names_of_splits, split_of_name, test_splits
 from clipft.recipes.hold_out import Seen, split_rows
 from clipft.recipes.sources import Sources, name_of
@@ -68,6 +68,9 @@ def sets_of_run(sources: Sources, data: Any, eval_data: Any, seen: Seen, *, choo
     elif chooses:
         validation = rows.select(split.validation)
     train = rows.select(split.train)
+    for part, own in (("train", train), ("validation", validation)):
+        if own is not None:  # features of frozen towers are found by them
+            know_digests(own, parts[part])
     classes = sources.classes(test, [train])
     test_name = f"{len(test)} pictures of {test_name}{share_of_classes(test, classes)}"
     say = sources.console.print

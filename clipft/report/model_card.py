@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from clipft.console import number, shown
+from clipft.console import number
+from clipft.errors import shown
 from clipft.files import expanded, write_text
 
 __all__ = ["write_model_card"]

@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
-from clipft.console import shown
+from clipft.errors import shown
 from clipft.files import writing
 
 __all__ = ["Row", "draw_sheet"]

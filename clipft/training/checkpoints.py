@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
+from clipft.errors import line_of
 from clipft.files import check_set, drop_link, read_json, write_json, write_manifest
 from clipft.models.formats import MODEL_MANIFEST
 
@@ -150,9 +151,8 @@ def _named_errors(staging: Path, final: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not re.search("inline_container|iostream", str(error)):
             raise
         shutil.rmtree(staging, ignore_errors=True)
-        reason = str(error).strip().splitlines()[0]
         raise OSError(
-            f"{final}: the checkpoint cannot be written ({reason}) and is not there; "
+            f"{final}: the checkpoint cannot be written ({line_of(error)}) and is not there; "
             f"{kept_checkpoints(final.parent)}. Make room and resume"
         ) from error
 
@@ -213,7 +213,7 @@ def _fault_of_file(checkpoint: Path) -> str:
         try:
             _READERS[path.name.partition(".")[2]](path)
         except Exception as error:  # whatever a damaged file may lead to
-            return f"{path.name} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            return f"{path.name} cannot be read: {line_of(error)}"
     try:
         check_set(checkpoint, MODEL_MANIFEST)
     except ValueError as error:

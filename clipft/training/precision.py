@@ -14,7 +14,15 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-__all__ = ["bf16_speedup", "cudnn_benchmark", "fastest_precision", "hold_masters", "wide_copy"]
+__all__ = [
+    "bf16_speedup",
+    "cudnn_benchmark",
+    "fastest_precision",
+    "hold_masters",
+    "warn_of_slow_bf16",
+    "weights_kept",
+    "wide_copy",
+]
 
 _logger = logging.getLogger(__name__)
 _ROWS, _IN, _OUT = 512, 768, 768  # of a linear layer as in ViT-B, forward and backward
@@ -37,6 +45,20 @@ def hold_masters(model: nn.Module) -> None:
     model.float()
 
 
+@contextmanager
+def weights_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever the model is cast to within, its weights are what they were afterwards, of the same type."""
+    weights = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for parameter, own in weights:
+            parameter.data = own
+        for module, buffers_of in buffers:
+            module._buffers.update(buffers_of)
+
+
 def wide_copy(weights: Tensor) -> Tensor:
     """A copy of no less than float32, apart from the graph."""
     return weights.detach().to(torch.promote_types(weights.dtype, torch.float32), copy=True)
@@ -52,6 +74,16 @@ def bf16_speedup(device: str) -> float:
     """Time of a linear layer's forward and backward pass in float32 over that under bfloat16 autocast: the median of
     three ratios."""
     return statistics.median(_step(device, False) / _step(device, True) for _ in range(_RUNS))
+
+
+def warn_of_slow_bf16(device: str) -> None:
+    """Where a CPU is slower in bfloat16."""
+    if device == "cpu" and (gain := bf16_speedup(device)) < 1.0:
+        _logger.warning(
+            "bf16: this CPU takes %.1f times as long in bfloat16 as in float32 (a linear layer, measured now); "
+            "float32 is faster here",
+            1.0 / gain,
+        )
 
 
 def _step(device: str, autocast: bool) -> float:

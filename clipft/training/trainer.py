@@ -37,7 +37,7 @@ from clipft.training.faults import all_finite, non_finite_message, worker_deaths
 from clipft.training.fsdp import as_saved, check_enabled, gather_for_features, make_shardable
 from clipft.training.grad_cache import cached_backward, chunks
 from clipft.training.head_training import HeadTraining
-from clipft.training.precision import bf16_speedup, cudnn_benchmark, hold_masters
+from clipft.training.precision import cudnn_benchmark, hold_masters, warn_of_slow_bf16, weights_kept
 from clipft.training.regularizers import StartingPoint
 from clipft.training.row_loading import RowLoading, given_rows, own_collator
 from clipft.training.schedules import GradualUnfreezing, WeightAverage, split_by_depth
@@ -332,14 +332,17 @@ class CLIPTrainer(RowLoading):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Trainer's loop, then metrics from its embeddings and logits: the towers run once."""
-        loss_only = self.args.prediction_loss_only
-        if self.args.batch_eval_metrics or not self.args.eval_do_concat_batches or self.preprocess_logits_for_metrics:
-            self._collected = EvalLoopContainer(do_nested_concat=True)
-        with self._averaged():
-            output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
-            predictions = self._collected.get_arrays() if self._collected else output.predictions
+        args, loss_only = self.args, self.args.prediction_loss_only
+        apart = args.batch_eval_metrics or not args.eval_do_concat_batches or self.preprocess_logits_for_metrics
+        self._collected = EvalLoopContainer(do_nested_concat=True) if apart else None
+        rounds = (args.bf16_full_eval or args.fp16_full_eval) and not (self.is_in_train or self.is_fsdp_enabled)
+        try:
+            with self._averaged(), weights_kept(cast(nn.Module, self.model)) if rounds else nullcontext():
+                output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
+                predictions = self._collected.get_arrays() if self._collected else output.predictions
+                metrics = {} if loss_only else self._metrics(dataloader.dataset, predictions)
+        finally:
             self._collected = None
-            metrics = {} if loss_only else self._metrics(dataloader.dataset, predictions)
         if output.metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
@@ -381,14 +384,6 @@ class CLIPTrainer(RowLoading):
 
     # ---- the run ----
 
-    def _warn_of_slow_bf16(self) -> None:
-        if self.args.bf16 and self.args.device.type == "cpu" and (gain := bf16_speedup("cpu")) < 1.0:
-            _logger.warning(
-                "bf16: this CPU takes %.1f times as long in bfloat16 as in float32 (a linear layer, measured now); "
-                "float32 is faster here",
-                1.0 / gain,
-            )
-
     def _fitting_chunk(self) -> int | None:
         """Pairs that fit into memory at once, the same number on every rank; None for all of the batch."""
         model = cast(nn.Module, self.model).train()
@@ -423,7 +418,8 @@ class CLIPTrainer(RowLoading):
             resume_from_checkpoint = str(last_checkpoint(str(self.args.output_dir)))
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
-        self._warn_of_slow_bf16()
+        if self.args.bf16:
+            warn_of_slow_bf16(self.args.device.type)
         if self.args.auto_batch:
             self.args.grad_cache_chunk_size = self._fitting_chunk()
         if self.args.l2_sp or self.args.distillation:  # before a checkpoint's weights take the start's place

@@ -21,7 +21,8 @@ from tiny_clip import class_folders, picture
 from typer.testing import CliRunner
 
 from clipft.cli import app
-from clipft.console import PlainConsole, show, shown
+from clipft.console import PlainConsole, show
+from clipft.errors import line_of, shown
 from clipft.report.model_card import write_model_card
 from clipft.report.sheet import Row, draw_sheet
 
@@ -44,6 +45,12 @@ def table(folder: Path, names: list[str]) -> Path:
 
 
 # ---- the terminal ----
+
+
+def test_an_error_is_one_line() -> None:
+    assert line_of(ValueError("two\n  lines,\tand more\n")) == "two lines, and more"
+    assert line_of(RuntimeError("")) == line_of(RuntimeError("\n")) == "RuntimeError"
+    assert line_of(OSError("x" * 2000)) == "x" * 500 + "..." and line_of(OSError("x" * 2000), 4000) == "x" * 2000
 
 
 def test_control_characters_are_shown() -> None:

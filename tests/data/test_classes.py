@@ -49,7 +49,9 @@ def classes_of(part: dict[str, Any]) -> list[str]:
 # ---- labels ----
 
 
-@pytest.mark.parametrize("value", ["", " ", "nan", "NaN", "null", None, float("nan"), ["cat"], "['cat', 'dog']"])
+@pytest.mark.parametrize(
+    "value", ["", " ", "nan", "NaN", "null", None, float("nan"), ["cat"], "['cat', 'dog']", "[0, 1]", "[]"]
+)
 def test_what_is_no_label_is_a_bad_row(tmp_path: Path, value: Any) -> None:
     picture(0)[0].save(tmp_path / "0.png")
     rows = [{"image": "0.png", "label": label} for label in ("cat", value)]

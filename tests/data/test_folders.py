@@ -124,6 +124,24 @@ def test_what_stands_beside_splits_is_counted(tmp_path: Path) -> None:
         class_folders(tmp_path / part, 8)
     draw(tmp_path / "__MACOSX" / "train" / "1.png", tmp_path / "lost.png", tmp_path / ".x.png")
     assert read(tmp_path)[1].line() == "split train, read 8 of 11: 2 hidden, 1 beside the splits"
+    (tmp_path / "test.csv").write_text("image,caption\ntest/red/0.png,a\n")
+    with pytest.raises(ValueError, match=r"has test, train, and test\.csv, which lists pictures too: give the file"):
+        read(tmp_path)
+    assert len(clipft.load_pairs(f"{tmp_path}:test")) == 8
+
+
+def test_of_a_table_beside_the_classes_the_columns_alone_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class_folders(tmp_path, 8)
+    columns = {"id": [1], "blob": [b"x"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "features.parquet")
+    (tmp_path / "notes.csv").write_text('id,note\n1,first\n2,"a quote that is open\n')
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.iter_batches", lambda *_: pytest.fail("rows were read"))
+    assert read(tmp_path)[1].line() == "read 8 of 10: 2 table beside the classes"
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"x"], "text": ["a"]}), tmp_path / "features.parquet")
+    with pytest.raises(ValueError, match=r"has class folders, and features\.parquet, which lists pictures too"):
+        read(tmp_path)
 
 
 # ---- texts beside pictures ----

@@ -165,8 +165,21 @@ def test_frames_go_by_order_and_name_their_columns(tmp_path: Path) -> None:
     shuffled = frame.sample(frac=1, random_state=0)
     read = clipft.load_pairs(shuffled, image_column="where", caption_column="says", label_column="kind")
     assert read["caption"] == list(shuffled["says"]) and read["label"] == [int(kind) for kind in shuffled["kind"]]
+    series = pd.Series(
+        [(path, text) for path, text in zip(shuffled["where"], shuffled["says"], strict=True)], [3, 1, 0, 2]
+    )
+    assert clipft.load_pairs(series)["caption"][:] == PairRows(series).dataset["caption"] == list(shuffled["says"])
     plain = shuffled.rename(columns={"where": "image", "says": "caption"})
     assert PairRows(plain).captions() == [[text] for text in shuffled["says"]]
+
+
+def test_numbers_of_classes_may_be_of_any_kind() -> None:
+    kinds = [0, 1.0, np.int64(2), np.float32(3.0), torch.tensor(1), np.array(2.0)]
+    read = clipft.load_pairs([(picture(n)[0], kind) for n, kind in enumerate(kinds)])
+    assert read["label"] == [0, 1, 2, 3, 1, 2]
+    for odd in (0.5, True):
+        with pytest.raises(ValueError, match="the number of a class beside the picture, got a "):
+            clipft.load_pairs([(picture(0)[0], odd)])
 
 
 def test_words_as_labels_are_classes() -> None:

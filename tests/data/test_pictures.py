@@ -111,8 +111,8 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "loop.png").symlink_to("loop.png")
     for name, why in {
-        "fifo": "no regular file",
-        "folder": "no regular file",
+        "fifo": "found a pipe or a device",
+        "folder": "found a folder",
         "loop": "symbolic",
         "gone": "No such",
     }.items():

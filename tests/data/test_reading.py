@@ -29,6 +29,11 @@ def test_the_line_and_its_json() -> None:
     assert reading.skipped == ["pictures/cat/7.jpg: the image cannot be read"]
     reading.leave_out("unreadable", "x\x1b[2J\ny.jpg", "x")
     assert "2 unreadable: cat/7.jpg, x\\x1b[2J\\ny.jpg" in reading.line()
+    names = ("\u732b\u3000\u72ac.jpg", "\U0001f469\u200d\U0001f52c.jpg", "caf\u00e9\u00a0\u2013 100%.jpg")
+    for name in names:  # with an ideographic space, a joiner and a space that does not break
+        odd = Reading(skip=True)
+        odd.leave_out("unreadable", name, f"{name}: the image cannot be read")
+        assert odd.line().endswith(f": {name}") and name in odd.summary()
     with pytest.raises(BadRowError, match="row 1: expected a caption"), Reading().row():
         raise BadRowError("t.csv, row 1", "expected a caption")
 

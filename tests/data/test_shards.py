@@ -133,6 +133,18 @@ def test_files_of_a_sample_may_stand_apart(tmp_path: Path) -> None:
     assert clipft.load_pairs(shard(tmp_path / "a.tar", members))["caption"][:] == [f"caption {i}" for i in range(4)]
 
 
+def test_pictures_without_an_ending(tmp_path: Path) -> None:
+    members = {f"{i}{ending}": data for i in range(3) for ending, data in (("", PNG), (".txt", b"caption %d" % i))}
+    assert clipft.load_pairs(shard(tmp_path / "a.tar", members))["caption"][:] == [f"caption {i}" for i in range(3)]
+    bad = shard(tmp_path / "b.tar", members | {"1": b"no picture"})
+    read, reading = captions(bad, bad.read_bytes())
+    assert read == ["caption 0", "caption 2"] and reading.line() == "read 2 of 3: 1 unreadable: 1"
+    (tmp_path / "folder").mkdir()
+    for name, data in members.items():
+        (tmp_path / "folder" / name).write_bytes(data)
+    assert clipft.load_pairs(tmp_path / "folder")["caption"][:] == [f"caption {i}" for i in range(3)]
+
+
 def test_dots_in_names(tmp_path: Path) -> None:
     def load(*names: str, **options) -> list[str]:
         members = {name: PNG if name.endswith("png") else name.encode() for name in names}

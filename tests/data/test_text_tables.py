@@ -94,6 +94,9 @@ BROKEN = {
     "no caption": "0.png, \n",
     "a list as text": "0.png,\"['a dog', 'b']\"\n",
     "a list of numpy's": "0.png,\"['a dog' 'b']\"\n",
+    "a list with both quotes": '0.png,"[""a dog\'s bone"", \'b\']"\n',
+    "an empty list": "0.png,[]\n",
+    "an object": "0.png,\"{'raw': 'a dog'}\"\n",
 }
 
 
@@ -107,6 +110,11 @@ def test_a_broken_row_costs_no_other(folder: Path, fault: str) -> None:
         captions, left_out = skipping(folder / "t.csv", text)
         assert captions == [f"caption {i}" for i in range(1, 6)]
         assert list(left_out.values()) == [[f"row {row}"]]
+
+
+def test_brackets_alone_make_no_list(folder: Path) -> None:
+    captions = ["[untitled]", "(1 of 2)", "[sic] a 'red' dog", "(the 'Ace')", "{x}", "[red] and [blue]"]
+    assert read(folder / "t.jsonl", lines(captions))["caption"][:] == captions
 
 
 def test_a_quote_that_closes_rows_later_is_seen(folder: Path) -> None:
@@ -154,6 +162,15 @@ def test_odd_paths_are_bad_rows(folder: Path) -> None:
     for source in ("~no-such-user-here/x.csv", "x" * 5000 + "/y.csv", "./a\0b.csv"):
         with pytest.raises((ValueError, OSError), match="there is no"):
             clipft.load_pairs(source)
+
+
+@pytest.mark.parametrize(
+    "row", ['{"image": "LONG", "caption": "a"}', '{"LONG": 1}', '{"image": "0.png", "caption": ["LONG", 1]}']
+)
+def test_a_message_holds_no_more_than_the_first_of_a_value(folder: Path, row: str) -> None:
+    with pytest.raises((ValueError, OSError), match=r"t\.jsonl, row 1: ") as error:  # a picture as base64, for instance
+        read(folder / "t.jsonl", lines(["a"]) + row.replace("LONG", "x" * 10**6) + "\n")
+    assert len(str(error.value)) < 1000
 
 
 # ---- labels ----

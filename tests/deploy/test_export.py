@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_clip import SIZE, captioned, tiny_clip
+from tiny_clip import SIZE, captioned, picture, tiny_clip
 from torch import nn
 from transformers import CLIPImageProcessor
 from typer.testing import CliRunner
@@ -442,6 +442,19 @@ def test_quantize_command(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
     again = run("quantize", "--model", tmp_path / "int8", "--output", tmp_path / "no")
     assert again.exit_code == 2 and "expected a float model, got one that has int8 layers already" in again.output
+    names = [f"{number}.png" for number in range(9)]
+    for number, name in enumerate(names[:8]):
+        picture(number)[0].save(tmp_path / name)
+    rows = [json.dumps({"file": name, "words": f"number {name}"}) for name in names]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    how = ("--image-column", "file", "--caption-column", "words", "--on-bad-row", "skip")
+    read = run(
+        "quantize", "--model", tmp_path / "base", "--output", tmp_path / "of", "--data", tmp_path / "rows.jsonl", *how
+    )
+    assert read.exit_code == 0 and "read 8 of 9: 1 without its file: row 8" in read.output, read.output
+    for command in ("quantize", "export"):
+        alone = run(command, "--model", tmp_path / "base", "--output", tmp_path / "no", "--split", "test")
+        assert alone.exit_code == 2 and "--data: expected with the options that say how it is read" in alone.output
 
 
 # ---- torch's own exporter ----

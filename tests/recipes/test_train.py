@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 import clipft
 from clipft.data.drawings import control_drawings
+from clipft.data.rows import read_stored
 from clipft.recipes.options import EvaluateOptions, TrainOptions
 
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 8, "control_data": "none"}
@@ -69,6 +70,13 @@ def test_a_run_shows_its_report_and_goes_on(base: Path, colours: Path) -> None:
     folder = second.folder
     del second
     assert not folder.exists()  # it lives as long as its run
+
+
+def test_pictures_are_read_once_for_their_digests(base: Path, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("clipft.data.digests.read_stored", lambda image: seen.append(image) or read_stored(image))
+    run = clipft.train(str(base), str(colours), **QUICK | {"epochs": 2, "freeze": "towers"})
+    assert list((run.folder / "features").glob("vision-*")) and len(seen) == len(clipft.load_pairs(colours))
 
 
 def test_rows_and_a_loaded_model(base: Path, colours: Path, tmp_path: Path) -> None:

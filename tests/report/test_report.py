@@ -124,6 +124,9 @@ def test_the_command_line_overrides_the_config(base: Path, table: Path, tmp_path
     assert ModelCard.load(tmp_path / "out" / "merged" / "README.md").data.library_name == "transformers"
 
 
+ALIASES = ["template: [", "  &a0 [x],", *(f"  &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]," for n in range(1, 12)), "]"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -134,6 +137,8 @@ def test_the_command_line_overrides_the_config(base: Path, table: Path, tmp_path
         ("epochs: many", "epochs"),
         ("- epochs", "expected 'option: value' lines, got list"),
         ("a: b: c", "expected a YAML file with options"),
+        ("seed: " + "[" * 5000, "expected a YAML file with options"),
+        ("\n".join(ALIASES), "template: expected a list, got one that holds others"),
     ],
 )
 def test_a_config_that_does_not_fit(tmp_path: Path, text: str, message: str) -> None:

@@ -114,7 +114,7 @@ def test_precision_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     assert 0.01 < precision.bf16_speedup("cpu") < 20
     assert precision.fastest_precision("cpu") == ("bf16" if precision.bf16_speedup("cpu") >= 1.2 else "fp32")
     for gain, warned in ((0.11, True), (1.5, False)):
-        monkeypatch.setattr("clipft.training.trainer.bf16_speedup", lambda device, gain=gain: gain)
+        monkeypatch.setattr("clipft.training.precision.bf16_speedup", lambda device, gain=gain: gain)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "clipft"):
             trainer_of(tmp_path, captioned(4), bf16=True, max_steps=1).train()

@@ -66,6 +66,16 @@ def test_a_frozen_base_stays_as_it_is_under_an_adapter(tmp_path: Path) -> None:
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
 
 
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_in_16_bits_leaves_the_weights(name: str, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, captioned(8), captioned(8), **{name: True})
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    rounded = trainer.evaluate()
+    after = trainer.model.state_dict()
+    assert all(after[key].dtype == own.dtype and torch.equal(after[key], own) for key, own in before.items())
+    assert rounded["eval_loss"] != trainer_of(tmp_path, captioned(8), captioned(8)).evaluate()["eval_loss"]
+
+
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 def test_averages_move_on_in_16_bits(dtype: torch.dtype) -> None:
     class State:

@@ -16,109 +16,17 @@ import pytest
 import torch
 from scripts import import_paths
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
-from sklearn.utils.class_weight import compute_class_weight
-from tiny_clip import COLOURS, SHAPES, class_folders, labelled, picture, tiny_clip
+from tiny_clip import COLOURS, attributes_csv, labelled, tiny_clip
 from tiny_trainer import StopAfter, arguments, losses, same, trainer_of
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel
-from typer.testing import CliRunner
 
 import clipft
-from clipft.cli import app
 from clipft.data.rows import MISSING
 from clipft.models.heads import heads_of
-from clipft.training.head_losses import balanced_class_weights, head_loss
 
 NAMES = list(COLOURS)
-
-# ---- losses ----
-
-
-def logits_and_labels(rows: int = 11, classes: int = 4) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    logits = 3 * torch.randn(rows, classes, dtype=torch.float64, generator=generator)
-    return logits.requires_grad_(), torch.randint(classes, (rows,), generator=generator)
-
-
-def focal_by_rows(logits: Tensor, labels: Tensor, gamma: float, weight: Tensor) -> Tensor:
-    p = logits.softmax(1)
-    terms = [weight[y] * (1 - p[i, y]) ** gamma * -p[i, y].log() for i, y in enumerate(labels.tolist())]
-    return torch.stack(terms).sum() / weight[labels].sum()
-
-
-def dice_by_classes(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    p, present = logits.softmax(1), sorted(set(labels.tolist()))
-    losses = [1 - 2 * p[labels == c, c].sum() / (p[:, c].sum() + (labels == c).sum()) for c in present]
-    return (torch.stack(losses) * weight[present]).sum() / weight[present].sum()
-
-
-@pytest.mark.parametrize("rows", [1, 2, 11, 97])
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_focal_loss_is_its_equation(rows: int, gamma: float) -> None:
-    logits, labels = logits_and_labels(rows)
-    weight = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
-    got = clipft.focal_loss(logits, labels, gamma=gamma, weight=weight)
-    expected = focal_by_rows(logits, labels, gamma, weight)
-    torch.testing.assert_close(got, expected)
-    one, other = (torch.autograd.grad(value, logits)[0] for value in (got, expected))
-    torch.testing.assert_close(one, other)
-
-
-def test_focal_loss_without_gamma_is_cross_entropy() -> None:
-    logits, labels = logits_and_labels()
-    weight = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
-    torch.testing.assert_close(
-        clipft.focal_loss(logits, labels, gamma=0.0, weight=weight), functional.cross_entropy(logits, labels, weight)
-    )
-
-
-@pytest.mark.parametrize("rows", [1, 2, 11, 97])  # with one or two, classes are absent
-def test_dice_loss_is_its_equation(rows: int) -> None:
-    logits, labels = logits_and_labels(rows)
-    weight = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
-    got, expected = clipft.dice_loss(logits, labels, weight=weight), dice_by_classes(logits, labels, weight)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(torch.autograd.grad(got, logits)[0], torch.autograd.grad(expected, logits)[0])
-    assert 0.0 < clipft.dice_loss(logits, labels) < 1.0
-    sure = 1000.0 * functional.one_hot(labels, 4)
-    assert clipft.dice_loss(sure, labels) == 0.0 == clipft.focal_loss(sure, labels)
-
-
-@pytest.mark.parametrize("kind", ["cross_entropy", "focal", "dice"])
-def test_missing_labels_are_as_if_their_rows_were_not_there(kind: str) -> None:
-    logits, labels = logits_and_labels(12)
-    some = labels.clone()
-    some[::3] = MISSING
-    known = some != MISSING
-    torch.testing.assert_close(head_loss(kind, logits, some), head_loss(kind, logits[known], labels[known]))
-    none = head_loss(kind, logits, torch.full_like(labels, MISSING))
-    assert none == 0.0
-    assert torch.autograd.grad(none, logits)[0].abs().max() == 0.0
-
-
-@pytest.mark.parametrize("kind", ["focal", "dice"])
-def test_extreme_logits_have_finite_gradients(kind: str) -> None:
-    logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4], [0.0, 0.0]], requires_grad=True)
-    loss = head_loss(kind, logits, torch.tensor([0, 0, 1]), gamma=0.5)
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
-    assert torch.isnan(head_loss(kind, torch.full((2, 2), torch.nan), torch.tensor([0, 1])))
-
-
-def test_balanced_weights_are_scikit_learns() -> None:
-    labels = np.array([0] * 7 + [1] * 2 + [3] + [MISSING] * 5)
-    expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels[:10])
-    assert balanced_class_weights(labels, 4).tolist() == pytest.approx([*expected[:2], 1.0, expected[2]])
-
-
-def test_losses_check_their_arguments() -> None:
-    logits, labels = logits_and_labels()
-    with pytest.raises(ValueError, match=r"expected \[N, C\] and \[N\]"):
-        clipft.dice_loss(logits, labels[:3])
-    with pytest.raises(ValueError, match="weight: expected one for each of 4 classes"):
-        clipft.focal_loss(logits, labels, weight=torch.ones(3))
-
 
 # ---- the head itself ----
 
@@ -202,18 +110,6 @@ def test_head_arguments_are_checked() -> None:
 
 
 # ---- attributes in data ----
-
-
-def attributes_csv(folder: Path, count: int = 24) -> Path:
-    """Pictures with a caption, the colour, which is missing in every fifth row, and the shape."""
-    rows = ["image,caption,color,shape"]
-    for index in range(count):
-        image, caption, colour = picture(index)
-        image.save(folder / f"{index}.png")
-        rows.append(f"{index}.png,{caption},{'' if index % 5 == 0 else colour},{SHAPES[index // 4 % 4]}")
-    path = folder / "pairs.csv"
-    path.write_text("\n".join(rows) + "\n")
-    return path
 
 
 def test_attribute_columns_are_classes_with_gaps(tmp_path: Path) -> None:
@@ -455,91 +351,6 @@ def test_head_options_are_checked(tmp_path: Path) -> None:
     adapted = clipft.add_lora(model, 2, 4, 0.0)
     with pytest.raises(ValueError, match="head, attributes: expected a model without adapter"):
         trainer_of(tmp_path, shown(), loaded=(adapted, processor), head="text")
-
-
-# ---- the command line ----
-
-
-def command(*options: str) -> None:
-    result = CliRunner().invoke(app, list(options))
-    assert result.exit_code == 0, result.output
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    model, processor = tiny_clip()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def test_train_and_evaluate_a_head(base: Path, tmp_path: Path) -> None:
-    data, run = str(class_folders(tmp_path / "data", 40)), tmp_path / "run"
-    options = ["--head", "text", "--head-loss", "dice", "--class-weights", "balanced", "--early-stopping-patience", "2"]
-    options += ["--epochs", "2", "--batch-size", "8", "--control-data", "none", "--wise-ft"]
-    command("train", "--model", str(base), "--data", data, "--output", str(run), *options)
-    report = json.loads((run / "report.json").read_text())
-    assert list(report["before"]) == ["head", "zero_shot"]
-    assert report["before"]["head"] == report["before"]["zero_shot"]
-    assert {"eval_balanced_accuracy", "eval_loss"} <= {name for entry in report["history"] for name in entry}
-    assert report["gain"]["head"].keys() >= {"accuracy", "balanced_accuracy"}
-    assert report["wise_ft"]["metric"] == "balanced accuracy"
-    assert "Classification head" in (run / "report.html").read_text()
-    assert "| head, balanced accuracy |" in (run / "README.md").read_text()
-    score, other = tmp_path / "score.json", class_folders(tmp_path / "other", 8)
-    (other / "blue").rename(other / "navy")
-    command("evaluate", "--model", str(run), "--data", str(other), "--output", str(score))
-    assert list(json.loads(score.read_text())) == ["zero_shot", "reading"]
-    line = ["train", "--model", str(base), "--data", data, "--eval-data", str(other), "--output", str(run), *options]
-    result = CliRunner().invoke(app, line)
-    assert result.exit_code == 2
-    assert "column 'label': expected classes among" in result.output and "found ['navy']" in result.output
-    command("evaluate", "--model", str(run), "--data", data, "--output", str(score))
-    model, processor = clipft.load(run)
-    found = clipft.evaluate_heads(model, processor, clipft.load_pairs(data))
-    assert json.loads(score.read_text())["head"] == found["label"]
-
-
-def test_train_and_evaluate_attributes(base: Path, tmp_path: Path) -> None:
-    data, run, score = str(attributes_csv(tmp_path)), tmp_path / "run", tmp_path / "score.json"
-    options = ["--attribute", "color=0.5", "--attribute", "shape", "--head-loss", "focal", "--control-data", "none"]
-    command("train", "--model", str(base), "--data", data, "--eval-data", data, "--output", str(run), *options)
-    after = json.loads((run / "report.json").read_text())["after"]
-    assert list(after) == ["retrieval", "attribute_color", "attribute_shape"]
-    assert after["attribute_shape"]["intervals"].keys() >= {"accuracy", "balanced_accuracy"}
-    assert "Attribute: color" in (run / "report.html").read_text()
-    config = (run / "config.yaml").read_text()
-    assert "- color=0.5" in config and "head_loss: focal" in config
-    line = ["evaluate", "--model", str(run), "--data", data, "--attribute"]
-    result = CliRunner().invoke(app, [*line, "color", "--output", str(score)])
-    assert "the model has more heads, for data with their columns: --attribute shape" in result.output
-    result = CliRunner().invoke(app, ["evaluate", "--model", str(base), "--data", data, "--attribute", "color"])
-    assert result.exit_code == 2 and "--attribute: expected heads of the model" in result.output
-    again = json.loads(score.read_text())
-    assert again["attribute_color"] == after["attribute_color"] and "attribute_shape" not in again
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--attribute", "color=much"], "--attribute: expected NAME or NAME=WEIGHT, got 'color=much'"),
-        (["--attribute", "color", "--attribute", "color=2"], "--attribute: expected each column once"),
-        (["--head", "text", "--class-weights", "some"], "--class-weights: expected balanced, or numbers"),
-        (["--head", "text", "--metric", "image_to_text_R@1"], "--metric: expected one of loss, balanced_accuracy"),
-        (["--head", "text", "--lora-r", "4"], "--head, --attribute: not with --lora-r"),
-        (["--attribute", "size"], "error: --attribute: expected columns of "),
-        (["--attribute", "color=0"], "--attribute: expected a weight above 0"),
-        (["--head", "text", "--class-weights", "1,2"], "error: --head: 'text': expected a training set with a column"),
-        (["--head-loss", "dice"], "error: --head-loss, --class-weights: there is no head"),
-    ],
-)
-def test_wrong_options_are_one_line(base: Path, tmp_path: Path, options: list[str], message: str) -> None:
-    data = str(attributes_csv(tmp_path, 8))
-    arguments = ["train", "--model", str(base), "--data", data, "--output", str(tmp_path / "run"), *options]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2
-    assert message in result.output
 
 
 # ---- several processes ----
