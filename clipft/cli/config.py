@@ -12,6 +12,7 @@ import typer
 import yaml
 
 from clipft.errors import line_of, short
+from clipft.files import check_file
 from clipft.recipes.options import nearest
 
 __all__ = ["Config"]
@@ -24,6 +25,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
+        check_file(path)
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # of bytes, dates, depth
         raise typer.BadParameter(f"{path}: expected a YAML file with options ({line_of(error)})") from error

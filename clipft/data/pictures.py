@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from clipft.errors import line_of
+from clipft.errors import line_of, shown
 from clipft.files import check_file
 
 __all__ = [
@@ -217,7 +217,8 @@ def naming(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # decoders raise RuntimeError, struct.error, ZeroDivisionError, ...
         why = error.why if isinstance(error, UnreadablePictureError) else _why(error)
-        named = UnreadablePictureError(f"{name}: the image cannot be read ({why.removeprefix(f'{name}: ')})")
+        said = f"{name}: the image cannot be read ({why.removeprefix(f'{name}: ')})"
+        named = UnreadablePictureError(shown(said))
         named.why = why
         raise named from error
 

@@ -31,7 +31,7 @@ class BadRowError(ValueError):
     """A row that cannot be used: ``place`` names source and row, ``kind`` says what it lacks after a number."""
 
     def __init__(self, place: str, why: str, kind: str = _UNUSABLE) -> None:
-        super().__init__(f"{place}: {why}")
+        super().__init__(shown(f"{place}: {why}"))
         self.place, self.kind = place, kind
 
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import datasets
 import pyarrow
 import pyarrow.compute
+import pyarrow.ipc
 import pyarrow.parquet
 
 from clipft.data.columns import (
@@ -32,12 +33,13 @@ from clipft.data.parquet import batches
 from clipft.data.reading import BadRowError, Reading
 from clipft.data.rows import Picture
 from clipft.data.tables import safe_path
-from clipft.errors import line_of
-from clipft.files import read_json
+from clipft.errors import line_of, short
+from clipft.files import check_file, read_json
 
 __all__ = ["canonical", "features_of_parquet", "holds_paths", "read_parquet", "read_saved", "select_rows"]
 
 _PATHS, _BYTES = ("string", "large_string"), ("binary", "large_binary")
+_LONGEST_NAME = 255  # of a file
 _IN_MEMORY = 2 << 30  # bytes of a table; a larger one is unpacked to the disk
 
 
@@ -88,15 +90,25 @@ def read_saved(folder: Path) -> datasets.Dataset:
     """A folder of ``Dataset.save_to_disk``, whose files are its own.
 
     Raises:
-        ValueError: it is damaged, or names files elsewhere.
+        ValueError: a file is damaged, or names others elsewhere.
     """
+    where = str(folder / "state.json")
+    state, _ = read_json(Path(where)), read_json(folder / "dataset_info.json")
     try:
-        files = [str(entry["filename"]) for entry in read_json(folder / "state.json")["_data_files"]]
-        if any(PurePath(name).name != name for name in files):
-            raise ValueError(f"its state.json names files outside of it, {files}")
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+        if any(PurePath(name).name != name or len(name) > _LONGEST_NAME for name in names):
+            raise ValueError(f"names files outside of its folder, {short(names)}")
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise ValueError(f"names {missing[0]!r}, which is missing")
+        for path in (folder / name for name in names):
+            where = str(path)
+            check_file(path)
+            with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+                stream.read_all().validate(full=True)  # offsets that lie would read beyond it
+        where = f"{folder}: {', '.join([*names[:1], 'state.json', 'dataset_info.json'])}"
         return datasets.Dataset.load_from_disk(str(folder))
-    except Exception as error:  # whatever a damaged file makes datasets raise
-        raise ValueError(f"{folder}: expected a data set that save_to_disk wrote ({line_of(error)})") from error
+    except Exception as error:  # whatever a damaged file makes pyarrow and datasets raise
+        raise ValueError(f"{where}: expected a data set that save_to_disk wrote ({line_of(error)})") from error
 
 
 def holds_paths(features: Mapping[str, Any], where: str, reading: Reading) -> bool:

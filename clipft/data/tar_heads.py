@@ -17,6 +17,7 @@ __all__ = ["Damage", "Member", "members"]
 _BLOCK = 512
 _CHUNK = 1 << 20
 _LARGEST_NAME = 1 << 20  # bytes of a long name or of a pax head
+_LONGEST_PATH = 4096  # characters; no system has longer ones
 _REGULAR, _LONG_NAME, _PAX = (b"0", b"\0", b"7"), b"L", b"x"
 _ABOUT_OTHERS = (b"L", b"K", b"x", b"g", b"X")  # heads that hold no file of their own
 _MAGIC, _MAGIC_AT = b"ustar", 257
@@ -64,6 +65,8 @@ def members(file: BinaryIO, size: int) -> Iterator[Member | Damage]:
                 given |= _about_next(kind, _read(file, start, length))
             else:
                 name, length, given = given.get("path", name), int(given.get("size", length)), {}
+                if len(name) > _LONGEST_PATH:
+                    raise ValueError(f"a name of {len(name)} characters")
                 if not 0 <= length <= size - start:
                     raise ValueError(f"{name}, of {length} bytes, is cut off or no file")
                 yield Member(name, start, length, kind in _REGULAR and not name.endswith("/"))

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from fuzzing import fuzz
 from PIL import Image
-from tiny_clip import encoded, picture
+from tiny_clip import captioned, encoded, picture
 
 from clipft.data.pictures import EncodedPicture, naming, open_picture, picture_formats, to_rgb
 from clipft.data.reading import Reading
@@ -115,6 +115,22 @@ def test_parquet_that_swells(tmp_path: Path) -> None:
     assert path.stat().st_size < 200_000
     with pytest.raises(ValueError, match=r"t\.parquet: expected a Parquet file \(more than 100 MB in 160 rows"):
         load_reading(path, Reading(skip=True))
+
+
+@SKIP
+def test_saved_data_sets(tmp_path: Path, skip: bool) -> None:
+    folder = tmp_path / "saved"
+    captioned(4).save_to_disk(folder)
+
+    def named() -> int:
+        try:
+            return load(folder, skip)
+        except ValueError as error:
+            if f"{folder}, row " not in str(error):
+                raise
+            raise ValueError(f"{folder}/data-00000-of-00001.arrow: {error}") from error  # rows go by the folder
+
+    fuzz(folder, named, lambda rows: None, SECONDS)
 
 
 @SKIP

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from ranks import run_ranks
 from scripts import import_paths
 from tiny_clip import captioned, labelled, picture
 from tiny_trainer import StopAfter, losses, same, trainer_of
@@ -190,12 +188,7 @@ leave()
 def test_two_processes_mine_and_unfreeze_as_one(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(RANKS.format(tests=import_paths(__file__)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(script, tmp_path)
     found, order = json.loads((tmp_path / "result.json").read_text())
     one = trainer_of(tmp_path / "one", captioned(32), hard_negatives=3, gradual_unfreezing=0.5)
     one.train()

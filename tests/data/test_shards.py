@@ -215,6 +215,17 @@ def test_long_names_one_after_the_other(tmp_path: Path) -> None:
     assert (found, reading.left_out) == (["words"], {})
 
 
+def test_names_that_are_long_or_end_a_line(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", {"a\n\x1b[2J.png": PNG, "a\n\x1b[2J.txt": b"", "b.png": PNG, "b.txt": b"words"})
+    with pytest.raises(ValueError, match=r"a\.tar, a\\n\\x1b\[2J: ") as caught:
+        clipft.load_pairs(path)
+    assert "\n" not in str(caught.value)
+    shard(path, {"x" * 5000 + ".png": PNG, "b.png": PNG, "b.txt": b"words"})
+    with pytest.raises(ValueError, match=r"\(a name of 5004 characters, at byte \d+\)"):
+        clipft.load_pairs(path)
+    assert captions(path, path.read_bytes())[0] == ["words"]
+
+
 def test_joined_shards_are_read_whole(tmp_path: Path) -> None:
     found, reading = captions(tmp_path / "a.tar", sample(0) + END * 8 + sample(1) + END)
     assert (found, reading.left_out) == (["caption 0", "caption 1"], {})

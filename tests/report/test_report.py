@@ -130,6 +130,8 @@ ALIASES = ["template: [", "  &a0 [x],", *(f"  &a{n} [{', '.join([f'*a{n - 1}'] *
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("seed: 2024-99-99", "expected a YAML file with options (month must be"),
+        ("seed: &a [*a]", "seed: expected one value, got one that holds others"),
         ("epoch: 3\nsede: 1", "no such option: epoch (did you mean epochs?), sede (did you mean seed?)"),
         ("learning_rate: 1\nxyzzy: 1", "no such option: learning_rate (did you mean lr?), xyzzy; there are"),
         ("epochs: [1, 2]", "epochs: expected one value, got [1, 2]"),
