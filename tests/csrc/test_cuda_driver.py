@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from emulated_cuda import ROOT, build
+from scripts import Script
 
 from clipft import _C
 
@@ -26,21 +25,15 @@ print(gpu.problem({device}), gpu.compilations())
 """
 
 
-def start(folder: Path, cache: Path, code: str = PROBLEM, device: int = 0, **environment: str) -> subprocess.Popen:
+def start(folder: Path, cache: Path, code: str = PROBLEM, device: int = 0, **environment: str) -> Script:
     text = code.format(tests=[str(ROOT / "tests")], folder=str(folder), device=device)
-    return subprocess.Popen(
-        [sys.executable, "-c", text],
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Script(text, XDG_CACHE_HOME=str(cache), **environment)
 
 
-def said(process: subprocess.Popen) -> str:
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return out.strip()
+def said(script: Script) -> str:
+    done = script.finish()
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_cuda_kernels_are_compiled_once_and_kept(emulated_cuda_folder: Path, tmp_path: Path) -> None:

@@ -186,9 +186,7 @@ leave()
 
 
 def test_two_processes_mine_and_unfreeze_as_one(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(RANKS.format(tests=import_paths(__file__)))
-    run_ranks(script, tmp_path)
+    run_ranks(RANKS.format(tests=import_paths(__file__)), tmp_path)
     found, order = json.loads((tmp_path / "result.json").read_text())
     one = trainer_of(tmp_path / "one", captioned(32), hard_negatives=3, gradual_unfreezing=0.5)
     one.train()

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from scripts import Script
 from tiny_clip import captioned, class_folders, picture, tiny_clip
 from typer.testing import CliRunner
 
@@ -231,8 +232,7 @@ def test_an_interrupted_run_goes_on_where_it_was(base: Path, folder: Path, tmp_p
     command = ["embed", "--model", str(base), "--data", str(folder), "--output", str(file), "--batch-size", "2"]
 
     def child(calls: int, *more: str) -> Any:
-        arguments = [sys.executable, "-c", KILLED, str(calls), *command, *more]
-        return subprocess.run(arguments, capture_output=True, text=True, check=False)
+        return Script(KILLED, calls, *command, *more).finish()
 
     assert child(5).returncode == -9 and not file.exists()  # two shards of two batches, and one batch more
     assert {path.name for path in tmp_path.iterdir()} == {".v.npy.parts"}
@@ -253,8 +253,7 @@ def test_an_interrupted_run_goes_on_where_it_was(base: Path, folder: Path, tmp_p
 
 def test_a_damaged_shard_is_named(base: Path, folder: Path, tmp_path: Path) -> None:
     command = ["embed", "--model", base, "--data", folder, "--output", tmp_path / "v.npy"]
-    arguments = [sys.executable, "-c", KILLED, "5", *map(str, command), "--batch-size", "2"]
-    subprocess.run(arguments, capture_output=True, check=False)
+    assert Script(KILLED, 5, *command, "--batch-size", 2).finish().returncode == -9
     (tmp_path / ".v.npy.parts" / "000000.npy").write_bytes(b"half")
     result = run(*command)
     assert result.exit_code == 2 and "000000.npy: damaged" in result.output and not (tmp_path / "v.npy").exists()

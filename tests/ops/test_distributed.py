@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from loss_cases import LossCase, assert_close, gradient_tolerance, value_tolerance
-from ranks import leave
+from ranks import leave, start_ranks
 
 import clipft
 
@@ -53,7 +52,7 @@ def worker(rank: int, counts: tuple[int, ...], folder: str) -> None:
 
 @pytest.mark.parametrize("counts", SPLITS, ids=str)
 def test_ranks_equal_the_joined_batch(counts: tuple[int, ...], tmp_path: Path) -> None:
-    mp.spawn(worker, (counts, str(tmp_path)), nprocs=len(counts))
+    start_ranks(worker, (counts, str(tmp_path)), nprocs=len(counts))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(counts))]
     for variant, (kind, case) in enumerate(cases(sum(counts))):
         want = step(case, kind, slice(None), None)
@@ -88,4 +87,4 @@ def bad_on_all(rank: int, folder: str) -> None:
 
 
 def test_bad_input_is_an_error_on_all_ranks(tmp_path: Path) -> None:
-    mp.spawn(bad_on_all, (str(tmp_path),), nprocs=2)
+    start_ranks(bad_on_all, (str(tmp_path),), nprocs=2)

@@ -9,8 +9,6 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
-from scripts import import_paths
+from scripts import Script, import_paths
 from tiny_clip import captioned, class_folders, tiny_clip
 from tiny_trainer import StopAfter, same, trainer_of
 from transformers import TrainerCallback
@@ -109,14 +108,7 @@ leave()
 
 
 def test_nan_on_one_rank_stops_all_with_the_rows_of_all(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(RANKS.format(tests=import_paths(__file__)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(RANKS.format(tests=import_paths(__file__)), tmp_path)
     found = json.loads((tmp_path / "non_finite.json").read_text())
     assert found["step"] in (3, 4)
     by_rank = [{row["row"] for row in found["rows"] if row["rank"] == rank} for rank in (0, 1)]
@@ -382,14 +374,7 @@ def test_killed_and_resumed_it_ends_as_an_undisturbed_run(
 ) -> None:
     """`clipft train`, kill -9 while it writes its second checkpoint, or at a random moment after its first."""
     (command, whole), broken = undisturbed, tmp_path / "broken"
-    killed = subprocess.run(
-        [sys.executable, "-c", DRIVER, when, *command, "--output", str(broken)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    killed = Script(DRIVER, when, *command, "--output", broken, OMP_NUM_THREADS="1").finish()
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not (broken / "model.safetensors").exists()
     assert "resuming from" in finish(command, broken, "--resume")

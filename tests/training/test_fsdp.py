@@ -7,14 +7,12 @@ cuts the model over two CPU processes.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from scripts import import_paths
 from tiny_clip import captioned
 from tiny_trainer import trainer_of
@@ -88,12 +86,7 @@ leave()
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("sharding")
-    script = folder / "worker.py"
-    script.write_text(WORKER.format(tests=import_paths(__file__)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(WORKER.format(tests=import_paths(__file__)), folder)
     return folder, json.loads((folder / "results.json").read_text())
 
 

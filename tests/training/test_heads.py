@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from scripts import import_paths
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from tiny_clip import COLOURS, attributes_csv, labelled, tiny_clip
@@ -387,13 +385,7 @@ leave()
 
 def run_processes(folder: Path, count: int, batch: int) -> Any:
     folder.mkdir()
-    script = folder / "worker.py"
-    script.write_text(WORKER.format(tests=import_paths(__file__)))
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    line = [sys.executable, *launch, str(script), str(folder), str(batch)]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(WORKER.format(tests=import_paths(__file__)), folder, batch, count=count)
     return json.loads((folder / "result.json").read_text())
 
 

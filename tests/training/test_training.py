@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from scripts import import_paths
 from tiny_clip import captioned, labelled, tiny_clip
 from tiny_trainer import StopAfter, arguments, losses, same, trainer_of
@@ -396,13 +394,7 @@ leave()
 
 def run_processes(folder: Path, count: int, batch: int, chunk: int = 0) -> Any:
     folder.mkdir()
-    script = folder / "worker.py"
-    script.write_text(WORKER.format(tests=import_paths(__file__)))
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    command = [sys.executable, *launch, str(script), str(folder), str(batch), str(chunk)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(WORKER.format(tests=import_paths(__file__)), folder, batch, chunk, count=count)
     return json.loads((folder / "result.json").read_text())
 
 
