@@ -101,9 +101,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one."""
+    """A reader sees the old file or the new one. Bytes of a name that are no UTF-8 are written as JSON's escapes."""
     with writing(path) as staged:
-        staged.write_text(text, encoding="utf-8")
+        staged.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

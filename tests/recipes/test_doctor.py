@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.console import Console
 from tiny_clip import class_folders, tiny_clip
 
 import clipft
+from clipft.console import PlainConsole
 from clipft.recipes.doctor import doctor, examine
 
 
@@ -90,6 +92,16 @@ def test_the_same_from_python(clean: Path, base: Path, tmp_path: Path) -> None:
     assert rows.problems[0]["examples"][0].startswith("data, row 12: the image cannot be read")
     with pytest.raises(TypeError, match="did you mean 'caption_column'"):
         clipft.doctor(data, caption_colum="text")
+
+
+def test_names_that_are_no_utf8_are_counted_and_written(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "data", 8)
+    for name in (b".caf\xe9.jpg", b"caf\xe9.docx", b"caf\xe9.csv"):
+        Path(os.fsdecode(os.fsencode(data) + b"/" + name)).write_bytes(b"x")
+    found = clipft.doctor(data, json=tmp_path / "found.json", console=PlainConsole(file=io.StringIO()))
+    reading = found["statistics"]["data"]["reading"]
+    assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8")) == found
+    assert reading["line"].startswith("read 8 of 11: ") and reading["left_out"]["hidden"]["names"] == [".caf\udce9.jpg"]
 
 
 def test_the_old_module_is_still_the_function() -> None:
