@@ -21,6 +21,7 @@ __all__ = [
     "NO_LABEL",
     "attribute_value",
     "check_attributes",
+    "check_text",
     "checked_attributes",
     "checked_captions",
     "class_of",
@@ -54,7 +55,7 @@ def checked_captions(value: Any, where: str) -> list[str]:
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise BadRowError(where, f"expected a caption or a list of captions, got {short(value)}", NO_CAPTION)
     for caption in captions:
-        _check_text(caption, where, NO_CAPTION)
+        check_text(caption, where, NO_CAPTION)
         if _is_list(caption):
             hint = "a row for each of them, or a list in .jsonl or .parquet"
             raise BadRowError(
@@ -77,7 +78,7 @@ def label_value(value: Any, where: str) -> str:
         raise BadRowError(where, f"expected a label, got {short(value)}", NO_LABEL)
     if _is_list(name):
         raise BadRowError(where, f"expected one label, got a list as text, {short(name)}", NO_LABEL)
-    _check_text(name, where, NO_LABEL)
+    check_text(name, where, NO_LABEL)
     return name
 
 
@@ -107,7 +108,8 @@ def attribute_value(value: Any) -> str | None:
     return None if name.lower() in _MISSING else _WHOLE_FLOAT.sub(r"\1", name)
 
 
-def _check_text(text: str, where: str, kind: str) -> None:
+def check_text(text: str, where: str, kind: str) -> None:
+    """That a text of JSON can be written."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

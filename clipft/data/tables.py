@@ -15,8 +15,10 @@ import datasets
 
 from clipft.data.columns import (
     NO_ID,
+    NO_LABEL,
     attribute_value,
     check_attributes,
+    check_text,
     checked_captions,
     encode_attribute,
     encode_labels,
@@ -74,6 +76,7 @@ def add_row(
         )
     values = {name: attribute_value(row[name]) for name in attributes}
     for name, value in values.items():
+        check_text(value or "", where, NO_LABEL)
         earlier = known.get("attributes", values)[name]
         if None not in (earlier, value) and earlier != value:
             raise ValueError(
@@ -91,6 +94,7 @@ def add_picture(pictures: dict[str, dict[str, Any]], image: str, name: Any, wher
     own = attribute_value(name)
     if own is None:
         raise BadRowError(where, f"expected an id, got {short(name)}", NO_ID)
+    check_text(own, where, NO_ID)
     pictures[str(len(pictures))] = {"image": image, "id": own, "places": [where]}
 
 

@@ -136,6 +136,17 @@ def test_objects_that_are_none(folder: Path) -> None:
         assert skipping(folder / "t.jsonl", good + fault + "\n")[0] == ["a", "b"]
 
 
+def test_half_a_character_in_ids_and_attributes(folder: Path) -> None:
+    rows = [{"image": f"{i}.png", "caption": "a", "id": "x", "kind": "k"} for i in range(3)]
+    rows[0]["id"], rows[1]["kind"] = "x\ud800", "k\ud800"
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with pytest.raises(ValueError, match=r"t\.jsonl, row 1: expected text, got half a character in 'k\\ud800'"):
+        read(folder / "t.jsonl", text, attribute_columns=["kind"])
+    reading = Reading(skip=True, pictures_only=True, id_column="id")
+    assert load_reading(folder / "t.jsonl", reading)["id"][:] == ["x", "x"]
+    assert reading.line() == "read 2 of 3: 1 without an id: row 0"
+
+
 def test_headers_are_checked(folder: Path) -> None:
     with pytest.raises(ValueError, match="expected each column once, got 'caption' more than once"):
         read(folder / "t.csv", "image,caption,caption\n0.png,a,b\n")
