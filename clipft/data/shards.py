@@ -123,11 +123,13 @@ def _add(sample: Sample, file: BinaryIO, member: Member, ending: str, shard: Pat
         if ending in sample.files:
             raise BadRowError(place, "expected a name once in a shard, this is the second")
         last = ending.rpartition(".")[2]
-        if last in TEXT_ENDINGS or ending in reading.named[1:]:
+        if last not in TEXT_ENDINGS and ending not in reading.named[1:]:
+            sample.files[ending] = address_of(shard, member.offset, member.size, PurePosixPath(member.name).name)
+        elif reading.pictures_only and reading.id_column is None:
+            sample.files[ending] = ""  # whatever it says, nobody asks
+        else:
             check_text_size(member.size, place)
             file.seek(member.offset)
             sample.add_text(ending, file.read(member.size), place, reading.encoding)
-        else:
-            sample.files[ending] = address_of(shard, member.offset, member.size, PurePosixPath(member.name).name)
     except BadRowError as error:
         sample.fault = sample.fault or error

@@ -145,6 +145,13 @@ def test_pictures_without_an_ending(tmp_path: Path) -> None:
     assert clipft.load_pairs(tmp_path / "folder")["caption"][:] == [f"caption {i}" for i in range(3)]
 
 
+def test_pictures_alone_need_no_sound_captions(tmp_path: Path) -> None:
+    members = {"0.png": PNG, "0.txt": b"caf\xe9", "1.png": PNG, "1.json": b"{", "2.png": PNG, "2.cls": b"x" * (2 << 20)}
+    reading = Reading(pictures_only=True)
+    assert load_reading(shard(tmp_path / "a.tar", members), reading)["id"][:] == [f"a.tar/{i}.png" for i in range(3)]
+    assert reading.line() == "read 3 of 3"
+
+
 def test_dots_in_names(tmp_path: Path) -> None:
     def load(*names: str, **options) -> list[str]:
         members = {name: PNG if name.endswith("png") else name.encode() for name in names}
