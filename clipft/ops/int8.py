@@ -64,7 +64,7 @@ def quantized_linear(
     check_tensors(name, input=input, weight_int8=weight_int8, weight_scale=weight_scale)
     refuse_derivatives(name, input, weight_scale)
     some_bias, code = bias_or_empty(name, bias, weight_int8, input), activation_code(name, activation)
-    if not has_kernel(name, input, PLAIN, "quantized"):
+    if not runs(name, input):
         check_floats(name, input=input)
         return plain_linear(name, input, weight_int8, weight_scale, bias, activation)
     return call(torch.ops.clipft.quantized_linear, in_order(input), weight_int8, weight_scale, some_bias, code)
@@ -90,7 +90,10 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-PLAIN = "Plain torch computes it, in float64"
+def runs(op: str, x: Tensor) -> bool:
+    """Whether there are kernels; without them plain torch computes the layer in float64, where the device has that."""
+    needed = "an int8 layer on a device without float64 (keep the model on the CPU)" if x.device.type == "mps" else None
+    return has_kernel(op, x, "Plain torch computes it, in float64", "quantized", needed=needed)
 
 
 def plain_linear(

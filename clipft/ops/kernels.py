@@ -57,9 +57,10 @@ def _cuda_problem(index: int, *code: str) -> str | None:
 
 
 def has_kernel(op: str, tensor: Tensor, instead: str, *code: str, needed: str | None = None) -> bool:
-    """Whether the kernels run on the tensor's device. Where they do not: ``instead`` happens, said once with the cause,
-    or an error, in an environment with ``CLIPFT_STRICT=1`` or where something (``needed``) cannot do without.
-    ``code``: as :func:`problem` has it; an op without one has none for any GPU.
+    """Whether the kernels run on the tensor's device. Where they do not: ``instead`` happens, said once with the cause
+    (of a kind of device that has none, once for all ops), or an error, in an environment with ``CLIPFT_STRICT=1`` or
+    where something (``needed``) cannot do without. ``code``: as :func:`problem` has it; an op without one has none for
+    any GPU.
     """
     on_gpu = not code and tensor.device.type == "cuda"
     reason = "there is none for cuda tensors" if on_gpu else problem(tensor.device, *code)
@@ -68,6 +69,12 @@ def has_kernel(op: str, tensor: Tensor, instead: str, *code: str, needed: str | 
     message = f"clipft.{op}: the kernels do not run here: {reason}"
     if needed is not None or os.environ.get("CLIPFT_STRICT") == "1":
         raise NotImplementedError(message + (f"; {needed} needs them" if needed is not None else ""))
+    if tensor.device.type not in ("cpu", "meta", "cuda"):
+        op, message, instead = (
+            "",
+            f"clipft: the kernels do not run here: {reason}",
+            "Plain torch computes in their place",
+        )
     if (op, tensor.device.type) not in _WARNED:
         _WARNED.add((op, tensor.device.type))
         warnings.warn(f"{message}. {instead}", stacklevel=3)
@@ -106,7 +113,13 @@ def refuse_derivatives(op: str, *tensors: Tensor) -> None:
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on there; devices that have none (meta) are never asked."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    """Dynamo of torch < 2.12 cannot trace the question."""
+    return torch.amp.is_autocast_available(device)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -18,7 +18,6 @@ from clipft.ops.kernels import (
     check_floats,
     check_tensors,
     exports_to_onnx,
-    has_kernel,
     refuse_derivatives,
 )
 from clipft.ops.losses import contrastive_loss, sigmoid_loss
@@ -186,7 +185,7 @@ class QuantizedLinear(nn.Module):
         int8.check_surroundings(_NAME, input, norm, residual, self.in_features, last.out_features)
         if exports_to_onnx():
             return self._by_steps(input, norm, residual, then, code)
-        if not has_kernel(_NAME, input, int8.PLAIN, "quantized"):
+        if not int8.runs(_NAME, input):
             return self._plain(input, norm, residual, then)
         none = input.new_empty(0)
         return call(

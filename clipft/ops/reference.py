@@ -22,8 +22,11 @@ __all__ = [
 
 
 def contrastive_targets(n: int, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
-    """[n, n] float64 target probabilities: uniform over the pairs of equal label, smoothed as (1 - e) q + e / n."""
-    equal = torch.eye(n, dtype=torch.float64) if labels is None else (labels[:, None] == labels[None, :]).double()
+    """[n, n] target probabilities: uniform over the pairs of equal label, smoothed as (1 - e) q + e / n. In float64,
+    but for labels on Apple's GPU, which has none.
+    """
+    exact = torch.float32 if labels is not None and labels.device.type == "mps" else torch.float64
+    equal = torch.eye(n, dtype=exact) if labels is None else (labels[:, None] == labels[None, :]).to(exact)
     return (1.0 - label_smoothing) * equal / equal.sum(dim=1, keepdim=True) + label_smoothing / n
 
 
