@@ -8,11 +8,12 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 import tempfile
 from glob import glob
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -25,15 +26,51 @@ clipft is built from C source and no C compiler was found (looked for: {compiler
   macOS:           xcode-select --install
 Or set CC to the compiler to use.
 """
-AVX_VNNI = """
-#if defined(__x86_64__)
-#include <immintrin.h>
-__attribute__((target("avx2,avxvnni"))) __m256i dot(__m256i sum, __m256i x, __m256i w)
-{
-    return _mm256_dpbusd_avx_epi32(sum, x, w);
-}
+FREE_THREADED = """
+clipft does not support free-threaded Python yet: use the ordinary build of the same version (python3.14, say, in place
+of python3.14t).
+"""
+PROBE = """
+#undef TARGET
+#if defined(__aarch64__) && !defined(__clang__)
+#define TARGET "arch=armv8.2-a+{target}"
+#else
+#define TARGET "{target}"
+#endif
+#if defined({machine})
+#include <{header}>
+__attribute__((target(TARGET))) {vector} probe_{tier}({vector} a, {vector} b, {vector} c) {{ return {instruction}; }}
 #endif
 """
+X86_64 = {"machine": "__x86_64__", "header": "immintrin.h"}
+AARCH64 = {"machine": "__aarch64__", "header": "arm_neon.h", "vector": "int32x4_t"}
+AVX512 = "avx512f,avx512bw,avx512dq,avx512vl,fma"
+BYTES = "vreinterpretq_s8_s32(b), vreinterpretq_s8_s32(c)"
+# Above each architecture's baseline, what a compiler or the assembler behind it may be too old for. gcc knows AVX-VNNI
+# from 11 on, binutils from 2.36 on, and they are not always of one age.
+TIERS = {
+    "avx2": {**X86_64, "target": "avx2,fma", "vector": "__m256", "instruction": "_mm256_fmadd_ps(a, b, c)"},
+    "avx_vnni": {
+        **X86_64,
+        "target": "avx2,avxvnni",
+        "vector": "__m256i",
+        "instruction": "_mm256_dpbusd_avx_epi32(a, b, c)",
+    },
+    "avx512": {
+        **X86_64,
+        "target": AVX512,
+        "vector": "__m512i",
+        "instruction": "_mm512_mullo_epi64(a, _mm512_add_epi8(b, c))",
+    },
+    "avx512_vnni": {
+        **X86_64,
+        "target": f"{AVX512},avx512vnni",
+        "vector": "__m512i",
+        "instruction": "_mm512_dpbusd_epi32(a, b, c)",
+    },
+    "neon_dot": {**AARCH64, "target": "dotprod", "instruction": f"vdotq_s32(a, {BYTES})"},
+    "neon_i8mm": {**AARCH64, "target": "i8mm", "instruction": f"vmmlaq_s32(a, {BYTES})"},
+}
 
 
 class BuildExt(build_ext):
@@ -41,19 +78,17 @@ class BuildExt(build_ext):
         compiler = self.compiler.compiler[0]
         if shutil.which(compiler) is None:
             sys.exit(NO_COMPILER.format(compiler=compiler))
-        if not self.knows_avx_vnni():
-            print(
-                f"{compiler} or its assembler is too old for AVX-VNNI: these kernels are left out, AVX2's run instead"
-            )
+        for tier in [] if self.knows(*TIERS) else [tier for tier in TIERS if not self.knows(tier)]:
+            print(f"{compiler} or its assembler is too old for {tier}: those kernels are left out, others run instead")
             for extension in self.extensions:
-                extension.define_macros.append(("CLIPFT_NO_AVX_VNNI", "1"))
+                extension.define_macros.append((f"CLIPFT_NO_{tier.upper()}", "1"))
+                extension.sources = [path for path in extension.sources if not path.endswith(f"_{tier}.c")]
         super().build_extensions()
 
-    def knows_avx_vnni(self) -> bool:
-        """gcc does from 11 on and binutils from 2.36 on; they are not always of one age."""
+    def knows(self, *tiers: str) -> bool:
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "avx_vnni.c")
-            source.write_text(AVX_VNNI)
+            source = Path(folder, "probe.c")
+            source.write_text("".join(PROBE.format(tier=tier, **TIERS[tier]) for tier in tiers))
             try:
                 self.compiler.compile([str(source)], output_dir=folder)
             except CompileError:
@@ -63,6 +98,8 @@ class BuildExt(build_ext):
 
 if sys.platform == "win32":
     sys.exit("clipft does not support Windows yet: it finds LibTorch by dlopen. Use WSL 2.")
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    sys.exit(FREE_THREADED)
 
 
 def device_code_digest() -> int:
@@ -89,7 +126,7 @@ if os.environ.get("CLIPFT_SANITIZE") == "1":
     link_args += SANITIZERS
 
 setup(
-    packages=[*find_packages(include=["clipft*"]), "clipft.cuda"],
+    packages=[*find_namespace_packages(include=["clipft*"], exclude=["*__pycache__*"]), "clipft.cuda"],
     package_dir={"clipft.cuda": "cuda"},  # device code, compiled on the user's machine
     ext_modules=[
         Extension(

@@ -52,11 +52,7 @@ bool clipft_cpu_is_amd(void)
 
 bool clipft_cpu_has(clipft_isa isa)
 {
-#ifdef CLIPFT_NO_AVX_VNNI
-    enum { AVX_VNNI = 0 };
-#else
     enum { AVX_VNNI = 1U << 4 }; /* leaf 7, sub-leaf 1, EAX */
-#endif
     if (isa == CLIPFT_ISA_REF) return true;
     if (isa == CLIPFT_ISA_AVX2) return has_avx2();
     if (isa == CLIPFT_ISA_AVX_VNNI) return has_avx2() && (leaf7(1).eax & AVX_VNNI);
@@ -97,10 +93,3 @@ bool clipft_cpu_has(clipft_isa isa) { return isa == CLIPFT_ISA_REF; }
 #if !defined(__x86_64__)
 bool clipft_cpu_is_amd(void) { return false; }
 #endif
-
-clipft_isa clipft_cpu_best(void)
-{
-    int isa = CLIPFT_ISA_COUNT - 1;
-    while (!clipft_cpu_has((clipft_isa)isa)) --isa;
-    return (clipft_isa)isa;
-}

@@ -19,7 +19,6 @@ typedef enum clipft_isa {
 
 const char *clipft_isa_name(clipft_isa isa);
 bool clipft_cpu_has(clipft_isa isa);
-clipft_isa clipft_cpu_best(void);
 
 /* An x86-64 of AMD's: MKL, torch's GEMM, keeps it off its AVX-512 path, and reaches four fifths of its float32 peak. */
 bool clipft_cpu_is_amd(void);

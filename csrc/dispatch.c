@@ -13,6 +13,25 @@ static clipft_isa in_use[CLIPFT_SLOT_COUNT];
 
 clipft_isa clipft_dispatch_isa(void) { return current; }
 
+/* A bit for each tier that has a row. */
+static unsigned compiled(void)
+{
+    unsigned tiers = 0;
+#define CLIPFT_KERNEL(family, slot, tier, isa) tiers |= 1U << CLIPFT_ISA_##tier;
+#include "kernels/kernels.inc"
+#undef CLIPFT_KERNEL
+    return tiers;
+}
+
+bool clipft_dispatch_can(clipft_isa isa) { return (compiled() >> isa & 1U) && clipft_cpu_has(isa); }
+
+clipft_isa clipft_dispatch_best(void)
+{
+    int isa = CLIPFT_ISA_COUNT - 1;
+    while (!clipft_dispatch_can((clipft_isa)isa)) --isa;
+    return (clipft_isa)isa;
+}
+
 bool clipft_dispatch_own_gemm(void) { return own_gemm; }
 
 void clipft_dispatch(clipft_isa limit)

@@ -7,6 +7,10 @@
 
 enum { CLIPFT_SLOT_COUNT = sizeof(clipft_kernels) / sizeof(void *) }; /* every slot is a pointer */
 
+/* Whether kernels of that tier are here and this CPU may run them; the best such tier. */
+bool clipft_dispatch_can(clipft_isa isa);
+clipft_isa clipft_dispatch_best(void);
+
 /* The tier in use. Chosen at start; clipft_dispatch lowers or raises it for tests and must not run beside an op. */
 clipft_isa clipft_dispatch_isa(void);
 void clipft_dispatch(clipft_isa limit);

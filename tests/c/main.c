@@ -30,7 +30,7 @@ const clipft_host check_host = {plain_gemm, plain_for, two_threads};
 int main(void)
 {
     for (int isa = 0; isa < CLIPFT_ISA_COUNT; ++isa) {
-        if (!clipft_cpu_has((clipft_isa)isa)) {
+        if (!clipft_dispatch_can((clipft_isa)isa)) {
             printf("isa %s: not on this machine\n", clipft_isa_name((clipft_isa)isa));
             continue;
         }

@@ -1,4 +1,4 @@
-#if defined(__x86_64__) && !defined(CLIPFT_NO_AVX_VNNI) /* setup.py finds out whether compiler and assembler know it */
+#if defined(__x86_64__)
 #define CLIPFT_ISA avx_vnni
 #define CLIPFT_LANES 8
 #define CLIPFT_TARGET __attribute__((target("avx2,fma,avxvnni")))
@@ -12,5 +12,5 @@ SIMD i32v int8_dot4(i32v sum, i32v x, i32v w) { return (i32v)_mm256_dpbusd_avx_e
 
 #include "int8_dot_simd.h"
 #else
-typedef int clipft_not_here; /* ISO C forbids an empty file */
+typedef int clipft_not_x86_64; /* ISO C forbids an empty file */
 #endif
