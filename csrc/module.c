@@ -19,12 +19,11 @@
 #define LIBTORCH "libtorch_cpu.so"
 #endif
 
-/* Path of the libtorch that `import torch` loaded, or NULL with an ImportError. */
-static char *find_libtorch(void)
+/* torch, or NULL with an ImportError. */
+static PyObject *import_torch(void)
 {
-    PyObject *torch = PyImport_ImportModule("torch"), *file = NULL, *path = NULL;
-    char *result = NULL;
-    if (!torch && !PyErr_ExceptionMatches(PyExc_ImportError) && !PyErr_ExceptionMatches(PyExc_OSError)) goto done; /* Ctrl-C, say */
+    PyObject *torch = PyImport_ImportModule("torch");
+    if (!torch && !PyErr_ExceptionMatches(PyExc_ImportError) && !PyErr_ExceptionMatches(PyExc_OSError)) return NULL; /* Ctrl-C, say */
     if (!torch) {
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);
@@ -35,8 +34,15 @@ static char *find_libtorch(void)
         Py_XDECREF(type);
         Py_XDECREF(value);
         Py_XDECREF(trace);
-        goto done;
     }
+    return torch;
+}
+
+/* Path of the libtorch that `import torch` loaded, or NULL with an error. */
+static char *find_libtorch(PyObject *torch)
+{
+    PyObject *file = NULL, *path = NULL;
+    char *result = NULL;
     file = PyObject_GetAttrString(torch, "__file__");
     if (!file) goto done;
     path = PyUnicode_AsUTF8String(file);
@@ -52,25 +58,46 @@ static char *find_libtorch(void)
     if (init) memcpy(result, init, folder);
     memcpy(result + folder, "/lib/" LIBTORCH, sizeof "/lib/" LIBTORCH);
 done:
-    Py_XDECREF(torch);
     Py_XDECREF(file);
     Py_XDECREF(path);
     return result;
 }
 
+/* Says what to do about a torch that lacks something. */
+static void refuse_torch(PyObject *torch, const char *missing)
+{
+    PyObject *version = PyObject_GetAttrString(torch, "__version__"), *text = version ? PyObject_Str(version) : NULL,
+             *bytes = text ? PyUnicode_AsUTF8String(text) : NULL;
+    const char *installed = bytes ? PyBytes_AsString(bytes) : "of no version";
+    char *end = NULL;
+    const long major = strtol(installed, &end, 10), minor = *end == '.' ? strtol(end + 1, NULL, 10) : 0;
+    const bool old = major < CLIPFT_TORCH_FLOOR_MAJOR || (major == CLIPFT_TORCH_FLOOR_MAJOR && minor < CLIPFT_TORCH_FLOOR_MINOR);
+    PyErr_Clear();
+    if (old)
+        PyErr_Format(PyExc_ImportError,
+                     "clipft needs torch >= " CLIPFT_TORCH_FLOOR ", the torch that is installed (%s) is too old: it lacks %s; "
+                     "pip install 'torch>=" CLIPFT_TORCH_FLOOR "'",
+                     installed, missing);
+    else
+        PyErr_Format(PyExc_ImportError,
+                     "the torch that is installed (%s) is too new for this clipft, or a build of another kind: it lacks %s; "
+                     "pip install -U clipft, or an older torch (>= " CLIPFT_TORCH_FLOOR ")",
+                     installed, missing);
+    Py_XDECREF(version);
+    Py_XDECREF(text);
+    Py_XDECREF(bytes);
+}
+
 static bool resolve_torch(void)
 {
-    char *path = find_libtorch();
-    if (!path) return false;
-    const char *missing = clipft_torch_resolve(path);
-    if (missing) {
-        PyErr_Format(PyExc_ImportError,
-                     "clipft needs torch >= " CLIPFT_TORCH_FLOOR
-                     ": %s was not found in the torch that is installed; pip install 'torch>=" CLIPFT_TORCH_FLOOR "'",
-                     missing == path ? "its library " LIBTORCH : missing);
-    }
+    PyObject *torch = import_torch();
+    char *path = torch ? find_libtorch(torch) : NULL;
+    const char *missing = path ? clipft_torch_resolve(path) : NULL;
+    if (missing) refuse_torch(torch, missing == path ? "its library " LIBTORCH : missing);
+    const bool ok = path && !missing;
     free(path);
-    return !missing;
+    Py_XDECREF(torch);
+    return ok;
 }
 
 static bool register_ops(void)
@@ -98,9 +125,9 @@ static int usable_isa(const char *name, PyObject *error)
 {
     for (int isa = 0; isa < CLIPFT_ISA_COUNT; ++isa) {
         if (strcmp(name, clipft_isa_name((clipft_isa)isa)) != 0) continue;
-        if (clipft_cpu_has((clipft_isa)isa)) return isa;
+        if (clipft_dispatch_can((clipft_isa)isa)) return isa;
         PyErr_Format(error, "clipft: this machine does not support the instruction set %s; the best it has is %s", name,
-                     clipft_isa_name(clipft_cpu_best()));
+                     clipft_isa_name(clipft_dispatch_best()));
         return -1;
     }
     PyErr_Format(error,
@@ -131,7 +158,7 @@ static PyObject *py_isas(PyObject *self, PyObject *unused)
     (void)self, (void)unused;
     PyObject *list = PyList_New(0);
     for (int isa = 0; list && isa < CLIPFT_ISA_COUNT; ++isa) {
-        if (!clipft_cpu_has((clipft_isa)isa)) continue;
+        if (!clipft_dispatch_can((clipft_isa)isa)) continue;
         PyObject *name = PyUnicode_FromString(clipft_isa_name((clipft_isa)isa));
         if (!name || PyList_Append(list, name) < 0) Py_CLEAR(list);
         Py_XDECREF(name);
@@ -173,7 +200,7 @@ static int module_exec(PyObject *module)
     (void)module;
     if (registered) return 0;
     const char *wanted = getenv("CLIPFT_ISA");
-    const int isa = wanted && *wanted ? usable_isa(wanted, PyExc_ImportError) : (int)clipft_cpu_best();
+    const int isa = wanted && *wanted ? usable_isa(wanted, PyExc_ImportError) : (int)clipft_dispatch_best();
     if (isa < 0) return -1;
     clipft_dispatch((clipft_isa)isa);
     if (!resolve_torch() || !register_ops()) return -1;

@@ -43,10 +43,10 @@ static bool empty_on(int32_t device, int32_t index, int32_t dtype, int64_t ndim,
     }
     if (clipft_torch.aoti_torch_empty_strided(ndim, sizes, strides, dtype, device, index, &tensor->handle)) {
         const bool cuda = device == clipft_torch.aoti_torch_device_type_cuda();
-        const char *what = cuda ? clipft_torch_cuda.torch_exception_get_what_without_backtrace() : "";
-        const clipft_error_kind kind = cuda && !strstr(what, "out of memory") ? CLIPFT_RUNTIME_ERROR : CLIPFT_OUT_OF_MEMORY;
+        const char *what = cuda ? clipft_torch_cuda_what() : NULL;
+        const clipft_error_kind kind = what && !strstr(what, "out of memory") ? CLIPFT_RUNTIME_ERROR : CLIPFT_OUT_OF_MEMORY;
         return clipft_fail(error, kind, "torch could not allocate a %s tensor of %lld elements%s%s", clipft_dtype_name(dtype),
-                           (long long)stride, what[0] ? ": " : "", what);
+                           (long long)stride, what ? ": " : "", what ? what : "");
     }
     return describe(tensor, error);
 }
@@ -283,8 +283,26 @@ AtenTensorHandle clipft_wrap_view(const clipft_view *m, int32_t device, int32_t 
 
 static AtenTensorHandle wrap_on_cpu(const clipft_view *m) { return clipft_wrap_view(m, clipft_torch.aoti_torch_device_type_cpu(), 0); }
 
+/* Where torch has no such product: ours, of float32 copies. */
+static bool own_product(const clipft_view *c, const clipft_view *start, const clipft_view *a, const clipft_view *b)
+{
+    float *work = calloc((size_t)(c->rows * c->cols + a->rows * a->cols + b->rows * b->cols) + 1, sizeof *work);
+    if (!work) return false;
+    const clipft_matrix sum = {work, c->rows, c->cols, c->cols, 1}, left = {sum.data + c->rows * c->cols, a->rows, a->cols, a->cols, 1},
+                        right = {left.data + a->rows * a->cols, b->rows, b->cols, b->cols, 1};
+    clipft_view_pack(a, left.data, left.row_stride);
+    clipft_view_pack(b, right.data, right.row_stride);
+    for (int64_t i = 0; start && i < sum.rows; ++i)
+        clipft_view_read(start, start->rows == 1 ? 0 : i, 0, sum.cols, sum.data + i * sum.row_stride);
+    const bool ok = left.cols == 0 || clipft_gemm(&clipft_torch_host, sum, left, right, start != NULL);
+    for (int64_t i = 0; i < sum.rows; ++i) clipft_view_write(c, i, 0, sum.cols, sum.data + i * sum.row_stride);
+    free(work);
+    return ok;
+}
+
 bool clipft_torch_gemm(const clipft_view *c, const clipft_view *start, const clipft_view *a, const clipft_view *b)
 {
+    if (!clipft_torch.aoti_torch_cpu_addmm_out) return own_product(c, start, a, b);
     /* The same tensor, not only the same memory, where the sum starts from c: torch copies otherwise. */
     AtenTensorHandle out = wrap_on_cpu(c), self = start && start != c ? wrap_on_cpu(start) : out;
     AtenTensorHandle left = wrap_on_cpu(a), right = wrap_on_cpu(b);
@@ -300,7 +318,7 @@ static clipft_view float_view(clipft_matrix m) { return (clipft_view){m.data, m.
 
 static bool host_gemm(clipft_matrix c, clipft_matrix a, clipft_matrix b, bool accumulate)
 {
-    if (clipft_dispatch_own_gemm()) return clipft_gemm(&clipft_torch_host, c, a, b, accumulate);
+    if (clipft_dispatch_own_gemm() || !clipft_torch.aoti_torch_cpu_addmm_out) return clipft_gemm(&clipft_torch_host, c, a, b, accumulate);
     const clipft_view out = float_view(c), left = float_view(a), right = float_view(b);
     return clipft_torch_gemm(&out, accumulate ? &out : NULL, &left, &right);
 }

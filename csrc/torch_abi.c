@@ -20,12 +20,15 @@ const char *clipft_torch_resolve(const char *path)
     symbol found;
     void *library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
     if (!library) return path;
-#define RESOLVE(result, name, parameters)                                                                                                  \
+#define FIND(result, name, parameters)                                                                                                     \
     found.object = dlsym(library, #name);                                                                                                  \
-    if (!found.object && !missing) missing = #name;                                                                                        \
     clipft_torch.name = (result(*) parameters)found.function;
-    CLIPFT_TORCH_FUNCTIONS(RESOLVE)
-#undef RESOLVE
+#define REQUIRE(result, name, parameters)                                                                                                  \
+    FIND(result, name, parameters)                                                                                                         \
+    if (!found.object && !missing) missing = #name;
+    CLIPFT_TORCH_FUNCTIONS(REQUIRE)
+    CLIPFT_TORCH_OPTIONAL_FUNCTIONS(FIND)
+#undef FIND
     dlclose(library); /* drops our reference; torch keeps its own for the life of the process */
     return missing;
 }
@@ -62,13 +65,35 @@ const char *clipft_torch_cuda_resolve(void)
     void *library = open_libtorch_cuda();
     if (!library) return "libtorch_cuda.so";
     clipft_torch_cuda_abi table = {0};
-#define RESOLVE(result, name, parameters)                                                                                                  \
+#define FIND(result, name, parameters)                                                                                                     \
     found.object = dlsym(library, #name); /* finds what lies in libtorch_cpu as well, on which the library depends */                      \
-    if (!found.object && !missing) missing = #name;                                                                                        \
     table.name = (result(*) parameters)found.function;
-    CLIPFT_TORCH_CUDA_FUNCTIONS(RESOLVE)
-#undef RESOLVE
+    CLIPFT_TORCH_CUDA_FUNCTIONS(REQUIRE)
+    CLIPFT_TORCH_CUDA_OPTIONAL_FUNCTIONS(FIND)
+#undef FIND
+#undef REQUIRE
     dlclose(library);
     if (!missing) clipft_torch_cuda = table;
     return missing;
+}
+
+const char *clipft_torch_cuda_what(void)
+{
+    return clipft_torch_cuda.torch_exception_get_what_without_backtrace ? clipft_torch_cuda.torch_exception_get_what_without_backtrace()
+                                                                        : NULL;
+}
+
+bool clipft_torch_product(const char *op, const char *overload, AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b, int32_t dtype)
+{
+    const AtenTensorHandle tensors[] = {a, b, out};
+    StableIValue stack[4];
+    int count = 0;
+    for (int k = 0; k < 3; ++k) {
+        AtenTensorHandle own; /* the dispatcher keeps those that it gets */
+        if (clipft_torch.aoti_torch_new_tensor_handle(tensors[k], &own)) return false;
+        if (k == 2 && dtype >= 0) stack[count++] = (StableIValue)dtype;
+        stack[count++] = (StableIValue)(uintptr_t)own;
+    }
+    if (clipft_torch.torch_call_dispatcher(op, overload, stack, CLIPFT_TORCH_BUILD_VERSION)) return false;
+    return !clipft_torch.aoti_torch_delete_tensor_object((AtenTensorHandle)(uintptr_t)stack[0]);
 }

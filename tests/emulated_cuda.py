@@ -50,6 +50,15 @@ class EmulatedCuda:
     def compilations(self) -> int:
         return int(ctypes.CDLL(str(self._folder / "libnvrtc.so")).emulated_compilations())
 
+    @contextlib.contextmanager
+    def without_optional(self) -> Iterator[None]:
+        """Within, torch lacks the functions that it has only since 2.11 or 2.13, or promises to nobody."""
+        self._library.emulated_has_optional(0)
+        try:
+            yield
+        finally:
+            self._library.emulated_has_optional(1)
+
     def _register(self) -> None:
         if not self._registered:
             problem = self._library.emulated_register(str(self._folder / "libcuda.so").encode())

@@ -176,7 +176,8 @@ def _try(path: Path, load: Callable[[], Any], equal: Callable[[Any], object], pl
     def tried() -> None:
         nonlocal result, problem
         try:
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 result = load()
         except (ValueError, OSError) as error:
             message = str(error)

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Sequence
-from enum import Enum, StrEnum
+from enum import Enum
 from typing import Annotated, Any
 
 import typer
@@ -42,7 +42,7 @@ def _parameter(field: dataclasses.Field[Any], of_field: Any) -> inspect.Paramete
     if metadata.get("text"):  # data: in Python also rows
         kind = str | None
     elif "choices" in metadata:
-        kind = Enum(name, {choice: choice for choice in metadata["choices"]}, type=StrEnum)  # type: ignore[misc,no-redef]
+        kind = Enum(name, {choice: choice for choice in metadata["choices"]}, type=str)  # type: ignore[misc,no-redef]
         default = kind(default)
     elif typing.get_origin(kind) is not None and Sequence in {typing.get_origin(k) for k in typing.get_args(kind)}:
         kind = list[str] | None

@@ -48,9 +48,9 @@ bool cuda_launch_items(cuda_call *call, clipft_cuda_kernel kernel, int64_t count
 
 bool cuda_torch_failed(cuda_call *call, const char *what)
 {
-    const char *why = clipft_torch_cuda.torch_exception_get_what_without_backtrace();
-    const clipft_error_kind kind = strstr(why, "out of memory") ? CLIPFT_OUT_OF_MEMORY : CLIPFT_RUNTIME_ERROR;
-    return clipft_fail(call->error, kind, "%s failed in torch: %s", what, why);
+    const char *why = clipft_torch_cuda_what();
+    const clipft_error_kind kind = why && strstr(why, "out of memory") ? CLIPFT_OUT_OF_MEMORY : CLIPFT_RUNTIME_ERROR;
+    return clipft_fail(call->error, kind, "%s failed in torch: %s", what, why ? why : "it wrote why to standard error");
 }
 
 static AtenTensorHandle wrap_beside(const cuda_call *call, const clipft_view *view)
@@ -65,8 +65,10 @@ bool cuda_multiply(cuda_call *call, clipft_view c, const clipft_tensor *start, b
     if (ok && c.kind == a.kind)
         ok = !clipft_torch_cuda.aoti_torch_cuda_addmm_out(out, start ? start->handle : out, left, right, start || accumulate ? 1.0 : 0.0,
                                                           1.0);
-    else if (ok)
+    else if (ok && clipft_torch_cuda.aoti_torch_cuda_mm_dtype_out)
         ok = !clipft_torch_cuda.aoti_torch_cuda_mm_dtype_out(out, left, right, clipft_dtype_float32());
+    else if (ok)
+        ok = clipft_torch_product("aten::mm", "dtype_out", out, left, right, clipft_dtype_float32());
     clipft_delete(out);
     clipft_delete(left);
     clipft_delete(right);

@@ -57,7 +57,11 @@ static bool multiply(int8_job *job, const operand *o, int64_t rows)
     AtenTensorHandle out = wrap(&job->call, job->sums, int32, padded, o->out, o->out, 1),
                      left = wrap(&job->call, job->q, int8, padded, o->in, o->in, 1),
                      right = wrap(&job->call, o->weight, int8, o->in, o->out, 1, o->in);
-    const bool ok = out && left && right && !clipft_torch_cuda.aoti_torch_cuda__int_mm_out(out, left, right);
+    bool ok = out && left && right;
+    if (ok && clipft_torch_cuda.aoti_torch_cuda__int_mm_out)
+        ok = !clipft_torch_cuda.aoti_torch_cuda__int_mm_out(out, left, right);
+    else if (ok)
+        ok = clipft_torch_product("aten::_int_mm", "out", out, left, right, -1);
     clipft_delete(out);
     clipft_delete(left);
     clipft_delete(right);

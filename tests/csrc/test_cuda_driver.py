@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_cuda import ROOT, build
+from emulated_cuda import ROOT, EmulatedCuda, build
+from int8_cases import Int8Case, check_case
+from loss_cases import LossCase, check_contrastive
 from scripts import Script
 
+import clipft
 from clipft import _C
 
 KERNELS = sorted(path.stem for path in (ROOT / "cuda").glob("*.cu"))
@@ -220,3 +223,33 @@ def test_cuda_emulation_finds_a_broken_kernel(broken: str, emulated_cuda_folder:
     build(folder, device_code)
     text = said(start(folder, tmp_path, LOSS))
     assert fault in text and "(kernel contrastive_" in text
+
+
+def test_cuda_products_by_name_where_torch_lacks_the_functions(
+    cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a torch before 2.11 or 2.13, and on one without the functions that it promises to nobody."""
+    asked: list[torch.dtype] = []
+
+    def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor) -> torch.Tensor:
+        asked.append(dtype)
+        if len(asked) > 100:
+            raise ValueError("no")
+        return out.copy_(a.float() @ b.float())
+
+    library = torch.library.Library("aten", "IMPL")  # which has it for CUDA alone
+    library.impl("mm.dtype_out", product, "CPU", allow_override=True)
+    embeds = [torch.nn.functional.normalize(torch.randn(20, 16), dim=1).bfloat16() for _ in range(2)]
+    try:
+        with cuda.without_optional():
+            check_contrastive(LossCase(70, 24, 20.0, dtype=torch.bfloat16), "emulated")
+            assert set(asked) == {torch.float32}
+            check_case(Int8Case(50, 64, 64))
+            asked.extend([torch.float32] * 100)
+            with pytest.raises(RuntimeError, match="a matrix product failed in torch: it wrote why to standard error"):
+                clipft.contrastive_loss(*embeds, 20.0)
+            monkeypatch.setenv("EMULATED_MEMORY", "30")
+            with pytest.raises(torch.OutOfMemoryError, match=r"could not allocate a \w+ tensor of \d+ elements$"):
+                clipft.contrastive_loss(*embeds, 20.0)
+    finally:
+        library._destroy()

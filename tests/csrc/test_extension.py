@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -65,41 +66,70 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
         _C.set_isa("sse9")
 
 
-OLD_ASSEMBLER = """#!/bin/sh
+OLD_TOOL = """#!/bin/sh
 for file; do
-    case "$file" in *.s) grep -q '{{vex}}' "$file" && echo 'Error: no such instruction: {{vex}}' >&2 && exit 1 ;; esac
+    case "$file" in *.[cs]) grep -q -e '{word}' "$file" && echo 'Error: not known here: {word}' >&2 && exit 1 ;; esac
 done
-exec {assembler} "$@"
+exec {tool} "$@"
 """
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("gcc") is None, reason="is about gcc on x86-64")
-def test_an_assembler_that_is_too_old_for_avx_vnni_builds_the_rest(tmp_path: Path) -> None:
-    """Of the sources, those that name these kernels."""
+def build_kernels(folder: Path, names: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As ``setup.py build_ext`` does, of some sources."""
     for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "clipft/_version.py"):
-        (tmp_path / part).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / part, tmp_path / part)
-    (tmp_path / "clipft" / "__init__.py").touch()
-    shutil.copytree(ROOT / "cuda", tmp_path / "cuda")
-    named = {"cpu.c", "dispatch.c", "int8_avx_vnni.c"}
-    others = {path.name for path in (ROOT / "csrc").rglob("*.c")} - named
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns(*others))
-    old = tmp_path / "old" / "as"
-    old.parent.mkdir()
-    old.write_text(OLD_ASSEMBLER.format(assembler=shutil.which("as")))
-    old.chmod(0o755)
-    done = subprocess.run(
+        (folder / part).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(ROOT / part, folder / part)
+    (folder / "clipft" / "__init__.py").touch()
+    shutil.copytree(ROOT / "cuda", folder / "cuda")
+    others = [path.name for path in (ROOT / "csrc").rglob("*.c") if not re.fullmatch(names, path.name)]
+    shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns(*others))
+    return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", "out", "--build-temp", "objects"],
-        cwd=tmp_path,
-        env={**os.environ, "CC": f"gcc -B{old.parent}/", "CFLAGS": "-O0"},
+        cwd=folder,
+        env={**os.environ, "CFLAGS": "-O0", **environment},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize(
+    "of, tool, word, missing",
+    [
+        ("gcc", "as", "{vex}", ["avx_vnni"]),  # binutils 2.35
+        ("gcc", "gcc", '"avx512f\\|avxvnni\\|isa_avx512', ["avx_vnni", "avx512", "avx512_vnni"]),  # older than any
+        ("clang", "clang", "avxvnni", ["avx_vnni"]),  # clang 11, as gcc 10
+        ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-gcc", "+i8mm", ["neon_i8mm"]),  # gcc 9
+    ],
+)
+def test_what_a_compiler_or_assembler_is_too_old_for_is_left_out(
+    tmp_path: Path, of: str, tool: str, word: str, missing: list[str]
+) -> None:
+    real = shutil.which(tool)
+    if real is None or shutil.which(of) is None or (platform.machine() != "x86_64" and not of.startswith("aarch64")):
+        pytest.skip(f"needs {of}")
+    old = tmp_path / "old" / tool
+    old.parent.mkdir()
+    old.write_text(OLD_TOOL.format(word=word, tool=real))
+    old.chmod(0o755)
+    tiers = ["neon" if of.startswith("aarch64") else "avx2", *missing]
+    done = build_kernels(
+        tmp_path,
+        rf"cpu\.c|dispatch\.c|int8_({'|'.join(tiers)})\.c",
+        CC=str(old) if tool == of else f"{of} -B{old.parent}/",
+        LDSHARED=f"{of} -shared",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "these kernels are left out" in done.stdout
+    assert re.findall(r"is too old for (\w+): those kernels are left out", done.stdout) == missing
     [built] = (tmp_path / "out").rglob("_C*.so")
-    assert b"avx2" in built.read_bytes()
+    symbols = built.read_bytes()
+    assert [tier for tier in tiers if f"clipft_int8_dot_{tier}\0".encode() not in symbols] == missing
+
+
+def test_free_threaded_python_is_refused() -> None:
+    code = "import runpy, sysconfig; sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "does not support free-threaded Python yet" in done.stderr
 
 
 def test_other_device_code_is_refused(tmp_path: Path) -> None:
@@ -133,22 +163,92 @@ def test_import_twice() -> None:
 
 def test_import_without_torch_says_what_is_needed() -> None:
     done = python("import sys; sys.modules['torch'] = None; from clipft import _C")
-    assert done.returncode != 0 and "ImportError: clipft needs torch >= 2.13" in done.stderr
+    assert done.returncode != 0 and "ImportError: clipft needs torch >= 2.10" in done.stderr
 
 
-def test_import_with_a_torch_that_is_too_old_says_what_is_needed(tmp_path: Path) -> None:
-    """A torch whose library lacks the functions: here one that is not loaded at all, and one that has none of them."""
+@pytest.mark.parametrize(
+    "version, says",
+    [
+        (
+            "2.9.1+cu128",
+            r"torch >= 2\.10, the torch that is installed \(2\.9\.1\+cu128\) is too old: it lacks {}; pip install",
+        ),
+        ("1.13.1", r"\(1\.13\.1\) is too old: it lacks {}; pip install 'torch>=2\.10'"),
+        (
+            "2.10.0",
+            r"the torch that is installed \(2\.10\.0\) is too new for this clipft, or a build of .*: it lacks {};",
+        ),
+        (
+            "3.0.0a0",
+            r"\(3\.0\.0a0\) is too new for this clipft, .* it lacks {}; pip install -U clipft, or an older torch",
+        ),
+        (None, r"\(of no version\) is too old: it lacks {}"),
+    ],
+)
+def test_import_with_a_torch_that_lacks_functions_says_what_to_do(
+    tmp_path: Path, version: str | None, says: str
+) -> None:
+    """A library that is not loaded at all, and one that has none of the functions."""
     (tmp_path / "torch" / "lib").mkdir(parents=True)
-    (tmp_path / "torch" / "__init__.py").write_text("")
+    (tmp_path / "torch" / "__init__.py").write_text("" if version is None else f"__version__ = {version!r}")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+    missing = r"its library libtorch_cpu\.\w+"
+    if version != "1.13.1" and shutil.which("gcc") is not None:
+        library = tmp_path / "torch" / "lib" / "libtorch_cpu.so"
+        subprocess.run(["gcc", "-shared", "-x", "c", "/dev/null", "-o", str(library)], check=True)
+        code += f"import ctypes; ctypes.CDLL({str(library)!r}); "
+        missing = "aoti_torch_library_init_def"
     done = python(code + "from clipft import _C")
-    assert "ImportError: clipft needs torch >= 2.13: its library libtorch_cpu" in done.stderr
-    if shutil.which("gcc") is None:
-        return
-    library = tmp_path / "torch" / "lib" / "libtorch_cpu.so"
-    subprocess.run(["gcc", "-shared", "-x", "c", "/dev/null", "-o", str(library)], check=True)
-    done = python(code + f"import ctypes; ctypes.CDLL({str(library)!r}); from clipft import _C")
-    assert "ImportError: clipft needs torch >= 2.13: aoti_torch_library_init_def was not found" in done.stderr
+    assert done.returncode != 0
+    assert re.search("ImportError: .*" + says.format(missing), done.stderr), done.stderr
+
+
+WITHOUT_SHIMS = """
+import torch, clipft
+from clipft.ops.reference import contrastive_loss
+torch.manual_seed(0)
+x, t = (torch.nn.functional.normalize(torch.randn(9, 24), dim=1) for _ in range(2))
+torch.testing.assert_close(clipft.contrastive_loss(x, t, 20.0), contrastive_loss(x, t, torch.tensor(20.0)))
+for dtype in (torch.float32, torch.bfloat16):
+    args = [torch.randn(*size).to(dtype).requires_grad_() for size in ((3, 5, 24), (16, 24), (16,), (4, 24), (16, 4))]
+    plain = [a.detach().float().requires_grad_() for a in args]
+    y = clipft.lora_linear(*args, 2.0)
+    ours = torch.autograd.grad(y.float().square().sum(), args)
+    x, w, bias, a, b = plain
+    z = torch.nn.functional.linear(x, w, bias) + 2.0 * (x @ a.T @ b.T)
+    torch.testing.assert_close(y.float(), z, atol=0.2 if dtype is torch.bfloat16 else 1e-4, rtol=1e-2)
+    theirs = torch.autograd.grad(z, plain, 2 * y.detach().float())
+    for our, their in zip(ours, theirs, strict=True):
+        assert (our.float() - their).norm() < (2e-2 if dtype is torch.bfloat16 else 1e-5) * their.norm()
+print("equal")
+"""
+
+
+def pretended(tmp_path: Path, lacks: str) -> str:
+    """Code that makes `import clipft` take a clipft for which torch lacks a function: in a copy its name is another."""
+    package = Path(sys.modules["clipft"].__file__).parent
+    (tmp_path / "clipft").mkdir()
+    for path in package.iterdir():
+        if path != Path(_C.__file__):
+            (tmp_path / "clipft" / path.name).symlink_to(path)
+    machine_code = Path(_C.__file__).read_bytes()
+    name = b"\0" + lacks.encode() + b"\0"
+    assert name in machine_code
+    other = Path(_C.__file__).name
+    (tmp_path / "clipft" / other).write_bytes(machine_code.replace(name, b"\0x" + name[2:]))
+    return f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+
+
+def test_products_without_the_shims_that_torch_does_not_promise(tmp_path: Path) -> None:
+    done = python(pretended(tmp_path, "aoti_torch_cpu_addmm_out") + WITHOUT_SHIMS)
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_a_promised_function_is_missed(tmp_path: Path) -> None:
+    done = python(pretended(tmp_path, "torch_get_num_threads") + "import clipft.ops")
+    assert re.search(
+        r"ImportError: the torch .* is too new for this clipft, .*: it lacks xorch_get_num_threads;", done.stderr
+    )
 
 
 def test_import_is_lazy() -> None:

@@ -160,4 +160,12 @@ API const char *emulated_register(const char *driver)
     return bad ? "the emulated ops could not be registered" : NULL;
 }
 
+/* As an older torch, or one that exports only what it promises. */
+API void emulated_has_optional(int has)
+{
+    clipft_torch_cuda.aoti_torch_cuda_mm_dtype_out = has ? mm_dtype_out : NULL;
+    clipft_torch_cuda.aoti_torch_cuda__int_mm_out = has ? int_mm_out : NULL;
+    clipft_torch_cuda.torch_exception_get_what_without_backtrace = has ? what : NULL;
+}
+
 API const char *emulated_problem(int device) { return clipft_cuda_problem(device, CLIPFT_CUDA_FILES); }
