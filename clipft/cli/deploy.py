@@ -1,9 +1,9 @@
-"""Commands that make a model ready for use: ``clipft merge``, ``clipft quantize``, ``clipft export``."""
+"""Commands that make a model ready for use: ``clipft merge``, ``convert``, ``quantize`` and ``export``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -49,6 +49,29 @@ def merge(
     with locked(output):
         save_model(*load(model), output, also=[file for file in [model / SEEN_ROWS] if file.is_file()])
     console.print(f"model in {output}")
+
+
+@app.command(
+    epilog=examples(
+        "clipft convert run --to open_clip --output run-open-clip",
+        "clipft convert open_clip:ViT-B-32/laion2b_s34b_b79k --to hf --output b32",
+    )
+)
+@user_errors
+def convert(
+    model: Annotated[str, typer.Argument(metavar="SOURCE", help="What --model takes elsewhere.")],
+    *,
+    to: Annotated[Literal["open_clip", "hf"], typer.Option(help="Whose layout to write.")],
+    output: Annotated[Path, typer.Option(help="Folder for the model.")],
+) -> None:
+    """Write a model as open_clip's or as Hugging Face's: the same weights under other names."""
+    output_folder(output)
+    console = prepare()
+    from clipft.deploy.convert import convert as convert_model
+
+    convert_model(model, output, to=to)
+    call = f"open_clip.create_model_and_transforms('local-dir:{output}')" if to == "open_clip" else "clipft.load"
+    console.print(f"model in {output}, for {call}", highlight=False)
 
 
 @app.command(epilog=examples("clipft quantize --model run --output run-int8 --calibrate"))

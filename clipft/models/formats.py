@@ -20,6 +20,8 @@ __all__ = [
     "MODEL_MANIFEST",
     "ONNX_INFO",
     "ONNX_MODELS",
+    "OPEN_CLIP_CONFIG",
+    "OPEN_CLIP_WEIGHTS",
     "PROCESSOR_FILES",
     "QUANT_METHOD",
     "SEEN_ROWS",
@@ -33,6 +35,12 @@ DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 FLOAT_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 INT8_WEIGHTS, INT8_REPORT = "clipft_int8.safetensors", "quantization_report.json"
 WEIGHT_FILES = (*FLOAT_WEIGHTS, INT8_WEIGHTS)  # a model folder holds one of these
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = (  # in the order in which open_clip looks for them
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's
 QUANT_METHOD = "clipft_int8"  # of a configuration's quantization_config
 HEADS_KEY = "clipft_heads"  # of a configuration: names and classes of the classification heads
@@ -55,7 +63,10 @@ PROCESSOR_FILES = (
     "spiece.model",
 )
 _SHARDS = "model-*-of-*.safetensors"
-_MODELS = (*WEIGHT_FILES, _SHARDS, INT8_REPORT, ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
+_MODELS = (
+    *(*WEIGHT_FILES, _SHARDS, INT8_REPORT, ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin"),
+    *(OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHTS),
+)
 
 
 def folder_of(name_or_path: str | Path) -> Path:

@@ -22,6 +22,7 @@ from clipft.files import check_file, note_changes, read_json, settle
 from clipft.models.adapters import base_of, put_adapter
 from clipft.models.bases import recorded_base
 from clipft.models.configurations import check_sizes, check_trust
+from clipft.models.convert import to_hf
 from clipft.models.formats import (
     ADAPTER_CONFIG,
     DEMO_MODEL,
@@ -37,6 +38,8 @@ from clipft.models.formats import (
 from clipft.models.heads import with_heads
 from clipft.models.int8 import load_quantized
 from clipft.models.lora import import_peft, merged_base
+from clipft.models.open_clip_files import OpenCLIPFiles, find, is_open_clip_name
+from clipft.models.open_clip_processors import processor_of
 from clipft.models.processors import fit, load_processor
 from clipft.models.weights import check_shapes, check_whole, shards_of, stored_weights
 
@@ -55,13 +58,15 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     Args:
         name_or_path: a folder as ``save_pretrained`` writes it, of a float model or one of :func:`clipft.quantize`, a
             folder with a LoRA adapter as peft writes it, a name on the Hugging Face hub, or ``"demo"``: the small model
-            inside the package.
+            inside the package. Of open_clip's models a folder or hub name with ``open_clip_config.json``
+            (``hf-hub:`` and ``local-dir:`` before it are understood), ``"open_clip:ViT-B-32/laion2b_s34b_b79k"``,
+            ``"open_clip:ViT-B-32/path/to/epoch_3.pt"``, or a file with a state dict of OpenAI's.
         kwargs: passed to the model's ``from_pretrained`` (``dtype``, ``revision``, ...). Weights are read from
-            safetensors only.
+            safetensors, and open_clip's from pickles that hold tensors and plain values alone.
 
     Returns:
-        A ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model`` in evaluation mode, with the classification heads that it
-        was saved with (``clipft.models.heads``), and its processor, whose image
+        A ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model`` in evaluation mode (open_clip's too, converted), with the
+        classification heads that it was saved with (``clipft.models.heads``), and its processor, whose image
         processor is torchvision's: Hugging Face has two, their outputs differ by up to 0.015, and everything in clipft
         uses this one. An adapter comes as its base model with the adapter merged in; to train it on, load it into the
         base with ``peft.PeftModel.from_pretrained``.
@@ -69,12 +74,14 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
         ValueError: another kind of model.
-        ImportError: an adapter without peft installed, or a SigLIP's tokenizer without sentencepiece.
+        ImportError: an adapter without peft installed, a SigLIP's tokenizer without sentencepiece, or an architecture
+            of open_clip's without that.
     """
     check_trust(kwargs)
     folder = folder_of(name_or_path)
     settle_model(folder)
-    if not folder.is_dir() and _looks_like_path(str(name_or_path)):
+    named = is_open_clip_name(str(name_or_path))
+    if not folder.is_dir() and not named and _looks_like_path(str(name_or_path)):
         raise FileNotFoundError(
             f"name_or_path: expected a folder or a model name, but there is no folder {str(name_or_path)!r}"
         )
@@ -82,6 +89,8 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     with _named(source, kwargs):
         if is_adapter_folder(folder):
             return load_merged(folder, **kwargs)
+        if files := find(source, kwargs.get("revision", "main")):
+            return _load_open_clip(files, kwargs)
         if folder.is_dir():
             _check_folder(folder)
         model, processor = _load(source, kwargs)
@@ -101,6 +110,20 @@ def _load(source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     with _named(str(folder), kwargs, str(path)):  # what is wrong with the weights says so
         model = _load_int8(family, source, folder, config, kwargs) or _load_float(family, source, folder, kwargs)
     fit(family, model, processor, folder)
+    return model.eval(), processor
+
+
+def _load_open_clip(files: OpenCLIPFiles, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """As Hugging Face's model and processor."""
+    config, state = to_hf(files.model_cfg, files.state, files.weights)
+    family = family_of_type(config.model_type, files.name)
+    processor = processor_of(files, family, family.picture(config)[-1])
+    stored = {tensor.dtype for tensor in state.values()}
+    given = {"dtype": stored.pop() if len(stored) == 1 else torch.float32} | kwargs
+    given.pop("revision", None)
+    model = family.model.from_pretrained(None, config=config, state_dict=state, **given)
+    fit(family, model, processor, files.weights.parent)
+    model.name_or_path = files.name
     return model.eval(), processor
 
 

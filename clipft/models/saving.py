@@ -7,11 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from clipft.models.bases import check_base_stays, record_base
-from clipft.models.formats import model_set
-from clipft.models.int8 import QuantizedModel
+from safetensors.torch import save_file
 
-__all__ = ["save_model", "write_model"]
+from clipft.files import write_json
+from clipft.models.bases import check_base_stays, record_base
+from clipft.models.convert import to_open_clip
+from clipft.models.formats import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, model_set
+from clipft.models.int8 import QuantizedModel
+from clipft.models.open_clip_processors import is_clips_own, preprocess_cfg_of
+
+__all__ = ["save_model", "save_open_clip", "write_model"]
 
 
 def save_model(model: Any, processor: Any, folder: Path, also: Iterable[Path] = ()) -> None:
@@ -39,3 +44,21 @@ def write_model(model: Any, processor: Any, staging: Path) -> None:
     if hasattr(model, "peft_config"):
         record_base(model, staging, staging.parent)
     processor.save_pretrained(staging)
+
+
+def save_open_clip(model: Any, processor: Any, folder: Path) -> None:
+    """A float model and its processor as open_clip writes them, in place of whatever model was in the folder:
+    ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` loads them.
+
+    Raises:
+        TypeError, ValueError: open_clip has no model, or no preprocessing, that is the same.
+        BlockingIOError: another process is writing there.
+    """
+    model_cfg, state = to_open_clip(model)
+    preprocess_cfg = preprocess_cfg_of(processor.image_processor, model.config.vision_config.image_size)
+    if not is_clips_own(processor.tokenizer):  # without a name open_clip takes CLIP's own
+        model_cfg["text_cfg"]["hf_tokenizer_name"] = folder.absolute().name
+    with model_set(folder) as staging:
+        write_json(staging / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+        save_file(state, staging / OPEN_CLIP_WEIGHTS[0], metadata={"format": "pt"})
+        processor.tokenizer.save_pretrained(staging)

@@ -37,7 +37,7 @@ from clipft.families.registry import family_of
 from clipft.files import check_output, write_json
 from clipft.recipes.findings import Finding, Findings, show_findings
 from clipft.recipes.options import ClassOptions, options_from
-from clipft.recipes.run import loaded
+from clipft.recipes.run import loaded, model_name
 from clipft.recipes.sources import reading_of
 
 __all__ = ["Finding", "Findings", "doctor", "examine"]
@@ -109,6 +109,7 @@ def examine(data: Any, *, eval_data: Any = None, model: Any = None, **options: A
     return Findings(
         findings=[asdict(finding) for finding in findings],
         statistics={name: contents.statistics() for name, contents in sets.items()},
+        **({} if clip is None else {"model": {"family": family_of(clip).model_type, "source": model_name(model)}}),
     )
 
 

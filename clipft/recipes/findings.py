@@ -41,7 +41,7 @@ class Finding:
 
 class Findings(dict[str, Any]):
     """``findings``, a list of :class:`Finding` as dictionaries, and ``statistics`` by data set: rows, captions, sizes,
-    kinds of pictures, rows by class. For JSON.
+    kinds of pictures, rows by class; ``model``, where one was looked at: its family and source. For JSON.
     """
 
     @property
@@ -66,6 +66,8 @@ def show_findings(result: Findings, console: Console) -> None:
         if statistics["classes"]:
             parts.append(f"{len(statistics['classes'])} classes")
         console.print(f"{statistics['source']}: {', '.join(parts)}", highlight=False)
+    if model := result.get("model"):
+        console.print(Text(f"{model['source']}: a model of the family {model['family']}"))
     several = len(result["statistics"]) > 1
     table = Table("check", "", "finding")
     for finding in result["findings"]:
