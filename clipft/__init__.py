@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from clipft._version import __version__ as __version__
+__version__ = "0.1.0"  # which pyproject.toml reads too
 
 if TYPE_CHECKING:
     from clipft import nn as nn

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from clipft._version import __version__
+from clipft import __version__
 
 __all__ = ["environment", "usable_cores"]
 

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from clipft._version import __version__
+from clipft import __version__
 from clipft.console import PlainConsole, console_of_run, log_to_terminal
 from clipft.errors import line_of, shown
 from clipft.files import check_folder

@@ -133,7 +133,8 @@ def _read(source: str | Path, split: str | None, reading: Reading, purpose: str)
         return _by_name(str(source), split, reading, purpose)
     if not path.is_dir():
         check_file(path)
-    all_pictures = reading.pictures_only and split is None and path.is_dir() and walk(path, Reading()).pictures
+    every = reading.pictures_only and split is None and not (reading.named[0] or reading.id_column)
+    all_pictures = every and path.is_dir() and walk(path, Reading()).pictures
     parts = sources_of_splits(path) if path.is_dir() and not all_pictures else None
     if parts is None:
         if split not in (None, "train"):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPProcessor
 
-from clipft._version import __version__
+from clipft import __version__
 from clipft.data.collate import most_tokens
 from clipft.data.pictures import check_preprocessing
 from clipft.data.rows import index_texts

@@ -296,7 +296,9 @@ def embed_images(
             _unit(model.get_image_features(**{name: tensor.to(device) for name, tensor in pictures.items()}))  # type: ignore[operator]
             for pictures in (progress(loader) if progress else loader)
         ]
-    return torch.cat(parts)
+    embeds = torch.cat(parts)
+    finite(embeds.numpy(), [f"row {row}" for row in range(len(embeds))])
+    return embeds
 
 
 def embed_texts(

@@ -76,10 +76,9 @@ exec {tool} "$@"
 
 def build_kernels(folder: Path, names: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """As ``setup.py build_ext`` does, of some sources."""
-    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "clipft/_version.py"):
+    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "clipft/__init__.py"):
         (folder / part).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(ROOT / part, folder / part)
-    (folder / "clipft" / "__init__.py").touch()
     shutil.copytree(ROOT / "cuda", folder / "cuda")
     others = [path.name for path in (ROOT / "csrc").rglob("*.c") if not re.fullmatch(names, path.name)]
     shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns(*others))
@@ -269,8 +268,7 @@ def test_unknown_name() -> None:
 def test_source_tree_without_the_extension_says_what_to_do(tmp_path: Path) -> None:
     package = Path(sys.modules["clipft"].__file__).parent
     (tmp_path / "clipft").mkdir()
-    for name in ("__init__.py", "_version.py"):
-        shutil.copy(package / name, tmp_path / "clipft")
+    shutil.copy(package / "__init__.py", tmp_path / "clipft")
     done = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import clipft")
     assert "clipft's C extension is not built here" in done.stderr and "pip install ." in done.stderr
 

@@ -119,6 +119,21 @@ def test_probes_equal_scikit_learn(clip) -> None:
     assert clipft.evaluate_knn(*clip, train, test, k=7)["accuracy"] == pytest.approx(expected)
 
 
+def test_a_model_that_gives_nan_is_named_by_every_task() -> None:
+    model, processor = tiny_clip()
+    with torch.no_grad():
+        model.visual_projection.weight[0, 0] = torch.nan
+    rows = labelled(8)
+    for task in (
+        lambda: clipft.evaluate_knn(model, processor, rows, rows, k=1),
+        lambda: clipft.evaluate_linear_probe(model, processor, rows, rows),
+        lambda: clipft.evaluate_zero_shot(model, processor, rows, rows.features["label"].names),
+        lambda: clipft.evaluate_retrieval(model, processor, captioned(8)),
+    ):
+        with pytest.raises(ValueError, match="row 0: the model gives NaN or Inf for it and 7 more of 8"):
+            task()
+
+
 def test_probes_check_their_arguments(clip) -> None:
     with pytest.raises(ValueError, match="k: expected 1 to 8"):
         clipft.evaluate_knn(*clip, labelled(8), labelled(8))

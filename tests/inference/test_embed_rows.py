@@ -97,6 +97,18 @@ def test_stored_pictures_and_shards_have_ids(folder: Path) -> None:
     assert file.ids == [f"s.tar/part/{number}.png" for number in range(3)] and shades(file) == list(SHADES.values())
 
 
+def test_a_table_in_each_split_is_read_where_its_column_is_named(folder: Path) -> None:
+    for split in ("train", "test"):
+        (folder / "root" / split).mkdir(parents=True)
+        Image.new("RGB", (9, 7)).save(folder / "root" / split / "p.png")
+        (folder / "root" / split / "t.jsonl").write_text(json.dumps({"pic": "p.png", "key": split}))
+    how = ("embed", "--model", "x", "--data", folder / "root", "--output", folder / "v.npy", "--image-column", "pic")
+    assert "--split: expected one of test, train of" in command(*how, status=2)
+    assert embedded(f"{folder}/root:test", folder / "v.npy", "--image-column", "pic", "--id-column", "key").ids == [
+        "test"
+    ]
+
+
 def test_a_folder_gives_its_pictures_and_counts_the_rest(folder: Path) -> None:
     (folder / "t.csv").write_text("image\na.png\n")
     (folder / ".hidden.png").write_bytes(b"")
