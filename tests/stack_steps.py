@@ -1,5 +1,5 @@
 """What clipft does with each package that it depends on, a step a use: `python tests/stack_steps.py` runs them in any
-environment, in half a minute. CI does in one of the oldest versions that pyproject.toml takes.
+environment, in a minute or two. CI does in one of the oldest versions that pyproject.toml takes.
 """
 
 from __future__ import annotations
