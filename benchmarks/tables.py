@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/, drawn from benchmarks/results/*.json.
+"""The tables of README.md and docs/, drawn from benchmarks/results/*.json, and from clipft's registry of families.
 
     python benchmarks/tables.py            # writes them in place
     python benchmarks/tables.py --check    # says where a page differs, and exits with 1
@@ -228,7 +228,24 @@ def learning() -> str:
     return f"{'; '.join(sorted(about))}:\n\n{table(head, cells, '---')}"
 
 
+def families() -> str:
+    from clipft.families.registry import FAMILIES
+
+    cells = [
+        [
+            family.title,
+            f"`{family.model.__name__}`",
+            f"{family.loss} loss",
+            *("yes" if use else "no" for use in (family.int8, family.onnx)),
+        ]
+        for family in FAMILIES
+    ]
+    head = ("", "class", "pre-trained with", "int8", "ONNX (in int8 too, where int8 is)")
+    return table(head, cells, "---").replace("---:", "---")  # words
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "families": families,
     "contrastive": contrastive,
     "gpu_losses": gpu_losses,
     "gpu_layers": gpu_layers,
@@ -268,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
         differs = True
         if options.check:
             old, wanted = (text.splitlines(keepends=True) for text in (page, new))
-            sys.stdout.writelines(difflib.unified_diff(old, wanted, str(path), "benchmarks/results"))
+            sys.stdout.writelines(difflib.unified_diff(old, wanted, str(path), "as drawn"))
         else:
             path.write_text(new)
     return int(differs and options.check)

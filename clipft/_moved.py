@@ -80,7 +80,8 @@ MOVED: dict[str, dict[str, str]] = {
         "training.wise_ft": "ALPHAS Found RULE Sweep WeightLine check_alpha sweep wise_ft",
     },
     "fused": {
-        "families.clip": "FusedCLIPOutput FusedLastLayer fuse_last_layer",
+        "families.clip": "FusedCLIPOutput FusedLastLayer",
+        "families.projected": "fuse_last_layer",
         "families.forward": "loss_parameters normalised records",
         "models.fused": "FusedCLIPModel FusedQuickGELU _new_fused_model",
     },

@@ -19,8 +19,10 @@ def env(*, as_json: Annotated[bool, typer.Option("--json", help="One JSON object
     import torch
 
     from clipft.environment import environment
+    from clipft.families.registry import FAMILIES
 
     found = environment() | ({"mps": _against_the_cpu("mps")} if torch.backends.mps.is_available() else {})
+    found["families"] = {family.title: family.model.__name__ for family in FAMILIES}
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return

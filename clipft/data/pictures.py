@@ -103,7 +103,7 @@ def check_preprocessing(config: Any, where: str) -> None:
             f"{where}: expected a bicubic resize (resample 3) to a shortest_edge or to height and width, got resample "
             f"{config.get('resample')!r:.80} and size {size!r:.80}"
         )
-    if config.get("do_center_crop", True) and not _sizes(crop, "height", "width"):
+    if _crops(config) and not _sizes(crop, "height", "width"):
         raise ValueError(f"{where}: expected a crop_size with height and width, got {crop!r:.80}")
     scale, mean, std = (config.get(name, 1) for name in ("rescale_factor", "image_mean", "image_std"))
     if config.get("do_rescale", True) and not _above_zero(scale):
@@ -112,6 +112,11 @@ def check_preprocessing(config: Any, where: str) -> None:
         for name, value, fits in (("image_mean", mean, _finite), ("image_std", std, _above_zero)):
             if not isinstance(value, list | tuple) or len(value) != _CHANNELS or not all(map(fits, value)):
                 raise ValueError(f"{where}: expected {name} to be {_CHANNELS} numbers of a picture, got {value!r:.80}")
+
+
+def _crops(config: Mapping[str, Any]) -> bool:
+    """A SigLIP's settings say nothing of a crop."""
+    return bool(config.get("do_center_crop", config.get("crop_size") is not None))
 
 
 def _sizes(value: Any, *names: str) -> bool:
@@ -397,7 +402,7 @@ def shown_part(
 
 def to_pixels(image: Image.Image, config: Mapping[str, Any]) -> NDArray[np.float32]:
     """[3, H, W] float32, by the steps of an image processor's configuration."""
-    crop = config["crop_size"] if config.get("do_center_crop", True) else None
+    crop = config["crop_size"] if _crops(config) else None
     pixels = np.asarray(to_rgb(image))
     if config.get("do_resize", True):
         top, left, height, width = shown_part(pixels.shape[0], pixels.shape[1], config["size"], crop)

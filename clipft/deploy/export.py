@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPProcessor
 
 from clipft import __version__
-from clipft.data.collate import most_tokens
+from clipft.data.collate import most_tokens, tokenize
 from clipft.data.pictures import check_preprocessing
 from clipft.data.rows import index_texts
 from clipft.deploy.quantize import pictures_and_captions, plain_model, quantize
@@ -40,9 +40,11 @@ from clipft.ops.nn import QuantizedLinear
 __all__ = ["export_onnx"]
 
 OPSET = 20
+TOKENIZER = "tokenizer.json"
 _ONE_FILE = 1536 << 20  # bytes of weights from which torch writes them apart whatever it is told
 _PAIRS = 500  # of the data, that the report looks at
 _RUNS = 10  # for a latency
+_ODD = ("  Two  Spaces, CAPITALS & 'signs'!", "caf\u00e9 na\u00efve \u4e00\u5f20\u7167\u7247", "long " * 600)
 _MODEL_FILES = ("image_encoder", "text_encoder")
 
 
@@ -60,12 +62,13 @@ def export_onnx(
     """Write a model as ONNX, and report how near it is to the model in torch.
 
     The folder gets ``image_encoder.onnx`` (``pixel_values`` [N, 3, H, W] -> ``image_embeds`` [N, D]) and
-    ``text_encoder.onnx`` (``input_ids``, ``attention_mask`` [N, L] -> ``text_embeds`` [N, D]), with
-    dynamic N and L, L2-normalised embeddings, opset 20 and no operators but ONNX's own; the processor's files; and
-    ``clipft_onnx.json``. :class:`clipft.OnnxCLIP` needs no more than the folder.
+    ``text_encoder.onnx`` (``input_ids``, ``attention_mask`` [N, L] -> ``text_embeds`` [N, D]), with dynamic N and L,
+    L2-normalised embeddings, opset 20 and no operators but ONNX's own; the processor's files; and
+    ``clipft_onnx.json``. :class:`clipft.OnnxCLIP` needs no more than the folder. A SigLIP reads captions padded to
+    their full length: its text encoder takes ``input_ids`` of this L alone.
 
     Args:
-        model: a float ``CLIPModel``, fused or not, or a peft model of one, whose adapters are merged in. Not changed.
+        model: a float model, fused or not, or a peft model of one, whose adapters are merged in. Not changed.
         processor: the model's, as :func:`clipft.load` gives it.
         directory: may exist; an earlier export is replaced, int8 encoders included, other files stay.
         int8: write ``image_encoder.int8.onnx`` and ``text_encoder.int8.onnx`` too: :func:`clipft.quantize`'s linear
@@ -118,6 +121,8 @@ def _write_model(
 ) -> dict[str, Any]:
     """Encoders, processor and description, which is returned; with ``skip`` the int8 encoders too."""
     processor.save_pretrained(folder)
+    if not (folder / TOKENIZER).exists():  # sentencepiece writes its own file
+        family_of(model).fast_tokenizer(processor.tokenizer).save(str(folder / TOKENIZER))
     info = _info(model, processor)
     _write_encoders(model, folder, "", info)
     if skip is not None:
@@ -152,19 +157,18 @@ class _TextEncoder(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         features: Any = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
         return nn.functional.normalize(features.pooler_output, dim=-1)
 
 
 def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any]) -> None:
     family = family_of(model)
-    options = {} if isinstance(model, QuantizedModel) else family.image_encoder(model)  # int8 has its own way
+    if not isinstance(model, QuantizedModel):  # which has layers of its own
+        family.fuse_layers(model)
+    options = {"class_token_only": True} if family.vision.pools_first else {}
     config: Any = model.config
     batch = torch.export.Dim("batch")
-    most = family.most_positions(config)
-    length = torch.export.Dim("length", min=2, max=most)
-    tokens = (2, min(7, most))
     _write(
         _ImageEncoder(model, options),
         {"pixel_values": torch.zeros(2, *family.picture(config))},
@@ -173,10 +177,16 @@ def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any]) -
         folder / f"image_encoder{kind}.onnx",
         info,
     )
+    if "text_length" in info:  # padded to it, and without a mask
+        names, axes, shape = ["input_ids"], {0: batch}, (2, info["text_length"])
+    else:
+        most = family.most_positions(config)
+        names, shape = ["input_ids", "attention_mask"], (2, min(7, most))
+        axes = {0: batch, 1: torch.export.Dim("length", min=2, max=most)}
     _write(
         _TextEncoder(model),
-        {name: torch.ones(tokens, dtype=torch.int64) for name in ("input_ids", "attention_mask")},  # not one for both
-        {name: {0: batch, 1: length} for name in ("input_ids", "attention_mask")},
+        {name: torch.ones(shape, dtype=torch.int64) for name in names},  # not one for both
+        dict.fromkeys(names, axes),
         "text_embeds",
         folder / f"text_encoder{kind}.onnx",
         info,
@@ -234,7 +244,7 @@ def _info(model: Any, processor: Any) -> dict[str, Any]:
         "dim": family.dim(model.config),
         "logit_scale": float(model.logit_scale.detach().exp()),
         "preprocessing": preprocessing,
-        "tokenizer": "tokenizer.json",
+        "tokenizer": TOKENIZER,
         **_padding(model, processor, family),
     }
 
@@ -264,6 +274,7 @@ def _compare(
     report: dict[str, Any] = {"torch": {"retrieval": retrieval_metrics(image, text, texts_of)}}
     for kind in ("fp32", *(["int8"] if int8 else [])):
         clip = OnnxCLIP(folder, int8=kind == "int8", threads=torch.get_num_threads())
+        _check_tokens(model, processor, clip, texts)
         own_image = torch.from_numpy(clip.encode_images(pictures))
         own_text = torch.from_numpy(clip.encode_texts(texts))
         report[kind] = {
@@ -277,6 +288,14 @@ def _compare(
             "latency_ms": _latencies(clip, pictures[0], texts[0]),
         }
     return report
+
+
+def _check_tokens(model: Any, processor: Any, clip: OnnxCLIP, texts: list[str]) -> None:
+    """That tokenizer.json alone makes the tokens that the processor does, of these texts and of odd ones."""
+    for text in [*texts, *_ODD]:
+        want = tokenize(processor, [text], family=family_of(model))["input_ids"][0].tolist()
+        if want != (got := clip.tokenize([text])["input_ids"][0].tolist()):
+            raise ValueError(f"processor: {TOKENIZER} makes other tokens of {text!r:.80}: {got} in place of {want}")
 
 
 def _bytes(folder: Path, name: str) -> int:

@@ -58,7 +58,7 @@ def evaluate_retrieval(
     """Texts found by image and images found by text.
 
     Args:
-        model: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, fused or not, or a peft model of one; used on its
+        model: a ``CLIPModel`` or one of another family, fused or not, or a peft model of one; used on its
             device, in evaluation mode, and left as it was.
         processor: its processor.
         dataset: columns ``image`` and ``caption`` (a string or a list), or ``image`` and ``label`` with class names.

@@ -1,4 +1,4 @@
-"""What a model family is: all in which CLIP, SigLIP and SigLIP 2 differ.
+"""What a model family is: all in which CLIP, SigLIP, MetaCLIP 2, Chinese-CLIP and so on differ.
 
 A CLIP has a projection after each tower and a softmax over the batch; a SigLIP has a head inside each tower, a sigmoid
 over pairs with a bias of its own, and reads captions padded to their full length. What the rest of the package needs to
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 __all__ = ["TOWERS", "Family", "Tower", "TowerName"]
@@ -20,18 +21,27 @@ TowerName = Literal["vision", "text"]
 TOWERS: tuple[TowerName, ...] = ("vision", "text")
 
 
+def _pooler_output(output: Any) -> Tensor:
+    pooled: Tensor = output.pooler_output
+    return pooled
+
+
 @dataclass(frozen=True)
 class Tower:
     """Where the parts of a tower are. Paths start at the model.
 
     Attributes:
-        module: what gives ``pooler_output`` [N, D] of pixels or tokens.
+        module: what takes pixels or tokens.
         layers: its list of layers.
         projection: what turns a token or tokens to the embedding; trainable with ``freeze(model, "towers")``.
         stem: what comes before the first layer, as far as the model has it: submodules and parameters.
         linears: names of a layer's linear layers, which LoRA adapts.
-        pools_first: whether the embedding is of the first token alone, so that the last layer need give no more.
+        pools_first: whether the embedding is of the first token alone, so that the last layer need give no more, nor
+            does with ``class_token_only`` where it is fused.
         dropouts: fields of the tower's configuration that make its output random in training.
+        pooled: from the module's output to what the projection takes, [N, D].
+        mlp: Hugging Face's class of a layer's MLP, with ``fc1``, ``activation_fn`` and ``fc2``, where the activation is
+            quick_gelu, which a LoRA layer can take over.
     """
 
     module: str
@@ -41,6 +51,8 @@ class Tower:
     linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     pools_first: bool = False
     dropouts: tuple[str, ...] = ("attention_dropout",)
+    pooled: Callable[[Any], Tensor] = _pooler_output
+    mlp: type[nn.Module] | None = None
 
     def module_of(self, model: nn.Module) -> nn.Module:
         """The tower itself."""
@@ -84,12 +96,15 @@ def _no_layers(model: Any) -> None:
     """For families whose layers clipft leaves as they are."""
 
 
+def _backend(tokenizer: Any) -> Tokenizer:
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"processor: expected a tokenizer that makes tokenizer.json, got {type(tokenizer).__name__}")
+    return backend
+
+
 def _fits(model: Any, tokenizer: Any) -> None:
     """For families whose checkpoints have no more than one way of captions."""
-
-
-def _no_options(model: Any) -> dict[str, Any]:
-    return {}
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,7 @@ class Family:
     """One kind of model.
 
     Attributes:
+        title: for readers.
         model_type: as in ``config.json``.
         model, processor: Hugging Face's classes.
         forward: a mixin with the ``forward`` of the fused model, a :class:`clipft.families.forward.PairForward`.
@@ -112,13 +128,13 @@ class Family:
         pixel_mean, pixel_std: of the pixels that its checkpoints were trained on, where no processor says.
         fuse_layers: takes over layers of a model that compute less than Hugging Face's.
         split_layers: takes over layers whose products are not linear layers, of which int8 takes no others.
-        image_encoder: makes a plain model ready for export, and gives what its ``get_image_features`` then takes
-            besides pixels.
         fit_tokenizer: brings a model and a tokenizer, as they were loaded, to the captions that the family was trained
             on, where the checkpoint's files do not say them; gives a line on what it changed.
+        fast_tokenizer: a loaded tokenizer as one of the ``tokenizers`` library, for an export.
         onnx, int8: whether ``clipft.export_onnx`` and ``clipft.quantize`` take it.
     """
 
+    title: str
     model_type: str
     model: type[PreTrainedModel]
     processor: type[ProcessorMixin]
@@ -137,8 +153,8 @@ class Family:
     pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     fuse_layers: Callable[[Any], None] = _no_layers
     split_layers: Callable[[Any], None] = _no_layers
-    image_encoder: Callable[[Any], dict[str, Any]] = _no_options
     fit_tokenizer: Callable[[Any, Any], str | None] = _fits
+    fast_tokenizer: Callable[[Any], Tokenizer] = _backend
     onnx: bool = False
     int8: bool = False
 

@@ -5,6 +5,7 @@ A family's mixin has Hugging Face's signature and runs the towers; what comes af
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from clipft.families.losses import LOSSES
 if TYPE_CHECKING:
     from clipft.families.family import Family
 
-__all__ = ["PairForward", "given", "is_watched", "loss_parameters", "normalised", "records"]
+__all__ = ["PairForward", "given", "is_watched", "loss_parameters", "normalised", "records", "stand_in"]
 
 
 class PairForward:
@@ -90,6 +91,24 @@ class PairForward:
             **({} if bias is None else {"logit_bias": bias}),
             head_weights=_head_weights(self),
         )
+
+
+@functools.cache
+def stand_in(mixin: type, plain: type) -> Any:
+    """The class that instances of ``plain`` are taken over by: ``mixin`` before it, with its name, by which FSDP's
+    wrapping policies go. Pickle and deepcopy, which would look for it where it is not, go by ``__reduce__``.
+    """
+    own = {
+        "__doc__": mixin.__doc__,
+        "__module__": plain.__module__,
+        "__reduce__": lambda self: (_new, (mixin, plain), vars(self)),
+        "_clipft_stands_in_for": plain,
+    }
+    return type(plain.__name__, (mixin, plain), own)
+
+
+def _new(mixin: type, plain: type) -> Any:
+    return stand_in(mixin, plain).__new__(stand_in(mixin, plain))
 
 
 def given(kwargs: dict[str, Any]) -> dict[str, Any]:

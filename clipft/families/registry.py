@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from clipft.families.chinese_clip import CHINESE_CLIP
 from clipft.families.clip import CLIP
 from clipft.families.family import Family
+from clipft.families.metaclip2 import METACLIP2
 from clipft.families.siglip import SIGLIP
 from clipft.families.siglip2 import SIGLIP2
 
@@ -24,7 +26,7 @@ __all__ = [
     "model_names",
 ]
 
-FAMILIES: list[Family] = [CLIP, SIGLIP, SIGLIP2]
+FAMILIES: list[Family] = [CLIP, METACLIP2, CHINESE_CLIP, SIGLIP, SIGLIP2]
 MOST_TOKENS = 1_000_000  # a tokenizer saved without a maximum reports 1e30
 
 

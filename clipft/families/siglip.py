@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from clipft.families.family import Family, Tower
 from clipft.families.forward import PairForward, given
+from clipft.families.siglip_tokenizer import fast_tokenizer
 
 __all__ = ["SIGLIP", "SiglipTowersForward", "embedding_dim", "fit_captions", "siglip_tower"]
 
@@ -173,6 +174,7 @@ def fit_captions(model: Any, tokenizer: Any) -> str | None:
 
 
 SIGLIP = Family(
+    title="SigLIP, SigLIP 2 of a fixed size",
     model_type="siglip",
     model=SiglipModel,
     processor=SiglipProcessor,
@@ -189,5 +191,7 @@ SIGLIP = Family(
     pixel_std=(0.5, 0.5, 0.5),
     split_layers=split_pooling_head,
     fit_tokenizer=fit_captions,
+    fast_tokenizer=fast_tokenizer,
+    onnx=True,
     int8=True,
 )

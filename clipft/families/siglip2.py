@@ -43,6 +43,7 @@ class Siglip2Forward(SiglipTowersForward):
 
 
 SIGLIP2 = Family(
+    title="SigLIP 2 NaFlex",
     model_type="siglip2",
     model=Siglip2Model,
     processor=Siglip2Processor,

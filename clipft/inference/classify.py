@@ -34,7 +34,7 @@ def add_head(
     """Give a model a classification head that starts as its zero-shot classifier.
 
     Args:
-        model: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, fused or not; changed in place.
+        model: a ``CLIPModel`` or one of another family, fused or not; changed in place.
         processor: its processor.
         class_names: two or more; underscores read as spaces.
         name: the data column that holds the classes; ``"label"`` or an attribute's.

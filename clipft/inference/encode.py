@@ -73,7 +73,7 @@ def embed(
     """Vectors of pictures or of texts.
 
     Args:
-        model: a ``CLIPModel``, in float or int8, a ``SiglipModel`` or ``Siglip2Model``, a peft model of one, or a
+        model: a ``CLIPModel``, in float or int8, or one of another family, a peft model of one, or a
             :class:`clipft.OnnxCLIP`.
         processor: the model's; None with ``OnnxCLIP``.
         images: PIL pictures, paths, or a data set as :class:`clipft.CLIPTrainer` takes it; of pairs their pictures.

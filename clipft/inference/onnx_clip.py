@@ -93,7 +93,7 @@ class OnnxCLIP:
         _check_inputs(image, self._image, expected, "processor_config.json")
         length, vocabulary = cast(Any, self._tokenizer.truncation)["max_length"], self._tokenizer.get_vocab()
         ids = np.full((1, length), max(vocabulary.values()), np.int64)
-        names = ("input_ids", "attention_mask")
+        names = ["input_ids", *(["attention_mask"] if self._masked() else [])]
         _check_inputs(text, self._text, dict.fromkeys(names, ("tensor(int64)", ids.shape)), "tokenizer_config.json")
         for path, (found, *_) in ((image, self._image.get_outputs()), (text, self._text.get_outputs())):
             if found.type != "tensor(float)" or found.shape[1:] not in ([dim], [str(found.shape[-1])]):
@@ -158,7 +158,7 @@ class OnnxCLIP:
         return to_pixels(open_picture(image), self._preprocessing)
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-        """``input_ids`` and ``attention_mask`` [N, longest] int64."""
+        """``input_ids`` and ``attention_mask`` [N, longest] int64; a SigLIP's [N, full length]."""
         encodings = self._tokenizer.encode_batch(shortened(texts))
         return {
             "input_ids": np.array([encoding.ids for encoding in encodings], np.int64),
@@ -169,9 +169,21 @@ class OnnxCLIP:
         """[N, 3, H, W] -> [N, D]: the image encoder."""
         return _run(self._paths[0], self._image, {"pixel_values": pixel_values})
 
-    def run_texts(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[N, L] twice -> [N, D]: the text encoder."""
-        return _run(self._paths[1], self._text, {"input_ids": input_ids, "attention_mask": attention_mask})
+    def run_texts(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """[N, L] twice -> [N, D]: the text encoder. A SigLIP's leaves the mask out."""
+        inputs = {"input_ids": input_ids}
+        if self._masked():
+            if attention_mask is None:
+                raise ValueError("attention_mask: expected one, as tokenize gives it: this text encoder minds padding")
+            inputs["attention_mask"] = attention_mask
+        return _run(self._paths[1], self._text, inputs)
+
+    def _masked(self) -> bool:
+        """Captions that are padded to their full length need no mask; encoders of version 0.1 take one all the same."""
+        full = self.info.get("padding") == "max_length"
+        return not full or any(one.name == "attention_mask" for one in self._text.get_inputs())
 
 
 # ---- the folder ----
@@ -271,8 +283,16 @@ def _tokenizer(directory: Path, info: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"{described}: expected a pad_token of the tokenizer, got {pad!r:.80}")
     if type(length) not in (int, float) or not length >= 1:
         raise ValueError(f"{described}: expected model_max_length to be a number of tokens, got {length!r:.80}")
+    sides = {name: config.get(name, "right") for name in ("truncation_side", "padding_side")}
+    for name, side in sides.items():
+        if side not in ("left", "right"):
+            raise ValueError(f"{described}: expected {name} to be left or right, got {side!r:.80}")
     length = info.get("text_length") or (int(length) if length <= _MOST_TOKENS else _LENGTH)
-    tokenizer.enable_truncation(length)
-    full = info.get("padding") == "max_length"  # a CLIP's export says neither
-    tokenizer.enable_padding(pad_id=identity, pad_token=pad, length=length if full else None)
+    tokenizer.enable_truncation(length, direction=sides["truncation_side"])
+    tokenizer.enable_padding(
+        direction=sides["padding_side"],
+        pad_id=identity,
+        pad_token=pad,
+        length=length if info.get("padding") == "max_length" else None,  # a CLIP's export says neither
+    )
     return tokenizer

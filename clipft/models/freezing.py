@@ -25,7 +25,7 @@ def freeze(model: Model, strategy: str) -> Model:
     any. What it does not name trains: a tower that is not named trains whole, the logit scale (and bias) always.
 
     Args:
-        model: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, fused or not; changed in place.
+        model: a ``CLIPModel`` or one of another family, fused or not; changed in place.
         strategy: ``"none"`` trains everything. ``"text"`` and ``"vision"`` freeze that tower and its projection.
             ``"towers"`` freezes both towers and leaves both projections, the logit scale and bias trainable.
             ``"vision:N"`` and ``"text:N"`` freeze a tower's embeddings and all but its last N layers; its last norm and

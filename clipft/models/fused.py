@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
-from transformers.models.clip.modeling_clip import CLIPMLP
 
 from clipft.families.clip import CLIP
 from clipft.families.family import Family
@@ -80,7 +79,7 @@ FusedQuickGELU.__name__ = QuickGELUActivation.__name__  # what print(model) show
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Take over the quick_gelu of every ``CLIPMLP`` inside."""
+    """Take over every quick_gelu inside."""
     for module in model.modules():
-        if isinstance(module, CLIPMLP) and type(module.activation_fn) is QuickGELUActivation:
-            module.activation_fn.__class__ = FusedQuickGELU
+        if type(module) is QuickGELUActivation:
+            module.__class__ = FusedQuickGELU

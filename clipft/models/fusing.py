@@ -17,12 +17,13 @@ __all__ = ["check_float", "fuse", "unfuse"]
 
 
 def fuse(model: Any) -> Any:
-    """Let an existing ``CLIPModel``, ``SiglipModel``, ``Siglip2Model`` or peft model compute with clipft's ops.
+    """Let an existing ``CLIPModel``, a model of another family or a peft model compute with clipft's ops.
 
     - A ``CLIPModel``, also the one inside a peft model, gets its loss from ``clipft.contrastive_loss``: with
       ``return_loss=True`` the output holds ``loss``, ``image_embeds`` and ``text_embeds``, and logits and the image
       tower's ``last_hidden_state`` only with ``return_logits=True``. Its ``quick_gelu`` activations become one op each.
-    - A ``SiglipModel`` or ``Siglip2Model`` likewise from ``clipft.sigmoid_loss``.
+    - A ``MetaClip2Model`` or ``ChineseCLIPModel`` likewise, and a ``SiglipModel`` or ``Siglip2Model`` from
+      ``clipft.sigmoid_loss``.
     - The ``lora.Linear`` layers of a peft model, of a ``CLIPModel`` or any other, run ``clipft.lora_linear``. All that
       peft does still works: several adapters, switching, disabling, merging, saving. What the op does not cover (DoRA
       and other variants, mixed batches, several active adapters, quantised layers, GPUs) runs peft's own forward; one

@@ -23,8 +23,8 @@ from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPE
 from transformers.utils.generic import can_return_tuple
 
 from clipft.errors import line_of
-from clipft.families.clip import needs_all_tokens
 from clipft.families.family import Family
+from clipft.families.projected import needs_all_tokens
 from clipft.families.registry import family_of, family_of_type
 from clipft.files import check_set, read_json, settle, write_json
 from clipft.models import int8_layers as forms

@@ -65,7 +65,7 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
             safetensors, and open_clip's from pickles that hold tensors and plain values alone.
 
     Returns:
-        A ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model`` in evaluation mode (open_clip's too, converted), with the
+        A ``CLIPModel`` or one of another family in evaluation mode (open_clip's too, converted), with the
         classification heads that it was saved with (``clipft.models.heads``), and its processor, whose image
         processor is torchvision's: Hugging Face has two, their outputs differ by up to 0.015, and everything in clipft
         uses this one. An adapter comes as its base model with the adapter merged in; to train it on, load it into the

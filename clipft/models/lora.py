@@ -36,17 +36,18 @@ def add_lora(
     adapter holds its matrices and nothing else, so the logit scale, both projections and all else stay as they are.
 
     Args:
-        model: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model`` without adapters; changed in place, and what the
+        model: a ``CLIPModel`` or one of another family without adapters; changed in place, and what the
             adapter holds on to.
         r: the rank.
         alpha: the adapter's output is multiplied by ``alpha / r``.
         dropout: probability in [0, 1) for an element of the adapter's input, in training.
         targets: which linear layers get an adapter; one entry or several, whose union counts. ``"vision"`` and
-            ``"text"`` are a tower's ``q_proj``, ``k_proj``, ``v_proj``, ``out_proj``, ``fc1`` and ``fc2``;
-            ``"vision.8-11"``, ``"vision.11"`` and ``"vision.last2"`` are those of some layers (from 0, ends included);
-            ``"vision.last2:q_proj,v_proj"`` names them. A name alone (``"q_proj"``) is looked for in the whole model;
-            so the projections are targets too: ``"visual_projection"``, for SigLIP ``"head"``, its text head. (The
-            attention inside its image head is torch's own, which no adapter reaches.)
+            ``"text"`` are a tower's ``q_proj``, ``k_proj``, ``v_proj``, ``out_proj``, ``fc1`` and ``fc2``, of a BERT
+            ``query``, ``key``, ``value`` and the three ``dense``; ``"vision.8-11"``, ``"vision.11"`` and
+            ``"vision.last2"`` are those of some layers (from 0, ends included); ``"vision.last2:q_proj,v_proj"`` names
+            them. A name alone (``"q_proj"``) is looked for in the whole model; so the projections are targets too:
+            ``"visual_projection"``, for SigLIP ``"head"``, its text head. (The attention inside its image head is
+            torch's own, which no adapter reaches.)
 
     Returns:
         A ``peft.PeftModel`` in the model's mode (training or evaluation), with one adapter, ``"default"``.

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPMLP
 
-from clipft.families.forward import is_watched
+from clipft.families.forward import is_watched, stand_in
+from clipft.families.registry import FAMILIES
 from clipft.models.fused import FusedQuickGELU
 from clipft.ops import lora_linear, quick_gelu_lora_linear
 from clipft.ops.kernels import FLOATS, MAX_DIM, autocasts, problem
@@ -44,12 +45,15 @@ class FusedLoraLinear(lora.Linear):
 FusedLoraLinear.__name__ = "Linear"  # what print(model) shows; pickle goes by the qualified name
 
 
-class FusedMLP(CLIPMLP):
-    """A ``CLIPMLP`` that hands quick_gelu to the LoRA layer after it: no pass and no tensor of its own. Made by
+class ActivationAfter(nn.Module):
+    """An MLP that hands quick_gelu to the LoRA layer after it: no pass and no tensor of its own. Made by
     :func:`clipft.fuse` only.
     """
 
-    _clipft_stands_in_for = CLIPMLP
+    if TYPE_CHECKING:
+        fc1: nn.Module
+        activation_fn: nn.Module
+        fc2: Any
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """As ``CLIPMLP.forward``."""
@@ -67,7 +71,7 @@ class FusedMLP(CLIPMLP):
         return _run(quick_gelu_lora_linear, hidden, fc2)
 
 
-FusedMLP.__name__ = CLIPMLP.__name__
+FusedMLP = stand_in(ActivationAfter, CLIPMLP)  # what pickles name
 
 
 def _run(op: Callable[..., Tensor], x: Tensor, layer: Any) -> Tensor:
@@ -91,13 +95,14 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Take over every ``lora.Linear`` inside, and the ``CLIPMLP`` around it; log one warning per reason for the LoRA
+    """Take over every ``lora.Linear`` inside, and a family's MLP around it; log one warning per reason for the LoRA
     layers that run peft's forward as the model is now.
     """
     left: dict[str, list[str]] = {}
+    mlps = {tower.mlp for family in FAMILIES for tower in family.towers.values()}
     for name, module in model.named_modules():
-        if type(module) is CLIPMLP and "forward" not in vars(module):
-            module.__class__ = FusedMLP
+        if type(module) in mlps and "forward" not in vars(module):
+            module.__class__ = stand_in(ActivationAfter, type(module))
         if not isinstance(module, lora.LoraLayer):
             continue
         if type(module) is lora.Linear and "forward" not in vars(module):

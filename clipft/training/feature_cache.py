@@ -47,7 +47,7 @@ class FrozenTowers:
     """Computes and keeps the features of a model's frozen towers.
 
     Args:
-        model: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, or a peft model of one.
+        model: a ``CLIPModel`` or one of another family, or a peft model of one.
         processor: its processor.
         folder: for the files; made when needed.
         batch_size: pictures or captions a forward pass.
@@ -103,10 +103,11 @@ class FrozenTowers:
         return tokenize(self.processor, captions, self.max_length, family=self.family)
 
     def _forward(self, tower: TowerName, **inputs: Tensor) -> Tensor:
-        model: Any = self.family.towers[tower].module_of(self.clip)
+        own = self.family.towers[tower]
+        model: Any = own.module_of(self.clip)
         with evaluating(model) as device, self.precision[1]():
             output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
-        return output.pooler_output.float().cpu()
+        return own.pooled(output).float().cpu()
 
     def _features(
         self, tower: TowerName, preparation: str, digests: list[bytes], compute: Callable[[list[int]], Iterable[Tensor]]

@@ -36,7 +36,7 @@ def wise_ft(start: nn.Module, tuned: nn.Module, alpha: float) -> Any:
     """Interpolate two models' weights: (1 - alpha) * start + alpha * tuned.
 
     Args:
-        start: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``; stays as it is.
+        start: a ``CLIPModel`` or one of another family; stays as it is.
         tuned: one of the same shapes, usually fine-tuned from ``start``; stays as it is.
         alpha: in [0, 1]; 0 is ``start``, 1 is ``tuned``.
 

@@ -67,7 +67,7 @@ def plain_text(model: Any, processor: Any, texts: list[str]) -> torch.Tensor:
 def test_the_row_is_needed() -> None:
     FAMILIES.remove(TOY)
     try:
-        with pytest.raises(TypeError, match="expected a CLIPModel, SiglipModel or Siglip2Model, got ToyModel"):
+        with pytest.raises(TypeError, match=r"expected a CLIPModel, .* or Siglip2Model, got ToyModel"):
             clipft.freeze(toy()[0], "none")
     finally:
         FAMILIES.append(TOY)
@@ -322,5 +322,5 @@ def test_what_the_family_does_not_have_is_refused_by_name(tmp_path: Path) -> Non
 def test_errors_name_the_families_that_have_the_use() -> None:
     from tiny_siglip import tiny_model
 
-    with pytest.raises(ValueError, match="onnx takes a CLIPModel or ToyModel so far, got a SiglipModel"):
-        clipft.export_onnx(tiny_model("siglip"), None, "nowhere")
+    with pytest.raises(ValueError, match=r"onnx takes a CLIPModel, .* or ToyModel so far, got a Siglip2Model"):
+        clipft.export_onnx(tiny_model("naflex"), None, "nowhere")

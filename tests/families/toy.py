@@ -218,6 +218,7 @@ def _tower(module: str, projection: str) -> Tower:
 
 
 TOY = Family(
+    title="Toy",
     model_type="toy",
     model=ToyModel,
     processor=CLIPProcessor,
