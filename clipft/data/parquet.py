@@ -29,6 +29,7 @@ def batches(file: pyarrow.parquet.ParquetFile, packed: int) -> Iterator[pyarrow.
     if file.metadata.num_rows > most:
         raise ValueError(f"{file.metadata.num_rows} rows in {packed} bytes")
     for batch in file.iter_batches(_ROWS):
+        batch.validate(full=True)  # texts that are none, which whoever reads a row would find
         rows, size = rows + len(batch), size + batch.nbytes
         if size > most:
             raise ValueError(f"more than {most >> 20} MB in {rows} rows of a file of {packed} bytes")

@@ -129,6 +129,8 @@ def canonical(
     """
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(f"{where}: expected one split with a length, got {type(dataset).__name__}")
+    if not len(dataset):
+        raise ValueError(f"{where}: expected at least one row, found none")
     columns = find_columns(dataset.column_names, where, reading.named, reading.pictures_only)
     names = {column: name for column, name in zip(columns, ("image", "caption", "label"), strict=True) if column}
     check_attributes(dataset.column_names, columns, where, reading)

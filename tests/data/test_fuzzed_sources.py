@@ -107,6 +107,18 @@ def test_parquet(tmp_path: Path, skip: bool) -> None:
     fuzz_file(tmp_path / "t.parquet", plain, lambda: load(tmp_path / "t.parquet", skip))
 
 
+def test_parquet_without_rows_or_with_texts_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"words", b"caf\xe9"]).buffers())
+    for table, message in (
+        (pyarrow.table({"image": [b"", b""], "caption": texts}), r"t\.parquet: expected a Parquet file \(.*UTF8"),
+        (pyarrow.table({"image": [b""], "caption": [""]})[:0], r"t\.parquet: expected at least one row, found none"),
+    ):
+        pyarrow.parquet.write_table(table, path)
+        with pytest.raises(ValueError, match=message):
+            load_reading(path, Reading(skip=True))
+
+
 def test_parquet_that_swells(tmp_path: Path) -> None:
     """Some kilobytes that say 160 MB."""
     table = pyarrow.table({"image": ["0.png"] * 160, "caption": ["x" * 1_000_000] * 160})
