@@ -26,6 +26,7 @@ _NEVER = {
     "monteclora_config": "which draws random matrices of sizes that no weights bound",
     "alora_invocation_tokens": "whose adapters cannot be merged into their base",
 }
+_ITERATIONS = 64  # of the beginnings that peft computes (PiSSA, LoftQ), an adapter's weights or not
 _SECONDS = 0.5  # for all patterns of a configuration; they take milliseconds
 _NAME = re.compile(r"[\w.\-]*")
 _PREFIX, _FIRST = "base_model.model.", re.compile(r"\.lora_(?:A\.weight|embedding_A)$")
@@ -102,6 +103,10 @@ def _bound(config: Any, names: Sequence[str], path: Path) -> None:
     for field, why in _NEVER.items():
         if getattr(config, field, None) is not None:
             raise ValueError(f"{path}: expected no {field}, {why}")
+    loftq = config.loftq_config if isinstance(config.loftq_config, dict) else {}
+    for number in (*re.findall(r"\d+", str(config.init_lora_weights)), loftq.get("loftq_iter", 1)):
+        if not isinstance(number, int | str) or int(number) > _ITERATIONS:
+            raise ValueError(f"{path}: expected at most {_ITERATIONS} iterations to begin with, found {number!r:.80}")
     for field in ("modules_to_save", "layers_pattern"):  # peft makes expressions of these
         value = getattr(config, field, None) or ()
         for name in [value] if isinstance(value, str) else value:

@@ -30,7 +30,9 @@ __all__ = ["fit", "load_processor"]
 _MOST = 8192  # of pixels a side, or of patches: beyond it no model's pictures
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.*", "merges.txt", "*.model")
 _PICTURES = ("processor_config.json", "preprocessor_config.json")
-_SIZES = ("size", "crop_size", "pad_size", "patch_size", "max_num_patches")
+_SIDES = ("size", "crop_size", "pad_size")
+_SIZES = (*_SIDES, "patch_size", "max_num_patches")
+_TIMES = 8  # a model's pictures, that a side may be before it is cropped
 _logger = logging.getLogger(__name__)
 
 
@@ -130,6 +132,7 @@ def fit(family: Family, model: Any, processor: Any, folder: Path) -> None:
         raise ValueError(
             f"{words}: the tokenizer fails on a word, or does not fit config.json: {line_of(error)}"
         ) from error
+    _check_sides(processor.image_processor, family, model, pictures)
     try:
         transform = build_transform(processor.image_processor)
         values = stack_pictures(processor.image_processor, [transform(Image.new("RGB", (3, 2)))])["pixel_values"]
@@ -146,6 +149,22 @@ def fit(family: Family, model: Any, processor: Any, folder: Path) -> None:
             f"{pictures}: the image processor makes {list(shape)} of a picture{'' if finite else ' (not of numbers)'}, "
             f"the model in config.json takes {list(wanted)}"
         )
+
+
+def _check_sides(images: Any, family: Family, model: Any, where: str) -> None:
+    """Before a picture is made: that it will not be far larger than those that the model takes."""
+    if is_naflex(images):
+        if images.patch_size != model.config.vision_config.patch_size:
+            raise ValueError(f"{where}: patches of {images.patch_size} pixels a side, config.json has others")
+        return
+    most = _TIMES * max(family.picture(model.config)[1:])
+    for name in _SIDES:
+        value = getattr(images, name, None)
+        for side in vars(value).values() if isinstance(value, SizeDict) else ():
+            if side is not None and side > most:
+                raise ValueError(
+                    f"{where}: {name} of {side} pixels, of a model in config.json that takes {most // _TIMES}"
+                )
 
 
 def _cut(family: Family, model: Any, tokenizer: Any) -> str | None:

@@ -89,6 +89,7 @@ def test_weights_that_are_not_whole(folder: Path, change: Callable[..., Any], me
         ("processor_config.json", {"image_processor": 3}),
         ("processor_config.json", {"image_processor__size": {"height": -1, "width": 5}}),
         ("processor_config.json", {"image_processor__image_mean": "x"}),
+        ("processor_config.json", {"image_processor__size": {"shortest_edge": 8000}}),
         ("tokenizer_config.json", {"unk_token": 0.5}),
         ("tokenizer_config.json", {"model_max_length": "many"}),
         ("tokenizer.json", {"model": {"type": "None"}}),
@@ -189,6 +190,11 @@ def test_adapters_of_strangers(base: Path, tmp_path: Path) -> None:
         ({"base_model_name_or_path": "x\ud800"}, "to name the base model"),
         ({"alora_invocation_tokens": [1]}, "expected no alora_invocation_tokens"),
         ({"monteclora_config": {}}, "expected no monteclora_config"),
+        ({"init_lora_weights": "pissa_niter_999999999"}, "expected at most 64 iterations"),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 10**9}},
+            "expected at most 64 iterations",
+        ),
         ({"task_type": "24"}, "adapter_config.json.*Invalid task type"),
     ):
         (adapter / "adapter_config.json").write_text(good)
