@@ -61,7 +61,7 @@ def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         waiting += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
 
 
-def check_sizes(config: Any, path: Path, tensors: int | None) -> None:
+def check_sizes(config: Any, path: Path | str, tensors: int | None) -> None:
     """Before a model is made of it: that sizes are positive, and there are not more layers than tensors.
 
     Args:

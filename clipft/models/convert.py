@@ -155,7 +155,7 @@ def _odd_sizes(model_cfg: Mapping[str, Any]) -> list[str]:
 # ---- open_clip's to Hugging Face's ----
 
 
-def to_hf(model_cfg: Mapping[str, Any], state: Mapping[str, Tensor], where: Path) -> Converted:
+def to_hf(model_cfg: Mapping[str, Any], state: Mapping[str, Tensor], where: Path | str) -> Converted:
     """What open_clip makes of a configuration and weights, as Hugging Face's model.
 
     Args:
@@ -237,7 +237,7 @@ def _on_meta(config: PreTrainedConfig) -> dict[str, Tensor]:
         return dict(family_of_type(config.model_type, "model_cfg").model(config).state_dict())
 
 
-def _check_state(where: Path, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def _check_state(where: Path | str, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Before a number is copied: that the tensors are those of the configuration."""
     if missing := expected.keys() - state.keys():
         raise ValueError(

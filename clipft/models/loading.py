@@ -115,7 +115,8 @@ def _load(source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
 
 def _load_open_clip(files: OpenCLIPFiles, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """As Hugging Face's model and processor."""
-    config, state = to_hf(files.model_cfg, files.state, files.weights)
+    with _named(str(files.weights), kwargs, files.where):
+        config, state = to_hf(files.model_cfg, files.state, files.where)
     family = family_of_type(config.model_type, files.name)
     processor = processor_of(files, family, family.picture(config)[-1])
     stored = {tensor.dtype for tensor in state.values()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import mmap
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ _OPENAI = {"input_resolution", "context_length", "vocab_size"}  # numbers beside
 _ARCHIVES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336")
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _PREPROCESS = {"mean": _CLIP_MEAN, "std": _CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+_ALLOCATING = (b"builtins\nbytearray\n", b"builtin__\nbytearray\n", b"ctorch\nTensor\n")  # in a pickle
 _NAMED = 8  # tags in a message
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +55,11 @@ class OpenCLIPFiles:
     preprocess_cfg: dict[str, Any]
     weights: Path
     folder: Path | None = None
+
+    @property
+    def where(self) -> str:
+        """Both files, for messages."""
+        return str(self.weights) + (f" (with {OPEN_CLIP_CONFIG})" if self.folder else "")
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
@@ -229,11 +236,14 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     check_file(path)
     packed = zipfile.is_zipfile(path)
-    if packed:
-        _check_archive(path)
     try:
+        if packed:
+            _check_archive(path)
+        _check_program(path)
         with torch.serialization.safe_globals(_NUMBERS):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
+    except _RefusedError as error:
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # of whatever class an unpickler raises that gets nonsense
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks to run {code[1]}, which clipft does not" if code else "it is damaged, was cut, or is another's"
@@ -251,14 +261,28 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
+        if any(member.file_size > path.stat().st_size for member in archive.infolist()):  # torch packs nothing
+            raise _RefusedError("expected a file of torch.save; its members are larger than the file")
         if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
             return
     stem = path.stem.removesuffix("px")  # OpenAI's name of the larger pictures
     which = stem if stem in _ARCHIVES else "ARCHITECTURE"
-    raise ValueError(
-        f"{path}: a TorchScript archive is code, and clipft runs none; the same weights are "
+    raise _RefusedError(
+        "a TorchScript archive is code, and clipft runs none; the same weights are "
         f"{_PREFIX}{which}-quickgelu/openai{'' if stem in _ARCHIVES else ' for ' + ', '.join(_ARCHIVES)}"
     )
+
+
+def _check_program(path: Path) -> None:
+    """That a pickle does not ask for memory that the file has no numbers for, which ``weights_only`` allows."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for call in _ALLOCATING:
+            if data.find(call) >= 0:
+                raise _RefusedError(f"expected tensors and plain values alone, found a {call.split()[-1].decode()}")
+
+
+class _RefusedError(Exception):
+    """What is wrong with a checkpoint, to be named."""
 
 
 def _is_whole(tensor: Any) -> bool:

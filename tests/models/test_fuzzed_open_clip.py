@@ -1,0 +1,108 @@
+"""open_clip's folders and checkpoints, with damage made at random."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuzzing import LIARS, fuzz
+from PIL import Image
+from tiny_open_clip import open_clip_model, tiny_cfg, write_folder
+
+import clipft
+
+SECONDS = 2.0
+
+
+def works(loaded: Any) -> None:
+    model, processor = loaded
+    try:
+        clipft.embed(model, processor, images=[Image.new("RGB", (40, 50))])
+        clipft.embed(model, processor, texts=["a b", "c"])
+    except ValueError as error:
+        assert "the model gives NaN or Inf" in str(error)
+
+
+class Runs:
+    """What a pickle may ask to be called."""
+
+    def __init__(self, call: Any, *arguments: Any) -> None:
+        self.parts = call, arguments
+
+    def __reduce__(self) -> Any:
+        return self.parts
+
+
+def lie_pickle(rng: random.Random, data: bytes) -> bytes:
+    """Of the program in torch's archive, and of its members."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = rng.choice(list(members))
+    if rng.random() < 0.7:
+        name = next(name for name in members if name.endswith("data.pkl"))
+    own = bytearray(members[name] or b"\0")
+    way = rng.random()
+    if way < 0.2 and name.endswith(".pkl"):
+        ran = rng.choice(
+            (Runs(print, "ran"), Runs(open, "/etc/passwd"), Runs(bytes, 10**9), [[]] * 5, {"state_dict": 3})
+        )
+        own = bytearray(pickle.dumps(rng.choice(({"a": ran}, ran)), 2))
+    elif way < 0.3:
+        del members[name]
+        own = bytearray()
+    else:
+        for _ in range(rng.choice((1, 2, 8))):
+            place = rng.randrange(len(own))
+            own[place : place + 1] = rng.choice((rng.randbytes(1), b"", b"\x8a\x08" + rng.randbytes(8), b"\xff" * 4))
+    if name in members:
+        members[name] = bytes(own)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for key, value in members.items():
+            archive.writestr(key, value)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "old pt"])
+def test_checkpoints(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "tiny", tiny_cfg(), open_clip_model(tiny_cfg()).state_dict())
+    names = [".json", ".safetensors"]
+    if kind != "safetensors":
+        if kind == "pt":
+            monkeypatch.setitem(LIARS, ".bin", lie_pickle)
+        state = open_clip_model(tiny_cfg()).state_dict()
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+        torch.save(state, folder / "open_clip_pytorch_model.bin", _use_new_zipfile_serialization=kind == "pt")
+        names = [".bin"]
+    fuzz(folder, lambda: clipft.load(folder), works, SECONDS, names)
+
+
+@pytest.mark.parametrize(
+    "program, packing, message",
+    [
+        ({"a": Runs(bytearray, 1 << 30)}, zipfile.ZIP_STORED, "alone, found a bytearray"),
+        ({"a": Runs(torch.Tensor, 1 << 32)}, zipfile.ZIP_STORED, "alone, found a Tensor"),
+        ({"a": "x" * (1 << 22)}, zipfile.ZIP_DEFLATED, "members are larger than the file"),
+        ({"a": Runs(print, "ran")}, zipfile.ZIP_STORED, "asks to run print"),
+    ],
+    ids=["bytes", "tensor", "packed", "call"],
+)
+def test_checkpoints_that_swell_or_run(
+    program: Any, packing: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some hundred bytes that say gigabytes."""
+    folder = write_folder(tmp_path / "tiny", tiny_cfg(), {"a": torch.zeros(1)})
+    (folder / "open_clip_model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "open_clip_pytorch_model.bin", "w", packing) as archive:
+        archive.writestr("x/data.pkl", pickle.dumps(program, 2))
+        archive.writestr("x/version", "3\n")
+    with pytest.raises(ValueError, match=rf"open_clip_pytorch_model.bin: .*({message})"):
+        clipft.load(folder)
+    assert "ran" not in capsys.readouterr().out
