@@ -21,9 +21,9 @@ from clipft.data.rows import PairRows
 from clipft.families.family import Family
 from clipft.families.registry import family_of, find_family, model_names
 from clipft.models.fusing import unfuse
-from clipft.models.int8 import QuantizedModel, install
+from clipft.models.int8 import QKV, QuantizedModel, install, sources_of
 from clipft.models.lora import merged_base
-from clipft.models.rounding import QKV, patch_layer, quantize_layer
+from clipft.models.rounding import patch_layer, quantize_layer
 from clipft.ops.nn import QuantizedLinear
 
 __all__ = ["pictures_and_captions", "plain_model", "quantize"]
@@ -49,7 +49,7 @@ def quantize(
     data is needed for that.
 
     Args:
-        model: a ``CLIPModel`` or ``SiglipModel``, fused or not, or a peft model of one, whose adapters are merged
+        model: of any family but SigLIP 2 NaFlex, fused or not, or a peft model of one, whose adapters are merged
             first; on the CPU.
         skip: layers to leave in float, by whole parts of their names: ``"visual_projection"``, ``"fc2"``,
             ``"vision_model.encoder.layers.0"``.
@@ -65,15 +65,14 @@ def quantize(
         The model in evaluation mode, in use one of its own class. ``save_pretrained`` writes what :func:`clipft.load`
         reads. Its ``quantization_report`` holds ``layers`` (for each, by its name in the float model, ``error``: the
         relative error of its output, and with ``calibrate`` what was kept: ``clipped``, ``smoothing``; a pooling
-        head's keys and values are one layer, ``kv_proj``), ``skipped``,
-        ``image_cosine`` and ``text_cosine`` (``mean`` and ``min`` over the pictures and captions, to the float model's
-        embeddings), ``pictures`` and ``texts`` (what they are), and ``bytes`` (``float`` and ``int8``, of the whole
-        model).
+        head's keys and values are one layer, ``kv_proj``), ``skipped``, ``image_cosine`` and ``text_cosine`` (``mean``
+        and ``min`` over the pictures and captions, to the float model's embeddings), ``pictures`` and ``texts`` (what
+        they are), and ``bytes`` (``float`` and ``int8``, of the whole model).
 
     Raises:
-        TypeError: none of these models, or not on the CPU in a float type that the kernels have.
-        ValueError: a ``Siglip2Model`` (NaFlex), ``skip`` names nothing, ``data`` without ``processor``, weights with
-            NaN or Inf.
+        TypeError: of no family, or not on the CPU in a float type that the kernels have.
+        ValueError: a ``Siglip2Model``, which is NaFlex, ``skip`` that names nothing, ``data`` without ``processor``,
+            weights with NaN or Inf.
     """
     plain = plain_model(model, inplace, "int8")
     family, size = family_of(plain), _bytes(plain)
@@ -101,7 +100,7 @@ def _quantize_layers(
     plain: Any, names: list[str], batch: dict[str, Tensor], calibrate: bool
 ) -> tuple[QuantizedModel, dict[str, dict[str, Any]], dict[str, Tensor]]:
     """The model with these layers in int8, each layer's errors, and the float model's embeddings."""
-    plan = _plan(names)
+    plan = _plan(plain, names)
     rows, embeddings = _observe(plain, plan, batch)
     layers: dict[str, QuantizedLinear] = {}
     errors: dict[str, dict[str, Any]] = {}
@@ -161,14 +160,14 @@ def _matching(names: list[str], skip: list[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def _plan(names: list[str]) -> dict[str, list[str]]:
+def _plan(model: Any, names: list[str]) -> dict[str, list[str]]:
     """For each int8 layer the names of the layers that it stands for."""
     plan: dict[str, list[str]] = {}
     for name in names:
-        path, _, own = name.rpartition(".")
-        together = [f"{path}.{part}" for part in QKV]
-        if own in QKV and all(part in names for part in together):
-            plan[f"{path}.qkv_proj"] = together
+        together = f"{name.rpartition('.')[0]}.{QKV}"
+        sources = sources_of(model, together)
+        if name in sources and all(source in names for source in sources):
+            plan[together] = sources
         else:
             plan[name] = [name]
     return plan
@@ -236,6 +235,8 @@ def _random_tokens(model: Any, family: Family) -> dict[str, Tensor]:
     end = min(end, last) if isinstance(end, int) and end != 2 else last  # 2: old ones take the largest
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, max(end, 1), (_PICTURES, min(_TOKENS, most)), generator=generator)
+    if config.eos_token_id == 2:
+        ids[:, -2:-1] = 2  # XLM-R's
     ids[:, -1] = end
     if family.padding == "longest":
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

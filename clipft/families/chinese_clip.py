@@ -92,10 +92,10 @@ CHINESE_CLIP = replace(
         projection="text_projection",
         stem=("text_model.embeddings",),
         linears=("query", "key", "value", "dense"),
+        block="bert",
         dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         pooled=_first_token,
     ),
     fuse_layers=partial(fuse_last_layer, plain=ChineseCLIPVisionLayer),
     fit_tokenizer=_fit_start,
-    int8=False,
 )

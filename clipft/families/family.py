@@ -38,6 +38,7 @@ class Tower:
         linears: names of a layer's linear layers, which LoRA adapts.
         pools_first: whether the embedding is of the first token alone, so that the last layer need give no more, nor
             does with ``class_token_only`` where it is fused.
+        block: what a layer is made as: CLIP's, with norms before its parts, or BERT's, with norms behind them.
         dropouts: fields of the tower's configuration that make its output random in training.
         pooled: from the module's output to what the projection takes, [N, D].
         mlp: Hugging Face's class of a layer's MLP, with ``fc1``, ``activation_fn`` and ``fc2``, where the activation is
@@ -50,6 +51,7 @@ class Tower:
     stem: tuple[str, ...]
     linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     pools_first: bool = False
+    block: Literal["clip", "bert"] = "clip"
     dropouts: tuple[str, ...] = ("attention_dropout",)
     pooled: Callable[[Any], Tensor] = _pooler_output
     mlp: type[nn.Module] | None = None

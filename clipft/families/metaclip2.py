@@ -45,5 +45,4 @@ METACLIP2 = replace(
     text=replace(CLIP.text, mlp=MetaClip2MLP),
     fuse_layers=partial(fuse_last_layer, plain=MetaClip2EncoderLayer),
     fit_tokenizer=_fit_end,
-    int8=False,
 )

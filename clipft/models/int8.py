@@ -23,7 +23,7 @@ from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPE
 from transformers.utils.generic import can_return_tuple
 
 from clipft.errors import line_of
-from clipft.families.family import Family
+from clipft.families.family import Family, Tower
 from clipft.families.projected import needs_all_tokens
 from clipft.families.registry import family_of, family_of_type
 from clipft.files import check_set, read_json, settle, write_json
@@ -39,19 +39,23 @@ from clipft.models.formats import (
     model_set,
 )
 from clipft.models.heads import restore_heads
-from clipft.models.int8_layers import QuantizedPatchEmbedding, quantized_class
+from clipft.models.int8_layers import BLOCKS, Block, QuantizedPatchEmbedding, quantized_class
 from clipft.models.weights import check_whole
 from clipft.ops.nn import QuantizedLinear
 
 __all__ = [
+    "QKV",
     "QuantizedModel",
     "QuantizedPatchEmbedding",
     "check_own_folder",
     "fused_activation",
     "install",
     "load_quantized",
+    "sources_of",
+    "tower_of",
 ]
 
+QKV = "qkv_proj"  # queries, keys and values in one
 _FUSED_ACTIVATIONS = {  # from Hugging Face's names to the op's
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
@@ -164,27 +168,47 @@ def _mark(path: Path, family: Family, dtype: str) -> None:
 # ---- putting layers into a model ----
 
 
+def tower_of(model: Any, name: str) -> Tower | None:
+    """The tower that the part of this name is in; None: a projection behind it."""
+    return next((own for own in family_of(model).towers.values() if name.startswith(f"{own.module}.")), None)
+
+
+def sources_of(model: Any, name: str) -> list[str]:
+    """The names of the float layers that an int8 layer of this name stands for."""
+    path, _, own = name.rpartition(".")
+    tower = tower_of(model, name)
+    return [f"{path}.{part}" for part in BLOCKS[tower.block].qkv] if tower and own == QKV else [name]
+
+
 def install(model: Any, layers: Mapping[str, QuantizedLinear]) -> QuantizedModel:
-    """Put int8 layers where a plain model has its linears; ``....self_attn.qkv_proj`` takes the place of three."""
+    """Put int8 layers where a plain model has its linears; a ``qkv_proj`` takes the place of three."""
     family = family_of(model)
     for name, layer in layers.items():
         path, _, own = name.rpartition(".")
         parent: Any = model.get_submodule(path)
         setattr(parent, own, layer)
+        tower = tower_of(model, name)
         if isinstance(layer, QuantizedPatchEmbedding):
             _take_over(parent, forms.QuantizedVisionEmbeddings)
-        elif own == "qkv_proj":
-            _take_over(parent, forms.QuantizedAttention)
-            del parent.q_proj, parent.k_proj, parent.v_proj
-        elif layer.activation is not None:
-            _take_over(parent, forms.QuantizedMLP)
+        elif tower and own == QKV:
+            _take_over(parent, BLOCKS[tower.block].attention)
+            for source in BLOCKS[tower.block].qkv:
+                delattr(parent, source)
+        elif tower and layer.activation is not None:
+            _take_over(parent, BLOCKS[tower.block].mlp)
     for tower in family.towers.values():
-        blocks = tower.layers_of(model)
-        for block in filter(_whole, blocks):
-            first_only = tower.pools_first and block is blocks[-1]
-            _take_over(block, forms.QuantizedLastLayer if first_only else forms.QuantizedEncoderLayer)
+        _take_over_layers(tower.layers_of(model), BLOCKS[tower.block], tower.pools_first)
     model.__class__ = _model_class(family)
     return cast(QuantizedModel, model.requires_grad_(False).eval())
+
+
+def _take_over_layers(layers: list[nn.Module], block: Block, pools_first: bool) -> None:
+    for layer in layers:
+        parts: dict[str, Any] = dict(layer.named_modules())
+        whole = all(isinstance(parts.get(name), QuantizedLinear) for name in block.parts)
+        if whole and parts[block.activated].activation is not None:
+            only = block.first_only if pools_first and layer is layers[-1] else None
+            _take_over(layer, only or block.layer)
 
 
 def _take_over(module: nn.Module, form: type) -> None:
@@ -192,20 +216,12 @@ def _take_over(module: nn.Module, form: type) -> None:
     module.__class__ = quantized_class(form, plain)
 
 
-def _whole(layer: Any) -> bool:
-    attention, mlp = layer.self_attn, layer.mlp
-    parts = (attention.out_proj, mlp.fc1, mlp.fc2)
-    return (
-        isinstance(attention, forms.QuantizedAttention)
-        and isinstance(mlp, forms.QuantizedMLP)
-        and all(isinstance(part, QuantizedLinear) for part in parts)
-    )
-
-
-def fused_activation(model: nn.Module, name: str) -> str | None:
-    """The activation that the layer of this name takes along: that of its MLP, for ``fc1``."""
-    path, _, own = name.rpartition(".")
-    hidden_act = cast(Any, model.get_submodule(path)).config.hidden_act if own == "fc1" else None
+def fused_activation(model: Any, name: str) -> str | None:
+    """The activation that the layer of this name takes along: its tower's, where it begins an MLP."""
+    tower = tower_of(model, name)
+    if tower is None or not name.endswith(f".{BLOCKS[tower.block].activated}"):
+        return None
+    hidden_act = cast(Any, tower.module_of(model)).config.hidden_act
     return _FUSED_ACTIVATIONS.get(hidden_act) if isinstance(hidden_act, str) else None
 
 
@@ -265,7 +281,7 @@ def _empty_layer(model: Any, name: str, tensors: Mapping[str, Tensor]) -> Quanti
     if name.endswith(".patch_embedding"):
         config: Any = model.config.vision_config
         return QuantizedPatchEmbedding(config.num_channels, config.patch_size, config.hidden_size, bias, device="meta")
-    together = name.endswith(".qkv_proj")
-    plain: Any = model.get_submodule(name.replace(".qkv_proj", ".q_proj"))
-    out = plain.out_features * (3 if together else 1)
+    first, *others = sources_of(model, name)
+    plain: Any = model.get_submodule(first)
+    out = plain.out_features * (1 + len(others))
     return QuantizedLinear(plain.in_features, out, bias, fused_activation(model, name), device="meta")

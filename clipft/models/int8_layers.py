@@ -8,7 +8,9 @@ MLP's first layer its activation, and the patch convolution is a linear layer ov
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,16 @@ from clipft.ops.attention import attention
 from clipft.ops.nn import QuantizedLinear
 
 __all__ = [
+    "BLOCKS",
+    "Block",
     "QuantizedAttention",
+    "QuantizedBertLayer",
     "QuantizedEncoderLayer",
+    "QuantizedIntermediate",
     "QuantizedLastLayer",
     "QuantizedMLP",
     "QuantizedPatchEmbedding",
+    "QuantizedSelfAttention",
     "QuantizedVisionEmbeddings",
     "quantized_class",
 ]
@@ -147,6 +154,50 @@ class QuantizedLastLayer(QuantizedEncoderLayer):
         return self._block(hidden_states, hidden_states[:, :1], None, first_only=True, **kwargs)
 
 
+class QuantizedSelfAttention(QuantizedAttention):
+    """BERT's, whose output projection is another module's."""
+
+    num_heads = property(lambda self: self.num_attention_heads)  # type: ignore[assignment]
+    head_dim = property(lambda self: self.attention_head_size)  # type: ignore[assignment]
+    scale = property(lambda self: self.scaling)  # type: ignore[assignment]
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the plain class's: [B, L, D] -> [B, L, D] and the attention weights, if its function gives any."""
+        return self._attend(self.qkv_proj(hidden_states), hidden_states.shape[1], attention_mask, **kwargs)
+
+
+class QuantizedIntermediate(nn.Module):
+    """The first half of BERT's MLP. The activation belongs to ``dense``."""
+
+    dense: QuantizedLinear
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """As the plain class's."""
+        states: Tensor = self.dense(hidden_states)
+        return states
+
+
+class QuantizedBertLayer(nn.Module):
+    """All in int8: residuals are added with the products, and the MLP's two layers done row block by row block."""
+
+    attention: Any
+    intermediate: QuantizedIntermediate
+    output: Any
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As the plain class's: [B, L, D] -> [B, L, D]."""
+        attention, up, down = self.attention, self.intermediate.dense, self.output.dense
+        if is_watched(attention, attention.output, self.intermediate, up, self.output, down):
+            watched: Tensor = super().forward(hidden_states, attention_mask, **kwargs)
+            return watched
+        attended, _ = attention.self(hidden_states, attention_mask, **kwargs)
+        states = attention.output.LayerNorm(attention.output.dense(attended, None, hidden_states))
+        result: Tensor = self.output.LayerNorm(up(states, None, states, down))
+        return result
+
+
 class QuantizedPatchEmbedding(QuantizedLinear):
     """The patch convolution, whose patches do not overlap, as a linear layer over them."""
 
@@ -190,3 +241,55 @@ class QuantizedVisionEmbeddings(nn.Module):
         if interpolate_pos_encoding:
             return tokens + self.interpolate_pos_encoding(tokens, height, width)
         return tokens + self.position_embedding.weight
+
+
+# ---- blocks ----
+
+
+@dataclass(frozen=True)
+class Block:
+    """How the layers of a tower become int8: the names of their parts, and the forms.
+
+    Attributes:
+        qkv: the linear layers of queries, keys and values, which become one, ``qkv_proj``, of a module that becomes an
+            ``attention``.
+        activated: the end of the name of the linear layer that an activation follows, which it takes along, in a module
+            that becomes an ``mlp``.
+        parts: the linear layers that must all be int8 for the layer to become a ``layer``.
+        first_only: the form of a last layer of which the first token is enough.
+        norms: from the end of a linear layer's name to the norm in the module around that, first found, whose output
+            nothing else takes in.
+    """
+
+    qkv: tuple[str, str, str]
+    attention: type
+    activated: str
+    mlp: type
+    parts: tuple[str, ...]
+    layer: type
+    first_only: type | None
+    norms: Mapping[str, tuple[str, ...]]
+
+
+BLOCKS: dict[Literal["clip", "bert"], Block] = {
+    "clip": Block(
+        qkv=("q_proj", "k_proj", "v_proj"),
+        attention=QuantizedAttention,
+        activated="mlp.fc1",
+        mlp=QuantizedMLP,
+        parts=("self_attn.qkv_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
+        layer=QuantizedEncoderLayer,
+        first_only=QuantizedLastLayer,
+        norms={"self_attn.qkv_proj": ("layer_norm1",), "mlp.fc1": ("layer_norm2", "layernorm")},  # of a layer, or head
+    ),
+    "bert": Block(
+        qkv=("query", "key", "value"),
+        attention=QuantizedSelfAttention,
+        activated="intermediate.dense",
+        mlp=QuantizedIntermediate,
+        parts=("attention.self.qkv_proj", "attention.output.dense", "intermediate.dense", "output.dense"),
+        layer=QuantizedBertLayer,
+        first_only=None,
+        norms={},  # the residual takes their outputs in too
+    ),
+}

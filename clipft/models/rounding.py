@@ -9,15 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipft.models.int8 import fused_activation
-from clipft.models.int8_layers import QuantizedPatchEmbedding
+from clipft.models.int8 import fused_activation, tower_of
+from clipft.models.int8_layers import BLOCKS, QuantizedPatchEmbedding
 from clipft.ops.int8 import quantize_weight, quantized_linear
 from clipft.ops.nn import QuantizedLinear
 
-__all__ = ["QKV", "patch_layer", "quantize_layer"]
+__all__ = ["patch_layer", "quantize_layer"]
 
-QKV = ("q_proj", "k_proj", "v_proj")
-_NORMS = {"self_attn.qkv_proj": ("layer_norm1",), "mlp.fc1": ("layer_norm2", "layernorm")}  # in a block, or a head
 _CLIPS = (1.0, 0.97, 0.94, 0.91, 0.87, 0.82, 0.76, 0.7)  # shares of a channel's range that the search tries
 _SMOOTHINGS = (0.35, 0.5, 0.65)  # SmoothQuant's alpha
 
@@ -87,10 +85,11 @@ def patch_layer(conv: nn.Conv2d) -> QuantizedPatchEmbedding:
 
 def _norm_before(model: nn.Module, name: str) -> nn.LayerNorm | None:
     """The norm whose output this layer, and nothing else, takes in."""
-    for layer, norms in _NORMS.items():
+    tower = tower_of(model, name)
+    for layer, norms in BLOCKS[tower.block].norms.items() if tower else ():
         if name.endswith(f".{layer}"):
-            block: Any = model.get_submodule(name.removesuffix(f".{layer}"))
-            return cast(nn.LayerNorm, next(getattr(block, norm) for norm in norms if hasattr(block, norm)))
+            around: Any = model.get_submodule(name.removesuffix(f".{layer}"))
+            return cast(nn.LayerNorm, next(getattr(around, norm) for norm in norms if hasattr(around, norm)))
     return None
 
 

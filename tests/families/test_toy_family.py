@@ -311,9 +311,9 @@ def test_onnx_computes_what_torch_computes(tmp_path: Path) -> None:
 def test_what_the_family_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     model, processor = toy()
-    with pytest.raises(ValueError, match="int8 takes a CLIPModel or SiglipModel so far, got a ToyModel"):
+    with pytest.raises(ValueError, match=r"int8 takes a CLIPModel, .* or SiglipModel so far, got a ToyModel"):
         clipft.quantize(model)
-    with pytest.raises(ValueError, match="int8: expected a CLIPModel or SiglipModel, got a ToyModel"):
+    with pytest.raises(ValueError, match=r"int8: expected a CLIPModel, .* or SiglipModel, got a ToyModel"):
         clipft.export_onnx(model, processor, tmp_path / "out", int8=True, data=captioned(4))
     assert not (tmp_path / "out").exists()
     assert family_of(model) is TOY

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_clip import class_folders
+from tiny_clip import captioned, class_folders
 from tiny_clip import tiny_model as tiny_clip_model
+from tiny_families import KINDS, tiny_family
 from tiny_siglip import tiny_inputs, tiny_model, tiny_siglip
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -35,7 +36,12 @@ LAYERS = {
 
 @pytest.fixture
 def plain() -> Any:
-    return tiny_model("siglip")
+    """With biases that are not the zeros of a new model."""
+    model = tiny_model("siglip")
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def embeddings(model: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -128,7 +134,7 @@ def test_fused_adapted_and_sixteen_bit_models(plain: Any) -> None:
 
 
 def test_naflex_and_a_tower_without_its_head_are_refused(plain: Any) -> None:
-    with pytest.raises(ValueError, match="int8 takes a CLIPModel or SiglipModel so far, got a Siglip2Model"):
+    with pytest.raises(ValueError, match=r"int8 takes a CLIPModel, .* or SiglipModel so far, got a Siglip2Model"):
         clipft.quantize(tiny_model("naflex"))
     plain.vision_model.use_head = False
     del plain.vision_model.head
@@ -230,3 +236,75 @@ def test_an_int8_folder_of_0_1_is_written_as_it_was_read(tmp_path: Path) -> None
     old = Path(__file__).parents[1] / "data" / "v0_1" / "int8"
     clipft.load(old)[0].save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (old / WEIGHTS).read_bytes()
+
+
+# ---- MetaCLIP 2 and Chinese-CLIP ----
+
+
+@pytest.fixture(params=KINDS)
+def other(request: pytest.FixtureRequest) -> tuple[Any, Any, dict[str, Tensor]]:
+    """A model, its processor and a batch with padded captions."""
+    model, processor = tiny_family(request.param)
+    tokens = processor.tokenizer(["a red square", "red", "blue bar 12"], padding=True, return_tensors="pt")
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return model, processor, {"pixel_values": pixels, **tokens}
+
+
+def of_batch(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        output = model(**batch)
+    return output.image_embeds, output.text_embeds
+
+
+def test_other_families_become_int8_whole(other: tuple[Any, Any, dict[str, Tensor]]) -> None:
+    plain, _, batch = other
+    quantized = clipft.quantize(plain)
+    assert isinstance(quantized, type(plain))
+    assert not any(isinstance(module, (nn.Linear, nn.Conv2d)) for module in quantized.modules())
+    assert sum(isinstance(module, QuantizedLinear) for module in quantized.modules()) == 2 * 3 * 4 + 3
+    kinds = [type(layer).__name__ for layer in quantized.vision_model.encoder.layers]
+    assert kinds == ["QuantizedEncoderLayer", "QuantizedEncoderLayer", "QuantizedLastLayer"]
+    assert quantized.get_image_features(batch["pixel_values"]).last_hidden_state is None
+    for got, want in zip(of_batch(quantized, batch), of_batch(plain, batch), strict=True):
+        assert cosine(got, want) > 0.99 and not torch.equal(got, want)
+    report = quantized.quantization_report
+    assert len(report["layers"]) == 2 * 3 * 6 + 3 and report["text_cosine"]["mean"] > 0.99
+
+
+def test_their_blocks_in_one_pass_are_their_steps(other: tuple[Any, Any, dict[str, Tensor]]) -> None:
+    """Which also run where someone watches a part."""
+    plain, _, batch = other
+    quantized, seen = clipft.quantize(plain), []
+    watched = copy.deepcopy(quantized)
+    for module in watched.modules():
+        if isinstance(module, QuantizedLinear):
+            module.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    for got, want in zip(of_batch(quantized, batch), of_batch(watched, batch), strict=True):
+        assert cosine(got, want) > 0.9995
+    assert len(seen) == 2 * 3 * 4 + 3
+
+
+def test_their_files_calibration_and_adapters(other: tuple[Any, Any, dict[str, Tensor]], tmp_path: Path) -> None:
+    plain, processor, batch = other
+    quantized = clipft.quantize(plain, calibrate=True, data=captioned(12), processor=processor)
+    quantized.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, _ = clipft.load(tmp_path)
+    for same in (loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert type(same) is type(quantized) and all(
+            map(torch.equal, of_batch(same, batch), of_batch(quantized, batch))
+        )
+    for got, want in zip(of_batch(loaded, batch), of_batch(plain, batch), strict=True):
+        assert cosine(got, want) > 0.99
+
+
+def test_part_of_a_bert_stays_in_float() -> None:
+    """A block with a float layer runs as the plain one."""
+    plain, processor = tiny_family("chinese_clip")
+    tokens = processor.tokenizer(["a red square", "red"], padding=True, return_tensors="pt")
+    for skip in (["key"], ["intermediate"], ["attention.output.dense"], ["output"]):
+        quantized = clipft.quantize(plain, skip=skip)
+        left = {name for name, module in quantized.named_modules() if isinstance(module, nn.Linear)}
+        assert left == set(quantized.quantization_report["skipped"]) and len(left) in (3, 6)
+        got, want = (model.get_text_features(**tokens).pooler_output for model in (quantized, plain))
+        assert cosine(got, want) > 0.99 and not torch.equal(got, want)

@@ -399,9 +399,7 @@ def test_what_it_refuses() -> None:
     quantized = clipft.quantize(tiny_model())
     with pytest.raises(ValueError, match="expected a float model, got one that has int8 layers already"):
         clipft.quantize(quantized)
-    with pytest.raises(
-        TypeError, match="model: expected a CLIPModel or SiglipModel or a peft model of one, got Linear"
-    ):
+    with pytest.raises(TypeError, match=r"model: expected a CLIPModel, .* or a peft model of one, got Linear"):
         clipft.quantize(nn.Linear(3, 3))
     with pytest.raises(TypeError, match="expected a model on the CPU, got one on meta"):
         clipft.quantize(tiny_model().to("meta"))
