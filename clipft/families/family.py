@@ -8,7 +8,7 @@ know of that is a field here; a family is a file beside this one, and a row of `
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
@@ -32,8 +32,9 @@ class Tower:
 
     Attributes:
         module: what takes pixels or tokens.
-        layers: its list of layers.
-        projection: what turns a token or tokens to the embedding; trainable with ``freeze(model, "towers")``.
+        layers: its list of layers, or each of them.
+        projection: what turns a token or tokens to the embedding, a submodule or a parameter; trainable with
+            ``freeze(model, "towers")``.
         stem: what comes before the first layer, as far as the model has it: submodules and parameters.
         linears: names of a layer's linear layers, which LoRA adapts.
         pools_first: whether the embedding is of the first token alone, so that the last layer need give no more, nor
@@ -46,7 +47,7 @@ class Tower:
     """
 
     module: str
-    layers: str
+    layers: str | tuple[str, ...]
     projection: str
     stem: tuple[str, ...]
     linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -60,22 +61,41 @@ class Tower:
         """The tower itself."""
         return model.get_submodule(self.module)
 
+    def features(self, model: Any, **inputs: Tensor) -> Tensor:
+        """[N, D], which the model's ``forward`` takes as ``image_pooler_output`` or ``text_pooler_output``."""
+        return self.pooled(self.module_of(model)(**inputs))
+
+    def settings(self, model: Any) -> str:
+        """All that its output depends on besides its weights."""
+        module: Any = self.module_of(model)
+        return str(module.config.to_json_string())
+
+    def paths_of_layers(self, model: nn.Module) -> list[str]:
+        """From the input up."""
+        if isinstance(self.layers, tuple):
+            return list(self.layers)
+        return [f"{self.layers}.{name}" for name, _ in model.get_submodule(self.layers).named_children()]
+
     def layers_of(self, model: nn.Module) -> list[nn.Module]:
         """From the input up."""
-        return list(model.get_submodule(self.layers).children())
+        return [model.get_submodule(path) for path in self.paths_of_layers(model)]
 
-    def projection_of(self, model: nn.Module) -> nn.Module:
+    def projection_of(self, model: nn.Module) -> nn.Module | nn.Parameter:
         """What turns the tower's token or tokens to the embedding."""
-        return model.get_submodule(self.projection)
+        return _parts(model)[self.projection]
 
-    def body_of(self, model: nn.Module) -> list[nn.Module | nn.Parameter]:
+    def body_of(self, model: nn.Module) -> list[nn.Parameter]:
         """The tower without its projection."""
-        tower, projection = self.module_of(model), self.projection_of(model)
-        return [*tower.parameters(recurse=False), *(part for part in tower.children() if part is not projection)]
+        projection = {id(parameter) for parameter in _parameters(self.projection_of(model))}
+        return [parameter for parameter in self.module_of(model).parameters() if id(parameter) not in projection]
+
+    def parameters_of(self, model: nn.Module) -> list[nn.Parameter]:
+        """Of the tower and its projection, which may be a part of it."""
+        return [*self.body_of(model), *_parameters(self.projection_of(model))]
 
     def stem_of(self, model: nn.Module) -> list[nn.Module | nn.Parameter]:
         """The tower before its first layer."""
-        parts = {**dict(model.named_modules()), **dict(model.named_parameters())}
+        parts = _parts(model)
         return [parts[path] for path in self.stem if path in parts]
 
     def is_frozen(self, model: nn.Module) -> bool:
@@ -83,6 +103,15 @@ class Tower:
         tower: Any = self.module_of(model)
         random = any(getattr(tower.config, name) for name in self.dropouts)
         return not random and not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """By their paths."""
+    return {**dict(model.named_modules()), **dict(model.named_parameters())}
+
+
+def _parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return list(part.parameters()) if isinstance(part, nn.Module) else [part]
 
 
 def _most_positions(config: Any) -> int:
@@ -107,6 +136,11 @@ def _backend(tokenizer: Any) -> Tokenizer:
 
 def _fits(model: Any, tokenizer: Any) -> None:
     """For families whose checkpoints have no more than one way of captions."""
+
+
+def _nothing(model: Any) -> dict[str, Any]:
+    """For families of one architecture."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -134,6 +168,7 @@ class Family:
             on, where the checkpoint's files do not say them; gives a line on what it changed.
         fast_tokenizer: a loaded tokenizer as one of the ``tokenizers`` library, for an export.
         onnx, int8: whether ``clipft.export_onnx`` and ``clipft.quantize`` take it.
+        of_model: what of all this is otherwise for a model, in a family of many architectures.
     """
 
     title: str
@@ -159,8 +194,14 @@ class Family:
     fast_tokenizer: Callable[[Any], Tokenizer] = _backend
     onnx: bool = False
     int8: bool = False
+    of_model: Callable[[Any], dict[str, Any]] = _nothing
 
     @property
     def towers(self) -> dict[TowerName, Tower]:
         """Both, by name."""
         return {"vision": self.vision, "text": self.text}
+
+    def of(self, model: Any) -> Family:
+        """The row of this very model."""
+        own = self.of_model(model)
+        return replace(self, **own) if own else self

@@ -73,7 +73,7 @@ class PairForward:
         bias = self.logit_bias.reshape(()) if hasattr(self, "logit_bias") else None
         loss = logits = None
         if return_loss:
-            row = LOSSES[self._clipft_family.loss]
+            row = LOSSES[self._clipft_family.of(self).loss]
             loss = row(image_embeds, text_embeds, scale, *((bias,) if row.needs_bias else ()))
         if return_logits:
             assert image_embeds is not None and text_embeds is not None

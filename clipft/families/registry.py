@@ -11,6 +11,7 @@ from clipft.families.chinese_clip import CHINESE_CLIP
 from clipft.families.clip import CLIP
 from clipft.families.family import Family
 from clipft.families.metaclip2 import METACLIP2
+from clipft.families.open_clip import OPEN_CLIP
 from clipft.families.siglip import SIGLIP
 from clipft.families.siglip2 import SIGLIP2
 
@@ -26,7 +27,7 @@ __all__ = [
     "model_names",
 ]
 
-FAMILIES: list[Family] = [CLIP, METACLIP2, CHINESE_CLIP, SIGLIP, SIGLIP2]
+FAMILIES: list[Family] = [CLIP, METACLIP2, CHINESE_CLIP, SIGLIP, SIGLIP2, OPEN_CLIP]
 MOST_TOKENS = 1_000_000  # a tokenizer saved without a maximum reports 1e30
 
 
@@ -59,7 +60,7 @@ def check_model(model: Any) -> Family:
     family = find_family(type(model))
     if family is None:
         raise TypeError(f"model: expected {model_names()}, got {type(model).__qualname__}")
-    return family
+    return family.of(model)
 
 
 def family_of_type(model_type: Any, where: str) -> Family:

@@ -72,6 +72,12 @@ def check_sizes(config: Any, path: Path | str, tensors: int | None) -> None:
     Raises:
         ValueError: it lies.
     """
+    for part in ("model_cfg", "text_tower"):  # of open_clip's models
+        for key, value in _entries(getattr(config, part, None) or {}):
+            most = max(tensors or 0, _FEW) if "layers" in key else _MOST
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and not -most <= number <= most:
+                    raise ValueError(f"{path}: {part}: expected {key} to be at most {most}, found {number!r}")
     for part in ("", "text_config", "vision_config"):
         own = getattr(config, part) if part else config
         for name in _SIZES:

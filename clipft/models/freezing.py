@@ -84,7 +84,7 @@ def what_trains(model: Any) -> str:
 
 
 def _share_of(tower: Tower, model: nn.Module) -> str:
-    own = {*tower.module_of(model).parameters(), *tower.projection_of(model).parameters()}  # a SigLIP's is in both
+    own = tower.parameters_of(model)
     sizes = [p.numel() for p in own if p.requires_grad]
     if len(sizes) in (0, len(own)):
         return "all" if sizes else "nothing"

@@ -22,7 +22,7 @@ from clipft.files import check_file, note_changes, read_json, settle
 from clipft.models.adapters import base_of, put_adapter
 from clipft.models.bases import recorded_base
 from clipft.models.configurations import check_sizes, check_trust
-from clipft.models.convert import to_hf
+from clipft.models.convert import reasons, to_hf
 from clipft.models.formats import (
     ADAPTER_CONFIG,
     DEMO_MODEL,
@@ -39,6 +39,7 @@ from clipft.models.heads import with_heads
 from clipft.models.int8 import load_quantized
 from clipft.models.lora import import_peft, merged_base
 from clipft.models.open_clip_files import OpenCLIPFiles, find, is_open_clip_name
+from clipft.models.open_clip_own import as_it_is
 from clipft.models.open_clip_processors import processor_of
 from clipft.models.processors import fit, load_processor
 from clipft.models.weights import check_shapes, check_whole, shards_of, stored_weights
@@ -65,7 +66,8 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
             safetensors, and open_clip's from pickles that hold tensors and plain values alone.
 
     Returns:
-        A ``CLIPModel`` or one of another family in evaluation mode (open_clip's too, converted), with the
+        A ``CLIPModel`` or one of another family in evaluation mode (open_clip's too, converted, or else an
+        ``OpenCLIPModel`` with its own towers), with the
         classification heads that it was saved with (``clipft.models.heads``), and its processor, whose image
         processor is torchvision's: Hugging Face has two, their outputs differ by up to 0.015, and everything in clipft
         uses this one. An adapter comes as its base model with the adapter merged in; to train it on, load it into the
@@ -114,9 +116,10 @@ def _load(source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _load_open_clip(files: OpenCLIPFiles, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """As Hugging Face's model and processor."""
+    """As Hugging Face's model and processor or, where it has no such model, open_clip's own towers."""
     with _named(str(files.weights), kwargs, files.where):
-        config, state = to_hf(files.model_cfg, files.state, files.where)
+        own = reasons(files.model_cfg)
+        config, state = as_it_is(files) if own else to_hf(files.model_cfg, files.state, files.where)
     family = family_of_type(config.model_type, files.name)
     processor = processor_of(files, family, family.picture(config)[-1])
     stored = {tensor.dtype for tensor in state.values()}

@@ -127,23 +127,26 @@ def _target_modules(model: Any, family: Family, targets: str | Iterable[str]) ->
     return [name for name in linears if name in chosen]
 
 
-def _parts(entry: str, family: Family) -> list[tuple[str, str]]:
-    """What an entry stands for, as (tower and layers or an empty string, name) each."""
+def _parts(entry: str, family: Family) -> list[tuple[str, tuple[str, ...]]]:
+    """What an entry stands for, as (tower and layers or an empty string, names of which one is enough) each."""
     where, colon, names = str(entry).partition(":")
     if colon:
-        return [(where.strip(), name.strip()) for name in names.split(",")]
+        return [(where.strip(), (name.strip(),)) for name in names.split(",")]
     parts = []
     for part in map(str.strip, where.split(",")):
         tower = next((tower for name, tower in family.towers.items() if part.partition(".")[0] == name), None)
-        parts += [("", part)] if tower is None else [(part, name) for name in tower.linears]
+        parts.append(("", (part,)) if tower is None else (part, tower.linears))
     return parts
 
 
-def _matches(model: Any, family: Family, linears: list[str], entry: str, where: str, name: str) -> list[str]:
+def _matches(
+    model: Any, family: Family, linears: list[str], entry: str, where: str, names: tuple[str, ...]
+) -> list[str]:
     prefixes = _layer_prefixes(model, family, entry, where) if where else ("",)
-    found = [linear for linear in linears if linear.startswith(prefixes) and linear.rpartition(".")[2] == name]
+    found = [linear for linear in linears if linear.startswith(prefixes) and linear.rpartition(".")[2] in names]
     if not found:
-        raise ValueError(f"targets: {entry!r}: {name!r} matches nothing; {_what_exists(model, family, linears)}")
+        wanted = " or ".join(map(repr, names)) or "a linear layer that an adapter can stand beside"
+        raise ValueError(f"targets: {entry!r}: {wanted} matches nothing; {_what_exists(model, family, linears)}")
     return found
 
 
@@ -156,7 +159,8 @@ def _layer_prefixes(model: Any, family: Family, entry: str, where: str) -> tuple
         )
     name = cast(TowerName, match[1])
     tower = family.towers[name]
-    count = len(tower.layers_of(model))
+    paths = tower.paths_of_layers(model)
+    count = len(paths)
     first, end = 0, count - 1
     if match["last"]:
         first = count - int(match["last"])
@@ -165,13 +169,14 @@ def _layer_prefixes(model: Any, family: Family, entry: str, where: str) -> tuple
         end = int(match["end"] or first)
     if not 0 <= first <= end < count:
         raise ValueError(f"targets: {entry!r}: expected layers from 0 to {count - 1}, which {name} has, got {where!r}")
-    return tuple(f"{tower.layers}.{layer}." for layer in range(first, end + 1))
+    return tuple(f"{path}." for path in paths[first : end + 1])
 
 
 def _what_exists(model: Any, family: Family, linears: list[str]) -> str:
     towers = family.towers
-    counts = " and ".join(f"{name} (layers 0-{len(tower.layers_of(model)) - 1})" for name, tower in towers.items())
-    prefixes = tuple(f"{tower.layers}." for tower in towers.values())
+    layers = {name: tower.paths_of_layers(model) for name, tower in towers.items()}
+    counts = " and ".join(f"{name} (layers 0-{len(paths) - 1})" for name, paths in layers.items())
+    prefixes = tuple(f"{path}." for paths in layers.values() for path in paths)
     inside = dict.fromkeys(name.rpartition(".")[2] for name in linears if name.startswith(prefixes))
     outside = [name for name in linears if not name.startswith(prefixes)]
     return f"there are {counts} with {', '.join(inside)}, and {', '.join(outside)}"

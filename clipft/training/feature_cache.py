@@ -104,10 +104,9 @@ class FrozenTowers:
 
     def _forward(self, tower: TowerName, **inputs: Tensor) -> Tensor:
         own = self.family.towers[tower]
-        model: Any = own.module_of(self.clip)
-        with evaluating(model) as device, self.precision[1]():
-            output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
-        return own.pooled(output).float().cpu()
+        with evaluating(own.module_of(self.clip)) as device, self.precision[1]():
+            output = own.features(self.clip, **{name: tensor.to(device) for name, tensor in inputs.items()})
+        return output.float().cpu()
 
     def _features(
         self, tower: TowerName, preparation: str, digests: list[bytes], compute: Callable[[list[int]], Iterable[Tensor]]
@@ -127,11 +126,11 @@ class FrozenTowers:
         return table[[known[digest] for digest in digests]]
 
     def _fingerprint(self, tower: TowerName, preparation: str) -> str:
-        model: Any = self.family.towers[tower].module_of(self.clip)
+        own = self.family.towers[tower]
         digest = hashlib.blake2b(
-            f"{model.config.to_json_string()}/{preparation}/{self.precision[0]}".encode(), digest_size=DIGEST
+            f"{own.settings(self.clip)}/{preparation}/{self.precision[0]}".encode(), digest_size=DIGEST
         )
-        for name, tensor in model.state_dict().items():
+        for name, tensor in own.module_of(self.clip).state_dict().items():
             digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()

@@ -32,27 +32,32 @@ TRAINED_WEIGHTS = "trained_weights.safetensors"
 # ---- layer-wise learning-rate decay ----
 
 
-def depth_from_top(name: str, layers: dict[TowerName, int], family: Family) -> int:
+def depth_from_top(name: str, layers: dict[TowerName, list[str]], family: Family) -> int:
     """How far a parameter is below its tower's output: 0 for projections, last norms, the logit scale and what else is
     in no tower, 1 for the last layer, and one more than the number of layers for the embeddings.
 
     Args:
         name: the parameter's, with or without peft's prefix.
-        layers: number of layers of "text" and "vision".
+        layers: the paths of the layers of "text" and "vision", from the input up.
         family: the model's.
     """
     for tower_name, tower in family.towers.items():
-        if match := re.search(rf"\b{re.escape(tower.layers)}\.(\d+)\.", name):
-            return layers[tower_name] - int(match[1])
-        if any(re.search(rf"\b{re.escape(path)}\b", name) for path in tower.stem):
-            return layers[tower_name] + 1
+        for below, path in enumerate(reversed(layers[tower_name]), 1):
+            if _is_in(name, path):
+                return below
+        if any(_is_in(name, path) for path in tower.stem):
+            return len(layers[tower_name]) + 1
     return 0
+
+
+def _is_in(name: str, path: str) -> bool:
+    return re.search(rf"\b{re.escape(path)}(\.|$)", name) is not None
 
 
 def _depths(model: nn.Module) -> dict[str, int]:
     """Of every parameter, by name."""
     clip, family = base_model(model), family_of(model)
-    layers = {name: len(tower.layers_of(clip)) for name, tower in family.towers.items()}
+    layers = {name: tower.paths_of_layers(clip) for name, tower in family.towers.items()}
     return {name: depth_from_top(name, layers, family) for name, _ in model.named_parameters()}
 
 

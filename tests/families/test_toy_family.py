@@ -67,7 +67,7 @@ def plain_text(model: Any, processor: Any, texts: list[str]) -> torch.Tensor:
 def test_the_row_is_needed() -> None:
     FAMILIES.remove(TOY)
     try:
-        with pytest.raises(TypeError, match=r"expected a CLIPModel, .* or Siglip2Model, got ToyModel"):
+        with pytest.raises(TypeError, match=r"expected a CLIPModel, .* or OpenCLIPModel, got ToyModel"):
             clipft.freeze(toy()[0], "none")
     finally:
         FAMILIES.append(TOY)

@@ -392,7 +392,7 @@ def refused(folder: Path, message: str) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"vision_cfg__ls_init_value": 0.1}, "ls_init_value: 0.1 .layer scale"),
+        ({"vision_cfg__ls_init_value": 0.1}, "they lack: visual.transformer.resblocks.0.ls_1"),
         ({"vision_cfg__layers": 10**6}, "asks for 1000000 layers"),
         ({"vision_cfg__layers": 3}, "are missing: visual.transformer.resblocks.2"),
         ({"text_cfg__width": 1 << 30}, "hidden_size to be a number from 1 to"),

@@ -97,7 +97,10 @@ def test_classes_are_uneven_where_the_largest_has_half_again_the_smallest_and_a_
 
 
 def test_depth_from_top() -> None:
-    layers: Any = {"text": 3, "vision": 12}
+    layers: Any = {
+        tower: [f"{tower}_model.encoder.layers.{layer}" for layer in range(count)]
+        for tower, count in (("text", 3), ("vision", 12))
+    }
     for name, depth in (
         ("logit_scale", 0),
         ("visual_projection.weight", 0),
