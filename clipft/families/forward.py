@@ -94,7 +94,7 @@ class PairForward:
 
 
 @functools.cache
-def stand_in(mixin: type, plain: type) -> Any:
+def stand_in(mixin: Any, plain: Any) -> Any:
     """The class that instances of ``plain`` are taken over by: ``mixin`` before it, with its name, by which FSDP's
     wrapping policies go. Pickle and deepcopy, which would look for it where it is not, go by ``__reduce__``.
     """

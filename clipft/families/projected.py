@@ -111,7 +111,7 @@ def needs_all_tokens(model: Any, kwargs: dict[str, Any]) -> bool:
     return is_watched(tower, tower.encoder, tower.encoder.layers, *tower.encoder.layers[-1].modules())
 
 
-def fuse_last_layer(model: Any, plain: type) -> None:
+def fuse_last_layer(model: Any, plain: Any) -> None:
     """Take over a model's last image layer, where it is Hugging Face's own, of the class ``plain``."""
     last = model.vision_model.encoder.layers[-1]
     if type(last) is plain:

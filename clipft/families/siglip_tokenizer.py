@@ -29,7 +29,8 @@ def fast_tokenizer(tokenizer: Any) -> Tokenizer:
         return backend
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
+    messages: Any = sentencepiece_model_pb2  # what protobuf makes as it is imported
+    model = messages.ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
     if model.trainer_spec.model_type != _UNIGRAM:
         raise ValueError("tokenizer: expected a unigram model of sentencepiece, as SigLIP's, found another kind")
     pieces = [(piece.piece, piece.score) for piece in model.pieces]

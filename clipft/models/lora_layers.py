@@ -101,8 +101,9 @@ def fuse_lora(model: nn.Module) -> None:
     left: dict[str, list[str]] = {}
     mlps = {tower.mlp for family in FAMILIES for tower in family.towers.values()}
     for name, module in model.named_modules():
-        if type(module) in mlps and "forward" not in vars(module):
-            module.__class__ = stand_in(ActivationAfter, type(module))
+        plain: Any = type(module)
+        if plain in mlps and "forward" not in vars(module):
+            module.__class__ = stand_in(ActivationAfter, plain)
         if not isinstance(module, lora.LoraLayer):
             continue
         if type(module) is lora.Linear and "forward" not in vars(module):
