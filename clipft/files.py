@@ -76,22 +76,23 @@ def check_file(path: Path) -> int:
     return info.st_size
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, whoever wrote it.
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The object in a file, whoever wrote it; with ``kind`` ``list`` the list.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: no file, or no JSON object in it.
+        FileNotFoundError: there is none. ValueError: no file, or no such JSON in it.
     """
+    what = "a JSON object" if kind is dict else f"a JSON {kind.__name__}"
     if (size := check_file(path)) > _MOST_JSON:
         raise ValueError(f"{path}: expected JSON of at most {_MOST_JSON >> 20} MB, found {size >> 20} MB")
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError as error:
-        raise ValueError(f"{path}: expected a JSON object, found one nested too deep to read") from error
+        raise ValueError(f"{path}: expected {what}, found one nested too deep to read") from error
     except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON object; the file is damaged ({line_of(error)})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+        raise ValueError(f"{path}: expected {what}; the file is damaged ({line_of(error)})") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: expected {what}, found a {type(value).__name__}")
     return value
 
 

@@ -25,6 +25,8 @@ __all__ = [
     "PROCESSOR_FILES",
     "QUANT_METHOD",
     "SEEN_ROWS",
+    "SENTENCE_CONFIG",
+    "SENTENCE_MODULES",
     "WEIGHT_FILES",
     "folder_of",
     "is_adapter_folder",
@@ -46,6 +48,7 @@ QUANT_METHOD = "clipft_int8"  # of a configuration's quantization_config
 HEADS_KEY = "clipft_heads"  # of a configuration: names and classes of the classification heads
 MERGED = "merged"  # of a LoRA run's folder: the folder with the adapter's base, merged
 SEEN_ROWS = "clipft_rows.safetensors"  # digests of the pictures that a run trained and tested on
+SENTENCE_MODULES, SENTENCE_CONFIG = "modules.json", "sentence_bert_config.json"  # sentence-transformers'
 MODEL_MANIFEST = "clipft_files.json"
 ONNX_INFO, ONNX_MODELS = "clipft_onnx.json", ("image_encoder*.onnx*", "text_encoder*.onnx*")
 PROCESSOR_FILES = (
@@ -65,7 +68,7 @@ PROCESSOR_FILES = (
 _SHARDS = "model-*-of-*.safetensors"
 _MODELS = (
     *(*WEIGHT_FILES, _SHARDS, INT8_REPORT, ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin"),
-    *(OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHTS),
+    *(OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHTS, SENTENCE_MODULES, SENTENCE_CONFIG),
 )
 
 

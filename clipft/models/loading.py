@@ -30,7 +30,9 @@ from clipft.models.formats import (
     INT8_WEIGHTS,
     MERGED,
     MODEL_MANIFEST,
+    PROCESSOR_FILES,
     QUANT_METHOD,
+    SENTENCE_MODULES,
     WEIGHT_FILES,
     folder_of,
     is_adapter_folder,
@@ -42,6 +44,7 @@ from clipft.models.open_clip_files import OpenCLIPFiles, find, is_open_clip_name
 from clipft.models.open_clip_own import as_it_is
 from clipft.models.open_clip_processors import processor_of
 from clipft.models.processors import fit, load_processor
+from clipft.models.sentence_transformers import folder_of_clip, place_of_clip
 from clipft.models.weights import check_shapes, check_whole, shards_of, stored_weights
 
 __all__ = ["load", "load_merged", "settle_model"]
@@ -58,8 +61,9 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
 
     Args:
         name_or_path: a folder as ``save_pretrained`` writes it, of a float model or one of :func:`clipft.quantize`, a
-            folder with a LoRA adapter as peft writes it, a name on the Hugging Face hub, or ``"demo"``: the small model
-            inside the package. Of open_clip's models a folder or hub name with ``open_clip_config.json``
+            folder with a LoRA adapter as peft writes it, one of sentence-transformers with a CLIP (also in a sub-folder
+            such as ``0_CLIPModel``), a name on the Hugging Face hub, or ``"demo"``: the small model inside the package.
+            Of open_clip's models a folder or hub name with ``open_clip_config.json``
             (``hf-hub:`` and ``local-dir:`` before it are understood), ``"open_clip:ViT-B-32/laion2b_s34b_b79k"``,
             ``"open_clip:ViT-B-32/path/to/epoch_3.pt"``, or a file with a state dict of OpenAI's.
         kwargs: passed to the model's ``from_pretrained`` (``dtype``, ``revision``, ...). Weights are read from
@@ -94,10 +98,12 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         if files := find(source, kwargs.get("revision", "main")):
             return _load_open_clip(files, kwargs)
         if folder.is_dir():
-            _check_folder(folder)
-        model, processor = _load(source, kwargs)
-    if folder.is_dir():
-        model.name_or_path = str(folder.absolute())  # what peft writes down for an adapter's base holds after cd
+            _check_folder(place := folder_of_clip(folder))
+        else:
+            place = _of_sentence_transformers(source, kwargs)
+        model, processor = _load(source if place is None else str(place), kwargs)
+    # what peft writes down for an adapter's base holds after cd
+    model.name_or_path = str(folder.absolute()) if folder.is_dir() else source
     return model, processor
 
 
@@ -152,9 +158,22 @@ def _named(source: str, kwargs: dict[str, Any], file: str = "") -> Iterator[None
         raise kind(f"{file or source}: {'' if known else f'{type(error).__name__}: '}{message}") from error
 
 
-def _fetched(source: str, revision: str) -> Path:
+def _of_sentence_transformers(source: str, kwargs: dict[str, Any]) -> Path | None:
+    """A CLIP on the hub that is in a sub-folder, with all its files: the folder of the cache; None for any other."""
+    revision = kwargs.get("revision", "main")
+    look = partial(cached_file, source, revision=revision, _raise_exceptions_for_missing_entries=False)
+    look = partial(look, _raise_exceptions_for_connection_errors=False)
+    if look("config.json") or not (modules := look(SENTENCE_MODULES)):
+        return None
+    place = place_of_clip(Path(modules))
+    for name in PROCESSOR_FILES:
+        look(name, subfolder=place)
+    return _fetched(source, revision, place)
+
+
+def _fetched(source: str, revision: str, place: str = "") -> Path:
     """A model on the hub: the folder of the cache with its configuration and its float weights, if it has any."""
-    fetch = partial(cached_file, source, revision=revision)
+    fetch = partial(cached_file, source, revision=revision, subfolder=place)
     folder = Path(str(fetch("config.json"))).parent
     for name in FLOAT_WEIGHTS:
         if fetch(name, _raise_exceptions_for_missing_entries=False):

@@ -15,6 +15,7 @@ from clipft.models.convert import to_open_clip
 from clipft.models.formats import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, model_set
 from clipft.models.int8 import QuantizedModel
 from clipft.models.open_clip_processors import is_clips_own, preprocess_cfg_of
+from clipft.models.sentence_transformers import write_modules
 
 __all__ = ["save_model", "save_open_clip", "write_model"]
 
@@ -43,6 +44,8 @@ def write_model(model: Any, processor: Any, staging: Path) -> None:
         model.save_pretrained(staging)
     if hasattr(model, "peft_config"):
         record_base(model, staging, staging.parent)
+    elif not isinstance(model, QuantizedModel):
+        write_modules(model, processor, staging)
     processor.save_pretrained(staging)
 
 

@@ -17,7 +17,7 @@ from clipft.data.drawings import control_drawings
 from clipft.environment import environment
 from clipft.evaluation.scoring import gains
 from clipft.files import check_places, write_json, write_text
-from clipft.models.formats import ADAPTER_CONFIG, MERGED, WEIGHT_FILES, model_set
+from clipft.models.formats import ADAPTER_CONFIG, MERGED, SENTENCE_MODULES, WEIGHT_FILES, model_set
 from clipft.models.fusing import unfuse
 from clipft.models.lora import merged_base
 from clipft.models.saving import write_model
@@ -49,7 +49,8 @@ def check_places_of_run(folder: Path, *, merged: bool) -> None:
     Raises:
         IsADirectoryError, NotADirectoryError: something has.
     """
-    own = ("config.json", *WEIGHT_FILES, ADAPTER_CONFIG, "report.json", "report.html", "config.yaml", "README.md")
+    own = ("config.json", *WEIGHT_FILES, ADAPTER_CONFIG, SENTENCE_MODULES)
+    own += ("report.json", "report.html", "config.yaml", "README.md")
     check_places(folder, [*own, "checkpoints/checkpoint", *([f"{MERGED}/config.json"] if merged else [])])
 
 
