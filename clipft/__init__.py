@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from clipft.models.fusing import unfuse as unfuse
     from clipft.models.loading import load as load
     from clipft.models.lora import add_lora as add_lora
+    from clipft.models.resize import resize as resize
     from clipft.ops import contrastive_loss as contrastive_loss
     from clipft.ops import lora_linear as lora_linear
     from clipft.ops import quantized_linear as quantized_linear
@@ -74,6 +75,7 @@ _MODULE_OF = {
     "dice_loss": "clipft.training.head_losses",
     "load": "clipft.models.loading",
     "freeze": "clipft.models.freezing",
+    "resize": "clipft.models.resize",
     "fuse": "clipft.models.fusing",
     "unfuse": "clipft.models.fusing",
     "load_pairs": "clipft.data.sources",

@@ -14,15 +14,15 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-SIZE, LENGTH = 32, 24
+SIZE, PATCH, LENGTH = 32, 16, 24
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
 SHAPES = ("square", "bar", "column", "frame")
 
 
-def tiny_clip(seed: int = 0, **config: Any) -> tuple[CLIPModel, CLIPProcessor]:
+def tiny_clip(seed: int = 0, positions: int = LENGTH, **config: Any) -> tuple[CLIPModel, CLIPProcessor]:
     """A model with 3 layers a tower, and a processor whose tokenizer knows single bytes."""
     images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    return tiny_model(seed, **config), CLIPProcessor(images, tiny_tokenizer())
+    return tiny_model(seed, positions, **config), CLIPProcessor(images, tiny_tokenizer())
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -32,7 +32,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=LENGTH)
 
 
-def tiny_model(seed: int = 0, **config: Any) -> CLIPModel:
+def tiny_model(seed: int = 0, positions: int = LENGTH, **config: Any) -> CLIPModel:
     """The model alone, which needs no torchvision."""
     tokenizer = tiny_tokenizer()
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -40,8 +40,8 @@ def tiny_model(seed: int = 0, **config: Any) -> CLIPModel:
     torch.manual_seed(seed)
     model = CLIPModel(
         CLIPConfig(
-            text_config=tower | special | {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH},
-            vision_config=tower | {"image_size": SIZE, "patch_size": 16},
+            text_config=tower | special | {"vocab_size": len(tokenizer), "max_position_embeddings": positions},
+            vision_config=tower | {"image_size": SIZE, "patch_size": PATCH},
             projection_dim=16,
             **config,
         )

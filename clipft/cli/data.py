@@ -9,14 +9,14 @@ import typer
 
 from clipft.cli.common import app, examples, prepare, user_errors
 from clipft.cli.from_options import takes_options
-from clipft.recipes.options import ClassOptions
+from clipft.recipes.options import DoctorOptions
 
 __all__: list[str] = []
 
 
 @app.command(epilog=examples("clipft doctor pictures/ --eval-data test/ --model run"))
 @user_errors
-@takes_options(ClassOptions)
+@takes_options(DoctorOptions)
 def doctor(
     *,
     data: Annotated[str, typer.Argument(help="As --data of train.")],

@@ -126,6 +126,7 @@ CLIP = Family(
         stem=("vision_model.embeddings", "vision_model.pre_layrnorm"),
         pools_first=True,
         mlp=CLIPMLP,
+        positions="vision_model.embeddings",
     ),
     text=Tower(
         module="text_model",
@@ -133,6 +134,7 @@ CLIP = Family(
         projection="text_projection",
         stem=("text_model.embeddings",),
         mlp=CLIPMLP,
+        positions="text_model.embeddings",
     ),
     dim=lambda config: int(config.projection_dim),
     fuse_layers=partial(fuse_last_layer, plain=CLIPEncoderLayer),

@@ -36,6 +36,7 @@ class Tower:
         projection: what turns a token or tokens to the embedding, a submodule or a parameter; trainable with
             ``freeze(model, "towers")``.
         stem: what comes before the first layer, as far as the model has it: submodules and parameters.
+        positions: what holds ``position_embedding``, where pictures or captions of another size are another table.
         linears: names of a layer's linear layers, which LoRA adapts.
         pools_first: whether the embedding is of the first token alone, so that the last layer need give no more, nor
             does with ``class_token_only`` where it is fused.
@@ -50,6 +51,7 @@ class Tower:
     layers: str | tuple[str, ...]
     projection: str
     stem: tuple[str, ...]
+    positions: str | None = None
     linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     pools_first: bool = False
     block: Literal["clip", "bert"] = "clip"

@@ -145,6 +145,7 @@ def siglip_tower(name: str) -> Tower:
         layers=f"{name}_model.encoder.layers",
         projection=f"{name}_model.head",
         stem=(f"{name}_model.embeddings",),
+        positions=f"{name}_model.embeddings",
     )
 
 

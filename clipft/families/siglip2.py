@@ -3,6 +3,7 @@ Face's ``Siglip2Model``."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -52,7 +53,7 @@ SIGLIP2 = Family(
     max_log_scale=None,
     padding="max_length",
     text_length=64,
-    vision=siglip_tower("vision"),
+    vision=replace(siglip_tower("vision"), positions=None),  # its grid is each picture's own
     text=siglip_tower("text"),
     dim=embedding_dim,
     scale_shape=(1,),

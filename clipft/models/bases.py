@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,19 @@ from clipft.models.formats import (
     MODEL_MANIFEST,
     folder_of,
 )
+from clipft.models.resize import SIZES, names_of_tables, sizes_of
 
-__all__ = ["Base", "check_base_stays", "digest_of_base", "record_base", "recorded_base"]
+__all__ = [
+    "Base",
+    "check_base_stays",
+    "digest_of_base",
+    "record_base",
+    "record_sizes",
+    "recorded_base",
+    "recorded_sizes",
+]
 
-_KEY = "base"  # of the manifest
+_KEY, _SIZES = "base", "resized"  # of the manifest
 
 
 @dataclass(frozen=True)
@@ -39,15 +48,17 @@ class Base:
         weights: their digest, without those that the adapter's own file holds.
         trained: the names of these: biases, or modules that were trained whole.
         beside: the base's folder where it lies as it lay then, seen from the adapter's; None on the hub.
+        sizes: what it was resized to (``clipft.resize``); the tables that this changes are no part of the digest.
     """
 
     weights: str
     trained: frozenset[str]
     beside: Path | None
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def is_of(self, model: Any) -> bool:
         """Whether the model has these weights."""
-        return digest_of_base(model, self.trained) == self.weights
+        return digest_of_base(model, self.trained | names_of_tables(model, self.sizes)) == self.weights
 
     def places(self, name: str) -> list[str]:
         """Where to look for it; ``name``: as the adapter's configuration has it."""
@@ -65,9 +76,33 @@ def record_base(model: Any, staging: Path, home: Path) -> None:
         config["base_model_name_or_path"] = str(folder.resolve())
         beside = os.path.relpath(folder.resolve(), home.resolve())
     write_json(staging / ADAPTER_CONFIG, config)
-    write_json(
-        staging / MODEL_MANIFEST, {_KEY: {"weights": digest_of_base(model, _trained(staging)), "folder": beside}}
-    )
+    without = _trained(staging) | names_of_tables(model, sizes_of(model))
+    write_json(staging / MODEL_MANIFEST, {_KEY: {"weights": digest_of_base(model, without), "folder": beside}})
+    record_sizes(model, staging)
+
+
+def record_sizes(model: Any, staging: Path) -> None:
+    """Beside an adapter: what its base was resized to, if it was."""
+    if sizes := sizes_of(model):
+        path = staging / MODEL_MANIFEST
+        write_json(path, (read_json(path) if path.is_file() else {}) | {_SIZES: sizes})
+
+
+def recorded_sizes(folder: Path) -> dict[str, int]:
+    """As ``clipft.resize`` takes them.
+
+    Raises:
+        ValueError: they are none.
+    """
+    try:
+        sizes = read_json(folder / MODEL_MANIFEST).get(_SIZES, {})
+    except (OSError, ValueError):  # an adapter that plain peft saved, or clipft 0.1
+        return {}
+    if not isinstance(sizes, dict) or not sizes.keys() <= set(SIZES):
+        raise ValueError(
+            f"{folder / MODEL_MANIFEST}: expected {_SIZES} to hold {', '.join(SIZES)}, found {sizes!r:.80}"
+        )
+    return sizes
 
 
 def recorded_base(folder: Path) -> Base | None:
@@ -79,7 +114,8 @@ def recorded_base(folder: Path) -> Base | None:
         return None
     if not unchanged(folder, MODEL_MANIFEST, ADAPTER_WEIGHTS):
         return None
-    return Base(weights, _trained(folder), (folder / beside).resolve() if isinstance(beside, str) else None)
+    place = (folder / beside).resolve() if isinstance(beside, str) else None
+    return Base(weights, _trained(folder), place, recorded_sizes(folder))
 
 
 def _trained(folder: Path) -> frozenset[str]:

@@ -17,10 +17,10 @@ from transformers.utils.hub import cached_file
 
 from clipft.errors import line_of
 from clipft.families.family import Family
-from clipft.families.registry import family_of_type
+from clipft.families.registry import family_of, family_of_type
 from clipft.files import check_file, note_changes, read_json, settle
 from clipft.models.adapters import base_of, put_adapter
-from clipft.models.bases import recorded_base
+from clipft.models.bases import recorded_base, recorded_sizes
 from clipft.models.configurations import check_sizes, check_trust
 from clipft.models.convert import reasons, to_hf
 from clipft.models.formats import (
@@ -44,6 +44,7 @@ from clipft.models.open_clip_files import OpenCLIPFiles, find, is_open_clip_name
 from clipft.models.open_clip_own import as_it_is
 from clipft.models.open_clip_processors import processor_of
 from clipft.models.processors import fit, load_processor
+from clipft.models.resize import resize
 from clipft.models.sentence_transformers import folder_of_clip, place_of_clip
 from clipft.models.weights import check_shapes, check_whole, shards_of, stored_weights
 
@@ -253,7 +254,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
-    """The base model that an adapter folder names, with the adapter merged into its weights, and the base's processor.
+    """The base model that an adapter folder names, resized if it was when the adapter was trained, with the adapter
+    merged into its weights, and the base's processor.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -274,6 +276,7 @@ def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
     if dtype is not None:
         kwargs["dtype"] = torch.promote_types(dtype, torch.float32)
     base, model, processor = _load_base(folder, kwargs)
+    _check_size(folder, model)
     note_changes(folder, MODEL_MANIFEST)
     kind = dtype or model.dtype
     with _named(str(folder), {}, str(folder / ADAPTER_CONFIG)):
@@ -312,12 +315,30 @@ def _load_base(folder: Path, kwargs: dict[str, Any]) -> tuple[str, Any, Any]:
             )
             continue
         if recorded is None or recorded.is_of(plain):
+            resize(model, processor, **recorded_sizes(folder))
             return place, model, processor
         failed = ValueError(
             f"{folder / MODEL_MANIFEST}: knows the base model that the adapter was trained on; {place!r} has other "
             "weights: put those of then back, or train the adapter anew"
         )
     raise cast(Exception, failed)
+
+
+def _check_size(folder: Path, model: Any) -> None:
+    """Of an adapter that has no record of it: that it was trained on pictures of its base's size."""
+    fixed = hasattr(model.config.vision_config, "image_size")
+    takes = family_of(model).picture(model.config)[1] if fixed else None
+    for path in (folder / "processor_config.json", folder / "preprocessor_config.json"):
+        images = read_json(path) if path.is_file() else {}
+        images = images.get("image_processor", images)
+        size = images.get("crop_size" if images.get("do_center_crop") else "size")
+        side = size.get("height") if isinstance(size, dict) else None
+        if None not in (takes, side) and side != takes:
+            raise ValueError(
+                f"{folder}: the adapter was trained on pictures of {side} pixels, and its base takes {takes}: save "
+                "it with clipft, which notes what the base was resized to, or clipft.resize the base and put the "
+                "adapter in with peft.PeftModel.from_pretrained"
+            )
 
 
 def _check_chain(folder: Path, above: tuple[Path, ...], done: set[Path]) -> None:

@@ -25,7 +25,7 @@ from clipft.families.registry import MOST_TOKENS
 from clipft.files import read_json
 from clipft.models.formats import PROCESSOR_FILES
 
-__all__ = ["fit", "load_processor"]
+__all__ = ["check_pictures", "fit", "load_processor"]
 
 _MOST = 8192  # of pixels a side, or of patches: beyond it no model's pictures
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.*", "merges.txt", "*.model")
@@ -132,12 +132,22 @@ def fit(family: Family, model: Any, processor: Any, folder: Path) -> None:
         raise ValueError(
             f"{words}: the tokenizer fails on a word, or does not fit config.json: {line_of(error)}"
         ) from error
-    _check_sides(processor.image_processor, family, model, pictures)
+    check_pictures(family, model, processor, str(pictures))
+
+
+def check_pictures(family: Family, model: Any, processor: Any, where: str) -> None:
+    """Try a small picture.
+
+    Raises:
+        ValueError: the image processor fails, or gives what the model does not take; ``where`` is what the message
+            begins with.
+    """
+    _check_sides(processor.image_processor, family, model, where)
     try:
         transform = build_transform(processor.image_processor)
         values = stack_pictures(processor.image_processor, [transform(Image.new("RGB", (3, 2)))])["pixel_values"]
     except Exception as error:
-        raise ValueError(f"{pictures}: the image processor fails on a picture: {line_of(error)}") from error
+        raise ValueError(f"{where}: the image processor fails on a picture: {line_of(error)}") from error
     shape, finite = tuple(values.shape[1:]), bool(torch.isfinite(values).all())
     if is_naflex(processor.image_processor):
         vision = model.config.vision_config
@@ -146,7 +156,7 @@ def fit(family: Family, model: Any, processor: Any, folder: Path) -> None:
         wanted = family.picture(model.config)
     if shape != wanted or not finite:
         raise ValueError(
-            f"{pictures}: the image processor makes {list(shape)} of a picture{'' if finite else ' (not of numbers)'}, "
+            f"{where}: the image processor makes {list(shape)} of a picture{'' if finite else ' (not of numbers)'}, "
             f"the model in config.json takes {list(wanted)}"
         )
 

@@ -8,7 +8,7 @@ pictures have no signs: these are near where their colours are.
 
 from __future__ import annotations
 
-import math
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +35,10 @@ from clipft.environment import usable_cores
 from clipft.families.clip import CLIP
 from clipft.families.registry import family_of
 from clipft.files import check_output, write_json
-from clipft.recipes.findings import Finding, Findings, show_findings
-from clipft.recipes.options import ClassOptions, options_from
+from clipft.models.resize import check_resize
+from clipft.recipes.findings import Finding, Findings, finding_of, share, show_findings
+from clipft.recipes.model_findings import check_preprocessing, check_scale, check_sizes
+from clipft.recipes.options import ClassOptions, DoctorOptions, options_from
 from clipft.recipes.run import loaded, model_name
 from clipft.recipes.sources import reading_of
 
@@ -52,7 +54,6 @@ _EXAMPLES = 10
 _CHUNK = 256
 _IMBALANCE = 10.0  # largest over smallest class
 _DARK = 0.125  # share of the 16-bit range below which a picture's levels are lost
-_CLOSE = 1e-3  # to the ceiling of the logit scale
 
 
 def doctor(
@@ -73,7 +74,8 @@ def doctor(
             tokenizer, preprocessing and logit scale are looked at.
         json: file for the findings.
         console: where the table goes; default: standard output.
-        options: fields of :class:`clipft.recipes.options.ClassOptions`: ``class_names``, ``caption_column``, ...
+        options: fields of :class:`clipft.recipes.options.DoctorOptions`: ``class_names``, ``caption_column``, ... With
+            ``image_size`` or ``max_tokens`` data is looked at as a model of that size sees it.
 
     Returns:
         ``findings`` and ``statistics``, a dictionary; ``.problems`` are the findings to mend first.
@@ -94,18 +96,31 @@ def doctor(
 
 def examine(data: Any, *, eval_data: Any = None, model: Any = None, **options: Any) -> Findings:
     """As :func:`doctor`, which says what it found too."""
-    sets = {"data": _Contents(data, options)}
-    if eval_data is not None:
-        sets["eval_data"] = _Contents(eval_data, options, "test")
-    findings: list[Finding] = []
+    settings = options_from(DoctorOptions, options | {"on_bad_row": "skip"})
     clip, processor = (None, loaded("demo")[1]) if model is None else loaded(model)
+    if clip is not None:
+        check_resize(clip, image_size=settings.image_size, max_tokens=settings.max_tokens)
+    if settings.max_tokens is not None:
+        processor = copy.deepcopy(processor)
+        processor.tokenizer.model_max_length = settings.max_tokens
+    sets = {"data": _Contents(data, settings)}
+    if eval_data is not None:
+        sets["eval_data"] = _Contents(eval_data, settings, "test")
+    findings: list[Finding] = []
     for contents in sets.values():
-        own = [*_check_rows(contents), *_check_captions(contents, clip, processor), *_check_pictures(contents)]
+        captions = _check_captions(contents, clip, processor, settings.max_tokens)
+        own = [*_check_rows(contents), *captions, *_check_pictures(contents)]
         findings += [replace(finding, data=contents.source) for finding in own]
     if eval_data is not None:
         findings += _check_leakage(sets["data"], sets["eval_data"])
     if clip is not None:
-        findings += [*_check_preprocessing(clip, processor), *_check_sizes(sets, clip), *_check_scale(clip)]
+        findings += check_preprocessing(processor)
+    own_size = None if clip is None else getattr(clip.config.vision_config, "image_size", None)
+    findings += check_sizes(
+        {place: size for contents in sets.values() for place, size in contents.sizes()}, settings.image_size or own_size
+    )
+    if clip is not None:
+        findings += check_scale(clip)
     return Findings(
         findings=[asdict(finding) for finding in findings],
         statistics={name: contents.statistics() for name, contents in sets.items()},
@@ -133,8 +148,7 @@ class _Picture:
 class _Contents:
     """A data set's captions and labels, and what a look at each picture gave."""
 
-    def __init__(self, source: Any, options: dict[str, Any], purpose: str = "train") -> None:
-        settings = options_from(ClassOptions, options | {"on_bad_row": "skip"})
+    def __init__(self, source: Any, settings: ClassOptions, purpose: str = "train") -> None:
         reading = reading_of(settings)
         if not isinstance(source, (str, Path)):
             reading.source = {"train": "data", "test": "eval_data"}[purpose]
@@ -160,6 +174,11 @@ class _Contents:
         labels = list(dataset["label"]) if "label" in dataset.column_names else []
         self.labels = [names[labels[row]] if names else str(labels[row]) for row in good] if labels else []
         self.class_names = names or sorted(set(self.labels))
+
+    def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Width and height by place."""
+        for place, picture in zip(self.places, self.pictures, strict=True):
+            yield f"{place} of {self.source}", picture.size
 
     def statistics(self) -> dict[str, Any]:
         sides = np.array([picture.size for picture in self.pictures] or [(0, 0)])
@@ -243,18 +262,10 @@ def _plain_colour(picture: Image.Image) -> tuple[float, float, float] | None:
 # ---- checks of one data set ----
 
 
-def _finding(check: str, bad: str, found: Sequence[str], problem: str, good: str, count: int | None = None) -> Finding:
-    """``good`` where nothing was found."""
-    number = len(found) if count is None else count
-    if not number:
-        return Finding(check, "ok", good)
-    return Finding(check, bad, f"{number} {problem}", number, list(found[:_EXAMPLES]))
-
-
 def _check_rows(contents: _Contents) -> list[Finding]:
     counts = Counter(contents.labels)
     findings = [
-        _finding(
+        finding_of(
             "unreadable rows",
             "problem",
             contents.unusable,
@@ -273,7 +284,7 @@ def _check_rows(contents: _Contents) -> list[Finding]:
         summary = text if status == "ok" else text + advice
         findings.append(Finding("class balance", status, summary, len(sizes), shown[:_EXAMPLES]))
         findings.append(
-            _finding(
+            finding_of(
                 "class names",
                 "note",
                 [name for name in contents.class_names if says_nothing(name)],
@@ -285,20 +296,20 @@ def _check_rows(contents: _Contents) -> list[Finding]:
     return findings
 
 
-def _check_captions(contents: _Contents, clip: Any, processor: Any) -> list[Finding]:
+def _check_captions(contents: _Contents, clip: Any, processor: Any, length: int | None) -> list[Finding]:
     if not contents.captions:
         return []
     findings = []
     family = family_of(clip) if clip is not None else None
-    limit = CLIP.text_length
-    if family is not None:
+    limit = length or CLIP.text_length
+    if length is None and family is not None:
         limit = most_tokens(processor, family.most_positions(clip.config), family=family)
     if contents.own_captions:
         texts = unify_captions(processor, contents.captions, limit, family=family)
         counts = Counter(text for own in texts for text in set(own))
         repeated = [f"{count} x {caption!r}" for caption, count in counts.most_common() if count > 1]
         findings.append(
-            _finding(
+            finding_of(
                 "duplicate captions",
                 "note",
                 repeated,
@@ -312,11 +323,11 @@ def _check_captions(contents: _Contents, clip: Any, processor: Any) -> list[Find
     long = sorted(((n, text) for n, text in zip(lengths, distinct, strict=True) if n > limit), reverse=True)
     guess = "" if clip is not None else " (by the demo model's tokenizer; give --model for its own)"
     findings.append(
-        _finding(
+        finding_of(
             "caption length",
             "problem",
             [f"{n} tokens: {text!r}" for n, text in long],
-            f"captions are longer than {limit} tokens{guess}; the end of each is cut off",
+            f"captions are longer than {limit} tokens{guess} ({share(long, distinct)}); the end of each is cut off",
             f"the longest caption has {max(lengths, default=0)} of {limit} tokens{guess}",
         )
     )
@@ -335,18 +346,20 @@ def _check_pictures(contents: _Contents) -> list[Finding]:
     dark = [f"{place} {picture.note}" for place, picture in zip(places, pictures, strict=True) if picture.note]
     kinds = Counter(picture.kind for picture in pictures).most_common()
     return [
-        _finding("duplicate pictures", "problem", same, f"files occur more than once; {harm}", "no file occurs twice"),
-        _finding(
+        finding_of(
+            "duplicate pictures", "problem", same, f"files occur more than once; {harm}", "no file occurs twice"
+        ),
+        finding_of(
             "near-duplicate pictures", "problem", near, f"look like an earlier one; {harm}", "no two look the same"
         ),
-        _finding(
+        finding_of(
             "brightness",
             "problem",
             dark,
             "16-bit pictures use a small part of their range and turn black in 8 bits; scale them first",
             "no 16-bit picture is too dark",
         ),
-        _finding(
+        finding_of(
             "frames",
             "note",
             [place for place, picture in zip(places, pictures, strict=True) if picture.several],
@@ -408,7 +421,7 @@ def _check_leakage(train: _Contents, test: _Contents) -> list[Finding]:
         for row, other, how in [*same, *near]
     ]
     findings = [
-        _finding(
+        finding_of(
             "leakage of pictures",
             "problem",
             found,
@@ -421,7 +434,7 @@ def _check_leakage(train: _Contents, test: _Contents) -> list[Finding]:
         known = {caption for own in train.captions for caption in own}
         shared = sorted({caption for own in test.captions for caption in own if caption in known})
         findings.append(
-            _finding(
+            finding_of(
                 "leakage of captions",
                 "note",
                 [repr(caption) for caption in shared],
@@ -432,7 +445,7 @@ def _check_leakage(train: _Contents, test: _Contents) -> list[Finding]:
     if train.labels and test.labels:
         new, missing = set(test.labels) - set(train.labels), set(train.labels) - set(test.labels)
         findings.append(
-            _finding(
+            finding_of(
                 "classes of both sets",
                 "problem" if new else "note",
                 sorted(new | missing),
@@ -443,53 +456,3 @@ def _check_leakage(train: _Contents, test: _Contents) -> list[Finding]:
             )
         )
     return findings
-
-
-# ---- checks of a model ----
-
-
-def _check_preprocessing(clip: Any, processor: Any) -> list[Finding]:
-    """Against what a checkpoint of this kind is pre-trained with: a processor of the same class, untouched."""
-    images = processor.image_processor
-    usual = type(images)()
-    found = []
-    for name in ("image_mean", "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_normalize"):
-        have, want = getattr(images, name), getattr(usual, name)
-        numbers = isinstance(want, (list, tuple, float))
-        if not (np.allclose(have, want, atol=1e-3) if numbers and have is not None else have == want):
-            found.append(f"{name}: {have}, usual {want}")
-    return [
-        _finding(
-            "preprocessing",
-            "problem",
-            found,
-            f"settings differ from those that {type(images).__name__} has for checkpoints of this kind; right only if "
-            "the model was pre-trained with them",
-            "as checkpoints of this kind are pre-trained",
-        )
-    ]
-
-
-def _check_sizes(sets: dict[str, _Contents], clip: Any) -> list[Finding]:
-    size = getattr(clip.config.vision_config, "image_size", None)
-    if size is None:
-        return []
-    small = [
-        f"{place} of {contents.source}: {picture.size[0]} x {picture.size[1]}"
-        for contents in sets.values()
-        for place, picture in zip(contents.places, contents.pictures, strict=True)
-        if min(picture.size) < size
-    ]
-    text = f"pictures are smaller than the model's {size} pixels and are enlarged"
-    return [_finding("size", "note", small, text, f"all pictures have at least the model's {size} pixels")]
-
-
-def _check_scale(clip: Any) -> list[Finding]:
-    scale, ceiling = clip.logit_scale.item(), family_of(clip).max_log_scale
-    shown = f"{math.exp(scale):.1f}" + (f", ceiling {math.exp(ceiling):g}" if ceiling is not None else "")
-    if ceiling is not None and scale > ceiling + _CLOSE:
-        return [Finding("logit scale", "problem", f"{shown}: above it training is unstable; clipft clamps it", 1)]
-    if ceiling is not None and scale > ceiling - _CLOSE:
-        text = f"{shown}: it cannot rise further; usual for OpenAI's checkpoints, a sign of overfitting after a run"
-        return [Finding("logit scale", "note", text, 1)]
-    return [Finding("logit scale", "ok", shown)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from rich.text import Text
 
 from clipft.errors import shown
 
-__all__ = ["Finding", "Findings", "show_findings"]
+__all__ = ["Finding", "Findings", "finding_of", "share", "show_findings"]
 
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
+_EXAMPLES = 10  # of them that are kept
 _SHOWN = 3  # examples of a finding on the screen
 
 
@@ -37,6 +39,21 @@ class Finding:
     count: int = 0
     examples: list[str] = field(default_factory=list)
     data: str = ""
+
+
+def finding_of(
+    check: str, bad: str, found: Sequence[str], problem: str, good: str, count: int | None = None
+) -> Finding:
+    """``good`` where nothing was found."""
+    number = len(found) if count is None else count
+    if not number:
+        return Finding(check, "ok", good)
+    return Finding(check, bad, f"{number} {problem}", number, list(found[:_EXAMPLES]))
+
+
+def share(some: Sized, of: Sized) -> str:
+    """ "30 % of 40"."""
+    return f"{len(some) / max(len(of), 1):.0%} of {len(of)}".replace("%", " %")
 
 
 class Findings(dict[str, Any]):

@@ -22,6 +22,7 @@ __all__ = [
     "RUN",
     "ClassOptions",
     "DataOptions",
+    "DoctorOptions",
     "EvaluateOptions",
     "ScoringOptions",
     "TrainOptions",
@@ -132,6 +133,14 @@ class ClassOptions(DataOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorOptions(ClassOptions):
+    """What ``clipft.doctor`` and ``clipft doctor`` take besides data, model and output."""
+
+    image_size: int | None = option(None, "As of train: look at the pictures as a model of this size does.", least=1)
+    max_tokens: int | None = option(None, "As of train: look at the captions as a model of this many does.", least=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringOptions(ClassOptions):
     """What pictures of a test set are told apart by."""
 
@@ -154,6 +163,12 @@ class TrainOptions(ScoringOptions):
         "but for their projections. The other tower trains whole unless a comma adds it (text,vision:2), the logit "
         "scale always.",
         MODEL,
+    )
+    image_size: int | None = option(
+        None, "Pixels a side of pictures, if not the model's own: its positions are resized.", MODEL, least=1
+    )
+    max_tokens: int | None = option(
+        None, "Most tokens of a caption: 248 stretches a CLIP's positions, as Long-CLIP does.", MODEL, least=2
     )
     epochs: float = option(5.0, "Passes over the data.", SCHEDULE, argument="num_train_epochs", least=0.0)
     batch_size: int = option(

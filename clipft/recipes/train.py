@@ -29,6 +29,7 @@ from clipft.models.formats import MERGED, folder_of
 from clipft.models.freezing import freeze, what_trains
 from clipft.models.fusing import fuse, unfuse
 from clipft.models.lora import add_lora, import_peft, merged_base
+from clipft.models.resize import resize
 from clipft.recipes.arguments import Heads, arguments_of, heads_asked_for
 from clipft.recipes.checkpoint_owner import claim, identity_of_run, resume_point
 from clipft.recipes.hold_out import Seen
@@ -138,6 +139,7 @@ class _Training:
         base, processor = loaded(model)
         check_folder(self.folder, size=sum(tensor.nbytes for tensor in base.state_dict().values()))
         start = encoder_of(base, processor, options.batch_size).identity()
+        resize(base, processor, image_size=options.image_size, max_tokens=options.max_tokens)
         clip = self._what_trains(base, peft_config)
         lr = options.lr
         self.arguments.learning_rate = default_learning_rate(base, lora=adapted) if lr is None else lr

@@ -23,7 +23,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from clipft.errors import line_of
 from clipft.files import check_set, drop_link, read_json, write_json, write_manifest
-from clipft.models.formats import MODEL_MANIFEST
+from clipft.models.bases import record_sizes
+from clipft.models.formats import ADAPTER_CONFIG, MODEL_MANIFEST
 
 __all__ = ["StagedCheckpoints", "check_checkpoint", "kept_checkpoints", "last_checkpoint"]
 
@@ -106,6 +107,8 @@ class StagedCheckpoints(Trainer):
         super()._save_checkpoint(model, trial)
         loss = self.accelerator.gather(self._tr_loss).mean().item()
         if self.args.should_save:
+            if (folder / ADAPTER_CONFIG).is_file():
+                record_sizes(self.model, folder)
             write_json(folder / _LOSS, {"loss": loss, "last_logged": self._globalstep_last_logged})
 
     def _get_output_dir(self, trial: Any) -> str:
