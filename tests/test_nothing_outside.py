@@ -172,12 +172,12 @@ def test_nothing_outside_is_read_or_written(good_folders: list[Path], base: Path
         *hostile,
         Path(json.loads((good_folders[1] / "adapter_config.json").read_text())["base_model_name_or_path"]),
     ]
-    odd, seen = seen_outside(log.read_text(errors="replace"), tmp_path, own, home / ".cache" / "Microsoft")
+    odd, seen = seen_outside(log.read_text(errors="replace"), tmp_path, own)
     assert seen > 100 and len(odd["begins"]) == 0, "\n".join(odd["begins"][:20])
     assert len(odd["canary"]) == 2, "a look outside, or a file written there, is not seen"
 
 
-def seen_outside(log: str, above: Path, own: list[Path], ignored: Path) -> tuple[dict[str, list[str]], int]:
+def seen_outside(log: str, above: Path, own: list[Path]) -> tuple[dict[str, list[str]], int]:
     """By mark, the calls that reach what is not their own: to read of what is above it, to write of anything, or on the
     network; and how many reached their own."""
     odd: dict[str, list[str]] = {"begins": [], "canary": []}
@@ -199,7 +199,7 @@ def seen_outside(log: str, above: Path, own: list[Path], ignored: Path) -> tuple
             writes = not opens or re.search("O_WRONLY|O_RDWR|O_CREAT", rest)
             reads = opens and " = -1 " not in rest
             outside = place.is_relative_to(above) or not place.is_absolute() or place == Path("/etc/passwd")
-            if place.is_relative_to(ignored) or place.is_relative_to("/dev"):
+            if place.is_relative_to("/dev"):
                 continue
             if writes or (reads and outside and not inside):
                 odd[mark].append(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from clipft.models.formats import ONNX_INFO as INFO
 
 __all__ = ["INFO", "OnnxCLIP"]
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # looked at as it is loaded: else some builds write and send
 try:
     import onnxruntime
 except ImportError as error:
