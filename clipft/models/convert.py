@@ -6,6 +6,7 @@ timm's; :func:`reasons` says of every other configuration what neither has.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, PreTrainedConfig, SiglipConfig
 
+from clipft.families.open_clip import OpenCLIPConfig
 from clipft.families.registry import check_model, family_of_type
 from clipft.models.configurations import check_sizes
 from clipft.models.fusing import check_float
@@ -262,17 +264,19 @@ def _check_state(where: Path | str, expected: Mapping[str, Tensor], state: Mappi
 
 
 def to_open_clip(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A ``CLIPModel`` or ``SiglipModel`` as open_clip's ``model_cfg`` and tensors.
+    """A ``CLIPModel``, ``SiglipModel`` or ``OpenCLIPModel`` as open_clip's ``model_cfg`` and tensors.
 
     Raises:
         TypeError: another model. ValueError: no model of open_clip is the same.
     """
     family, config = check_model(model), model.config
     check_float(model)
-    if family.model_type not in ("clip", "siglip"):
-        raise ValueError(f"model: open_clip has no {family.model.__name__}; it has what a CLIPModel or SiglipModel is")
     if heads := heads_of(model):
         raise ValueError(f"model: open_clip has no place for the classification heads {', '.join(heads)}: remove them")
+    if family.model_type == OpenCLIPConfig.model_type:
+        return copy.deepcopy(config.model_cfg) | {"custom_text": True}, dict(model.state_dict())
+    if family.model_type not in ("clip", "siglip"):
+        raise ValueError(f"model: open_clip has no {family.model.__name__}; it has what a CLIPModel or SiglipModel is")
     texts = config.text_config
     text_cfg = _cfg_of(texts) | {
         "heads": texts.num_attention_heads,

@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, normalizers
+from tokenizers import Regex, normalizers, processors
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
@@ -108,13 +108,14 @@ def _tokenizer(files: OpenCLIPFiles) -> Any:
     text = files.model_cfg["text_cfg"]
     length, options = text.get("context_length", 77), dict(text.get("tokenizer_kwargs") or {})
     clean = options.pop("clean", "whitespace" if text.get("hf_tokenizer_name") else "lower")
+    strip = bool(options.pop("strip_sep_token", False))
     if options or text.get("tokenizer_mode") or clean not in _CLEAN:
         raise ValueError(
             f"{files.name}: text_cfg: expected a tokenizer that transformers has, found tokenizer_kwargs "
             f"{text.get('tokenizer_kwargs')}, tokenizer_mode {text.get('tokenizer_mode')!r}"
         )
     if text.get("hf_tokenizer_name"):
-        tokenizer = _hugging_faces(files, str(text["hf_tokenizer_name"]), clean)
+        tokenizer = _hugging_faces(files, str(text["hf_tokenizer_name"]), clean, strip)
     else:
         tokenizer = _clips(files, clean)
     tokenizer.model_max_length = length
@@ -126,7 +127,7 @@ def _in_folder(files: OpenCLIPFiles) -> Path | None:
     return folder if folder and any((folder / name).is_file() for name in _TOKENIZER_FILES) else None
 
 
-def _hugging_faces(files: OpenCLIPFiles, name: str, clean: str) -> Any:
+def _hugging_faces(files: OpenCLIPFiles, name: str, clean: str, strip: bool) -> Any:
     """One that cleans texts by itself, and is saved so."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(_in_folder(files) or name), trust_remote_code=False)
@@ -140,6 +141,10 @@ def _hugging_faces(files: OpenCLIPFiles, name: str, clean: str) -> Any:
     backend = tokenizer.backend_tokenizer
     steps = [*_CLEAN[clean], *([backend.normalizer] if backend.normalizer else [])]
     backend.normalizer = normalizers.Sequence(steps)
+    if strip:  # CLIPA's: open_clip writes 0 where the end of a text would stand
+        first, last = tokenizer.cls_token, tokenizer.convert_ids_to_tokens(0)
+        ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (first, last)]
+        backend.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=ends)
     special = {key: str(token) for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=tokenizer.padding_side, **special)
 

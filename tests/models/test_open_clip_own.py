@@ -11,6 +11,8 @@ import torch
 from tiny_clip import captioned, picture, tiny_tokenizer
 from tiny_open_clip import TEXTS, open_clip_model, tiny_cfg, write_folder
 from tiny_open_clip_towers import model_cfg, peer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 import clipft
 from clipft.data.transforms import build_transform
@@ -67,6 +69,29 @@ def test_a_text_tower_of_hugging_faces_is_made_of_its_configuration(
     caplog.clear()
     check_same(clipft.load(tmp_path / "ours"), tmp_path / "ours")
     assert "text tower" not in caplog.text  # it is in the folder now
+
+
+def test_clipas_words_end_with_a_zero(tmp_path: Path) -> None:
+    cfg = tiny_cfg(
+        vision_cfg__no_ln_pre=True,
+        vision_cfg__pool_type="avg",
+        text_cfg__pool_type="last",
+        text_cfg__no_causal_mask=True,
+        text_cfg__hf_tokenizer_name="bert-base-uncased",
+        text_cfg__tokenizer_kwargs={"strip_sep_token": True},
+    )
+    theirs = write_folder(tmp_path / "theirs", cfg, open_clip_model(cfg).state_dict())
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "photo", "of", "cat", "on", "the", "sofa", "it", "s", "3", "red"]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("[CLS]", 1), ("[SEP]", 2)]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", **special).save_pretrained(theirs)
+    loaded = clipft.load(theirs)
+    check_same(loaded, theirs)
+    clipft.convert(loaded, tmp_path / "back", to="open_clip")
+    check_same(loaded, tmp_path / "back")
 
 
 @pytest.mark.parametrize(
