@@ -166,7 +166,7 @@ def test_nothing_outside_is_read_or_written(good_folders: list[Path], base: Path
     command = [*watch, sys.executable, "-c", WATCHED, secret, str(len(good_folders)), *good_folders, *hostile]
     done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    # the base is the adapter's; the last is ONNX Runtime's, by its import
+    # the last is the adapter's base
     own = [
         *good_folders,
         *hostile,
