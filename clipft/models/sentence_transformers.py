@@ -76,7 +76,8 @@ def folder_of_clip(folder: Path) -> Path:
         return folder  # which holds a model that transformers loads
     if (folder / _PROMPTS).is_file():
         about = read_json(folder / _PROMPTS)
-        if prompt := (about.get("prompts") or {}).get(about.get("default_prompt_name")):
+        prompts, default = about.get("prompts"), about.get("default_prompt_name")
+        if isinstance(prompts, dict) and isinstance(default, str) and (prompt := prompts.get(default)):
             _logger.warning("%s: texts are taken as they are, without the prompt %r", folder / _PROMPTS, prompt)
     return folder / place_of_clip(path)
 

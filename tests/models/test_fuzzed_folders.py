@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,17 @@ def test_weights(base: Path, tmp_path: Path) -> None:
                 assert torch.equal(state[name].nan_to_num(1), tensor.float().nan_to_num(1)), name
 
     fuzz(folder, lambda: clipft.load(folder), equal, SECONDS, [".safetensors", "index.json"])
+
+
+def test_sentence_transformers(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(base, folder / "0_CLIPModel")
+    kinds = {"0_CLIPModel": "CLIPModel", "1_Normalize": "Normalize"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    prompts = {"prompts": {"query": "a photo of "}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    fuzz(folder, lambda: clipft.load(folder), works, SECONDS / 2)
 
 
 def test_adapters(base: Path, tmp_path: Path) -> None:
