@@ -113,9 +113,9 @@ def needs_all_tokens(model: Any, kwargs: dict[str, Any]) -> bool:
 
 def fuse_last_layer(model: Any, plain: Any) -> None:
     """Take over a model's last image layer, where it is Hugging Face's own, of the class ``plain``."""
-    last = model.vision_model.encoder.layers[-1]
+    last, fused = model.vision_model.encoder.layers[-1], stand_in(ClassTokenLayer, plain)
     if type(last) is plain:
-        last.__class__ = stand_in(ClassTokenLayer, plain)
+        last.__class__ = fused
 
 
 def _attend_from_first(attention: Any, states: Tensor, **kwargs: Any) -> Tensor:

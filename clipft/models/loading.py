@@ -99,7 +99,8 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         if files := find(source, kwargs.get("revision", "main")):
             return _load_open_clip(files, kwargs)
         if folder.is_dir():
-            _check_folder(place := folder_of_clip(folder))
+            place: Path | None = folder_of_clip(folder)
+            _check_folder(cast(Path, place))
         else:
             place = _of_sentence_transformers(source, kwargs)
         model, processor = _load(source if place is None else str(place), kwargs)

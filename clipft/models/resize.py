@@ -128,7 +128,8 @@ def _resize_pictures(family: Family, model: Any, images: Any, size: int) -> None
     embeddings = _embeddings(family.vision, model)
     old, new = (side // vision.patch_size for side in (before, size))
     _put_table(embeddings, resized_grid(embeddings.position_embedding.weight.detach(), old, new))
-    for config in (vision, embeddings, family.vision.module_of(model).config):
+    tower: Any = family.vision.module_of(model)
+    for config in (vision, embeddings, tower.config):
         config.image_size = size
     embeddings.num_patches, embeddings.num_positions = new**2, embeddings.position_embedding.num_embeddings
     for name in ("size", "crop_size"):
@@ -174,7 +175,8 @@ def _stretch_captions(family: Family, model: Any, length: int) -> None:
         return
     embeddings = _embeddings(family.text, model)
     _put_table(embeddings, stretched(embeddings.position_embedding.weight.detach(), length))
-    for config in (model.config.text_config, family.text.module_of(model).config):
+    tower: Any = family.text.module_of(model)
+    for config in (model.config.text_config, tower.config):
         config.max_position_embeddings = length
 
 

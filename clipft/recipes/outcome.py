@@ -49,8 +49,8 @@ def check_places_of_run(folder: Path, *, merged: bool) -> None:
     Raises:
         IsADirectoryError, NotADirectoryError: something has.
     """
-    own = ("config.json", *WEIGHT_FILES, ADAPTER_CONFIG, SENTENCE_MODULES)
-    own += ("report.json", "report.html", "config.yaml", "README.md")
+    own = ["config.json", *WEIGHT_FILES, ADAPTER_CONFIG, SENTENCE_MODULES]
+    own += ["report.json", "report.html", "config.yaml", "README.md"]
     check_places(folder, [*own, "checkpoints/checkpoint", *([f"{MERGED}/config.json"] if merged else [])])
 
 
