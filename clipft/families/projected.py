@@ -86,17 +86,13 @@ class ClassTokenLayer(nn.Module):
         layer_norm2: nn.LayerNorm
         mlp: nn.Module
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        class_token_only: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        """As ``CLIPEncoderLayer.forward``: [B, L, D] -> [B, L, D], or [B, 1, D]."""
-        if not class_token_only or attention_mask is not None:
-            every: Tensor = super().forward(hidden_states, attention_mask, **kwargs)
+    def forward(self, hidden_states: Tensor, *mask: Any, class_token_only: bool = False, **kwargs: Any) -> Tensor:
+        """As ``CLIPEncoderLayer.forward``: [B, L, D] -> [B, L, D], or [B, 1, D]. Chinese-CLIP's of transformers 5.4
+        takes no mask."""
+        if not class_token_only or any(one is not None for one in (*mask, kwargs.get("attention_mask"))):
+            every: Tensor = super().forward(hidden_states, *mask, **kwargs)
             return every
+        kwargs.pop("attention_mask", None)
         token = hidden_states[:, :1]
         token = token + _attend_from_first(self.self_attn, self.layer_norm1(hidden_states), **kwargs)
         return token + cast(Tensor, self.mlp(self.layer_norm2(token)))
