@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPProcessor
 
 from clipft import __version__
+from clipft.data.captions import shortened
 from clipft.data.collate import most_tokens, tokenize
 from clipft.data.pictures import check_preprocessing
 from clipft.data.rows import index_texts
@@ -32,7 +33,7 @@ from clipft.families.family import Family
 from clipft.families.registry import family_of, model_names
 from clipft.files import expanded, replace_set, set_of, write_json
 from clipft.inference.encode import embed_images, embed_texts, unified
-from clipft.inference.onnx_clip import INFO, OnnxCLIP
+from clipft.inference.onnx_clip import INFO, OnnxCLIP, tokenizer_of
 from clipft.models.formats import MODEL_MANIFEST, ONNX_MODELS
 from clipft.models.int8 import QuantizedModel
 from clipft.ops.nn import QuantizedLinear
@@ -99,7 +100,9 @@ def export_onnx(
         raise ValueError(f"int8: expected {model_names('int8')}, got a {type(plain).__name__}")
     pictures, captions, described = pictures_and_captions(data, _PAIRS)
     with _staged(expanded(directory)) as (folder, staging):
-        info = _write_model(plain, processor, staging, skip if int8 else None, external_data_above)
+        info = _info(plain, processor)
+        _write_processor(plain, processor, staging, info, [text for own in captions for text in own])
+        _write_model(plain, processor, staging, info, skip if int8 else None, external_data_above)
         parity = {"data": described} | _compare(plain, processor, staging, (pictures, captions), int8)
         _check(parity, min_cosine, folder)
         _write_info(staging, info | {"parity": parity})
@@ -116,21 +119,33 @@ def _staged(folder: Path) -> Iterator[tuple[Path, Path]]:
         yield folder, staging
 
 
-def _write_model(
-    model: Any, processor: Any, folder: Path, skip: Sequence[str] | None, external_data_above: int
-) -> dict[str, Any]:
-    """Encoders, processor and description, which is returned; with ``skip`` the int8 encoders too."""
+def _write_processor(model: Any, processor: Any, folder: Path, info: dict[str, Any], texts: list[str]) -> None:
+    """With a tokenizer.json that alone makes the tokens that the processor does, of these texts and of odd ones."""
     processor.save_pretrained(folder)
     if not (folder / TOKENIZER).exists():  # sentencepiece writes its own file
         family_of(model).fast_tokenizer(processor.tokenizer).save(str(folder / TOKENIZER))
-    info = _info(model, processor)
+    alone = tokenizer_of(folder, info)
+    for text in [*dict.fromkeys(texts), *_ODD]:
+        want = tokenize(processor, [text], family=family_of(model))["input_ids"][0].tolist()
+        if want != (got := alone.encode(*shortened([text])).ids):
+            raise ValueError(f"processor: {TOKENIZER} makes other tokens of {text!r:.80}: {got} in place of {want}")
+
+
+def _write_model(
+    model: Any,
+    processor: Any,
+    folder: Path,
+    info: dict[str, Any],
+    skip: Sequence[str] | None,
+    external_data_above: int,
+) -> None:
+    """Encoders and description; with ``skip`` the int8 encoders too."""
     _write_encoders(model, folder, "", info)
     if skip is not None:
         quantized = quantize(model, skip=skip, processor=processor)
         _write_encoders(quantized, folder, ".int8", info)
     _set_apart(folder, external_data_above)
     _write_info(folder, info)
-    return info
 
 
 def _require_onnx() -> None:
@@ -274,7 +289,6 @@ def _compare(
     report: dict[str, Any] = {"torch": {"retrieval": retrieval_metrics(image, text, texts_of)}}
     for kind in ("fp32", *(["int8"] if int8 else [])):
         clip = OnnxCLIP(folder, int8=kind == "int8", threads=torch.get_num_threads())
-        _check_tokens(model, processor, clip, texts)
         own_image = torch.from_numpy(clip.encode_images(pictures))
         own_text = torch.from_numpy(clip.encode_texts(texts))
         report[kind] = {
@@ -288,14 +302,6 @@ def _compare(
             "latency_ms": _latencies(clip, pictures[0], texts[0]),
         }
     return report
-
-
-def _check_tokens(model: Any, processor: Any, clip: OnnxCLIP, texts: list[str]) -> None:
-    """That tokenizer.json alone makes the tokens that the processor does, of these texts and of odd ones."""
-    for text in [*texts, *_ODD]:
-        want = tokenize(processor, [text], family=family_of(model))["input_ids"][0].tolist()
-        if want != (got := clip.tokenize([text])["input_ids"][0].tolist()):
-            raise ValueError(f"processor: {TOKENIZER} makes other tokens of {text!r:.80}: {got} in place of {want}")
 
 
 def _bytes(folder: Path, name: str) -> int:

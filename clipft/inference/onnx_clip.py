@@ -21,7 +21,7 @@ from clipft.errors import line_of
 from clipft.files import check_file, check_set, expanded, read_json, settle
 from clipft.models.formats import ONNX_INFO as INFO
 
-__all__ = ["INFO", "OnnxCLIP"]
+__all__ = ["INFO", "OnnxCLIP", "tokenizer_of"]
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # looked at as it is loaded: else some builds write and send
 try:
@@ -77,7 +77,7 @@ class OnnxCLIP:
         path = _there(self.directory / "processor_config.json")
         self._preprocessing = read_json(path).get("image_processor", {})
         check_preprocessing(self._preprocessing, str(path))
-        self._tokenizer = _tokenizer(self.directory, self.info)
+        self._tokenizer = tokenizer_of(self.directory, self.info)
         check_set(self.directory, INFO, (*weights, path.name, "tokenizer.json", "tokenizer_config.json"))
         self._open()
         self._check_graphs()
@@ -271,7 +271,8 @@ def _run(path: Path, session: onnxruntime.InferenceSession, inputs: dict[str, ND
 # ---- the tokenizer ----
 
 
-def _tokenizer(directory: Path, info: dict[str, Any]) -> Tokenizer:
+def tokenizer_of(directory: Path, info: dict[str, Any]) -> Tokenizer:
+    """Of an export's folder, without transformers: cut and padded as its description says."""
     described, path = _there(directory / "tokenizer_config.json"), _there(directory / "tokenizer.json")
     config = read_json(described)
     try:
