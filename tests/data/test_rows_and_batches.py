@@ -368,3 +368,12 @@ def test_an_unreadable_picture_names_its_row(tmp_path: Path) -> None:
     rows = PairRows(clipft.load_pairs(tmp_path))
     with pytest.raises(ValueError, match=r"row 2 \(.*broken\.png\): the image cannot be read"):
         rows[2]
+
+
+def test_real_pictures(data_folder: Path, processor) -> None:
+    dataset = clipft.load_pairs(data_folder / "clothing")
+    assert len(dataset) == 600
+    rows = PairRows(dataset)
+    batch = clipft.CLIPDataCollator(processor)([rows[0, i] for i in (0, 599)])
+    assert batch["pixel_values"].shape == (2, 3, SIZE, SIZE)
+    assert batch["labels"].tolist() == [0, 9]

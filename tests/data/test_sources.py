@@ -8,10 +8,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from tiny_clip import COLOURS, SIZE, captioned, class_folders, encoded, picture, smooth
+from tiny_clip import COLOURS, captioned, class_folders, encoded, picture, smooth
 
 import clipft
-from clipft.data.rows import PairRows
 
 
 @pytest.fixture
@@ -146,15 +145,6 @@ def test_bad_tables_name_file_and_row(folder: Path) -> None:
         clipft.load_pairs(folder / "pairs.xlsx")
     with pytest.raises(FileNotFoundError, match="no 'none/there"):
         clipft.load_pairs("none/there.csv")
-
-
-def test_real_pictures(data_folder: Path, processor) -> None:
-    dataset = clipft.load_pairs(data_folder / "clothing")
-    assert len(dataset) == 600
-    rows = PairRows(dataset)
-    batch = clipft.CLIPDataCollator(processor)([rows[0, i] for i in (0, 599)])
-    assert batch["pixel_values"].shape == (2, 3, SIZE, SIZE)
-    assert batch["labels"].tolist() == [0, 9]
 
 
 # ---- rows that cannot be used ----
