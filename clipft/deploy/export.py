@@ -127,7 +127,7 @@ def _write_processor(model: Any, processor: Any, folder: Path, info: dict[str, A
     alone = tokenizer_of(folder, info)
     for text in [*dict.fromkeys(texts), *_ODD]:
         want = tokenize(processor, [text], family=family_of(model))["input_ids"][0].tolist()
-        if want != (got := alone.encode(*shortened([text])).ids):
+        if want != (got := alone.encode(shortened([text])[0]).ids):
             raise ValueError(f"processor: {TOKENIZER} makes other tokens of {text!r:.80}: {got} in place of {want}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import normalizers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GemmaTokenizer, Siglip2Tokenizer, SiglipModel, SiglipProcessor
+from transformers import GemmaTokenizer, PreTrainedTokenizerFast, Siglip2Tokenizer, SiglipModel, SiglipProcessor
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead, SiglipOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -154,6 +154,13 @@ def embedding_dim(config: Any) -> int:
     return int(config.text_config.projection_size)
 
 
+def _may_be_gemma(tokenizer: Any) -> bool:
+    """transformers 5.4 loads it as a tokenizer of no class of its own: BPE that falls back on bytes, as no T5 has."""
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        return bool(getattr(tokenizer.backend_tokenizer.model, "byte_fallback", False))
+    return isinstance(tokenizer, Siglip2Tokenizer)
+
+
 def fit_captions(model: Any, tokenizer: Any) -> str | None:
     """Of either family, as big_vision trained them: in small letters and padded on the right. SigLIP 2's checkpoints
     come with Gemma's tokenizer, which does neither by itself.
@@ -163,7 +170,7 @@ def fit_captions(model: Any, tokenizer: Any) -> str | None:
         tokenizer.padding_side = "right"
         said.append("padded on the right")
     if isinstance(tokenizer, GemmaTokenizer) or (
-        isinstance(tokenizer, Siglip2Tokenizer) and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]
+        _may_be_gemma(tokenizer) and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]
     ):
         backend = tokenizer.backend_tokenizer
         steps = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]

@@ -125,11 +125,12 @@ class QuantizedEncoderLayer(nn.Module):
     self_attn: QuantizedAttention
     mlp: QuantizedMLP
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """As the plain class's: [B, L, D] -> [B, L, D]."""
+    def forward(self, hidden_states: Tensor, *mask: Any, **kwargs: Any) -> Tensor:
+        """As the plain class's: [B, L, D] -> [B, L, D]. Chinese-CLIP's of transformers 5.4 takes no mask."""
         if is_watched(self.layer_norm1, self.layer_norm2, self.mlp, self.mlp.fc1, self.mlp.fc2, self.self_attn):
-            watched: Tensor = super().forward(hidden_states, attention_mask, **kwargs)
+            watched: Tensor = super().forward(hidden_states, *mask, **kwargs)
             return watched
+        attention_mask = mask[0] if mask else kwargs.pop("attention_mask", None)
         return self._block(hidden_states, hidden_states, attention_mask, **kwargs)
 
     def _block(self, states: Tensor, residual: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -141,16 +142,11 @@ class QuantizedEncoderLayer(nn.Module):
 class QuantizedLastLayer(QuantizedEncoderLayer):
     """The image tower's last layer, which computes the class token alone where no more is wanted."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        class_token_only: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, *mask: Any, class_token_only: bool = False, **kwargs: Any) -> Tensor:
         """As the plain class's: [B, L, D] -> [B, L, D], or [B, 1, D]."""
-        if not class_token_only or attention_mask is not None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
+        if not class_token_only or any(one is not None for one in (*mask, kwargs.get("attention_mask"))):
+            return super().forward(hidden_states, *mask, **kwargs)
+        kwargs.pop("attention_mask", None)
         return self._block(hidden_states, hidden_states[:, :1], None, first_only=True, **kwargs)
 
 
