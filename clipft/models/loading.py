@@ -128,12 +128,12 @@ def _load_open_clip(files: OpenCLIPFiles, kwargs: dict[str, Any]) -> tuple[Any, 
     with _named(str(files.weights), kwargs, files.where):
         own = reasons(files.model_cfg)
         config, state = as_it_is(files) if own else to_hf(files.model_cfg, files.state, files.where)
-    family = family_of_type(config.model_type, files.name)
-    processor = processor_of(files, family, family.picture(config)[-1])
-    stored = {tensor.dtype for tensor in state.values()}
-    given = {"dtype": stored.pop() if len(stored) == 1 else torch.float32} | kwargs
-    given.pop("revision", None)
-    model = family.model.from_pretrained(None, config=config, state_dict=state, **given)
+        family = family_of_type(config.model_type, files.name)
+        processor = processor_of(files, family, family.picture(config)[-1])
+        stored = {tensor.dtype for tensor in state.values()}
+        given = {"dtype": stored.pop() if len(stored) == 1 else torch.float32} | kwargs
+        given.pop("revision", None)
+        model = family.model.from_pretrained(None, config=config, state_dict=state, **given)
     fit(family, model, processor, files.weights.parent)
     model.name_or_path = files.name
     return model.eval(), processor
