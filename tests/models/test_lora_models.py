@@ -108,6 +108,8 @@ def test_autocast(batch: dict[str, Tensor], calls: list[Tensor]) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_with_dropout(batch: dict[str, Tensor], reentrant: bool) -> None:
     fused = clipft.fuse(adapted(lora_dropout=0.3)).train()
+    if reentrant and not hasattr(fused, "activation_checkpointing_enable"):
+        pytest.skip("old transformers make no frozen layer's outputs ask for gradients, which that way needs")
     torch.manual_seed(1)
     expected = gradients(fused, batch)
     enable = getattr(fused, "activation_checkpointing_enable", None) or fused.gradient_checkpointing_enable  # as of old
