@@ -66,7 +66,7 @@ def folder_of_clip(folder: Path) -> Path:
     """The folder with the model's own files: this one, or a sub-folder that sentence-transformers put them into.
 
     Raises:
-        ValueError: its modules are other than a CLIP.
+        ValueError: its modules are other than a CLIP. FileNotFoundError: there is no such sub-folder.
     """
     path = folder / SENTENCE_MODULES
     if not path.exists():
@@ -79,7 +79,10 @@ def folder_of_clip(folder: Path) -> Path:
         prompts, default = about.get("prompts"), about.get("default_prompt_name")
         if isinstance(prompts, dict) and isinstance(default, str) and (prompt := prompts.get(default)):
             _logger.warning("%s: texts are taken as they are, without the prompt %r", folder / _PROMPTS, prompt)
-    return folder / place_of_clip(path)
+    own = folder / place_of_clip(path)
+    if not own.is_dir():
+        raise FileNotFoundError(f"{path}: its first module is in {own.name!r:.80}, and there is no such folder")
+    return own
 
 
 def place_of_clip(path: Path) -> str:
@@ -103,6 +106,6 @@ def _modules(path: Path) -> tuple[str, list[str]]:
     if not entries or not all(isinstance(entry, dict) and isinstance(entry.get("type"), str) for entry in entries):
         raise ValueError(f"{path}: expected a list of modules, each with its type and path")
     place = entries[0].get("path", "")
-    if not isinstance(place, str) or not re.fullmatch(r"[\w-]*", place):
+    if not isinstance(place, str) or not re.fullmatch(r"[\w-]{0,200}", place):
         raise ValueError(f"{path}: expected the first module's path to be a sub-folder, found {place!r:.80}")
     return place, [entry["type"].rpartition(".")[2] for entry in entries]
