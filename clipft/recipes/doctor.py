@@ -114,7 +114,7 @@ def examine(data: Any, *, eval_data: Any = None, model: Any = None, **options: A
     if eval_data is not None:
         findings += _check_leakage(sets["data"], sets["eval_data"])
     if clip is not None:
-        findings += check_preprocessing(processor)
+        findings += check_preprocessing(processor, clip.config)
     own_size = None if clip is None else getattr(clip.config.vision_config, "image_size", None)
     findings += check_sizes(
         {place: size for contents in sets.values() for place, size in contents.sizes()}, settings.image_size or own_size

@@ -15,10 +15,12 @@ __all__ = ["check_preprocessing", "check_scale", "check_sizes"]
 _CLOSE = 1e-3  # to the ceiling of the logit scale
 
 
-def check_preprocessing(processor: Any) -> list[Finding]:
-    """Against what a checkpoint of this kind is pre-trained with: a processor of the same class, untouched."""
-    images = processor.image_processor
-    usual = type(images)()
+def check_preprocessing(processor: Any, config: Any) -> list[Finding]:
+    """Against what a checkpoint of this kind is pre-trained with: what its configuration says, as open_clip's do, or a
+    processor of the same class, untouched."""
+    images, usual = processor.image_processor, type(processor.image_processor)()
+    if own := getattr(config, "preprocess_cfg", None):
+        usual.image_mean, usual.image_std, usual.resample = own["mean"], own["std"], images.resample
     found = []
     for name in ("image_mean", "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_normalize"):
         have, want = getattr(images, name), getattr(usual, name)

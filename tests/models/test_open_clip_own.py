@@ -116,3 +116,16 @@ def rewritten(folder: Path, cfg: dict[str, Any]) -> Path:
     path = folder / "open_clip_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_cfg": cfg}))
     return folder
+
+
+def test_doctor_holds_pixels_against_what_the_folder_says(folder: Path) -> None:
+    path = folder / "open_clip_config.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps(described | {"preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}))
+    model, processor = clipft.load(folder)
+    levels = []
+    for mean in (0.5, 0.4):
+        processor.image_processor.image_mean = [mean] * 3
+        found = clipft.doctor(captioned(4), model=(model, processor))["findings"]
+        levels += [finding["status"] for finding in found if finding["check"] == "preprocessing"]
+    assert levels == ["ok", "problem"]
