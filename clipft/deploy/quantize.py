@@ -82,9 +82,8 @@ def quantize(
     if data is not None and processor is None:
         raise ValueError("processor: expected the model's processor together with data, got None")
     batch, described = _measure_on(plain, family, data, processor)
-    quantized, errors, before = _quantize_layers(
-        plain, [name for name in names if name not in left_out], batch, calibrate
-    )
+    chosen = [name for name in names if name not in left_out]
+    quantized, errors, before = _quantize_layers(plain, chosen, batch, calibrate)
     after = _embeddings(quantized, batch)
     quantized.quantization_report = {
         "layers": {name: errors[name] for name in names if name in errors},

@@ -51,38 +51,36 @@ def evaluate(
         a notebook shows as the page.
 
     Raises:
-        TypeError: no such option.
-        ValueError: an option or data that does not fit; the message names it.
+        TypeError: no such option. ValueError: an option or data that does not fit; the message names it.
         OSError: ``output`` cannot be written.
     """
     settings = options_from(EvaluateOptions, options)
     console = console or console_of_run()
-    probe = settings.probe_data
-    _check(data, probe, output)
+    _check(data, settings.probe_data, output)
     sources = Sources(settings, console, settings.attribute or ())
     dataset = sources.rows("data", data, purpose="test")
     clip, processor = loaded(model)
     _check_attributes(clip, settings.attribute or (), console)
     templates = list(settings.template or DEFAULT_TEMPLATES)
-    neighbours = None if probe is None else sources.rows("probe_data", probe, attributes=False)
+    near = settings.probe_data
+    neighbours = None if near is None else sources.rows("probe_data", near, attributes=False)
     classes = sources.classes(dataset, [neighbours] if neighbours is not None else [])
     classes = _classes_of_run(model, classes) if settings.classes is None else classes
-    how: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.workers}
     scorer = Scorer(clip, processor, dataset, templates, settings.batch_size, settings.workers, console, classes)
-    found = scorer("evaluating")
-    result = found.to_json()
+    result = (found := scorer("evaluating")).to_json()
     if neighbours is not None:
         probes: dict[str, Any] = {
             "linear_probe": evaluate_linear_probe,
             "knn": functools.partial(evaluate_knn, k=settings.knn_k),
         }
+        how: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.workers}
         result |= {name: probe(clip, processor, neighbours, dataset, **how) for name, probe in probes.items()}
     title = f"{model_name(model)} on {len(dataset)} pictures of {name_of(data)}{share_of_classes(dataset, classes)}"
     page = functools.partial(_page, title, result, sources, found, dataset)
     if output is not None:
-        path, reading = Path(output), {"reading": sources.to_json()}
+        path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result | reading)
+        write_json(path, result | {"reading": sources.to_json()})
         write_text(path.with_suffix(".html"), page())
     show({"score": result}, title, console)
     if output is not None:

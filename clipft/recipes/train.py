@@ -141,14 +141,13 @@ class _Training:
         start = encoder_of(base, processor, options.batch_size).identity()
         resize(base, processor, image_size=options.image_size, max_tokens=options.max_tokens)
         clip = self._what_trains(base, peft_config)
-        lr = options.lr
-        self.arguments.learning_rate = default_learning_rate(base, lora=adapted) if lr is None else lr
+        usual = default_learning_rate(base, lora=adapted)
+        self.arguments.learning_rate = usual if options.lr is None else options.lr
         self.arguments.class_balanced = self._drawn_by_class(sets.train)
         trainer = self._trainer(clip, processor, sets, callbacks)
         console.print(f"what trains: {what_trains(clip)}", highlight=False)
         settings = self._settings(model, data)
-        adapter = peft_config and peft_config.to_dict()
-        processes = self.arguments.world_size
+        adapter, processes = peft_config and peft_config.to_dict(), self.arguments.world_size
         own = identity_of_run(settings, start, sets.identity, adapter=adapter, processes=processes)
         point = self._begin(trainer, own, sets.seen)
         scorer = functools.partial(
