@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-__all__ = ["TOWERS", "Family", "Tower", "TowerName"]
+__all__ = ["TOWERS", "EmbeddingTower", "Family", "Tower", "TowerName"]
 
 TowerName = Literal["vision", "text"]
 TOWERS: tuple[TowerName, ...] = ("vision", "text")
@@ -105,6 +105,17 @@ class Tower:
         tower: Any = self.module_of(model)
         random = any(getattr(tower.config, name) for name in self.dropouts)
         return not random and not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+class EmbeddingTower(Tower):
+    """A tower whose module gives the embedding itself, projection and all. It is asked through the model, whose words
+    for pictures are the same in all versions of transformers.
+    """
+
+    def features(self, model: Any, **inputs: Tensor) -> Tensor:
+        """The embedding, before it is normalised."""
+        features = model.get_image_features if "pixel_values" in inputs else model.get_text_features
+        return self.pooled(features(**inputs))
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:

@@ -15,9 +15,18 @@ from torch import Tensor, nn
 from clipft.families.losses import LOSSES
 
 if TYPE_CHECKING:
-    from clipft.families.family import Family
+    from clipft.families.family import Family, TowerName
 
-__all__ = ["PairForward", "given", "is_watched", "loss_parameters", "normalised", "records", "stand_in"]
+__all__ = [
+    "PairForward",
+    "class_before",
+    "given",
+    "is_watched",
+    "loss_parameters",
+    "normalised",
+    "records",
+    "stand_in",
+]
 
 
 class PairForward:
@@ -37,6 +46,52 @@ class PairForward:
 
         get_image_features: Callable[..., Any]
         get_text_features: Callable[..., Any]
+
+    def _contrast(
+        self,
+        pictures: dict[str, Any],
+        texts: dict[str, Any],
+        *,
+        return_loss: bool | None,
+        return_logits: bool | None = None,
+        image_pooler_output: Tensor | None = None,
+        text_pooler_output: Tensor | None = None,
+        text_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``forward``, from what ``get_image_features`` and ``get_text_features`` take: see
+        :class:`clipft.families.clip.CLIPForward`."""
+        if return_logits is None:
+            return_logits = not return_loss
+        kwargs = given(kwargs)
+        images = words = vision = text = None
+        if image_pooler_output is not None:
+            images, vision = self._of_pooled("vision", image_pooler_output)
+        elif pictures["pixel_values"] is not None:
+            vision = self._of_pictures(pictures, return_logits, kwargs)
+            images = vision.pooler_output
+        if text_pooler_output is not None:
+            words, text = self._of_pooled("text", text_pooler_output)
+        elif texts["input_ids"] is not None:
+            text = self.get_text_features(**texts, **kwargs)
+            words = text.pooler_output
+        return self._pairs(
+            images,
+            words,
+            return_loss=return_loss,
+            return_logits=return_logits,
+            text_index=text_index,
+            vision_output=vision,
+            text_output=text,
+        )
+
+    def _of_pooled(self, tower: TowerName, pooled: Tensor) -> tuple[Tensor, Any]:
+        """The embeddings, before they are normalised, of what a tower gave, and the output that has them, if any."""
+        return pooled, None
+
+    def _of_pictures(self, pictures: dict[str, Any], all_tokens: bool, kwargs: dict[str, Any]) -> Any:
+        """The image tower's output; ``all_tokens``: its last hidden state is asked for."""
+        return self.get_image_features(**pictures, **kwargs)
 
     def _pairs(
         self,
@@ -93,22 +148,26 @@ class PairForward:
         )
 
 
+def class_before(form: Any, plain: Any, make: Callable[[Any, Any], Any], name: str, **own: Any) -> Any:
+    """A class for instances of ``plain``, with ``form`` before it. Pickle and deepcopy, which would look for it by its
+    name, ask ``make(form, plain)`` for it.
+    """
+    own |= {"__doc__": form.__doc__, "__reduce__": lambda self: (_new, (make, form, plain), vars(self))}
+    return type(name, (form, plain), own)
+
+
+def _new(make: Callable[[Any, Any], Any], form: type, plain: type) -> Any:
+    kind = make(form, plain)
+    return kind.__new__(kind)
+
+
 @functools.cache
 def stand_in(mixin: Any, plain: Any) -> Any:
-    """The class that instances of ``plain`` are taken over by: ``mixin`` before it, with its name, by which FSDP's
-    wrapping policies go. Pickle and deepcopy, which would look for it where it is not, go by ``__reduce__``.
+    """The class that instances of ``plain`` are taken over by until ``clipft.unfuse``: with its name, by which FSDP's
+    wrapping policies go.
     """
-    own = {
-        "__doc__": mixin.__doc__,
-        "__module__": plain.__module__,
-        "__reduce__": lambda self: (_new, (mixin, plain), vars(self)),
-        "_clipft_stands_in_for": plain,
-    }
-    return type(plain.__name__, (mixin, plain), own)
-
-
-def _new(mixin: type, plain: type) -> Any:
-    return stand_in(mixin, plain).__new__(stand_in(mixin, plain))
+    named = {"__module__": plain.__module__, "_clipft_stands_in_for": plain}
+    return class_before(mixin, plain, stand_in, plain.__name__, **named)
 
 
 def given(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -34,20 +34,48 @@ from clipft.families.open_clip_towers import tower_of
 from clipft.families.siglip import SiglipTowersForward
 from clipft.files import write_json
 
-__all__ = ["OPEN_CLIP", "OPEN_CLIP_CONFIG", "TEXT_TOWERS", "OpenCLIPConfig", "OpenCLIPModel", "import_open_clip"]
+__all__ = [
+    "OPEN_CLIP",
+    "OPEN_CLIP_CONFIG",
+    "TEXT_TOWERS",
+    "OpenCLIPConfig",
+    "OpenCLIPModel",
+    "import_open_clip",
+    "with_scalars_of",
+    "with_text_apart",
+]
 
 OPEN_CLIP_CONFIG, WEIGHTS = "open_clip_config.json", "model.safetensors"  # open_clip knows both names
 TEXT_TOWERS = ("bert", "m2m_100", "mt5", "roberta", "xlm-roberta")  # whose layers open_clip knows
 _LENGTH = 77  # of a text, where a configuration does not say
 
 
-def import_open_clip() -> Any:
-    """The optional dependency."""
+def import_open_clip(what: str) -> Any:
+    """The optional dependency.
+
+    Raises:
+        ImportError: it is not installed; ``what`` is what needs it.
+    """
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError(f"this model is open_clip's own: pip install 'clipft[open_clip]' ({error})") from error
+        raise ImportError(f"{what}: needs open_clip: pip install 'clipft[open_clip]' ({error})") from error
     return open_clip
+
+
+# ---- tensors by open_clip's names ----
+
+
+def with_text_apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As open_clip's models have them whose text tower is a module of its own (``custom_text``)."""
+    apart = ("visual.", "logit_")
+    return {name if name.startswith(apart) else f"text.{name}": tensor for name, tensor in state.items()}
+
+
+def with_scalars_of(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The logits' scale and bias in the shape that a model has: open_clip's may be [] or [1]."""
+    one = {name for name in ("logit_scale", "logit_bias") if name in wanted and name in state}
+    return {**state, **{name: state[name].reshape(wanted[name].shape) for name in one if state[name].numel() == 1}}
 
 
 # ---- the configuration ----
@@ -261,7 +289,7 @@ class OpenCLIPModel(PreTrainedModel):
 
 def _made(config: OpenCLIPConfig) -> Any:
     """open_clip's module, with weights that mean nothing; nothing is fetched for it."""
-    open_clip = import_open_clip()
+    open_clip = import_open_clip("this model, which is open_clip's own")
     cfg = copy.deepcopy(config.model_cfg or {})
     cfg.pop("custom_text", None)  # both kinds compute the same; this one has the text tower in a module of its own
     if "multimodal_cfg" in cfg:
@@ -310,15 +338,11 @@ def _mark_unreachable(clip: nn.Module) -> None:
 def _as_named(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """With the names and shapes that this model has for what others of open_clip's saved."""
     if "positional_embedding" in state:  # its plain CLIP, whose text tower is not apart
-        apart = ("visual.", "logit_")
-        state = {name if name.startswith(apart) else f"text.{name}": tensor for name, tensor in state.items()}
+        state = with_text_apart(state)
     if "logit_bias" in wanted and "logit_scale" in state:  # open_clip gives a bias to weights that have none
         state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
-    for name in ("logit_scale", "logit_bias"):
-        if name in state and name in wanted and state[name].numel() == 1:
-            state[name] = state[name].reshape(wanted[name].shape)
     state.pop("text.transformer.embeddings.position_ids", None)  # of older versions of transformers
-    return state
+    return with_scalars_of(wanted, state)
 
 
 def _mask_of_length(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

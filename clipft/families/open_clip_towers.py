@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from clipft.families.family import Tower
+from clipft.families.family import EmbeddingTower
 
 __all__ = ["OpenCLIPTower", "tower_of"]
 
@@ -18,13 +18,8 @@ _RANDOM = ("p", "prob", "drop_prob")  # of modules that drop something in traini
 _NUMBERED = re.compile(r"(\D+)\d+")  # layer1, layer2, ...
 
 
-class OpenCLIPTower(Tower):
-    """A tower of a model that gives its embedding itself, projection and all."""
-
-    def features(self, model: Any, **inputs: Tensor) -> Tensor:
-        """The embedding, before it is normalised."""
-        features = model.get_image_features if "pixel_values" in inputs else model.get_text_features
-        return cast(Tensor, features(**inputs).pooler_output)
+class OpenCLIPTower(EmbeddingTower):
+    """What is known of it stands in the model's configuration, or in the tower itself."""
 
     def settings(self, model: Any) -> str:
         """Of the whole model: what is a tower's is not apart."""

@@ -5,6 +5,7 @@ Such an image tower needs its class token alone of its last layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
-from clipft.families.forward import PairForward, given, is_watched, records, stand_in
+from clipft.families.family import TowerName
+from clipft.families.forward import PairForward, is_watched, records, stand_in
 
-__all__ = ["ClassTokenLayer", "ProjectedForward", "fuse_last_layer", "needs_all_tokens"]
+__all__ = ["ClassTokenLayer", "FirstTokenLayer", "ProjectedForward", "fuse_last_layer", "needs_all_tokens"]
 
 
 class ProjectedForward(PairForward):
@@ -27,45 +29,17 @@ class ProjectedForward(PairForward):
         visual_projection: nn.Linear
         text_projection: nn.Linear
 
-    def _contrast(
-        self,
-        pictures: dict[str, Any],
-        texts: dict[str, Any],
-        *,
-        return_loss: bool | None,
-        return_logits: bool | None = None,
-        image_pooler_output: Tensor | None = None,
-        text_pooler_output: Tensor | None = None,
-        text_index: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """``forward``, from what ``get_image_features`` and ``get_text_features`` take: see
-        :class:`clipft.families.clip.CLIPForward`."""
-        if return_logits is None:
-            return_logits = not return_loss
-        kwargs = given(kwargs)
-        everything = return_logits or needs_all_tokens(self, kwargs)
-        vision: Any = None
-        text: Any = None
-        if image_pooler_output is not None:
-            vision = BaseModelOutputWithPooling(pooler_output=self.visual_projection(image_pooler_output))
-        elif pictures["pixel_values"] is not None:
-            only = {} if everything else {"class_token_only": True}
-            vision = self.get_image_features(**pictures, **only, **kwargs)
-            vision.last_hidden_state = vision.last_hidden_state if everything else None
-        if text_pooler_output is not None:
-            text = BaseModelOutputWithPooling(pooler_output=self.text_projection(text_pooler_output))
-        elif texts["input_ids"] is not None:
-            text = self.get_text_features(**texts, **kwargs)
-        return self._pairs(
-            None if vision is None else vision.pooler_output,
-            None if text is None else text.pooler_output,
-            return_loss=return_loss,
-            return_logits=return_logits,
-            text_index=text_index,
-            vision_output=vision,
-            text_output=text,
-        )
+    def _of_pooled(self, tower: TowerName, pooled: Tensor) -> tuple[Tensor, Any]:
+        projection = self.visual_projection if tower == "vision" else self.text_projection
+        output: Any = BaseModelOutputWithPooling(pooler_output=projection(pooled))
+        return output.pooler_output, output
+
+    def _of_pictures(self, pictures: dict[str, Any], all_tokens: bool, kwargs: dict[str, Any]) -> Any:
+        everything = all_tokens or needs_all_tokens(self, kwargs)
+        only = {} if everything else {"class_token_only": True}
+        vision = self.get_image_features(**pictures, **only, **kwargs)
+        vision.last_hidden_state = vision.last_hidden_state if everything else None
+        return vision
 
     def get_input_embeddings(self) -> nn.Module:
         """Of the text tower, as a SigLIP says: accelerate's FSDP asks for them."""
@@ -75,7 +49,23 @@ class ProjectedForward(PairForward):
 # ---- the image tower's last layer ----
 
 
-class ClassTokenLayer(nn.Module):
+class FirstTokenLayer(nn.Module):
+    """A last layer that computes the first token alone, where no more is wanted (``class_token_only``)."""
+
+    if TYPE_CHECKING:
+        _first: Callable[..., Tensor]  # [B, L, D] -> [B, 1, D]
+
+    def forward(self, hidden_states: Tensor, *mask: Any, class_token_only: bool = False, **kwargs: Any) -> Tensor:
+        """As the plain class's: [B, L, D] -> [B, L, D], or [B, 1, D]. Chinese-CLIP's of transformers 5.4 takes no
+        mask."""
+        if not class_token_only or any(one is not None for one in (*mask, kwargs.get("attention_mask"))):
+            every: Tensor = super().forward(hidden_states, *mask, **kwargs)
+            return every
+        kwargs.pop("attention_mask", None)
+        return self._first(hidden_states, **kwargs)
+
+
+class ClassTokenLayer(FirstTokenLayer):
     """The image tower's last layer. With ``class_token_only`` it attends from the class token alone, and computes what
     comes after for that one: a twelfth of ViT-B's layers at a sixth of its cost.
     """
@@ -86,13 +76,7 @@ class ClassTokenLayer(nn.Module):
         layer_norm2: nn.LayerNorm
         mlp: nn.Module
 
-    def forward(self, hidden_states: Tensor, *mask: Any, class_token_only: bool = False, **kwargs: Any) -> Tensor:
-        """As ``CLIPEncoderLayer.forward``: [B, L, D] -> [B, L, D], or [B, 1, D]. Chinese-CLIP's of transformers 5.4
-        takes no mask."""
-        if not class_token_only or any(one is not None for one in (*mask, kwargs.get("attention_mask"))):
-            every: Tensor = super().forward(hidden_states, *mask, **kwargs)
-            return every
-        kwargs.pop("attention_mask", None)
+    def _first(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         token = hidden_states[:, :1]
         token = token + _attend_from_first(self.self_attn, self.layer_norm1(hidden_states), **kwargs)
         return token + cast(Tensor, self.mlp(self.layer_norm2(token)))

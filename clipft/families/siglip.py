@@ -12,8 +12,8 @@ from transformers import GemmaTokenizer, PreTrainedTokenizerFast, Siglip2Tokeniz
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead, SiglipOutput
 from transformers.utils.generic import can_return_tuple
 
-from clipft.families.family import Family, Tower
-from clipft.families.forward import PairForward, given
+from clipft.families.family import EmbeddingTower, Family, Tower
+from clipft.families.forward import PairForward
 from clipft.families.siglip_tokenizer import fast_tokenizer
 
 __all__ = ["SIGLIP", "SiglipTowersForward", "embedding_dim", "fit_captions", "siglip_tower"]
@@ -34,37 +34,6 @@ class SiglipTowersForward(PairForward):
     """What the fused SigLIP and SigLIP 2 have in common: a tower gives its embedding already, but for the length."""
 
     output_class = FusedSiglipOutput
-
-    def _contrast(
-        self,
-        pictures: dict[str, Any],
-        texts: dict[str, Any],
-        *,
-        return_loss: bool | None,
-        return_logits: bool | None = None,
-        image_pooler_output: Tensor | None = None,
-        text_pooler_output: Tensor | None = None,
-        text_index: Tensor | None = None,
-        **kwargs: Any,
-    ) -> FusedSiglipOutput:
-        """The rest of ``forward``, after its own arguments: those of :class:`clipft.families.clip.CLIPForward`."""
-        kwargs = given(kwargs)
-        vision = text = None
-        if image_pooler_output is None and pictures["pixel_values"] is not None:
-            vision = self.get_image_features(**pictures, **kwargs)
-            image_pooler_output = vision.pooler_output
-        if text_pooler_output is None and texts["input_ids"] is not None:
-            text = self.get_text_features(**texts, **kwargs)
-            text_pooler_output = text.pooler_output
-        return self._pairs(
-            image_pooler_output,
-            text_pooler_output,
-            return_loss=return_loss,
-            return_logits=not return_loss if return_logits is None else return_logits,
-            text_index=text_index,
-            vision_output=vision,
-            text_output=text,
-        )
 
 
 class SiglipForward(SiglipTowersForward):
@@ -140,7 +109,7 @@ def split_pooling_head(model: Any) -> None:
 
 def siglip_tower(name: str) -> Tower:
     """Of either family: the head inside is the projection."""
-    return Tower(
+    return EmbeddingTower(
         module=f"{name}_model",
         layers=f"{name}_model.encoder.layers",
         projection=f"{name}_model.head",

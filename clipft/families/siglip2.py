@@ -3,14 +3,14 @@ Face's ``Siglip2Model``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from transformers import Siglip2Model, Siglip2Processor
 from transformers.utils.generic import can_return_tuple
 
-from clipft.families.family import Family, Tower
+from clipft.families.family import Family
 from clipft.families.siglip import FusedSiglipOutput, SiglipTowersForward, embedding_dim, fit_captions, siglip_tower
 
 __all__ = ["SIGLIP2"]
@@ -43,15 +43,6 @@ class Siglip2Forward(SiglipTowersForward):
         return self._contrast(pictures, texts, return_loss=return_loss, **kwargs)
 
 
-@dataclass(frozen=True)
-class _PatchTower(Tower):
-    """Asked through the model: the tower itself has another word for the mask of patches in transformers 5.4."""
-
-    def features(self, model: Any, **inputs: Tensor) -> Tensor:
-        """As of any tower."""
-        return self.pooled(model.get_image_features(**inputs))
-
-
 SIGLIP2 = Family(
     title="SigLIP 2 NaFlex",
     model_type="siglip2",
@@ -62,7 +53,7 @@ SIGLIP2 = Family(
     max_log_scale=None,
     padding="max_length",
     text_length=64,
-    vision=_PatchTower(**vars(siglip_tower("vision")) | {"positions": None}),  # its grid is each picture's own
+    vision=replace(siglip_tower("vision"), positions=None),  # its grid is each picture's own
     text=siglip_tower("text"),
     dim=embedding_dim,
     scale_shape=(1,),

@@ -252,9 +252,8 @@ def _check_inputs(
 def _session(path: Path, threads: int | None, providers: Sequence[str]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
-    options.intra_op_num_threads = (
-        threads or usable_cores()
-    )  # by itself it takes the machine's, and binds itself to them
+    # by itself it takes the machine's cores, and binds its threads to them
+    options.intra_op_num_threads = threads or usable_cores()
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # ONNX Runtime has no common class of its own

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, PreTrainedConfig, SiglipConfig
 
-from clipft.families.open_clip import OpenCLIPConfig
+from clipft.families.open_clip import OpenCLIPConfig, with_scalars_of, with_text_apart
 from clipft.families.registry import check_model, family_of_type
 from clipft.models.configurations import check_sizes
 from clipft.models.fusing import check_float
@@ -178,8 +178,7 @@ def to_hf(model_cfg: Mapping[str, Any], state: Mapping[str, Tensor], where: Path
     if model_cfg["text_cfg"].get("proj_type") == "none":
         width = config.text_config.hidden_size
         own |= {"text_projection.weight": torch.eye(width), "text_projection.bias": torch.zeros(width)}
-    for name in own.keys() & {"logit_scale", "logit_bias"} & expected.keys():  # open_clip's may be [] or [1]
-        own[name] = own[name].reshape(expected[name].shape) if own[name].numel() == 1 else own[name]
+    own = with_scalars_of(expected, own)
     _check_state(where, expected, own)
     return Converted(config, to_hf_names(parts, own))
 
@@ -285,10 +284,7 @@ def to_open_clip(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }
     model_cfg = (_siglip_cfg if family.model_type == "siglip" else _clip_cfg)(config, text_cfg)
     state = to_open_clip_names(_parts(config), model.state_dict())
-    if model_cfg.get("custom_text"):
-        kept = ("visual.", "logit_")
-        state = {name if name.startswith(kept) else f"text.{name}": tensor for name, tensor in state.items()}
-    return model_cfg, state
+    return model_cfg, with_text_apart(state) if model_cfg.get("custom_text") else state
 
 
 def _clip_cfg(config: Any, text_cfg: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
-from clipft.families.forward import is_watched
+from clipft.families.forward import class_before, is_watched
+from clipft.families.projected import FirstTokenLayer
 from clipft.ops.attention import attention
 from clipft.ops.nn import QuantizedLinear
 
@@ -39,20 +40,9 @@ __all__ = [
 
 @functools.cache
 def quantized_class(form: Any, plain: Any) -> Any:
-    """``plain`` as ``form``, one of the classes below or of ``clipft.models.int8``. Pickle and deepcopy, which would
-    look for the class by its name, go by ``__reduce__``.
-    """
-    own = {
-        "__doc__": form.__doc__,
-        "__module__": form.__module__,
-        "__reduce__": lambda self: (_new, (form, plain), vars(self).copy()),
-    }
-    return type(form.__name__.replace("Model", plain.__name__), (form, plain), own)  # QuantizedCLIPModel
-
-
-def _new(form: type, plain: type) -> Any:
-    kind = quantized_class(form, plain)
-    return kind.__new__(kind)
+    """``plain`` as ``form``, one of the classes below or of ``clipft.models.int8``."""
+    name = form.__name__.replace("Model", plain.__name__)  # QuantizedCLIPModel
+    return class_before(form, plain, quantized_class, name, __module__=form.__module__)
 
 
 class QuantizedAttention(nn.Module):
@@ -139,14 +129,10 @@ class QuantizedEncoderLayer(nn.Module):
         return result
 
 
-class QuantizedLastLayer(QuantizedEncoderLayer):
+class QuantizedLastLayer(FirstTokenLayer, QuantizedEncoderLayer):
     """The image tower's last layer, which computes the class token alone where no more is wanted."""
 
-    def forward(self, hidden_states: Tensor, *mask: Any, class_token_only: bool = False, **kwargs: Any) -> Tensor:
-        """As the plain class's: [B, L, D] -> [B, L, D], or [B, 1, D]."""
-        if not class_token_only or any(one is not None for one in (*mask, kwargs.get("attention_mask"))):
-            return super().forward(hidden_states, *mask, **kwargs)
-        kwargs.pop("attention_mask", None)
+    def _first(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         return self._block(hidden_states, hidden_states[:, :1], None, first_only=True, **kwargs)
 
 

@@ -72,8 +72,8 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
 
     Returns:
         A ``CLIPModel`` or one of another family in evaluation mode (open_clip's too, converted, or else an
-        ``OpenCLIPModel`` with its own towers), with the
-        classification heads that it was saved with (``clipft.models.heads``), and its processor, whose image
+        ``OpenCLIPModel`` with its own towers), with the classification heads that it was saved with
+        (``clipft.models.heads``), and its processor, whose image
         processor is torchvision's: Hugging Face has two, their outputs differ by up to 0.015, and everything in clipft
         uses this one. An adapter comes as its base model with the adapter merged in; to train it on, load it into the
         base with ``peft.PeftModel.from_pretrained``.
@@ -99,11 +99,11 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         if files := find(source, kwargs.get("revision", "main")):
             return _load_open_clip(files, kwargs)
         if folder.is_dir():
-            place: Path | None = folder_of_clip(folder)
-            _check_folder(cast(Path, place))
+            place = str(folder_of_clip(folder))
+            _check_folder(Path(place))
         else:
-            place = _of_sentence_transformers(source, kwargs)
-        model, processor = _load(source if place is None else str(place), kwargs)
+            place = str(_of_sentence_transformers(source, kwargs) or source)
+        model, processor = _load(place, kwargs)
     # what peft writes down for an adapter's base holds after cd
     model.name_or_path = str(folder.absolute()) if folder.is_dir() else source
     return model, processor

@@ -22,18 +22,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
+from clipft.families.clip import CLIP
+from clipft.families.open_clip import import_open_clip
 from clipft.files import check_file, expanded, read_json
 from clipft.models.formats import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, WEIGHT_FILES
 from clipft.models.weights import listed, tensors_of
 
-__all__ = ["OpenCLIPFiles", "find", "import_open_clip", "is_open_clip_name"]
+__all__ = ["OpenCLIPFiles", "find", "is_open_clip_name"]
 
 _PREFIX, _HUB, _LOCAL = "open_clip:", "hf-hub:", "local-dir:"  # the last two are open_clip's own
 _CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors")
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}  # numbers beside the weights of OpenAI's archives
 _ARCHIVES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336")
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_PREPROCESS = {"mean": _CLIP_MEAN, "std": _CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+_PREPROCESS = {"mean": CLIP.pixel_mean, "std": CLIP.pixel_std, "interpolation": "bicubic", "resize_mode": "shortest"}
 _ALLOCATING = (b"builtins\nbytearray\n", b"builtin__\nbytearray\n", b"ctorch\nTensor\n")  # in a pickle
 _NAMED = 8  # tags in a message
 _logger = logging.getLogger(__name__)
@@ -142,19 +143,6 @@ def _with_defaults(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
 # ---- architectures, tags and checkpoints ----
 
 
-def import_open_clip(name: str) -> Any:
-    """The library.
-
-    Raises:
-        ImportError: it is not installed; ``name`` is what needs it.
-    """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(f"{name}: needs open_clip: pip install 'clipft[open_clip]'") from error
-    return open_clip
-
-
 def _of_architecture(name: str) -> OpenCLIPFiles:
     open_clip = import_open_clip(name)
     architecture, _, which = name.removeprefix(_PREFIX).partition("/")
@@ -182,13 +170,13 @@ def _of_architecture(name: str) -> OpenCLIPFiles:
 
 def _of_bare_file(path: Path) -> OpenCLIPFiles:
     """Only of OpenAI's the architecture is known: all have quick_gelu and heads of 64."""
-    if path.suffix == ".safetensors" or not _read_weights(path).keys() >= _OPENAI:
+    state = {} if path.suffix == ".safetensors" else _read_weights(path)
+    if not state.keys() >= _OPENAI:
         raise ValueError(
             f"{path}: weights do not say their architecture: name it, as in {_PREFIX}ViT-B-32/{path} (of OpenAI's "
             f"weights: ViT-B-32-quickgelu), or put {OPEN_CLIP_CONFIG} beside them, call them {OPEN_CLIP_WEIGHTS[0]} "
             f"or {OPEN_CLIP_WEIGHTS[-1]}, and give the folder"
         )
-    state = _read_weights(path)
     return OpenCLIPFiles(str(path.absolute()), _openai_cfg(state), dict(_PREPROCESS), path)
 
 

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from clipft.families.family import Family
+from clipft.families.open_clip import import_open_clip
 from clipft.models.formats import OPEN_CLIP_CONFIG
-from clipft.models.open_clip_files import OpenCLIPFiles, import_open_clip
+from clipft.models.open_clip_files import OpenCLIPFiles
 
 __all__ = ["is_clips_own", "preprocess_cfg_of", "processor_of"]
 
