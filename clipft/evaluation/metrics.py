@@ -4,17 +4,16 @@ Retrieval needs no N x N matrix: a block of queries meets all candidates, what i
 ones, and every metric follows from these. A tie counts against the model: a right candidate stands behind all that
 score the same, as in scikit-learn's ``label_ranking_average_precision_score``, so that a collapsed model gains nothing.
 
-Intervals are percentiles over resamples of the pictures (Efron & Tibshirani 1993, chapter 13). What is ranked among
-stays fixed, since a picture drawn twice would be its own competitor; a caption weighs as often as its pictures were
-drawn, on average. Classification draws within each class: held-out rows keep the classes' shares, and no resample
-may lose a class that balanced accuracy and macro F1 average over. The same seed draws the same pictures, so that the
-difference of two models on one data set has an interval of its own (:func:`interval` of the difference): narrower than
-the two models' intervals suggest, because they meet the same pictures.
+Intervals are by :mod:`clipft.evaluation.resampling`. What is ranked among stays fixed, since a picture drawn twice
+would be its own competitor; a caption weighs as often as its pictures were drawn, on average. Classification draws
+within each class: held-out rows keep the classes' shares, and no resample may lose a class that balanced accuracy and
+macro F1 average over. The difference of two models has a narrower interval than the two models' intervals suggest,
+because they meet the same pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,73 +29,21 @@ from sklearn.metrics import (
 )
 from torch import Tensor
 
+from clipft.evaluation.resampling import AUC, RESAMPLES, Array, Resampled, interval
+
 __all__ = ["Blockwise", "Classification", "Retrieval", "interval", "retrieval_metrics"]
 
-RESAMPLES, LEVEL = 1000, 0.95
 KS = (1, 5, 10)
 _PER_CLASS = ("precision", "recall", "f1")
 LARGEST_MATRIX = 200  # classes: the square of more is no use to anyone
 _CONFUSIONS = 50
 _TILE = 1 << 22  # similarities at a time: 16 MB, and some copies
-Array = np.ndarray[Any, Any]
-
-
-# ---- bootstrap ----
-
-
-def interval(values: Array) -> list[Any]:
-    """[low, high], the middle 95 % of resampled values [resamples]; of [resamples, K] a list of K such."""
-    tail = (1 - LEVEL) / 2
-    return np.quantile(values, (tail, 1 - tail), axis=0).T.tolist()  # type: ignore[no-any-return]
-
-
-class _Resampled:
-    """A result whose metrics can be computed again for any weighting of the pictures."""
-
-    pictures: int
-    strata: Array | None = None  # [pictures]: drawn within
-    _drawn: tuple[tuple[int, int], dict[str, Array], dict[str, Any]] | None = None
-
-    def weighted(self, counts: Array) -> dict[str, Any]:
-        """The metrics where picture i was drawn ``counts[i]`` times."""
-        raise NotImplementedError
-
-    def resampled(self, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Array]:
-        """Each number's value in each resample, [resamples]; computed once."""
-        return dict(self._drawing(resamples, seed)[0])
-
-    def intervals(self, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
-        """Each metric's 95 % interval."""
-        return dict(self._drawing(resamples, seed)[1])
-
-    def _drawing(self, resamples: int, seed: int) -> tuple[dict[str, Array], dict[str, Any]]:
-        """The values of the numbers, and all intervals: values of each class are too many to be kept."""
-        if self._drawn is None or self._drawn[0] != (resamples, seed):
-            values: dict[str, Array] = {}
-            for number, counts in enumerate(_draws(self.pictures, self.strata, resamples, seed)):
-                for name, value in self.weighted(counts).items():
-                    values.setdefault(name, np.empty((resamples, *np.shape(value))))[number] = value
-            numbers = {name: value for name, value in values.items() if value.ndim == 1}
-            self._drawn = ((resamples, seed), numbers, {name: interval(value) for name, value in values.items()})
-        return self._drawn[1:]
-
-
-def _draws(count: int, strata: Array | None, resamples: int, seed: int) -> Iterator[Array]:
-    """How often each of ``count`` pictures is drawn, once per resample, with replacement and within its stratum."""
-    rng = np.random.default_rng(seed)
-    strata = np.zeros(count, dtype=np.int64) if strata is None else strata
-    order = np.argsort(strata, kind="stable")
-    _, first, sizes = np.unique(strata[order], return_index=True, return_counts=True)
-    start, size = np.repeat(first, sizes), np.repeat(sizes, sizes)
-    for _ in range(resamples):
-        drawn = order[start + (rng.random(count) * size).astype(np.int64)]
-        yield np.bincount(drawn, minlength=count)
 
 
 # ---- retrieval ----
 
 
-class Retrieval(_Resampled):
+class Retrieval(Resampled):
     """Ranks of texts by image and of images by text.
 
     Args:
@@ -195,7 +142,7 @@ class Blockwise:
         return self.score(self.rows[block])
 
 
-class Classification(_Resampled):
+class Classification(Resampled):
     """Predictions of single-label classes.
 
     Args:
@@ -216,7 +163,7 @@ class Classification(_Resampled):
             for start in range(0, len(labels), size)
         ]
         self.predicted, self._among_five, self._margin = (np.concatenate(part) for part in zip(*blocks, strict=True))
-        self._auc = _AUC(labels, self._margin) if self.has_auc else None
+        self._auc = AUC(labels, self._margin) if self.has_auc else None
 
     @property
     def has_auc(self) -> bool:
@@ -308,16 +255,3 @@ def _judge(labels: Array, scores: Array, votes: bool) -> tuple[Array, Array, Arr
     if votes:
         among_five &= own[:, 0] > 0
     return scores.argmax(1), among_five, scores[:, min(1, scores.shape[1] - 1)] - scores[:, 0]
-
-
-class _AUC:
-    """Area under the ROC curve with weights: the share of (other, right) pairs in order; a tie is half a pair."""
-
-    def __init__(self, labels: Array, scores: Array) -> None:
-        _, self._place = np.unique(scores, return_inverse=True)
-        self._labels = labels
-
-    def __call__(self, counts: Array) -> float:
-        negative, positive = (np.bincount(self._place, counts * (self._labels == label)) for label in (0, 1))
-        before = np.cumsum(negative) - negative / 2
-        return float(positive @ before / (positive.sum() * negative.sum()))

@@ -27,7 +27,8 @@ from clipft.data.rows import (
     column_values,
     index_texts,
 )
-from clipft.evaluation.metrics import RESAMPLES, Blockwise, Classification, Retrieval
+from clipft.evaluation.metrics import Blockwise, Classification, Retrieval
+from clipft.evaluation.resampling import RESAMPLES
 from clipft.inference.encode import Pictures, Progress, class_embeddings, embed_images, embed_texts, unified
 from clipft.models.heads import heads_of
 

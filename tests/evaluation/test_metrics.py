@@ -10,7 +10,7 @@ import sklearn.metrics
 import torch
 
 from clipft.data.rows import index_texts
-from clipft.evaluation import metrics
+from clipft.evaluation import metrics, resampling
 from clipft.evaluation.metrics import Blockwise, Classification, Retrieval, retrieval_metrics
 
 
@@ -195,7 +195,7 @@ def test_intervals_of_retrieval_resample_pictures_with_their_captions() -> None:
     texts_of = [[i // 2] for i in range(80)]
     found = Retrieval(image, text, texts_of)
     values = found.resampled(20)
-    draws = list(metrics._draws(80, None, 20, 0))
+    draws = list(resampling.draws(80, None, 20, 0))
     best = (image @ text.t()).argmax(1).numpy() == np.arange(80) // 2
     hit = (text @ image.t()).argmax(1).numpy() // 2 == np.arange(40)
     for number, counts in enumerate(draws):
