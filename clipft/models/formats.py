@@ -11,6 +11,7 @@ from clipft.files import expanded, replace_set
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "CALIBRATION_KEY",
     "DEMO_MODEL",
     "FLOAT_WEIGHTS",
     "HEADS_KEY",
@@ -46,6 +47,7 @@ OPEN_CLIP_WEIGHTS = (  # in the order in which open_clip looks for them
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's
 QUANT_METHOD = "clipft_int8"  # of a configuration's quantization_config
 HEADS_KEY = "clipft_heads"  # of a configuration: names and classes of the classification heads
+CALIBRATION_KEY = "clipft_calibration"  # of a configuration: by head or "zero_shot", its temperature and threshold
 MERGED = "merged"  # of a LoRA run's folder: the folder with the adapter's base, merged
 SEEN_ROWS = "clipft_rows.safetensors"  # digests of the pictures that a run trained and tested on
 SENTENCE_MODULES, SENTENCE_CONFIG = "modules.json", "sentence_bert_config.json"  # sentence-transformers'
