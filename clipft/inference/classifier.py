@@ -124,10 +124,8 @@ class Classifier:
         names = tuple(map(str, self.names))
         weights = np.ascontiguousarray(self.weights, np.float32)
         if weights.ndim != 2 or len(weights) != len(names) or not names:
-            raise ValueError(
-                f"weights: expected one vector for each of {len(names)} classes, got {list(weights.shape)}"
-            )
-        if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+            raise ValueError(f"weights: expected a vector for each of {len(names)} classes, got {list(weights.shape)}")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise ValueError(f"names: expected each class once, got {', '.join(twice[:5])} more than once")
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "weights", weights)
