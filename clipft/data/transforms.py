@@ -29,7 +29,9 @@ __all__ = [
     "Augmentation",
     "augmentation_set",
     "build_transform",
+    "pixels_of",
     "stack_pictures",
+    "whole_transform",
 ]
 
 _REDUCING_GAP = 2.0  # a crop is decoded at no less than this many times the model's size, as PIL's thumbnail
@@ -139,6 +141,20 @@ def build_transform(image_processor: Any, augmentation: Augmentation | None = No
         _normalisation(image_processor),
     ]
     return v2.Compose(steps)
+
+
+def whole_transform(image_processor: Any, height: int, width: int) -> Callable[[Tensor], Tensor]:
+    """Pixels [3, h, w] uint8, as :func:`pixels_of` gives them, to [3, height, width] float32: all of them, whatever
+    their proportions, by the image processor's own resize and normalisation.
+    """
+    size = type(image_processor.size)(height=height, width=width)
+    resize = partial(image_processor.resize, size=size, resample=image_processor.resample)
+    return v2.Compose([resize, _normalisation(image_processor)])
+
+
+def pixels_of(image: Any, image_processor: Any) -> Tensor:
+    """A picture as the processor sees it before it changes its size: [3, H, W] uint8."""
+    return _to_tensor(image, image_processor)
 
 
 def stack_pictures(image_processor: Any, pictures: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -127,6 +127,7 @@ CLIP = Family(
         pools_first=True,
         mlp=CLIPMLP,
         positions="vision_model.embeddings",
+        tokens_before=1,
     ),
     text=Tower(
         module="text_model",

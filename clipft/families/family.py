@@ -45,6 +45,8 @@ class Tower:
         pooled: from the module's output to what the projection takes, [N, D].
         mlp: Hugging Face's class of a layer's MLP, with ``fc1``, ``activation_fn`` and ``fc2``, where the activation is
             quick_gelu, which a LoRA layer can take over.
+        tokens_before: of an image tower whose layers give a token a patch, in rows from the top left: how many come
+            before these. None: there is no such grid, or every picture has its own.
     """
 
     module: str
@@ -58,6 +60,7 @@ class Tower:
     dropouts: tuple[str, ...] = ("attention_dropout",)
     pooled: Callable[[Any], Tensor] = _pooler_output
     mlp: type[nn.Module] | None = None
+    tokens_before: int | None = None
 
     def module_of(self, model: nn.Module) -> nn.Module:
         """The tower itself."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import normalizers
@@ -160,7 +160,7 @@ SIGLIP = Family(
     max_log_scale=None,  # the checkpoints stand above 100
     padding="max_length",
     text_length=64,
-    vision=siglip_tower("vision"),
+    vision=replace(siglip_tower("vision"), tokens_before=0),
     text=siglip_tower("text"),
     dim=embedding_dim,
     scale_shape=(1,),
