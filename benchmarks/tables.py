@@ -4,8 +4,9 @@
     python benchmarks/tables.py --check    # says where a page differs, and exits with 1
 
 A page holds ``<!-- table: NAME -->`` and ``<!-- /table -->`` on lines of their own; all between them is drawn. A table
-is a function below, named as in the page, and reads one file of results: a new measurement of another machine changes
-no page until its file is named here.
+is a function below, named as in the page, and reads the files of results that it names: a new measurement of another
+machine changes no page until its file is named here. Ratios have one direction everywhere: clipft's time or memory over
+that of what the column names, so that below 1 clipft needs less.
 """
 
 from __future__ import annotations
@@ -140,14 +141,15 @@ def gpu_layers() -> str:
 
 def lora() -> str:
     found = results("lora-amd-epyc-family-25-model-17-avx512")
-    who = ("peft p=0", "peft p=0.1", "clipft p=0", "clipft p=0.1")
     cells = []
     for row in found["steps"]:
         name = row["model"].replace("vit-b-32", "ViT-B/32").replace("vit-l-14", "ViT-L/14")
-        memory = {key: value["step_mb"] for key, value in row["memory"].items()}
-        cells.append([f"{name}, batch {row['batch']}", *ratios(row, who, "of_frozen")])
-        cells.append(["its peak memory", *(f"{memory[name] / memory['frozen']:.2f}" for name in who)])
-    head = ("", "peft", "peft, dropout 0.1", "clipft", "clipft, dropout 0.1")
+        time = {who: ratio["median"] for who, ratio in row["of_frozen"].items()} | {"frozen": 1.0}
+        memory = {who: one["step_mb"] for who, one in row["memory"].items()}
+        for what, of in ((f"{name}, batch {row['batch']}: time", time), ("its peak memory", memory)):
+            pairs = [(f"clipft p={p}", other) for p in ("0", "0.1") for other in (f"peft p={p}", "frozen")]
+            cells.append([what, *(f"{of[ours] / of[theirs]:.2f}" for ours, theirs in pairs)])
+    head = ("", "/ peft", "/ no adapter, frozen", "dropout 0.1: / peft", "/ frozen")
     return f"{machine(found)}:\n\n{table(head, cells, '---')}"
 
 
@@ -166,12 +168,12 @@ def training() -> str:
     cells = [
         [
             what[row["scenario"]],
+            significant(1 / row["gain"]["median"], 2),
             *(rate(row[who]["median_s"]) for who in ("clipft", "hf")),
-            significant(row["gain"]["median"], 2),
         ]
         for row in found["rows"]
     ]
-    head = ("what trains", "clipft", "`Trainer`", "times as many")
+    head = ("what trains", "time / `Trainer`", "pairs a second", "of `Trainer`")
     return f"{machine(found)}, batch {found['settings']['batch']}:\n\n{table(head, cells, '---')}"
 
 
@@ -182,25 +184,111 @@ def loader() -> str:
         if " x " not in name:
             continue  # pictures that are not everyone's
         use, crop = (tasks[task]["pictures_per_second"] for task in ("as in use", "random crop"))
-        rates = [use[who] for who in ("clipft", "processor", "torchvision")]
-        cells.append([name, *(f"{rate:.0f}" for rate in (*rates, crop["clipft"], crop["torchvision"]))])
-    head = ("JPEG files", "clipft", "processor", "torchvision", "random crops: clipft", "torchvision")
+        times = [use[who] / use["clipft"] for who in ("processor", "torchvision")]
+        crops = crop["torchvision"] / crop["clipft"]
+        cells.append([name, *(f"{time:.2f}" for time in (*times, crops)), f"{use['clipft']:.0f}"])
+    head = ("JPEG files", "/ transformers' processor", "/ torchvision", "cropped at random: / torchvision", "a second")
     return f"{machine(found)}:\n\n{table(head, cells, '---')}"
 
 
 def int8() -> str:
     found = results(f"quantized-{ZEN4}")
     peers = {
-        "float32": "float32",
-        "torch.ao": "torch.ao",
-        "onnxruntime": "ONNX Runtime int8",
-        "openvino": "OpenVINO int8",
+        "float32": "/ float32",
+        "torch.ao": "/ torch.ao int8",
+        "onnxruntime": "/ ONNX Runtime int8",
+        "openvino": "/ OpenVINO int8",
     }
     cells = [
-        [str(row["batch"]), *ratios(row, peers, "speedup_of_clipft"), f"{row['cosine']['clipft']:.4f}"]
+        [
+            str(row["batch"]),
+            *(f"{1 / row['speedup_of_clipft'][peer]['median']:.2f}" for peer in peers),
+            f"{row['cosine']['clipft']:.4f}",
+        ]
         for row in found["towers"]
     ]
     return f"{machine(found)}:\n\n{table(['batch', *peers.values(), 'cosine'], cells)}"
+
+
+def summary() -> str:
+    """What stands in the README: a line a promise, one that is not kept among them where there is one."""
+    loss = {row["kind"]: row for row in results(f"contrastive-{ZEN4}")["rows"] if row["n"] == 8192}["contrastive"]
+    adapter = next(row for row in results("lora-amd-epyc-family-25-model-17-avx512")["steps"] if row["batch"] == 16)
+    steps = {row["scenario"]: 1 / row["gain"]["median"] for row in results(f"training-{ZEN4}")["rows"]}
+    pictures = results(f"loader-{ZEN4}")["sets"]["640 x 480"]["as in use"]["pictures_per_second"]
+    tower = next(row for row in results(f"quantized-{ZEN4}")["towers"] if row["batch"] == 1)["speedup_of_clipft"]
+    gpu = {(row["kind"], row["n"]): row for row in results(GPU)["rows"]}["contrastive", 32768]
+    memory = {who: one["step_mb"] for who, one in adapter["memory"].items()}
+    of_frozen = {who: one["median"] for who, one in adapter["of_frozen"].items()}
+
+    def of_loss(row: dict[str, Any], peer: str) -> tuple[float, float]:
+        return row["ratio"][peer]["median"], row["memory_mb"]["clipft"] / row["memory_mb"][peer]
+
+    p = "p=0.1"
+    rows: list[tuple[str, str, float, float | None]] = [
+        ("contrastive loss, N = 8192", "transformers, eager", *of_loss(loss, "eager")),
+        ("the same", "`torch.compile`", *of_loss(loss, "compiled")),
+        (
+            "a LoRA step, ViT-B/32, dropout 0.1",
+            "peft",
+            of_frozen[f"clipft {p}"] / of_frozen[f"peft {p}"],
+            memory[f"clipft {p}"] / memory[f"peft {p}"],
+        ),
+        ("a pair in training, from its JPEG file", "transformers' `Trainer`", steps["full"], None),
+        ("the same with LoRA", "`Trainer` and peft", steps["lora"], None),
+        ("a 640 x 480 JPEG to pixels", "its processor", pictures["processor"] / pictures["clipft"], None),
+        ("one picture through ViT-B/32 in int8", "float32", 1 / tower["float32"]["median"], None),
+        ("the same", "ONNX Runtime int8", 1 / tower["onnxruntime"]["median"], None),
+        ("the same", "OpenVINO int8", 1 / tower["openvino"]["median"], None),
+        ("on an H200: the loss, N = 32768", "transformers, eager", *of_loss(gpu, "eager")),
+        ("the same", "`torch.compile`", *of_loss(gpu, "compiled")),
+    ]
+    cells = [[what, peer, f"{time:.2f}", "" if kept is None else f"{kept:.2f}"] for what, peer, time, kept in rows]
+    head = ("clipft's", "over that of", "time", "peak memory")
+    return table(head, cells, "---").replace("| --- | ---: |", "| --- | --- |", 1)
+
+
+def demo() -> str:
+    found = results("demo")
+    before, after, scratch = (found[stage]["retrieval"] for stage in ("before", "after", "from_scratch"))
+    old = {stage: found["old_style"][stage]["retrieval"] for stage in ("before", "after", "gain")}
+
+    def both(scores: dict[str, Any], way: str) -> str:
+        return " / ".join(f"{scores[f'{way}_R@{k}']:.3f}".lstrip("0") for k in (1, 5))
+
+    def gained(gains: dict[str, Any], way: str) -> str:
+        gain = gains[f"{way}_R@5"]
+        return f"{part(gain['value'], 2)} ({' - '.join(part(end, 2) for end in gain['interval'])})"
+
+    cells = [
+        [
+            f"{way.replace('_', ' ')}, R@1 / R@5",
+            *(both(scores, way) for scores in (before, after)),
+            gained(found["gain"]["retrieval"], way),
+            both(scratch, way),
+        ]
+        for way in ("image_to_text", "text_to_image")
+    ]
+    way = "image_to_text"
+    names = "the old style (Noto, same names), image to text, R@1 / R@5"
+    cells.append([names, *(both(old[stage], way) for stage in ("before", "after")), gained(old["gain"], way), ""])
+    head = ("310 drawings of names the fine-tune did not see", "before", "after")
+    return table((*head, "gain in R@5, 95 % interval", "from scratch, same steps"), cells, "---")
+
+
+def rates() -> str:
+    """As the code sets them, for models of these sizes."""
+    import torch
+
+    from clipft.training.arguments import default_learning_rate
+
+    sizes = {"the demo's model": 2.8e6, "ViT-B/32, ViT-B/16": 1.5e8, "SigLIP base": 2.0e8, "ViT-L/14": 4.3e8}
+    cells = []
+    for name, count in sizes.items():
+        model = torch.nn.Linear(int(count), 1, bias=False, device="meta")
+        both = (default_learning_rate(model, lora=lora) for lora in (False, True))
+        cells.append([name, f"{count / 1e6:.3g} million", *(f"{rate:.1e}".replace("e-0", "e-") for rate in both)])
+    return table(("model", "parameters", "weights themselves", "LoRA"), cells, "---").replace(".0e", "e")
 
 
 def learning() -> str:
@@ -245,6 +333,9 @@ def families() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "demo": demo,
+    "rates": rates,
     "families": families,
     "contrastive": contrastive,
     "gpu_losses": gpu_losses,

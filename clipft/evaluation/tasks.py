@@ -111,7 +111,7 @@ def evaluate_zero_shot(
         ``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``top5`` in [0, 1], with two classes also ``auc`` (area under
         the ROC curve of the second class), ``per_class``: a list of rows with ``class``, ``precision``, ``recall``,
         ``f1`` and ``support``, ``confusions``: the 50 most frequent, rows with ``class``, what it was taken for as
-        ``predicted``, and ``count``, and, of up to 200 classes, ``confusion_matrix``: [true class][predicted class]
+        ``predicted``, and ``count``, and, of up to 200 classes, ``confusion_matrix``: rows are the truth
         pictures. A class that was never predicted has precision 0. ``intervals``: [low, high] for each of these
         numbers, the 95 % bootstrap interval over the pictures of each class.
     """
