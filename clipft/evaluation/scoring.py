@@ -15,8 +15,9 @@ from torch.nn.functional import normalize
 from clipft.console import bar
 from clipft.data.rows import PairRows, class_names_of, class_targets, class_text, column_names, index_texts
 from clipft.evaluation.metrics import Classification, Retrieval, interval
-from clipft.evaluation.tasks import heads_found, similarities
-from clipft.inference.encode import Pictures, class_embeddings, embed_images, embed_texts, unified
+from clipft.evaluation.tasks import heads_found, logits_of
+from clipft.inference.classify import zero_shot_classifier
+from clipft.inference.encode import Pictures, embed_images, embed_texts, unified
 from clipft.models.heads import LABEL, heads_of
 
 __all__ = ["Found", "Scorer", "gains"]
@@ -98,8 +99,9 @@ class Scorer:
         texts, texts_of, text_embeds = [], [], torch.empty(0)
         if names:
             labels = class_targets(self.dataset, "label", names)
-            text_embeds = class_embeddings(self.clip, self.processor, names, self.templates, self.batch_size)
-            parts["zero_shot"] = Classification(labels, similarities(image_embeds, text_embeds), names)
+            classes = zero_shot_classifier(self.clip, self.processor, names, self.templates, self.batch_size)
+            text_embeds = torch.from_numpy(classes.weights)
+            parts["zero_shot"] = Classification(labels, logits_of(image_embeds, classes), names)
             if LABEL in heads:  # it is what has learnt
                 names = heads[LABEL].class_names
                 labels = class_targets(self.dataset, LABEL, names)

@@ -7,7 +7,6 @@ The numbers and their intervals: ``clipft.evaluation.metrics``.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,9 @@ from clipft.data.rows import (
 )
 from clipft.evaluation.metrics import Blockwise, Classification, Retrieval
 from clipft.evaluation.resampling import RESAMPLES
-from clipft.inference.encode import Pictures, Progress, class_embeddings, embed_images, embed_texts, unified
+from clipft.inference.classifier import Classifier
+from clipft.inference.classify import classifier_of, zero_shot_classifier
+from clipft.inference.encode import Pictures, Progress, embed_images, embed_texts, unified
 from clipft.models.heads import heads_of
 
 __all__ = [
@@ -40,7 +41,7 @@ __all__ = [
     "evaluate_retrieval",
     "evaluate_zero_shot",
     "heads_found",
-    "similarities",
+    "logits_of",
 ]
 
 
@@ -121,13 +122,13 @@ def evaluate_zero_shot(
     image_embeds = embed_images(
         model, processor, Pictures(dataset), batch_size=batch_size, num_workers=num_workers, progress=progress
     )
-    classes = class_embeddings(model, processor, class_names, templates, batch_size)
-    return _with_intervals(Classification(labels, similarities(image_embeds, classes), class_names), resamples, seed)
+    classes = zero_shot_classifier(model, processor, class_names, templates, batch_size)
+    return _with_intervals(Classification(labels, logits_of(image_embeds, classes), class_names), resamples, seed)
 
 
-def similarities(image_embeds: Tensor, class_embeds: Tensor) -> Blockwise:
-    """Scores of pictures [N, D] for classes [C, D]."""
-    return Blockwise(image_embeds, lambda part: (part @ class_embeds.t()).numpy())
+def logits_of(image_embeds: Tensor, classifier: Classifier) -> Blockwise:
+    """Scores of pictures [N, D], L2-normalised, for the classes."""
+    return Blockwise(image_embeds.numpy(), classifier.logits)
 
 
 def evaluate_heads(
@@ -177,14 +178,9 @@ def heads_found(model: Any, image_embeds: Tensor, dataset: Any, columns: Sequenc
             targets = class_targets(dataset, name, head.class_names)
             known = targets != MISSING
             if known.any():
-                logits = Blockwise(image_embeds[torch.from_numpy(known)], functools.partial(_logits, head))
+                logits = logits_of(image_embeds[torch.from_numpy(known)], classifier_of(head))
                 found[name] = Classification(targets[known], logits, head.class_names)
     return found
-
-
-@torch.no_grad()
-def _logits(head: Any, image_embeds: Tensor) -> np.ndarray[Any, Any]:
-    return head(image_embeds.to(head.weight.device)).cpu().numpy()  # type: ignore[no-any-return]
 
 
 def evaluate_linear_probe(

@@ -1,20 +1,65 @@
-"""Classification heads in use: started from text, and probabilities of their classes."""
+"""Classifiers of a model: its heads, started from text, and classes that are texts alone; probabilities of either."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from clipft.data.rows import DEFAULT_TEMPLATES, check_class_names, class_text
-from clipft.families.registry import check_model
-from clipft.inference.encode import class_embeddings, embed
-from clipft.models.formats import HEADS_KEY
+from clipft.families.registry import base_model, check_model
+from clipft.inference.classifier import ZERO_SHOT, Calibration, Classifier, calibrations_of
+from clipft.inference.encode import class_vectors, embed, encoder_of
+from clipft.models.formats import CALIBRATION_KEY, HEADS_KEY
 from clipft.models.heads import LABEL, ClassificationHead, attach_head, heads_of
 
-__all__ = ["add_head", "classify"]
+__all__ = ["add_head", "classifier_of", "classifiers_of", "classify", "model_calibrations", "zero_shot_classifier"]
+
+
+def model_calibrations(model: Any) -> dict[str, Calibration]:
+    """What a model's configuration says of its probabilities, by head or ``zero_shot``."""
+    stored = getattr(base_model(model).config, CALIBRATION_KEY, None)
+    return calibrations_of(stored, f"config.json, {CALIBRATION_KEY}")
+
+
+def classifier_of(head: ClassificationHead, calibration: Calibration | None = None) -> Classifier:
+    """A head as it is now."""
+    weights = head.weight.detach().float().cpu().numpy()
+    return Classifier(head.class_names, weights).calibrated(calibration)
+
+
+def classifiers_of(model: Any) -> Mapping[str, Classifier]:
+    """A model's heads by name, calibrated; of a :class:`clipft.OnnxCLIP` also the classes that it brings along, under
+    ``zero_shot``.
+    """
+    if hasattr(model, "encode_images"):
+        return cast(Mapping[str, Classifier], model.classifiers)
+    known = model_calibrations(model)
+    return {name: classifier_of(head, known.get(name)) for name, head in heads_of(model).items()}
+
+
+def zero_shot_classifier(
+    model: Any,
+    processor: Any,
+    class_names: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    batch_size: int = 64,
+) -> Classifier:
+    """Classes by their texts, calibrated where the model was on these.
+
+    Args:
+        model: as of :func:`clipft.embed`; ``processor`` is None with :class:`clipft.OnnxCLIP`.
+        class_names: C; underscores read as spaces.
+        templates: texts with one ``{}`` for the class; their embeddings are averaged.
+        batch_size: texts a forward pass.
+    """
+    vectors = class_vectors(encoder_of(model, processor, batch_size).texts, class_names, templates)
+    onnx = hasattr(model, "encode_images")
+    scale = model.logit_scale if onnx else base_model(model).logit_scale.detach().float().exp()
+    known = model.calibrations if onnx else model_calibrations(model)
+    return Classifier(class_names, vectors.numpy(), float(scale)).calibrated(known.get(ZERO_SHOT))
 
 
 def default_templates(name: str) -> tuple[str, ...]:
@@ -57,9 +102,9 @@ def add_head(
     if name in heads_of(model):
         raise ValueError(f"name: the model has a head {name!r} already, of {heads_of(model)[name].class_names}")
     templates = default_templates(name) if templates is None else templates
-    scale = model.logit_scale.detach().float().exp().reshape(())
-    weight = scale * class_embeddings(model, processor, names, templates, batch_size).to(scale.device)
-    attach_head(model, ClassificationHead(name, names, weight.to(model.dtype)))
+    start = zero_shot_classifier(model, processor, names, templates, batch_size)
+    weight = start.scale * torch.from_numpy(start.weights)
+    attach_head(model, ClassificationHead(name, names, weight.to(model.logit_scale.device, model.dtype)))
     stored = {"name": name, "classes": names}
     setattr(model.config, HEADS_KEY, [*(getattr(model.config, HEADS_KEY, None) or []), stored])
     return model
@@ -77,23 +122,24 @@ def classify(
     """Probabilities of a head's classes.
 
     Args:
-        model: with heads (:func:`add_head`, a run of ``CLIPTrainer``, or loaded from one).
-        processor: its processor.
+        model: with heads (:func:`add_head`, a run of ``CLIPTrainer``, or loaded from one), or a
+            :class:`clipft.OnnxCLIP` of one.
+        processor: its processor; None with ``OnnxCLIP``.
         images: PIL pictures, paths, or a data set with the column ``image``.
         head: the head's name.
         batch_size, num_workers: pictures at a time; processes that load them.
 
     Returns:
-        [N, C] float32 on the CPU; the classes are ``clipft.models.heads.heads_of(model)[head].class_names``.
+        [N, C] float32 on the CPU, by the head's calibration where it has one; the classes are
+        ``clipft.inference.classify.classifiers_of(model)[head].names``.
 
     Raises:
         ValueError: there is no such head.
     """
-    found = heads_of(model)
+    found = classifiers_of(model)
     if head not in found:
         raise ValueError(
             f"head: expected one of the model's heads, {sorted(found) or 'of which it has none'}, got {head!r}"
         )
     embeds = embed(model, processor, images=images, batch_size=batch_size, num_workers=num_workers)
-    with torch.no_grad():
-        return found[head](embeds.to(found[head].weight.device)).softmax(1).cpu()
+    return torch.from_numpy(found[head].probabilities(embeds.numpy()))

@@ -35,6 +35,7 @@ __all__ = [
     "Pictures",
     "Progress",
     "class_embeddings",
+    "class_vectors",
     "embed",
     "embed_images",
     "embed_texts",
@@ -42,6 +43,7 @@ __all__ = [
     "encoder_of",
     "evaluating",
     "finite",
+    "load_any",
     "load_encoder",
     "unified",
 ]
@@ -124,17 +126,22 @@ def load_encoder(name: str, *, int8: bool = False, batch_size: int = 64, threads
     """Of a folder that :func:`clipft.export_onnx` wrote, where ``int8`` chooses between its encoders, or of anything
     that :func:`clipft.load` takes. ``threads``: of ONNX Runtime or, in the whole process, of torch.
     """
+    return encoder_of(*load_any(name, int8=int8, threads=threads), batch_size)
+
+
+def load_any(name: str | Path, *, int8: bool = False, threads: int | None = None) -> tuple[Any, Any]:
+    """As :func:`load_encoder`: an :class:`clipft.OnnxCLIP` and None, or a model and its processor."""
     folder = expanded(name)
     settle(folder)
     if (folder / ONNX_INFO).is_file():
         from clipft.inference.onnx_clip import OnnxCLIP  # an extra, which writes files as it loads
 
-        return encoder_of(OnnxCLIP(folder, int8=int8, threads=threads), None, batch_size)
+        return OnnxCLIP(folder, int8=int8, threads=threads), None
     if int8:
-        raise ValueError(f"--int8: chooses between the encoders of an ONNX folder, which {name!r} is not")
+        raise ValueError(f"int8: chooses between the encoders of an ONNX folder, which {str(name)!r} is not")
     if threads is not None:
         torch.set_num_threads(threads)
-    return encoder_of(*load(name), batch_size)
+    return load(name)
 
 
 def encoder_of(model: Any, processor: Any, batch_size: int) -> Encoder:
@@ -340,8 +347,13 @@ def class_embeddings(
     model: nn.Module, processor: Any, names: Sequence[str], templates: Sequence[str], batch_size: int
 ) -> Tensor:
     """[classes, D]: each class's mean over the templates, L2-normalised."""
+    return class_vectors(lambda texts: embed_texts(model, processor, texts, batch_size), names, templates)
+
+
+def class_vectors(encode: Callable[[Sequence[str]], Any], names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """As :func:`class_embeddings`, whatever gives the texts' embeddings."""
     texts = [text for name in names for text in render(templates, name)]
-    embeds = embed_texts(model, processor, texts, batch_size).view(len(names), len(templates), -1)
+    embeds = torch.as_tensor(encode(texts)).view(len(names), len(templates), -1)
     return nn.functional.normalize(embeds.mean(1), dim=-1)
 
 
