@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,12 +52,14 @@ def embed(
     if (data is None) == (texts is None):
         raise ValueError("--data, --texts: expected one of the two")
     check_output(output)
+    settings = options_from(DataOptions, options)
+    if texts is not None:
+        _check_options_of_texts(settings, id_column)
     console = prepare()
     from clipft.console import bar
     from clipft.inference.encode import load_encoder
     from clipft.inference.vectors import Description, embed_to_file
 
-    settings = options_from(DataOptions, options)
     reading, names = None, None
     source: tuple[str, dict[str, str] | None]
     if texts is not None:
@@ -86,6 +89,15 @@ def embed(
         )
     _say_what_was_left_out(console, data, reading, unreadable, len(ids))
     console.print(f"{len(ids) - len(unreadable)} vectors in {output}", highlight=False)
+
+
+def _check_options_of_texts(settings: DataOptions, id_column: str | None) -> None:
+    """That nothing was asked of a file of texts that only pictures have."""
+    own = {field.name: field.default for field in fields(DataOptions) if field.name != "encoding"}
+    given = [name for name, default in own.items() if getattr(settings, name) != default]
+    given += [] if id_column is None else ["id_column"]
+    if given:
+        raise ValueError(f"{given[0]}: is about --data; --texts takes --encoding alone")
 
 
 def _say_what_was_left_out(

@@ -187,6 +187,16 @@ def test_a_table_and_texts(base: Path, tmp_path: Path) -> None:
     assert "│ 1 │ 1.000 │ a blue bar" in output
 
 
+@pytest.mark.parametrize(
+    "given", [["--split", "test"], ["--on-bad-row", "skip"], ["--id-column", "name"], ["--allow-outside-paths"]]
+)
+def test_what_only_pictures_have_is_refused_for_texts(given: list[str], tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("a red square\n")
+    texts = ["--texts", tmp_path / "words.txt", "--encoding", "latin-1", "--output", tmp_path / "t.parquet"]
+    result = run("embed", "--model", "demo", *texts, *given)
+    assert result.exit_code == 2 and f"error: {given[0]}: is about --data; --texts takes --encoding" in result.output
+
+
 def test_onnx_backend(onnx_base: Path, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "v.parquet"
     ok("embed", "--model", onnx_base, "--int8", "--data", folder, "--output", file)
