@@ -19,11 +19,13 @@ from rich.text import Text
 
 from clipft.errors import shown
 
-__all__ = ["PlainConsole", "bar", "console_of_run", "log_to_terminal", "show", "worst_classes"]
+__all__ = ["PlainConsole", "bar", "console_of_run", "log_to_terminal", "show", "show_calibration", "worst_classes"]
 
 _TITLES = {"zero_shot": "zero-shot"}
 _CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "top5")
 _CLASSES = 50  # rows of the table of classes
+_ECE = "error: of probabilities against the share that is right (ECE)"
+_ANSWERS = ("answers from", "right", "coverage")
 
 
 class PlainConsole(Console):
@@ -155,6 +157,38 @@ def _per_class_table(rows: list[dict[str, Any]]) -> Table:
         numbers = (f"{row[name]:.3f}" for name in ("precision", "recall", "f1"))
         table.add_row(shown(row["class"]), *numbers, str(row["support"]))
     return table
+
+
+def show_calibration(parts: dict[str, dict[str, Any]], console: Console) -> None:
+    """Print what probabilities are worth, a line a classifier; ``parts``: as in report.json."""
+    if not parts:
+        return
+    fitted = not all(part["saved"] for part in parts.values())
+    thresholds = any("threshold" in part for part in parts.values())
+    with_intervals = console.width >= (125 if thresholds else 80)
+    console.print("\nprobabilities", highlight=False)
+    table = Table("", caption=_ECE + ", each half under the other's temperature" * fitted, caption_justify="left")
+    for heading in ("temperature", "error before", "with it", *(_ANSWERS if thresholds else ())):
+        table.add_column(heading, justify="right", no_wrap=heading == "temperature")
+    for name, part in parts.items():
+        errors = (
+            number("ece", part[stage]["ece"], part[stage]["interval"] if with_intervals else None)
+            for stage in ("before", "after")
+        )
+        answers = _answers(part.get("threshold"), with_intervals)
+        table.add_row(title_of(name), f"{part['temperature']:.3g}", *errors, *answers)
+    console.print(table)
+    for name, part in parts.items():
+        for note in part["notes"]:
+            console.print(f"{title_of(name)}: {note}", highlight=False)
+
+
+def _answers(found: dict[str, Any] | None, with_intervals: bool) -> list[str]:
+    if found is None or found["threshold"] is None:
+        return []
+    edges = found["interval"] if with_intervals else None
+    right = "" if found["precision"] is None else number("precision", found["precision"], edges)
+    return [f"{found['threshold']:.3f}", right, f"{found['coverage']:.1%}"]
 
 
 def bar(console: Console) -> Progress:

@@ -112,9 +112,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     from tiny_clip import captioned, tiny_clip
 
     import clipft
+    from clipft.models.calibrated import Calibration, set_calibrations
 
-    folder = tmp_path_factory.mktemp("exported")
-    return folder, clipft.export_onnx(*tiny_clip(), folder, int8=True, data=captioned(40))
+    folder, (model, processor) = tmp_path_factory.mktemp("exported"), tiny_clip()
+    set_calibrations(model, {"zero_shot": Calibration(2.5, 0.5, 0.9, ("a", "b"))})
+    return folder, clipft.export_onnx(model, processor, folder, int8=True, data=captioned(40))
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from clipft.families.registry import family_of, model_names
 from clipft.files import expanded, replace_set, set_of, write_json
 from clipft.inference.encode import embed_images, embed_texts, unified
 from clipft.inference.onnx_clip import INFO, OnnxCLIP, tokenizer_of
+from clipft.models.calibrated import model_calibrations
 from clipft.models.formats import MODEL_MANIFEST, ONNX_MODELS
 from clipft.models.int8 import QuantizedModel
 from clipft.ops.nn import QuantizedLinear
@@ -251,7 +252,7 @@ def _set_apart(folder: Path, most: int) -> None:
 def _info(model: Any, processor: Any) -> dict[str, Any]:
     preprocessing = json.loads(json.dumps(processor.image_processor.to_dict(), default=dict))
     check_preprocessing(preprocessing, "processor")
-    family = family_of(model)
+    family, known = family_of(model), model_calibrations(model)
     return {
         "clipft": __version__,
         "model": str(model.name_or_path),
@@ -261,6 +262,7 @@ def _info(model: Any, processor: Any) -> dict[str, Any]:
         "preprocessing": preprocessing,
         "tokenizer": TOKENIZER,
         **_padding(model, processor, family),
+        **({"calibration": {name: own.to_json() for name, own in known.items()}} if known else {}),
     }
 
 

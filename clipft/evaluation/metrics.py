@@ -155,7 +155,7 @@ class Classification(Resampled):
     def __init__(
         self, labels: Array, scores: Array | Blockwise, class_names: Sequence[str], *, votes: bool = False
     ) -> None:
-        self.labels, self.class_names = labels, list(class_names)
+        self.labels, self.scores, self.class_names = labels, scores, list(class_names)
         self.pictures, self.strata = len(labels), labels
         size = max(1, _TILE // len(self.class_names))
         blocks = [

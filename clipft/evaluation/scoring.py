@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +14,17 @@ from torch.nn.functional import normalize
 
 from clipft.console import bar
 from clipft.data.rows import PairRows, class_names_of, class_targets, class_text, column_names, index_texts
+from clipft.evaluation.calibration import Calibrated, calibrate
 from clipft.evaluation.metrics import Classification, Retrieval, interval
 from clipft.evaluation.tasks import heads_found, logits_of
 from clipft.inference.classify import zero_shot_classifier
 from clipft.inference.encode import Pictures, embed_images, embed_texts, unified
+from clipft.models.calibrated import ZERO_SHOT, Calibration
 from clipft.models.heads import LABEL, heads_of
 
-__all__ = ["Found", "Scorer", "gains"]
+__all__ = ["Found", "Scorer", "calibrated", "calibrations_to_save", "gains"]
+
+_ATTRIBUTE = "attribute_"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,36 @@ def gains(before: Found, after: Found) -> dict[str, dict[str, Any]]:
             if metric in last
         }
     return found
+
+
+def calibrated(found: Found, saved: Mapping[str, Calibration], precision: float | None) -> dict[str, Calibrated]:
+    """By part the probabilities of the classifiers: under what the model has saved of them, else fitted.
+
+    Args:
+        found: on rows that the model was not trained on.
+        saved: by head or ``zero_shot``, as :func:`clipft.models.calibrated.model_calibrations` gives it.
+        precision: choose thresholds that give it.
+    """
+    result = {}
+    for name, part in found.parts.items():
+        if isinstance(part, Classification):
+            own = saved.get(_key(name))
+            result[name] = calibrate(
+                part,
+                saved=own if own is not None and own.holds_for(part.class_names) else None,
+                precision=precision,
+                classes=tuple(part.class_names) if name == ZERO_SHOT else (),
+            )
+    return result
+
+
+def calibrations_to_save(parts: Mapping[str, Calibrated]) -> dict[str, Calibration]:
+    """By head or ``zero_shot``."""
+    return {_key(name): part.calibration for name, part in parts.items()}
+
+
+def _key(part: str) -> str:
+    return LABEL if part == "head" else part.removeprefix(_ATTRIBUTE)
 
 
 @dataclass(frozen=True)
@@ -112,7 +146,7 @@ class Scorer:
             texts_of, texts = index_texts(unified(self.clip, self.processor, captions))
             text_embeds = embed_texts(self.clip, self.processor, texts, self.batch_size)
             parts["retrieval"] = Retrieval(image_embeds, text_embeds, texts_of)
-        parts |= {f"attribute_{name}": found for name, found in heads.items() if name != LABEL}
+        parts |= {f"{_ATTRIBUTE}{name}": found for name, found in heads.items() if name != LABEL}
         return Found(parts, image_embeds, text_embeds, texts, texts_of)
 
     def _heads_found(self, image_embeds: Tensor) -> dict[str, Classification]:

@@ -7,97 +7,19 @@ below which there is none.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipft.errors import short
+from clipft.models.calibrated import ZERO_SHOT, Calibration, calibrations_of
 
 __all__ = ["ZERO_SHOT", "Calibration", "Classifier", "calibrations_of"]
 
 Array = NDArray[np.float32]
-ZERO_SHOT = "zero_shot"  # where a head has its name
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was learnt about a classifier's probabilities on rows that it was not trained on.
-
-    Attributes:
-        temperature: what logits are divided by before the softmax, > 0.
-        threshold: the least probability of an answer, in [0, 1]; below it the class is unknown. None: always answer.
-        precision: the precision that the threshold was chosen for, in [0, 1].
-        classes: those that it was fitted on and holds for; none: whatever the classifier's are.
-    """
-
-    temperature: float = 1.0
-    threshold: float | None = None
-    precision: float | None = None
-    classes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """ValueError: a number out of its range."""
-        if not (_is_number(self.temperature) and 0 < self.temperature < math.inf):
-            raise ValueError(f"temperature: expected a finite number above 0, got {short(self.temperature)}")
-        for name in ("threshold", "precision"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {short(value)}")
-
-    def holds_for(self, names: Sequence[str]) -> bool:
-        """Whether it was fitted on these classes, in whatever order."""
-        return not self.classes or set(self.classes) == set(names)
-
-    def to_json(self) -> dict[str, Any]:
-        """Without what is not known."""
-        values = {"temperature": self.temperature, "threshold": self.threshold, "precision": self.precision}
-        known = {name: float(value) for name, value in values.items() if value is not None}
-        return {**known, **({"classes": list(self.classes)} if self.classes else {})}
-
-    @staticmethod
-    def from_json(value: Any, where: str) -> Calibration:
-        """What :meth:`to_json` gave and anybody may have edited since.
-
-        Raises:
-            ValueError: it is something else; the message begins with ``where``, the file or key.
-        """
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected a calibration, an object with a temperature, found {short(value)}")
-        classes = value.get("classes", [])
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"{where}: expected classes to be a list of names, found {short(classes)}")
-        try:
-            return Calibration(
-                value.get("temperature", 1.0), value.get("threshold"), value.get("precision"), tuple(classes)
-            )
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def calibrations_of(stored: Any, where: str) -> dict[str, Calibration]:
-    """Those that a configuration or an export holds under ``clipft_calibration``, by head or :data:`ZERO_SHOT`.
-
-    Args:
-        stored: the object there; None: nothing was calibrated.
-        where: the file and key, for errors.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if stored is None:
-        return {}
-    if not isinstance(stored, dict):
-        raise ValueError(f"{where}: expected an object with a calibration a head, found {short(stored)}")
-    return {str(name): Calibration.from_json(value, f"{where}: {name}") for name, value in stored.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +39,7 @@ class Classifier:
     names: Sequence[str]
     weights: Array
     scale: float = 1.0
-    calibration: Calibration = Calibration()
+    calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
         """What is given in other types becomes those of the fields."""

@@ -10,18 +10,13 @@ from torch import Tensor
 
 from clipft.data.rows import DEFAULT_TEMPLATES, check_class_names, class_text
 from clipft.families.registry import base_model, check_model
-from clipft.inference.classifier import ZERO_SHOT, Calibration, Classifier, calibrations_of
+from clipft.inference.classifier import ZERO_SHOT, Calibration, Classifier
 from clipft.inference.encode import class_vectors, embed, encoder_of
-from clipft.models.formats import CALIBRATION_KEY, HEADS_KEY
+from clipft.models.calibrated import model_calibrations
+from clipft.models.formats import HEADS_KEY
 from clipft.models.heads import LABEL, ClassificationHead, attach_head, heads_of
 
 __all__ = ["add_head", "classifier_of", "classifiers_of", "classify", "model_calibrations", "zero_shot_classifier"]
-
-
-def model_calibrations(model: Any) -> dict[str, Calibration]:
-    """What a model's configuration says of its probabilities, by head or ``zero_shot``."""
-    stored = getattr(base_model(model).config, CALIBRATION_KEY, None)
-    return calibrations_of(stored, f"config.json, {CALIBRATION_KEY}")
 
 
 def classifier_of(head: ClassificationHead, calibration: Calibration | None = None) -> Classifier:
@@ -119,7 +114,7 @@ def classify(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> Tensor:
-    """Probabilities of a head's classes.
+    """Probabilities of a head's classes: the softmax of its logits over the temperature that the model was saved with.
 
     Args:
         model: with heads (:func:`add_head`, a run of ``CLIPTrainer``, or loaded from one), or a

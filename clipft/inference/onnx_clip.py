@@ -19,6 +19,7 @@ from clipft.data.pictures import check_preprocessing, in_order, open_picture, to
 from clipft.environment import usable_cores
 from clipft.errors import line_of
 from clipft.files import check_file, check_set, expanded, read_json, settle
+from clipft.models.calibrated import calibrations_of
 from clipft.models.formats import ONNX_INFO as INFO
 
 __all__ = ["INFO", "OnnxCLIP", "tokenizer_of"]
@@ -46,6 +47,7 @@ class OnnxCLIP:
 
     Attributes:
         logit_scale: what cosines are multiplied by before a softmax.
+        calibrations: by head or ``zero_shot``, what these logits are divided by then; none where the model had none.
         info: the folder's ``clipft_onnx.json``.
 
     Raises:
@@ -68,6 +70,7 @@ class OnnxCLIP:
         settle(self.directory)
         self.info = _description(self.directory / INFO)
         self.logit_scale = float(self.info["logit_scale"])
+        self.calibrations = calibrations_of(self.info.get("calibration"), f"{self.directory / INFO}: calibration")
         kind = ".int8" if int8 else ""
         if int8 and not (self.directory / "image_encoder.int8.onnx").is_file():
             raise FileNotFoundError(f"{self.directory}: no int8 encoders here; export with int8=True (--int8)")

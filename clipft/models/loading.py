@@ -21,10 +21,12 @@ from clipft.families.registry import family_of, family_of_type
 from clipft.files import check_file, note_changes, read_json, settle
 from clipft.models.adapters import base_of, put_adapter
 from clipft.models.bases import recorded_base, recorded_sizes
+from clipft.models.calibrated import calibrations_of, recorded_calibrations, set_calibrations
 from clipft.models.configurations import check_sizes, check_trust
 from clipft.models.convert import reasons, to_hf
 from clipft.models.formats import (
     ADAPTER_CONFIG,
+    CALIBRATION_KEY,
     DEMO_MODEL,
     FLOAT_WEIGHTS,
     INT8_WEIGHTS,
@@ -116,6 +118,7 @@ def _load(source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     config = read_json(path)
     family = family_of_type(config.get("model_type"), str(path))
     check_trust(config, path)
+    calibrations_of(config.get(CALIBRATION_KEY), f"{path}: {CALIBRATION_KEY}")
     processor = load_processor(family, source, revision, folder)
     with _named(str(folder), kwargs, str(path)):  # what is wrong with the weights says so
         model = _load_int8(family, source, folder, config, kwargs) or _load_float(family, source, folder, kwargs)
@@ -135,6 +138,7 @@ def _load_open_clip(files: OpenCLIPFiles, kwargs: dict[str, Any]) -> tuple[Any, 
         given.pop("revision", None)
         model = family.model.from_pretrained(None, config=config, state_dict=state, **given)
     fit(family, model, processor, files.weights.parent)
+    set_calibrations(model, files.calibrations)
     model.name_or_path = files.name
     return model.eval(), processor
 
@@ -283,6 +287,7 @@ def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
     with _named(str(folder), {}, str(folder / ADAPTER_CONFIG)):
         merged = merged_base(put_adapter(peft, model, folder, base)).to(kind).requires_grad_(True).eval()
     merged.name_or_path = str(folder.absolute())  # not the base's: these are other weights
+    set_calibrations(merged, recorded_calibrations(folder))
     return merged, processor
 
 

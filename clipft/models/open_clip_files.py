@@ -12,7 +12,7 @@ import mmap
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from transformers.utils.hub import cached_file
 from clipft.families.clip import CLIP
 from clipft.families.open_clip import import_open_clip
 from clipft.files import check_file, expanded, read_json
-from clipft.models.formats import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, WEIGHT_FILES
+from clipft.models.calibrated import Calibration, calibrations_of
+from clipft.models.formats import CALIBRATION_KEY, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, WEIGHT_FILES
 from clipft.models.weights import listed, tensors_of
 
 __all__ = ["OpenCLIPFiles", "find", "is_open_clip_name"]
@@ -49,6 +50,7 @@ class OpenCLIPFiles:
         model_cfg, preprocess_cfg: as in ``open_clip_config.json``; the latter with open_clip's defaults.
         weights: their file.
         folder: where its tokenizer's files are, if they are anywhere.
+        calibrations: what clipft wrote beside, of a model that it calibrated.
     """
 
     name: str
@@ -56,6 +58,7 @@ class OpenCLIPFiles:
     preprocess_cfg: dict[str, Any]
     weights: Path
     folder: Path | None = None
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -115,7 +118,8 @@ def find(name: str, revision: str = "main") -> OpenCLIPFiles | None:
     if not isinstance(model_cfg, dict) or not isinstance(preprocess_cfg, dict):
         raise ValueError(f"{config}: expected an object under model_cfg, and one under preprocess_cfg")
     own = str(path.absolute()) if local else name
-    return OpenCLIPFiles(own, model_cfg, _with_defaults(preprocess_cfg), weights, config.parent)
+    calibrations = calibrations_of(about.get(CALIBRATION_KEY), f"{config}: {CALIBRATION_KEY}")
+    return OpenCLIPFiles(own, model_cfg, _with_defaults(preprocess_cfg), weights, config.parent, calibrations)
 
 
 def _in_folder(folder: Path, file: str) -> Path | None:

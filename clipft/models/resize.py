@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clipft.data.collate import tokenize
 from clipft.families.family import Family, Tower
 from clipft.families.registry import base_model, check_model
+from clipft.models.calibrated import set_calibrations
 from clipft.models.fusing import check_float
 from clipft.models.processors import check_pictures
 
@@ -64,6 +65,7 @@ def resize(model: Any, processor: Any, *, image_size: int | None = None, max_tok
         _stretch_captions(family, model, sizes["max_tokens"])
         _cut_captions(family, processor, sizes["max_tokens"])
     check_pictures(family, model, processor, str(model.name_or_path or "model"))
+    set_calibrations(model, {})  # of other weights
     model._clipft_sizes = {"of": model.name_or_path, **before, **sizes}
     return model
 

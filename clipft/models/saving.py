@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from clipft.files import write_json
 from clipft.models.bases import check_base_stays, record_base
+from clipft.models.calibrated import model_calibrations, record_calibrations
 from clipft.models.convert import to_open_clip
-from clipft.models.formats import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, model_set
+from clipft.models.formats import CALIBRATION_KEY, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, model_set
 from clipft.models.int8 import QuantizedModel
 from clipft.models.open_clip_processors import is_clips_own, preprocess_cfg_of
 from clipft.models.sentence_transformers import write_modules
@@ -44,6 +45,7 @@ def write_model(model: Any, processor: Any, staging: Path) -> None:
         model.save_pretrained(staging)
     if hasattr(model, "peft_config"):
         record_base(model, staging, staging.parent)
+        record_calibrations(model, staging)
     elif not isinstance(model, QuantizedModel):
         write_modules(model, processor, staging)
     processor.save_pretrained(staging)
@@ -62,6 +64,9 @@ def save_open_clip(model: Any, processor: Any, folder: Path) -> None:
     if not is_clips_own(processor.tokenizer):  # without a name open_clip takes CLIP's own
         model_cfg["text_cfg"]["hf_tokenizer_name"] = folder.absolute().name
     with model_set(folder) as staging:
-        write_json(staging / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+        # which open_clip reads no more of
+        known = {CALIBRATION_KEY: {name: own.to_json() for name, own in model_calibrations(model).items()}}
+        described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+        write_json(staging / OPEN_CLIP_CONFIG, described | (known if known[CALIBRATION_KEY] else {}))
         save_file(state, staging / OPEN_CLIP_WEIGHTS[0], metadata={"format": "pt"})
         processor.tokenizer.save_pretrained(staging)

@@ -9,14 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-from clipft.console import console_of_run, show
+from clipft.console import console_of_run, show, show_calibration
 from clipft.data.classes import share_of_classes
 from clipft.data.rows import DEFAULT_TEMPLATES
 from clipft.data.splits import existing
 from clipft.environment import environment
-from clipft.evaluation.scoring import Scorer
+from clipft.evaluation.scoring import Scorer, calibrated
 from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
 from clipft.files import check_output, read_json, write_json, write_text
+from clipft.models.calibrated import model_calibrations
 from clipft.models.heads import LABEL, heads_of
 from clipft.recipes.options import EvaluateOptions, options_from
 from clipft.recipes.run import Scores, loaded, model_name
@@ -47,8 +48,10 @@ def evaluate(
 
     Returns:
         By part (``zero_shot``, ``retrieval``, ``head``, ``attribute_NAME``, ``linear_probe``, ``knn``) the metrics of
-        :func:`clipft.evaluate_zero_shot` and its like, each with its interval under ``intervals``; a dictionary, which
-        a notebook shows as the page.
+        :func:`clipft.evaluate_zero_shot` and its like, each with its interval under ``intervals``; and under
+        ``calibration``, by part again, what its probabilities are worth (``clipft.evaluation.calibration``): under the
+        temperature that the model was saved with, or else under one that is fitted here, and not saved. A dictionary,
+        which a notebook shows as the page.
 
     Raises:
         TypeError: no such option. ValueError: an option or data that does not fit; the message names it.
@@ -68,6 +71,9 @@ def evaluate(
     classes = _classes_of_run(model, classes) if settings.classes is None else classes
     scorer = Scorer(clip, processor, dataset, templates, settings.batch_size, settings.workers, console, classes)
     result = (found := scorer("evaluating")).to_json()
+    probabilities = calibrated(found, model_calibrations(clip), settings.precision_at)
+    if settings.precision_at is not None and not probabilities:
+        raise ValueError("precision_at: expected data with classes, whose answers are right or wrong; found none")
     if neighbours is not None:
         probes: dict[str, Any] = {
             "linear_probe": evaluate_linear_probe,
@@ -76,16 +82,18 @@ def evaluate(
         how: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.workers}
         result |= {name: probe(clip, processor, neighbours, dataset, **how) for name, probe in probes.items()}
     title = f"{model_name(model)} on {len(dataset)} pictures of {name_of(data)}{share_of_classes(dataset, classes)}"
-    page = functools.partial(_page, title, result, sources, found, dataset)
+    told = {"calibration": {part: own.to_json() for part, own in probabilities.items()}} if probabilities else {}
+    page = functools.partial(_page, title, result, sources, found, dataset, told)
     if output is not None:
         path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result | {"reading": sources.to_json()})
+        write_json(path, result | told | {"reading": sources.to_json()})
         write_text(path.with_suffix(".html"), page())
     show({"score": result}, title, console)
+    show_calibration(told.get("calibration", {}), console)
     if output is not None:
         console.print(f"{output}, and {path.with_suffix('.html')} to look at")
-    return Scores(result, page)
+    return Scores(result | told, page)
 
 
 def _check(data: Any, probe: Any, output: str | Path | None) -> None:
@@ -112,8 +120,8 @@ def _classes_of_run(model: Any, own: list[str] | None) -> list[str] | None:
     return known if set(own) <= set(known) else own
 
 
-def _page(title: str, result: dict[str, Any], sources: Sources, found: Any, dataset: Any) -> str:
-    report = {"score": result, "environment": environment(), "reading": sources.to_json()}
+def _page(title: str, result: dict[str, Any], sources: Sources, found: Any, dataset: Any, told: dict[str, Any]) -> str:
+    report = {"score": result, **told, "environment": environment(), "reading": sources.to_json()}
     return html_page(report, title=title, examples=examples(found, dataset))
 
 

@@ -142,13 +142,20 @@ class DoctorOptions(ClassOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringOptions(ClassOptions):
-    """What pictures of a test set are told apart by."""
+    """What pictures of a test set are told apart by, and how sure an answer has to be."""
 
     classes: Sequence[str] | None = option(
         None,
         "Classes that the test set is scored against: a,b or a file with a line each; or repeat. Default: its own and "
         "those of training.",
         DATA,
+    )
+    precision_at: float | None = option(
+        None,
+        "Choose the least probability of an answer: the share of the answers that is to be right, as 0.95.",
+        HEADS,
+        least=0.01,
+        most=1.0,
     )
 
 

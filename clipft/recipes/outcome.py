@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from clipft.console import show
+from clipft.console import show, show_calibration
 from clipft.data.drawings import control_drawings
 from clipft.environment import environment
-from clipft.evaluation.scoring import gains
+from clipft.evaluation.scoring import calibrated, calibrations_to_save, gains
 from clipft.files import check_places, write_json, write_text
+from clipft.models.calibrated import set_calibrations
 from clipft.models.formats import ADAPTER_CONFIG, MERGED, SENTENCE_MODULES, WEIGHT_FILES, model_set
 from clipft.models.fusing import unfuse
 from clipft.models.lora import merged_base
@@ -79,6 +80,7 @@ class Outcome:
     found: dict[str, Any] = field(default_factory=dict)
     controls: dict[str, Any] = field(default_factory=dict)
     swept: Any = None
+    probabilities: dict[str, Any] = field(default_factory=dict)
 
     def measure(self, stage: str) -> None:
         """Score the model as it is now."""
@@ -92,12 +94,19 @@ class Outcome:
         control = None if self.control is None else lambda: self.control("WiSE-FT, control set").main
         self.swept = sweep(line, lambda: held_out("WiSE-FT").main, control)
 
+    def calibrate(self, model: Any, precision: float | None) -> None:
+        """Fit the temperatures of the model as it was measured last, and have it know them."""
+        self.probabilities = calibrated(self.found["after"], {}, precision)
+        set_calibrations(model, calibrations_to_save(self.probabilities))
+
     def to_json(self, log_history: list[dict[str, Any]], versions: dict[str, Any]) -> dict[str, Any]:
         """report.json."""
         report: dict[str, Any] = _stages(self.found)
         if self.controls:
             about = {"data": self.control_name, "pictures": len(self.control.dataset)}
             report["control"] = about | _stages(self.controls)
+        if self.probabilities:
+            report["calibration"] = {part: own.to_json() for part, own in self.probabilities.items()}
         if self.swept is not None:
             report["wise_ft"] = self.swept.to_json()
         report["test"] = {"data": self.test_name, "pictures": len(self.test.dataset)}
@@ -141,6 +150,7 @@ class Outcome:
             name = f"control set: {len(self.control.dataset)} pictures of {self.control_name}"
             show({stage: self.controls[stage].to_json() for stage in tuned}, name, console, classes=False)
         show({stage: self.found[stage].to_json() for stage in tuned}, self.test_name, console)
+        show_calibration({part: own.to_json() for part, own in self.probabilities.items()}, console)
 
 
 def save_run(

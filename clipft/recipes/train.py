@@ -198,13 +198,17 @@ class _Training:
         if line is not None:
             outcome.sweep(line, held_out())
         outcome.measure("after")
+        outcome.calibrate(clip, options.precision_at)
 
     def _sets(self, model: Any, data: Any) -> Sets:
         options = self.options
         sources = Sources(options, self.console, self.heads.columns)
         seen = Seen.of_model(folder_of(model_name(model)))
         chooses = options.early_stopping_patience is not None or options.wise_ft
-        return sets_of_run(sources, data, options.eval_data, seen, chooses=chooses, seed=options.seed)
+        sets = sets_of_run(sources, data, options.eval_data, seen, chooses=chooses, seed=options.seed)
+        if options.precision_at is not None and sets.classes is None and not self.heads.columns:
+            raise ValueError("precision_at: expected data with classes, whose answers are right or wrong; found none")
+        return sets
 
     def _begin(self, trainer: Any, own: dict[str, Any], seen: Seen) -> str | None:
         """The checkpoint to go on from; the folder of checkpoints is this run's from here on."""

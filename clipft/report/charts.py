@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup, escape
 
-__all__ = ["interval_bar", "line_chart"]
+__all__ = ["interval_bar", "line_chart", "reliability_chart"]
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 460, 220, 52, 34, 12
 Points = Sequence[tuple[float, float]]
@@ -64,6 +65,35 @@ def interval_bar(rows: Sequence[tuple[float, Sequence[float]]]) -> Markup:
         parts.append(f'<line class="s{number} bar" x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="s{number}" r="3.5" cx="{middle:.1f}" cy="{y}"/>')
     return _svg(width, height, parts, ", ".join(f"{value:.3f} [{a:.3f}, {b:.3f}]" for value, (a, b) in rows))
+
+
+def reliability_chart(stages: Sequence[Sequence[Mapping[str, Any]]]) -> Markup:
+    """Accuracy over confidence, both in [0, 1], of each stage's bins (``confidence``, ``accuracy``, ``interval``), and
+    the diagonal on which both are the same.
+    """
+    side, left, bottom, top = 300, 40, 34, 10
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + x * (side - left - 10), top + (1 - y) * (side - top - bottom)
+
+    parts = []
+    for number in range(6):
+        share = number / 5
+        (across, down), (start, _), (end, _) = at(share, share), at(0, 0), at(1, 0)
+        parts.append(f'<line class="grid" x1="{start:.1f}" x2="{end:.1f}" y1="{down:.1f}" y2="{down:.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{down + 4:.1f}" text-anchor="end">{share:g}</text>')
+        parts.append(f'<text x="{across:.1f}" y="{side - 18}" text-anchor="middle">{share:g}</text>')
+    (x1, y1), (x2, y2) = at(0, 0), at(1, 1)
+    parts.append(f'<line class="mark" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+    for number, bins in enumerate(stages):
+        for own in bins:
+            (x, low), (_, high) = (at(own["confidence"], edge) for edge in own["interval"])
+            parts.append(f'<line class="s{number} bar" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
+        places = [at(own["confidence"], own["accuracy"]) for own in bins]
+        parts.append(f'<polyline class="s{number}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
+        parts += [f'<circle class="s{number}" r="3" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in places]
+    parts.append(f'<text x="{(left + side - 10) / 2}" y="{side - 3}" text-anchor="middle">probability</text>')
+    return _svg(side, side, parts, "share that is right over probability")
 
 
 def _svg(width: int, height: int, parts: Sequence[str], label: str) -> Markup:

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from clipft.console import by_class, number, title_of, worst_classes
 from clipft.files import write_text
-from clipft.report.charts import interval_bar, line_chart
+from clipft.report.charts import interval_bar, line_chart, reliability_chart
 
 __all__ = ["body_of", "html_page", "write_html"]
 
@@ -61,6 +61,7 @@ def html_page(
         "results": [_table(report, kind, stages) for kind in report[stages[-1]]],
         "control": [_table(control, kind, stages) for kind in control["after"]] if control else [],
         "classes": _classes(report[stages[-1]], stages[-1]),
+        "calibration": _calibration(report.get("calibration", {})),
         "curves": _curves(report.get("history", [])),
         "wise_ft": _wise_ft(report["wise_ft"]) if "wise_ft" in report else None,
         "examples": examples,
@@ -147,6 +148,42 @@ def _matrix(names: list[str], counts: list[list[int]]) -> list[dict[str, Any]]:
         }
         for row, (name, line) in enumerate(zip(names, counts, strict=True))
     ]
+
+
+def _calibration(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of each classifier what its probabilities are worth, under the logits as they were and under its temperature."""
+    rows = [
+        {
+            "title": _TITLES.get(name, f"Attribute: {title_of(name)}"),
+            "temperature": f"{part['temperature']:.3g}",
+            "pictures": part["rows"],
+            "errors": [_cell("ece", part[stage]["ece"], part[stage]["interval"]) for stage in ("before", "after")],
+            "chances": [number("ece", part[stage]["by_chance"]) for stage in ("before", "after")],
+            "threshold": _threshold(part["threshold"]) if "threshold" in part else None,
+            "notes": part["notes"],
+            "svg": reliability_chart([part[stage]["bins"] for stage in ("before", "after")]),
+        }
+        for name, part in parts.items()
+    ]
+    return {
+        "rows": rows,
+        "stages": ["as they were", "with the temperature"],
+        "saved": all(part["saved"] for part in parts.values()),
+        "thresholds": any(row["threshold"] for row in rows),
+    }
+
+
+def _threshold(found: dict[str, Any]) -> dict[str, Any] | None:
+    if found["threshold"] is None:
+        return None
+    others = found.get("two_fold") or {}
+    return {
+        "value": f"{found['threshold']:.3f}",
+        "wanted": None if found["wanted"] is None else f"{found['wanted']:g}",
+        "right": None if found["precision"] is None else _cell("precision", found["precision"], found["interval"]),
+        "coverage": f"{found['coverage']:.1%}",
+        "others": None if others.get("precision") is None else number("precision", others["precision"]),
+    }
 
 
 def _curves(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from clipft.evaluation.metrics import retrieval_metrics
 from clipft.families.forward import loss_parameters
 from clipft.families.registry import base_model, family_of
 from clipft.inference.encode import embed_texts, unified
+from clipft.models.calibrated import set_calibrations
 from clipft.models.fusing import fuse
 from clipft.models.heads import heads_of
 from clipft.training.arguments import CLIPTrainingArguments, check_arguments, check_loss, loss_of, objective_of
@@ -418,6 +419,7 @@ class CLIPTrainer(RowLoading):
             resume_from_checkpoint = str(last_checkpoint(str(self.args.output_dir)))
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
+        set_calibrations(self.model, {})  # of the weights that it begins with
         if self.args.bf16:
             warn_of_slow_bf16(self.args.device.type)
         if self.args.auto_batch:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clipft.evaluation.metrics import Classification, Retrieval
 from clipft.families.registry import check_model
+from clipft.models.calibrated import set_calibrations
 from clipft.models.fusing import check_float, unfuse
 
 __all__ = ["RULE", "Sweep", "WeightLine", "sweep", "wise_ft"]
@@ -57,6 +58,7 @@ def wise_ft(start: nn.Module, tuned: nn.Module, alpha: float) -> Any:
     if other:
         raise ValueError(f"start, tuned: expected weights of the same names and shapes, these differ: {other[:5]}")
     model = unfuse(copy.deepcopy(tuned))
+    set_calibrations(model, {})  # of other weights
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if value.is_floating_point():

@@ -43,7 +43,7 @@ def test_train_and_evaluate_a_head(base: Path, tmp_path: Path) -> None:
     score, other = tmp_path / "score.json", class_folders(tmp_path / "other", 8)
     (other / "blue").rename(other / "navy")
     command("evaluate", "--model", str(run), "--data", str(other), "--output", str(score))
-    assert list(json.loads(score.read_text())) == ["zero_shot", "reading"]
+    assert list(json.loads(score.read_text())) == ["zero_shot", "calibration", "reading"]
     line = ["train", "--model", str(base), "--data", data, "--eval-data", str(other), "--output", str(run), *options]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 2

@@ -52,10 +52,13 @@ def test_a_calibration_comes_back_from_json() -> None:
     [
         ([], "config.json: expected an object with a calibration a head"),
         ({"label": 2}, "config.json: label: expected a calibration"),
-        ({"label": {"temperature": 0}}, "config.json: label: temperature: expected a finite number above 0, got 0"),
-        ({"label": {"temperature": math.nan}}, "temperature: expected a finite number above 0, got nan"),
-        ({"label": {"temperature": math.inf}}, "temperature: expected a finite number above 0, got inf"),
-        ({"label": {"temperature": True}}, "temperature: expected a finite number above 0, got True"),
+        (
+            {"label": {"temperature": 0}},
+            "config.json: label: temperature: expected a number from 1e-6 to 1e6, got 0",
+        ),
+        ({"label": {"temperature": math.nan}}, "temperature: expected a number from 1e-6 to 1e6, got nan"),
+        ({"label": {"temperature": math.inf}}, "temperature: expected a number from 1e-6 to 1e6, got inf"),
+        ({"label": {"temperature": True}}, "temperature: expected a number from 1e-6 to 1e6, got True"),
         ({"label": {"threshold": 1.5}}, "threshold: expected a number from 0 to 1, got 1.5"),
         ({"label": {"precision": "high"}}, "precision: expected a number from 0 to 1, got 'high'"),
         ({"label": {"classes": "ab"}}, "expected classes to be a list of names, found 'ab'"),

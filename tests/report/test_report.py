@@ -170,7 +170,7 @@ def test_evaluate_writes_a_page_and_probes(base: Path, colours: Path, tmp_path: 
     result = run("evaluate", *options, "--output", tmp_path / "x" / "score.json")
     assert result.exit_code == 0, result.output
     score = json.loads((tmp_path / "x" / "score.json").read_text())
-    assert score.keys() == {"zero_shot", "linear_probe", "knn", "reading"}
+    assert score.keys() == {"zero_shot", "linear_probe", "knn", "calibration", "reading"}
     expected = clipft.evaluate_knn(*clipft.load(base), labelled(40), labelled(12), k=5)
     assert score["knn"] == expected
     assert "Nearest neighbours" in Page(tmp_path / "x" / "score.html").text
