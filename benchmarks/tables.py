@@ -22,8 +22,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ZEN4 = "amd-epyc-family-25-model-17-avx512_vnni"
+ZEN3 = "amd-epyc-family-25-model-1-avx2"
 NAMES = {
     "AMD EPYC (family 25, model 17)": "AMD EPYC (Zen 4)",
+    "AMD EPYC (family 25, model 1)": "AMD EPYC (Zen 3)",
     "avx2": "AVX2",
     "avx512": "AVX-512",
     "avx512_vnni": "AVX-512 VNNI",
@@ -316,6 +318,27 @@ def learning() -> str:
     return f"{'; '.join(sorted(about))}:\n\n{table(head, cells, '---')}"
 
 
+def explain() -> str:
+    found = results(f"explain-{ZEN3}")
+    cells = []
+    for size, row in found["sizes"].items():
+        about = f"{row['drawings']} {size} drawings a scene"
+        for measure, name in (("auroc", "area"), ("pointing", "pointing")):
+            shares = [row[who][measure] for who in ("clipft", "alone", "edges", "centre", "random weights")]
+            correlation = part(row["correlation"]["mean_of_sizes"], 2) if measure == "auroc" else ""
+            cells.append([f"{about}: {name}", *(part(share, 3) for share in shares), correlation])
+    head = (
+        "",
+        "all names",
+        "one at a time",
+        "blurred edges",
+        "middle",
+        "random weights",
+        "rank correlation with these",
+    )
+    return f"{machine(found)}, {found['scenes']} scenes of each kind:\n\n{table(head, cells, '---')}"
+
+
 def families() -> str:
     from clipft.families.registry import FAMILIES
 
@@ -345,6 +368,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loader": loader,
     "int8": int8,
     "learning": learning,
+    "explain": explain,
 }
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from clipft.ops import sigmoid_loss as sigmoid_loss
     from clipft.recipes.doctor import doctor as doctor
     from clipft.recipes.evaluate import evaluate as evaluate
+    from clipft.recipes.explain import explain as explain
     from clipft.recipes.train import train as train
     from clipft.training.arguments import CLIPTrainingArguments as CLIPTrainingArguments
     from clipft.training.head_losses import dice_loss as dice_loss
@@ -90,6 +91,7 @@ _MODULE_OF = {
     "wise_ft": "clipft.training.wise_ft",
     "train": "clipft.recipes.train",
     "evaluate": "clipft.recipes.evaluate",
+    "explain": "clipft.recipes.explain",
     "doctor": "clipft.recipes.doctor",
 }
 _SUBMODULES = ("nn", "ops", "reference")

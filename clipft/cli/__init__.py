@@ -1,5 +1,5 @@
 """The command line, a module per group of commands: ``training`` (demo, train), ``evaluation``, ``data`` (doctor),
-``deploy`` (merge, quantize, export), ``search`` (embed, search) and ``env``.
+``deploy`` (merge, quantize, export), ``explain``, ``search`` (embed, search) and ``env``.
 """
 
 import codecs
@@ -10,6 +10,7 @@ from clipft.cli import training as training  # isort: skip  (--help lists comman
 from clipft.cli import evaluation as evaluation  # isort: skip
 from clipft.cli import data as data
 from clipft.cli import deploy as deploy
+from clipft.cli import explain as explain
 from clipft.cli import search as search
 
 from clipft.cli import env as env  # isort: skip

@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from clipft.families.family import Family, Tower
 from clipft.families.forward import stand_in
 from clipft.families.projected import ClassTokenLayer, ProjectedForward, fuse_last_layer
+from clipft.families.value_path import class_token_patches
 
 __all__ = ["CLIP", "CLIPForward", "FusedCLIPOutput", "FusedLastLayer", "check_end"]
 
@@ -128,6 +129,7 @@ CLIP = Family(
         mlp=CLIPMLP,
         positions="vision_model.embeddings",
         tokens_before=1,
+        embed_patches=class_token_patches,
     ),
     text=Tower(
         module="text_model",

@@ -47,6 +47,8 @@ class Tower:
             quick_gelu, which a LoRA layer can take over.
         tokens_before: of an image tower whose layers give a token a patch, in rows from the top left: how many come
             before these. None: there is no such grid, or every picture has its own.
+        embed_patches: of such a tower, from the model and pictures [N, 3, H, W] to the embeddings of their patches
+            [N, P, D] (``clipft.families.value_path``), and of the pictures [N, D].
     """
 
     module: str
@@ -61,6 +63,7 @@ class Tower:
     pooled: Callable[[Any], Tensor] = _pooler_output
     mlp: type[nn.Module] | None = None
     tokens_before: int | None = None
+    embed_patches: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def module_of(self, model: nn.Module) -> nn.Module:
         """The tower itself."""

@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from clipft.families.family import EmbeddingTower, Family, Tower
 from clipft.families.forward import PairForward
 from clipft.families.siglip_tokenizer import fast_tokenizer
+from clipft.families.value_path import pooling_head_patches
 
 __all__ = ["SIGLIP", "SiglipTowersForward", "embedding_dim", "fit_captions", "siglip_tower"]
 
@@ -160,7 +161,7 @@ SIGLIP = Family(
     max_log_scale=None,  # the checkpoints stand above 100
     padding="max_length",
     text_length=64,
-    vision=replace(siglip_tower("vision"), tokens_before=0),
+    vision=replace(siglip_tower("vision"), tokens_before=0, embed_patches=pooling_head_patches),
     text=siglip_tower("text"),
     dim=embedding_dim,
     scale_shape=(1,),

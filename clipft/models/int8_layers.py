@@ -72,6 +72,14 @@ class QuantizedAttention(nn.Module):
         output, weights = self._attend(states, queries, attention_mask, **kwargs)
         return (self.out_proj(output) if residual is None else self.out_proj(output, None, residual)), weights
 
+    def k_proj(self, hidden_states: Tensor) -> Tensor:
+        """The keys alone, as the plain class's layer of that name: [B, L, D] -> [B, L, D]."""
+        return self.qkv_proj(hidden_states).chunk(3, dim=-1)[1]
+
+    def v_proj(self, hidden_states: Tensor) -> Tensor:
+        """The values alone, likewise."""
+        return self.qkv_proj(hidden_states).chunk(3, dim=-1)[2]
+
     def _attend(
         self, states: Tensor, queries: int, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:

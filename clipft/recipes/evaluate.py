@@ -83,12 +83,12 @@ def evaluate(
         result |= {name: probe(clip, processor, neighbours, dataset, **how) for name, probe in probes.items()}
     title = f"{model_name(model)} on {len(dataset)} pictures of {name_of(data)}{share_of_classes(dataset, classes)}"
     told = {"calibration": {part: own.to_json() for part, own in probabilities.items()}} if probabilities else {}
-    page = functools.partial(_page, title, result, sources, found, dataset, told)
+    page = functools.partial(_page, title, result, sources, found, dataset, told)  # keeps no model
     if output is not None:
         path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result | told | {"reading": sources.to_json()})
-        write_text(path.with_suffix(".html"), page())
+        write_text(path.with_suffix(".html"), page(clip, processor))
     show({"score": result}, title, console)
     show_calibration(told.get("calibration", {}), console)
     if output is not None:
@@ -120,9 +120,17 @@ def _classes_of_run(model: Any, own: list[str] | None) -> list[str] | None:
     return known if set(own) <= set(known) else own
 
 
-def _page(title: str, result: dict[str, Any], sources: Sources, found: Any, dataset: Any, told: dict[str, Any]) -> str:
+def _page(
+    title: str,
+    result: dict[str, Any],
+    sources: Sources,
+    found: Any,
+    dataset: Any,
+    told: dict[str, Any],
+    *model: Any,
+) -> str:
     report = {"score": result, **told, "environment": environment(), "reading": sources.to_json()}
-    return html_page(report, title=title, examples=examples(found, dataset))
+    return html_page(report, title=title, examples=examples(found, dataset, *model))
 
 
 def _check_attributes(model: Any, given: Iterable[str], console: Any) -> None:

@@ -131,7 +131,7 @@ class Outcome:
             output / "report.html",
             report,
             title=title,
-            examples=examples(self.found["after"], self.test.dataset),
+            examples=examples(self.found["after"], self.test.dataset, self.test.clip, self.test.processor),
             settings=settings,
         )
         write_model_card(output, name, report, settings, adapter=merged)

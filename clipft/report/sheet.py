@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 
 from clipft.errors import shown
 from clipft.files import writing
+from clipft.report.fonts import all_scripts
 
 __all__ = ["Row", "draw_sheet"]
 
 _WIDTH = 18  # characters of a name under a picture
 _QUERY = 22  # characters of a line of a query
-# where the usual font has no such characters, and these are installed
-_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
-          "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS",
-          "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji",
-          "Segoe UI Emoji", "Segoe UI Symbol", "Symbola")  # fmt: skip
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,25 +31,8 @@ class Row:
 def draw_sheet(path: Path, rows: Sequence[Row]) -> None:
     """A PNG, which appears whole; a warning says for which characters no font is there."""
     columns = 1 + max(len(row.hits) for row in rows)
-    installed = {font.name for font in fontManager.ttflist}
-    families = [*matplotlib.rcParams["font.family"], *(name for name in _FONTS if name in installed)]
-    with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with writing(path) as staged:
-            _sheet(rows, columns).savefig(staged, format="png", facecolor="white")
-    _say_missing([str(warning.message) for warning in caught])
-
-
-def _say_missing(said: Sequence[str]) -> None:
-    codes = sorted({int(found[1]) for found in map(re.compile(r"Glyph (\d+)").match, said) if found})
-    if codes:
-        names = " ".join(map(chr, codes[:10])) + (" ..." if len(codes) > 10 else "")
-        _logger.warning(
-            "the sheet has boxes for %d characters that no font here has (%s): install one, such as Noto Sans CJK or "
-            "Noto Emoji",
-            len(codes),
-            names,
-        )
+    with all_scripts("the sheet"), writing(path) as staged:
+        _sheet(rows, columns).savefig(staged, format="png", facecolor="white")
 
 
 def _sheet(rows: Sequence[Row], columns: int) -> Figure:

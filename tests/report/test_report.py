@@ -13,6 +13,7 @@ import torch
 import yaml
 from commands import run
 from huggingface_hub import ModelCard
+from rich.console import Console
 from tiny_clip import captioned, labelled, tiny_clip
 
 import clipft
@@ -173,7 +174,9 @@ def test_evaluate_writes_a_page_and_probes(base: Path, colours: Path, tmp_path: 
     assert score.keys() == {"zero_shot", "linear_probe", "knn", "calibration", "reading"}
     expected = clipft.evaluate_knn(*clipft.load(base), labelled(40), labelled(12), k=5)
     assert score["knn"] == expected
-    assert "Nearest neighbours" in Page(tmp_path / "x" / "score.html").text
+    text = Page(tmp_path / "x" / "score.html").text
+    assert "Nearest neighbours" in text
+    assert "where the model finds a right answer" in text
     for wrong, message in (
         (["--probe-data", data], "--probe-data: expected other pictures"),
         (["--output", tmp_path / "a.html"], "--output: expected the name of the JSON file"),
@@ -193,8 +196,6 @@ def test_env() -> None:
 
 
 def test_examples_are_the_extremes_by_margin() -> None:
-    from rich.console import Console
-
     model, processor = tiny_clip()
     data = captioned(20, captions=2)
     found = Scorer(model, processor, data, ["{}"], 8, 0, Console(quiet=True))("test")
@@ -213,6 +214,30 @@ def test_examples_are_the_extremes_by_margin() -> None:
     assert all(query["hits"][0]["right"] for query in groups.get("Pictures, best texts found", []))
     both = gains(found, found)
     assert both["retrieval"]["text_to_image_mAP"] == {"value": 0.0, "interval": [0.0, 0.0]}
+
+
+def test_the_worst_pictures_have_maps_of_what_is_right_and_what_it_was_taken_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, processor = tiny_clip()
+    data = captioned(8)
+    found = Scorer(model, processor, data, ["{}"], 8, 0, Console(quiet=True))("test")
+
+    def maps(*of: Any) -> dict[str, list[Any]]:
+        groups = {group["title"]: group["queries"] for group in examples(found, data, *of)}
+        return {title: [query.get("maps") for query in queries] for title, queries in groups.items()}
+
+    drawn = maps(model, processor)
+    assert {title for title, own in drawn.items() if any(own)} == {"Pictures, worst texts found"}
+    queries = next(group for group in examples(found, data) if group["title"] == "Pictures, worst texts found")
+    for query, own in zip(queries["queries"], drawn["Pictures, worst texts found"], strict=True):
+        assert [one["text"] for one in own] == [query["right"][0], query["hits"][0]["text"]]
+        assert own[0]["picture"] != own[1]["picture"]
+        assert all(one["picture"].startswith("data:image/jpeg;base64,") for one in own)
+    assert not any(any(own) for own in maps().values())
+    monkeypatch.setattr("clipft.report.examples.Locator", lambda *given, **how: 1 / 0)
+    assert not any(any(own) for own in maps(model, processor).values())
+    assert caplog.messages == ["the report is without maps of where things are: division by zero"]
 
 
 def test_ticks_and_charts() -> None:
