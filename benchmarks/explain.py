@@ -163,7 +163,7 @@ class Variant(Locator):
         super().__init__(*args, **options)
         self.of_patch = of_patch
         if way is not None:
-            self.family = replace(self.family, vision=replace(self.family.vision, embed_patches=way))
+            self.tower.vision = replace(self.tower.vision, embed_patches=way)
 
 
 def way(asks: str, first: int, *, residual: bool = False, mlp: bool = False) -> Callable[..., Any]:

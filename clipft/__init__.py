@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from clipft.ops import lora_linear as lora_linear
     from clipft.ops import quantized_linear as quantized_linear
     from clipft.ops import sigmoid_loss as sigmoid_loss
+    from clipft.recipes.anomaly import anomaly as anomaly
     from clipft.recipes.doctor import doctor as doctor
     from clipft.recipes.evaluate import evaluate as evaluate
     from clipft.recipes.explain import explain as explain
@@ -93,6 +94,7 @@ _MODULE_OF = {
     "evaluate": "clipft.recipes.evaluate",
     "explain": "clipft.recipes.explain",
     "doctor": "clipft.recipes.doctor",
+    "anomaly": "clipft.recipes.anomaly",
 }
 _SUBMODULES = ("nn", "ops", "reference")
 

@@ -8,6 +8,7 @@ import sys
 
 from clipft.cli import training as training  # isort: skip  (--help lists commands in the order of their modules)
 from clipft.cli import evaluation as evaluation  # isort: skip
+from clipft.cli import anomaly as anomaly  # isort: skip
 from clipft.cli import data as data
 from clipft.cli import deploy as deploy
 from clipft.cli import explain as explain

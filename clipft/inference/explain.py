@@ -20,12 +20,10 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from clipft.data.transforms import pixels_of
 from clipft.families.family import Family
-from clipft.families.forward import normalised
-from clipft.families.registry import FAMILIES, base_model, family_of
-from clipft.inference.encode import embed_texts, evaluating
-from clipft.inference.patches import PatchTower, Window, to_map, windows_of
+from clipft.families.registry import FAMILIES, family_of
+from clipft.inference.encode import embed_texts
+from clipft.inference.patches import PatchTower, to_map, windows_of
 
 __all__ = ["BACKGROUND", "ZOOM", "Box", "Explanation", "Locator", "boxes_of", "check_model"]
 
@@ -33,7 +31,7 @@ Maps = NDArray[np.float32]
 
 BACKGROUND = ("", "a photo", "background", "nothing", "a plain background", "texture")
 ZOOM = 4.0
-_BATCH = 32  # texts, or windows, at a time
+_BATCH = 32  # texts at a time
 
 
 @dataclass(frozen=True)
@@ -118,43 +116,28 @@ class Locator:
         background: Sequence[str] = BACKGROUND,
         zoom: float = ZOOM,
     ) -> None:
-        self.model, self.zoom = model, zoom
-        self.family = check_model(model)
-        self.tower = PatchTower(model, processor)
+        check_model(model)
+        self.zoom, self.tower = zoom, PatchTower(model, processor)
         shown = texts if isinstance(texts, Tensor) else embed_texts(model, processor, texts, _BATCH)
         self.count = len(shown)
         self.embeds = torch.cat([shown, embed_texts(model, processor, background, _BATCH)])
 
     def __call__(self, picture: Image.Image) -> Maps:
         """[T, H, W] float32 in [0, 1]."""
-        pixels = pixels_of(picture, self.tower.processor)
+        pixels = self.tower.pixels(picture)
         height, width = pixels.shape[-2:]
-        windows = self._windows(height, width)
-        parts = []
-        for start in range(0, len(windows), _BATCH):  # of thousands of windows few at a time
-            batch = windows[start : start + _BATCH]
-            views = (pixels[:, one.top : one.top + one.height, one.left : one.left + one.width] for one in batch)
-            parts.append(self._shares(torch.stack([self.tower.transform(view) for view in views])))
-        return torch.stack([to_map(own, windows, (height, width)) for own in torch.cat(parts).unbind(-1)]).numpy()
+        windows = windows_of(height, width, self.zoom)
+        patches, whole = self.tower.embeddings(pixels, windows)
+        scale = self.tower.model.logit_scale.detach().float().exp().reshape(()).cpu()
+        cosines = (self.of_patch * patches + (1 - self.of_patch) * whole[:, None, None]) @ self.embeds.t()
+        shares = (scale * cosines).softmax(-1)[..., : self.count]
+        return torch.stack([to_map(own, windows, (height, width)) for own in shares.unbind(-1)]).numpy()
 
     def boxes(self, scores: Maps, threshold: float) -> tuple[tuple[Box, ...], ...]:
         """Of maps [T, H, W]: those of :func:`boxes_of`, without specks, which are less than a quarter of a patch."""
-        window = self._windows(*scores.shape[1:])[0]
+        window = windows_of(scores.shape[1], scores.shape[2], self.zoom)[0]
         patch = window.height * window.width / math.prod(self.tower.grid)
         return tuple(boxes_of(one, threshold, patch / 4) for one in scores)
-
-    def _windows(self, height: int, width: int) -> list[Window]:
-        return windows_of(height, width, round(2 * self.zoom - 1))
-
-    def _shares(self, pixels: Tensor) -> Tensor:
-        """[N, 3, h, w] -> [N, rows, columns, T] in the softmax."""
-        embed, base = self.family.vision.embed_patches, base_model(self.model)
-        assert embed is not None  # as check_model has seen
-        with evaluating(self.model) as device:
-            patches, whole = (normalised(part).cpu() for part in embed(base, pixels.to(device)))
-            scale = base.logit_scale.float().exp().reshape(()).cpu()
-        cosines = (self.of_patch * patches + (1 - self.of_patch) * whole[:, None]) @ self.embeds.t()
-        return (scale * cosines).softmax(-1)[..., : self.count].unflatten(1, self.tower.grid)
 
 
 def boxes_of(scores: Maps, threshold: float, least: float = 0) -> tuple[Box, ...]:

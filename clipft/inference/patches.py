@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipft.data.transforms import pixels_of, whole_transform
-from clipft.families.registry import base_model, family_of
+from clipft.families.forward import normalised
+from clipft.families.registry import FAMILIES, base_model, family_of
 from clipft.inference.encode import evaluating
 
 __all__ = ["PatchTower", "Window", "to_map", "windows_of"]
 
 _LONGEST = 16  # times its shorter side: what is longer is seen squeezed
+_BATCH = 32  # windows at a time
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,10 @@ class Window:
     width: int
 
 
-def windows_of(height: int, width: int, count: int) -> list[Window]:
-    """Squares that cover a picture, ``count`` along its shorter side and as many as it takes along the longer one,
-    each overlapping the next by half or more.
-    """
-    short = min(height, width)
-    side = max(math.ceil(2 * short / (count + 1)), 1)
-    down, across = max(side, math.ceil(height / _LONGEST)), max(side, math.ceil(width / _LONGEST))
-    down, across = min(down, height), min(across, width)
+def windows_of(height: int, width: int, zoom: float) -> list[Window]:
+    """Squares that cover a picture, ``zoom`` times smaller than its shorter side, each over half of the one before."""
+    side = max(math.ceil(min(height, width) / zoom), 1)
+    down, across = (min(max(side, math.ceil(length / (_LONGEST * zoom))), length) for length in (height, width))
     return [Window(top, left, down, across) for top in _starts(height, down) for left in _starts(width, across)]
 
 
@@ -55,61 +54,85 @@ def _starts(length: int, side: int) -> list[int]:
 class PatchTower:
     """The image tower of a model, asked for its patches.
 
+    Args:
+        model: of a family whose image tower is a ViT with a fixed grid of patches, in float or int8.
+        processor: the model's.
+
+    Raises:
+        TypeError: a model of none of the families. ValueError: one that has no such tower.
+
     Attributes:
-        side: pixels of its pictures, height and width.
-        grid: patches of a picture, down and across.
+        side: pixels of what it sees, height and width.
+        grid: patches of that, down and across.
+        vision: the tower, as its family describes it.
         depth: its layers.
+        processor, transform: the image processor, and what it makes of pixels [3, h, w] uint8 of a window.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
-        """Raises:
-        TypeError: not a model of torch, or of none of the families.
-        ValueError: a model whose image tower has no fixed grid of patches.
-        """
-        self.model = base_model(model)
-        family = family_of(model)
-        self.tower = family.vision
-        if self.tower.tokens_before is None:
+        if hasattr(model, "encode_images"):
             raise ValueError(
-                f"model: expected an image tower that is a ViT with a fixed grid of patches (CLIP, SigLIP and their "
-                f"kind), {family.title} has none that is known"
+                "model: expected one in torch, got ONNX encoders, which give whole pictures' vectors alone"
             )
+        family = family_of(model)
+        if family.vision.tokens_before is None:
+            able = ", ".join(one.title for one in FAMILIES if one.vision.tokens_before is not None)
+            raise ValueError(
+                f"model: expected one whose image tower has a fixed grid of patches ({able}), {family.title} has none "
+                "that is known"
+            )
+        self.model, self.vision, self._before = base_model(model), family.vision, family.vision.tokens_before
         config = self.model.config
         _, *self.side = family.picture(config)
         self.grid = tuple(side // int(config.vision_config.patch_size) for side in self.side)
-        self.paths = self.tower.paths_of_layers(self.model)
-        self.depth = len(self.paths)
+        self.depth = len(self.vision.paths_of_layers(self.model))
         self.processor = processor.image_processor
         self.transform = whole_transform(self.processor, *self.side)
 
-    def views(self, picture: Any, windows: int) -> tuple[tuple[int, int], list[Window], Tensor]:
-        """Height and width of a picture (PIL or as :func:`clipft.data.transforms.build_transform` takes it), its
-        windows, and their pixels [N, 3, h, w]."""
-        pixels = pixels_of(picture, self.processor)
-        height, width = pixels.shape[-2:]
-        found = windows_of(height, width, windows)
-        parts = (pixels[:, one.top : one.top + one.height, one.left : one.left + one.width] for one in found)
-        return (height, width), found, torch.stack([self.transform(part) for part in parts])
+    def pixels(self, picture: Any) -> Tensor:
+        """Of a PIL picture, an array or an ``EncodedPicture``: [3, H, W] uint8."""
+        return pixels_of(picture, self.processor)
 
-    def features(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """What these layers (from 0) give for pixels [N, 3, h, w]: [N, rows, columns, D] float32 each, on the CPU."""
-        caught: dict[int, Tensor] = {}
-        with evaluating(self.model) as device, self._catching(layers, caught):
-            self.tower.module_of(self.model)(pixel_values=pixels.to(device))
-        patches = [caught[layer][:, self.tower.tokens_before :].float().cpu() for layer in layers]
-        return [tokens.unflatten(1, self.grid) for tokens in patches]
+    def features(self, pixels: Tensor, windows: Sequence[Window], layers: Sequence[int]) -> list[Tensor]:
+        """What layers (counted from 1) give for N windows: of each layer [N, rows, columns, D] float32, on the CPU."""
+        modules = self.vision.layers_of(self.model)
+        found: list[list[Tensor]] = [[] for _ in layers]
 
-    @contextmanager
-    def _catching(self, layers: Sequence[int], caught: dict[int, Tensor]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for layer in layers:
+        def keep(own: list[Tensor], module: Any, given: Any, output: Any) -> None:
+            tokens = output[0] if isinstance(output, tuple) else output
+            own.append(tokens[:, self._before :].float().cpu().unflatten(1, self.grid))
 
-                def hook(module: Any, args: Any, output: Any, layer: int = layer) -> None:
-                    caught[layer] = output[0] if isinstance(output, tuple) else output
+        with evaluating(self.model) as device, ExitStack() as hooks:
+            for layer, own in zip(layers, found, strict=True):
+                hooks.callback(modules[layer - 1].register_forward_hook(partial(keep, own)).remove)
+            for batch in self._batches(pixels, windows):
+                self.vision.module_of(self.model)(pixel_values=batch.to(device))
+        return [torch.cat(own) for own in found]
 
-                handle = self.model.get_submodule(self.paths[layer]).register_forward_hook(hook)
-                stack.callback(handle.remove)
-            yield
+    def embeddings(self, pixels: Tensor, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+        """Of N windows at length 1, on the CPU: of their patches [N, rows, columns, D], and of themselves [N, D].
+
+        Raises:
+            ValueError: patches of this model's tower cannot be compared with texts.
+        """
+        if self.vision.embed_patches is None:
+            raise ValueError("model: expected one whose patches can be compared with texts")
+        found = []
+        for batch in self._batches(pixels, windows):
+            with evaluating(self.model) as device:
+                parts = self.vision.embed_patches(self.model, batch.to(device))
+            found.append([normalised(part).cpu() for part in parts])
+        patches, whole = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return patches.unflatten(1, self.grid), whole
+
+    def _batches(self, pixels: Tensor, windows: Sequence[Window]) -> Iterator[Tensor]:
+        """[N, 3, h, w] as the model takes them."""
+        for start in range(0, len(windows), _BATCH):
+            parts = [
+                pixels[:, one.top : one.top + one.height, one.left : one.left + one.width]
+                for one in windows[start : start + _BATCH]
+            ]
+            yield torch.stack([self.transform(part) for part in parts])
 
 
 def to_map(values: Tensor, windows: Sequence[Window], size: tuple[int, int]) -> Tensor:

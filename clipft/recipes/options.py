@@ -22,6 +22,7 @@ __all__ = [
     "RUN",
     "ClassOptions",
     "DataOptions",
+    "DetectorOptions",
     "DoctorOptions",
     "EvaluateOptions",
     "ScoringOptions",
@@ -354,6 +355,29 @@ class TrainOptions(ScoringOptions):
         "balanced_accuracy (the default), accuracy, macro_f1.",
         RUN,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectorOptions(DataOptions):
+    """What anomalies are told by."""
+
+    normal: Any = option(None, "Normal pictures, two or more: a folder, table, or data set's name.", text=True)
+    memory: str | None = option(
+        None, "File of what normal pictures look like: written with --normal where it is not there yet, else read."
+    )
+    normal_text: Sequence[str] | None = option(
+        None, 'What is normal in words, for instance "a good tile"; repeat for several.'
+    )
+    anomaly_text: Sequence[str] | None = option(None, 'What is not, for instance "a cracked tile"; repeat for several.')
+    zoom: float | None = option(
+        None,
+        "How many times smaller than the picture the windows are that it is seen through, besides those of twice the "
+        "size; 1: as a whole. Default: what lays 18 patches along its shorter side.",
+        least=1.0,
+        most=16.0,
+    )
+    coreset: float = option(0.1, "Share of the normal patches that the memory keeps.", least=0.001, most=1.0)
+    seed: int = option(0, "Of the choice of these patches.", least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

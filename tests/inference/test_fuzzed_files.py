@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from fuzzing import LIARS, fuzz, lie_json
 from PIL import Image
+from surfaces import surface
+from tiny_clip import tiny_clip
 
 import clipft
+from clipft.inference.anomaly import PatchMemory
 from clipft.inference.vectors import Description, VectorFile
 
 SECONDS = 4.0
@@ -114,3 +117,16 @@ def test_a_folder_of_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert len(file.ids) == len(file.vectors) and np.isfinite(file.vectors).all()
 
     fuzz(folder, lambda: VectorFile.read(folder), equal, SECONDS / 6)
+
+
+def test_memory(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    PatchMemory.fit(model, processor, [surface(seed) for seed in range(2)], zoom=2).save(tmp_path / "m.safetensors")
+
+    def equal(memory: PatchMemory) -> None:
+        assert memory.levels and memory.layers and memory.normal_scores
+        for level in memory.levels:
+            assert level.patches.shape[1:] == level.mean.shape == level.std.shape
+            assert all(bool(one.isfinite().all()) for one in (level.patches, level.mean, level.std))
+
+    fuzz(tmp_path, lambda: PatchMemory.load(tmp_path / "m.safetensors"), equal, SECONDS / 2)

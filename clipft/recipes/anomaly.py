@@ -1,0 +1,317 @@
+"""``clipft.anomaly``: what is not normal in pictures, and where."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clipft.console import bar, console_of_run
+from clipft.data.pictures import UNREADABLE, naming, open_picture
+from clipft.data.sources import read_pairs
+from clipft.errors import line_of, shown
+from clipft.files import check_folder, check_output, check_places, writing
+from clipft.inference.anomaly import PatchMemory
+from clipft.inference.detector import Detector, States
+from clipft.recipes.options import options_from
+from clipft.recipes.options_anomaly import AnomalyOptions
+from clipft.recipes.run import loaded, model_name
+from clipft.recipes.sources import reading_of
+from clipft.report.heat import overlay
+
+__all__ = ["Anomalies", "PictureAnomaly", "anomaly", "check_options", "detector_of", "shaded"]
+
+_SUFFIXES = (".csv", ".jsonl", ".parquet")
+_LISTED = 10
+_FAINT, _STRONG = 0.35, 0.7  # scores between which a map's colours are
+
+
+@dataclass(frozen=True)
+class PictureAnomaly:
+    """A picture and what was found in it.
+
+    Attributes:
+        image: its path within ``data``, or SOURCE:ROW.
+        score: in [0, 1], higher is less normal; None where the picture cannot be read.
+        error: why it cannot.
+        file: the ``.npy`` with the map, where ``maps`` names a folder.
+    """
+
+    image: str
+    score: float | None
+    error: str | None = None
+    file: Path | None = None
+    _map: Any = field(default=None, repr=False)
+
+    @property
+    def map(self) -> Any:
+        """[H, W] float32 in [0, 1], a score for each of its pixels; None where it cannot be read."""
+        return np.load(self.file, allow_pickle=False) if self._map is None and self.file is not None else self._map
+
+
+class Anomalies(list[PictureAnomaly]):
+    """One for each picture, in the order given."""
+
+    def to_table(self) -> dict[str, list[Any]]:
+        """The columns of ``output``: ``image``, ``score``, ``error``."""
+        return {name: [getattr(row, name) for row in self] for name in ("image", "score", "error")}
+
+
+def anomaly(
+    model: Any,
+    data: Any,
+    output: str | Path | None = None,
+    *,
+    console: Console | None = None,
+    **options: Any,
+) -> Anomalies:
+    """How far from normal pictures are, and where: the same as the command ``clipft anomaly``, with the same options.
+
+    By normal pictures (``normal``, ``memory``): the distance of a picture's patches to those of normal ones (PatchCore,
+    arXiv:2106.08265); by words (``normal_text`` and ``anomaly_text``): which it is nearer to (WinCLIP,
+    arXiv:2303.14814). With both a score is the mean of the two. See :mod:`clipft.inference.anomaly`.
+
+    Args:
+        model: a folder, a hub name, ``"demo"``, ``(model, processor)`` or a :class:`clipft.recipes.run.Run`: a CLIP,
+            MetaCLIP 2, Chinese-CLIP or SigLIP of a fixed size, in float or int8, with an adapter or without.
+        data: pictures: a folder (its sub-folders too), a table or what else :func:`clipft.load_pairs` takes, or a list
+            of PIL pictures or paths.
+        output: ``.csv``, ``.jsonl`` or ``.parquet`` for a row of ``image``, ``score`` and ``error`` for each.
+        console: where progress and the table go; default: standard output.
+        options: fields of :class:`clipft.recipes.options_anomaly.AnomalyOptions`: ``normal`` (as ``data``), ``memory``,
+            ``maps``, ``zoom``, ...
+
+    Returns:
+        A list with a :class:`PictureAnomaly` for each picture, in the order given: ``score`` in [0, 1], where 0.5 is as
+        far from normal as the farthest of normal pictures, and ``map`` [H, W] of its pixels. Maps are in memory unless
+        ``maps`` names a folder.
+
+    Raises:
+        TypeError: no such option. ValueError: neither normal pictures nor words, or words of one kind alone; too few
+            normal pictures; a memory of another model; a model without patches; two pictures whose maps would have one
+            name; the message names it. OSError: something cannot be written.
+    """
+    settings = options_from(AnomalyOptions, options)
+    console = console or console_of_run()
+    check_options(settings)
+    if output is not None:
+        _check_table(Path(output))
+    pictures = Pictures("data", data, settings, console)
+    files = None if settings.maps is None else _map_files(Path(settings.maps), pictures.names)
+    clip, processor = loaded(model)
+    detector = detector_of(clip, processor, settings, console, model_name(model))
+    found = Anomalies()
+    with bar(console) as progress:
+        for number in progress.track(range(len(pictures.names)), description="looking"):
+            found.append(_look(detector, pictures, number, None if files is None else files[number]))
+    if output is not None:
+        _write_table(Path(output), found)
+    _show(found, pictures.source, console)
+    for place in (output, settings.maps):
+        if place is not None:
+            console.print(f"{'scores' if place is output else 'maps'} in {place}", highlight=False)
+    return found
+
+
+def detector_of(model: Any, processor: Any, settings: AnomalyOptions, console: Console, name: str = "") -> Detector:
+    """What the options describe: a memory, which is fitted, read or extended and, if it has a file, written; words; or
+    both.
+
+    Raises:
+        ValueError, OSError: see :func:`anomaly`.
+    """
+    memory, states = _memory_of(model, processor, settings, console, name), None
+    if settings.normal_text and settings.anomaly_text:
+        states = States(model, processor, settings.normal_text, settings.anomaly_text, zoom=settings.zoom)
+    return Detector(model, processor, memory, states)
+
+
+def check_options(settings: AnomalyOptions) -> None:
+    """What can be told before the work.
+
+    Raises:
+        ValueError: the message names the option.
+    """
+    normal, words = settings.normal is not None, (settings.normal_text, settings.anomaly_text)
+    for name, given, other in zip(("normal_text", "anomaly_text"), words, reversed(words), strict=True):
+        if other and not given:
+            raise ValueError(f"{name}: expected at least one text, as words say what is normal and what is not")
+        if any(not isinstance(text, str) or not text.strip() for text in given or ()):
+            raise ValueError(f"{name}: expected texts, got an empty one")
+    if not (normal or settings.memory or words[0]):
+        raise ValueError(
+            "normal, memory, normal_text: expected normal pictures, a memory of them, or words for what is normal and "
+            "what is not"
+        )
+    there = settings.memory is not None and Path(settings.memory).exists()
+    if settings.memory is not None and not normal and not there:
+        raise FileNotFoundError(f"memory: there is no {settings.memory}; with --normal it is written")
+    if settings.extend and not (normal and there):
+        raise ValueError("extend: expected a memory that is there and normal pictures to add to it")
+    if there and normal and not settings.extend:
+        raise ValueError(
+            f"memory: {settings.memory} is there: leave normal away to use it, extend it (--extend), or remove it"
+        )
+    if settings.memory is not None and normal:
+        check_output(Path(settings.memory))
+
+
+def _memory_of(model: Any, processor: Any, settings: AnomalyOptions, console: Console, name: str) -> PatchMemory | None:
+    if settings.normal is None and settings.memory is None:
+        return None
+    memory, path = None, None if settings.memory is None else Path(settings.memory)
+    if path is not None and (settings.normal is None or settings.extend):
+        memory = PatchMemory.load(path)
+        memory.check(model, processor)
+    if settings.normal is not None:
+        normal = Pictures("normal", settings.normal, settings, console)
+        with bar(console) as progress:
+            seen = progress.track(normal.all(), total=len(normal.names), description="normal pictures")
+            if memory is None:
+                how: dict[str, Any] = {"zoom": settings.zoom, "coreset": settings.coreset, "seed": settings.seed}
+                memory = PatchMemory.fit(model, processor, seen, name=name, **how)
+            else:
+                memory = memory.extended(model, processor, seen)
+        if path is not None:
+            memory.save(path)
+            console.print(f"{memory.line()}, in {path}", highlight=False)
+    return memory
+
+
+# ---- pictures ----
+
+
+class Pictures:
+    """The pictures of a source, one after the other.
+
+    Attributes:
+        names: of each its path within the source, or SOURCE:ROW.
+        source: what is read, for messages.
+    """
+
+    def __init__(self, option: str, data: Any, settings: AnomalyOptions, console: Console) -> None:
+        reading = reading_of(settings)
+        reading.pictures_only = True
+        own = isinstance(data, Sequence) and not isinstance(data, str)
+        if own and len(data) and all(isinstance(one, (str, Path, Image.Image)) for one in data):
+            self._rows: Any = data
+            self.names = [str(one) if isinstance(one, (str, Path)) else f"row {n}" for n, one in enumerate(data)]
+            self.source = f"{len(data)} pictures"
+            return
+        try:
+            self._rows = read_pairs(data, settings.split if option == "data" else None, reading, "all")
+        except (ValueError, OSError) as error:
+            raise type(error)(str(error).replace("path_or_name: ", f"{option}: ", 1)) from error
+        ids = "id" in self._rows.column_names
+        self.names = list(self._rows["id"]) if ids else [reading.place(n) for n in range(len(self._rows))]
+        self.source = reading.source
+        console.print(Text(f"{reading.source}: {reading.line()}"))
+
+    def open(self, number: int) -> Image.Image:
+        """Raises:
+        UnreadablePictureError: the message names the picture.
+        """
+        with naming(self.names[number]):
+            one = self._rows[number]
+            return open_picture(one["image"] if isinstance(one, dict) else one)
+
+    def all(self) -> Iterator[Image.Image]:
+        """Every picture, or the first one's error."""
+        return (self.open(number) for number in range(len(self.names)))
+
+
+def _look(detector: Detector, pictures: Pictures, number: int, files: Path | None) -> PictureAnomaly:
+    name = pictures.names[number]
+    try:
+        picture = pictures.open(number)
+    except UNREADABLE as error:
+        return PictureAnomaly(name, None, shown(line_of(error)))
+    found = detector(picture)
+    if files is None:
+        return PictureAnomaly(name, found.score, None, None, found.map)
+    npy = files.with_name(f"{files.name}.npy")
+    npy.parent.mkdir(parents=True, exist_ok=True)
+    with writing(npy) as staged, staged.open("wb") as file:
+        np.save(file, found.map)
+    with writing(files.with_name(f"{files.name}.png")) as staged:
+        shaded(picture, found.map, max(picture.size)).save(staged, format="png")
+    return PictureAnomaly(name, found.score, None, npy)
+
+
+# ---- what is written ----
+
+
+def shaded(picture: Image.Image, found: NDArray[np.float32], longest: int) -> Image.Image:
+    """A picture, at most ``longest`` pixels a side, under its map, in colours that mean the same for all pictures: none
+    where it is as normal as most places of normal pictures, the strongest at twice the farthest of these.
+    """
+    return overlay(picture, (found - _FAINT) / (_STRONG - _FAINT), longest)
+
+
+def _map_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """For each picture where its map goes, without the ending.
+
+    Raises:
+        ValueError: two have one place. OSError: the folder cannot be written into.
+    """
+    parts = [[part for part in PurePosixPath(name).parts if part not in ("/", "..", ".")] for name in names]
+    stems = [PurePosixPath(*own).with_suffix("") if own else PurePosixPath(f"row {n}") for n, own in enumerate(parts)]
+    twice = [stem for stem, count in Counter(map(str, stems)).items() if count > 1]
+    if twice:
+        same = [name for name, stem in zip(names, stems, strict=True) if str(stem) == twice[0]]
+        raise ValueError(
+            f"maps: expected pictures with names of their own, {same[0]} and {same[1]} would both be {twice[0]}.npy: "
+            "rename one"
+        )
+    check_folder(folder)
+    check_places(folder, [f"{stem}{end}" for stem in stems for end in (".npy", ".png")])
+    return [folder / stem for stem in stems]
+
+
+def _check_table(path: Path) -> None:
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"output: expected a name that ends in {', '.join(_SUFFIXES)}, got {path}")
+    check_output(path)
+
+
+def _write_table(path: Path, found: Anomalies) -> None:
+    """A row for each picture, in their order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = found.to_table()
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    with writing(path) as staged:
+        if path.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.table(table), staged)
+        elif path.suffix == ".jsonl":
+            staged.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        else:
+            with staged.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, list(table))
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+def _show(found: Anomalies, source: str, console: Console) -> None:
+    """The pictures that are farthest from normal."""
+    read = [row for row in found if row.score is not None]
+    table = Table("score", "picture", title=f"least normal of {len(read)} pictures", title_justify="left")
+    for row in sorted(read, key=lambda row: -(row.score or 0))[:_LISTED]:
+        table.add_row(f"{row.score:.3f}", Text(shown(row.image)))
+    console.print(table)
+    if len(read) < len(found):
+        bad = next(row for row in found if row.score is None)
+        console.print(Text(f"{len(found) - len(read)} of {len(found)} pictures cannot be read: {bad.error}"))
