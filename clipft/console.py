@@ -77,6 +77,9 @@ def show(results: dict[str, dict[str, Any]], title: str, console: Console, *, cl
     if classes and (kind := by_class(last)):
         console.print(f"\nby class, {stage}" if len(results) > 1 else "\nby class", highlight=False)
         console.print(_per_class_table(last[kind]["per_class"]))
+    for part in last.values():
+        if "per_kind" in part:
+            console.print(_per_kind_table(part["per_kind"]))
 
 
 def by_class(result: dict[str, Any]) -> str | None:
@@ -87,6 +90,16 @@ def by_class(result: dict[str, Any]) -> str | None:
 def title_of(kind: str) -> str:
     """Of a part of a report: ``attribute_sleeve_length`` is "sleeve length"."""
     return _TITLES.get(kind, kind.removeprefix("attribute_").replace("_", " "))
+
+
+def _per_kind_table(rows: list[dict[str, Any]]) -> Table:
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    table = Table("kind of defect")
+    for name in (*names, "pictures"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(shown(row["kind"]), *(number(name, row[name]) for name in names), str(row["support"]))
+    return table
 
 
 def _metrics_table(results: dict[str, dict[str, Any]], with_intervals: bool) -> Table:
@@ -108,7 +121,7 @@ def _metrics_table(results: dict[str, dict[str, Any]], with_intervals: bool) -> 
 def _flat(result: dict[str, Any]) -> dict[str, float]:
     rows: dict[str, float] = {}
     for kind, part in result.items():
-        names = [name for name in part if name != "intervals"]
+        names = [name for name, value in part.items() if isinstance(value, float)]
         if "per_class" in part:
             # of five classes all are in the top 5
             usual = _CLASSIFICATION if len(part["per_class"]) > 5 else _CLASSIFICATION[:-1]

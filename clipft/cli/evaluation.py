@@ -16,6 +16,7 @@ from clipft.recipes.options import EvaluateOptions
     epilog=examples(
         "clipft evaluate --model run --data test.csv --output score.json",
         "clipft evaluate --model run --data test/ --probe-data pictures/",
+        "clipft evaluate --anomaly --model run --data bottle/ --output score.json",
     )
 )
 @user_errors
@@ -29,7 +30,8 @@ def evaluate(
     ] = None,
     **options: Any,
 ) -> None:
-    """Zero-shot classification where the data has classes, retrieval where it has captions; the model's heads."""
+    """Zero-shot classification where the data has classes, retrieval where it has captions; the model's heads;
+    with --anomaly how well defects are found."""
     console = prepare()
     from clipft.recipes.evaluate import evaluate as evaluate_model
 

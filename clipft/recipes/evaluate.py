@@ -19,6 +19,7 @@ from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
 from clipft.files import check_output, read_json, write_json, write_text
 from clipft.models.calibrated import model_calibrations
 from clipft.models.heads import LABEL, heads_of
+from clipft.recipes.evaluate_anomaly import check_kind_of_evaluation, evaluate_anomaly
 from clipft.recipes.options import EvaluateOptions, options_from
 from clipft.recipes.run import Scores, loaded, model_name
 from clipft.recipes.sources import Sources, name_of
@@ -36,12 +37,14 @@ def evaluate(
     console: Console | None = None,
     **options: Any,
 ) -> Scores:
-    """Zero-shot classification where the data has classes, retrieval where it has captions, and the model's heads: the
-    same as the command ``clipft evaluate``, with the same options.
+    """Zero-shot classification where the data has classes, retrieval where it has captions, and the model's heads; with
+    ``anomaly=True`` how well defects are found, and where: the same as the command ``clipft evaluate``, with the same
+    options.
 
     Args:
         model: a folder, a hub name, ``"demo"``, ``(model, processor)`` or a :class:`clipft.recipes.run.Run`.
-        data: a source that :func:`clipft.load_pairs` takes.
+        data: a source that :func:`clipft.load_pairs` takes; with ``anomaly`` a folder in MVTec AD's layout, as
+            :mod:`clipft.data.inspection` has it.
         output: file for the numbers, as JSON; a page of the same name, ``.html``, goes beside it.
         console: where progress and tables go; default: standard output.
         options: fields of :class:`clipft.recipes.options.EvaluateOptions`: ``probe_data``, ``template``, ...
@@ -50,8 +53,9 @@ def evaluate(
         By part (``zero_shot``, ``retrieval``, ``head``, ``attribute_NAME``, ``linear_probe``, ``knn``) the metrics of
         :func:`clipft.evaluate_zero_shot` and its like, each with its interval under ``intervals``; and under
         ``calibration``, by part again, what its probabilities are worth (``clipft.evaluation.calibration``): under the
-        temperature that the model was saved with, or else under one that is fitted here, and not saved. A dictionary,
-        which a notebook shows as the page.
+        temperature that the model was saved with, or else under one that is fitted here, and not saved. With
+        ``anomaly`` one part of that name, the metrics of :class:`clipft.evaluation.anomaly.AnomalyDetection`, and
+        ``per_kind`` of defect. A dictionary, which a notebook shows as the page.
 
     Raises:
         TypeError: no such option. ValueError: an option or data that does not fit; the message names it.
@@ -59,7 +63,10 @@ def evaluate(
     """
     settings = options_from(EvaluateOptions, options)
     console = console or console_of_run()
+    check_kind_of_evaluation(settings)
     _check(data, settings.probe_data, output)
+    if settings.anomaly:
+        return evaluate_anomaly(model, data, output, settings, console)
     sources = Sources(settings, console, settings.attribute or ())
     dataset = sources.rows("data", data, purpose="test")
     clip, processor = loaded(model)

@@ -381,7 +381,7 @@ class DetectorOptions(DataOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ScoringOptions):
+class EvaluateOptions(ScoringOptions, DetectorOptions):
     """What ``clipft.evaluate`` and ``clipft evaluate`` take besides model, data and output."""
 
     batch_size: int = option(64, "Pictures at a time.", least=1)
@@ -390,3 +390,7 @@ class EvaluateOptions(ScoringOptions):
     probe_data: Any = option(None, "Labelled pictures of the same classes that fit a linear probe and kNN.", text=True)
     attribute: Sequence[str] | None = option(None, "A column that the model has a head for; repeat for several.")
     knn_k: int = option(20, "Neighbours of kNN.", least=1)
+    anomaly: bool = option(
+        False,
+        "How well defects are found: --data has train/good, test/good, test/KIND and ground_truth/KIND (MVTec AD).",
+    )

@@ -20,7 +20,7 @@ from clipft.families.registry import family_of
 from clipft.inference.explain import Locator
 from clipft.report.heat import overlay
 
-__all__ = ["examples"]
+__all__ = ["data_uri", "examples"]
 
 _BEST, _WORST, _HITS = 3, 5, 3
 _SIDE = 112  # pixels of a thumbnail's longer side
@@ -122,7 +122,7 @@ class _Maps:
             return []
         texts = [self.found.texts[text] for text in pair]
         return [
-            {"text": text, "picture": _data_uri(overlay(picture, own, _SIDE))}
+            {"text": text, "picture": data_uri(overlay(picture, own, _SIDE))}
             for text, own in zip(texts, scores, strict=True)
         ]
 
@@ -138,11 +138,12 @@ class _Thumbnails:
         if row not in self.made:
             picture = read_row(self.dataset, row)["image"].convert("RGB")
             picture.thumbnail((_SIDE, _SIDE))
-            self.made[row] = _data_uri(picture)
+            self.made[row] = data_uri(picture)
         return self.made[row]
 
 
-def _data_uri(picture: Image.Image) -> str:
+def data_uri(picture: Image.Image) -> str:
+    """A picture as a JPEG within a page."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -19,7 +19,7 @@ from clipft.errors import shown
 if TYPE_CHECKING:
     from clipft.inference.explain import Explanation
 
-__all__ = ["MOST_PICTURES", "draw_maps", "overlay"]
+__all__ = ["MOST_PICTURES", "draw_maps", "overlay", "reduced"]
 
 _COLOURS = np.array([(255, 250, 190), (254, 217, 118), (253, 141, 60), (227, 26, 28), (128, 0, 38)], np.float32)
 _FAINT, _STRONG = 0.0, 0.85  # cover of the picture at score 0 and 1
@@ -31,8 +31,7 @@ MOST_PICTURES = 100  # of a sheet
 
 def overlay(picture: Image.Image, scores: NDArray[np.float32], longest: int = _LONGEST) -> Image.Image:
     """The picture, at most ``longest`` pixels a side, under its map [H, W] of scores in [0, 1]."""
-    small = to_rgb(picture).copy()
-    small.thumbnail((longest, longest))
+    small = reduced(picture, longest)
     resized = Image.fromarray(np.asarray(scores, np.float32)).resize(small.size, Image.Resampling.BILINEAR)
     share = np.asarray(resized).clip(0, 1)[..., None]
     grey = 115 + 0.55 * np.asarray(small.convert("L"), np.float32)[..., None]
@@ -65,7 +64,7 @@ def draw_maps(file: Any, found: Sequence[Explanation]) -> None:
     )  # fmt: skip
     with all_scripts("the sheet of maps"):
         for line, one in enumerate(found):
-            _panel(figure.add_subplot(grid[line, 0]), _small(one.picture), _end(one.name))
+            _panel(figure.add_subplot(grid[line, 0]), reduced(one.picture), _end(one.name))
             for column, text in enumerate(one.texts):
                 axes = figure.add_subplot(grid[line, 1 + column])
                 title = f"“{_start(text)}”\nhighest {one.scores[column].max():.2f}"
@@ -75,9 +74,10 @@ def draw_maps(file: Any, found: Sequence[Explanation]) -> None:
         figure.savefig(file, format="png", facecolor="white")
 
 
-def _small(picture: Image.Image) -> Image.Image:
+def reduced(picture: Image.Image, longest: int = _LONGEST) -> Image.Image:
+    """In RGB, at most ``longest`` pixels a side."""
     small = to_rgb(picture).copy()
-    small.thumbnail((_LONGEST, _LONGEST))
+    small.thumbnail((longest, longest))
     return small
 
 

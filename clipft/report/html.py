@@ -20,6 +20,7 @@ _TITLES = {
     "linear_probe": "Linear probe",
     "knn": "Nearest neighbours",
     "head": "Classification head",
+    "anomaly": "Anomaly detection",
 }
 _LARGEST_MATRIX = 25  # classes
 _CLASSES = 200  # rows of the table of classes
@@ -44,6 +45,7 @@ def html_page(
     title: str,
     examples: list[dict[str, Any]] = (),  # type: ignore[assignment]
     settings: dict[str, Any] | None = None,
+    anomaly: dict[str, Any] | None = None,
 ) -> str:
     """The page.
 
@@ -52,6 +54,7 @@ def html_page(
         title: a heading.
         examples: of ``clipft.examples``.
         settings: options by name.
+        anomaly: of :func:`clipft.report.anomalies.section`.
     """
     stages = [stage for stage in _STAGES if stage in report]
     control = report.get("control")
@@ -65,6 +68,7 @@ def html_page(
         "curves": _curves(report.get("history", [])),
         "wise_ft": _wise_ft(report["wise_ft"]) if "wise_ft" in report else None,
         "examples": examples,
+        "anomaly": anomaly,
         "settings": {name: value for name, value in (settings or {}).items() if value is not None},
     }
     loader = PackageLoader("clipft.report", "templates")
