@@ -1,6 +1,6 @@
 """Seconds that a coreset of the patches of normal pictures takes, and what its choice in a random projection costs.
 
-    python benchmarks/coreset.py [--patches 100000] [--dims 1536] [--share 0.01] [--repeats 3]
+    python benchmarks/coreset.py [--patches 100000] [--dims 1536] [--share 0.01] [--repeats 2]
 
 Patches are drawn around a thousand centres, each of as many numbers as two layers of a ViT-B give. "Radius" is the
 largest distance of a patch to its nearest chosen one, in all dimensions; beside it that of as many chosen at random,
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=100_000)
     parser.add_argument("--dims", type=int, default=1536)
     parser.add_argument("--share", type=float, default=0.01)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     points = drawn(arguments.patches, arguments.dims)
     count = round(arguments.share * len(points))

@@ -1,10 +1,9 @@
-"""What is not normal in a picture, and where.
+"""What is not normal in a picture, and where, by normal pictures: how far its patches are from theirs.
 
-By pictures: how far its patches are from those of normal pictures (PatchCore, arXiv:2106.08265), in two layers of the
-image tower, each patch together with its neighbours. Features are measured by how much they vary among normal patches,
-and distances by those of normal pictures that were left out. By words: whether what is seen through windows is nearer
-to texts of what is normal or of what is not (WinCLIP, arXiv:2303.14814; ``detector``). A picture is looked at through
-windows of two sizes, which overlap, for a ViT sees all in few patches.
+After PatchCore (arXiv:2106.08265): what two layers of the image tower give for each patch, the nearest of a coreset of
+normal patches. Features are measured by how much they vary among normal patches, and distances by those of normal
+pictures that were left out. A picture is looked at through windows of two sizes, for a ViT sees all in few patches;
+they overlap, and so do what PatchCore's means over neighbours do. By words: ``detector``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from clipft.errors import line_of
 from clipft.files import check_file, writing
@@ -32,7 +30,6 @@ __all__ = ["PROJECTED", "Anomaly", "Level", "PatchMemory", "coreset_of", "zooms_
 
 Array = NDArray[np.float32]
 PROJECTED = 128  # dimensions in which a coreset is chosen
-_NEAR = 3
 _KEY = "clipft_memory"  # of a file's metadata
 _MOST_SEEN = 100_000  # patches of normal pictures that are held while a memory is made, at each zoom
 _MOST_KEPT = 10_000  # of them in the memory, at each zoom
@@ -322,12 +319,9 @@ def zooms_of(zoom: float | None, grid: Sequence[int]) -> list[float]:
 
 
 def _features(tower: PatchTower, pixels: Tensor, zoom: float, layers: Sequence[int]) -> Tensor:
-    """[N, rows, columns, F] of the windows: each patch by the mean of itself and its neighbours, in each layer."""
-    parts, (height, width) = [], pixels.shape[-2:]
-    for features in tower.features(pixels, windows_of(height, width, zoom), layers):
-        near = F.avg_pool2d(features.movedim(-1, 1), _NEAR, 1, _NEAR // 2, count_include_pad=False)
-        parts.append(near.movedim(1, -1))
-    return torch.cat(parts, dim=-1)
+    """[N, rows, columns, F] of the windows: each patch in each layer."""
+    height, width = pixels.shape[-2:]
+    return torch.cat(tower.features(pixels, windows_of(height, width, zoom), layers), dim=-1)
 
 
 class _Seen:

@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -33,8 +35,10 @@ from clipft.report.heat import overlay
 __all__ = ["Anomalies", "PictureAnomaly", "anomaly", "check_options", "detector_of", "shaded"]
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
+_SCHEMA = pa.schema([("image", pa.string()), ("score", pa.float64()), ("error", pa.string())])
 _LISTED = 10
-_FAINT, _STRONG = 0.35, 0.7  # scores between which a map's colours are
+_DIGITS = 6  # of a score
+_FAINT, _STRONG = 0.4, 0.7  # scores between which a map's colours are
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,9 @@ class PictureAnomaly:
 class Anomalies(list[PictureAnomaly]):
     """One for each picture, in the order given."""
 
-    def to_table(self) -> dict[str, list[Any]]:
-        """The columns of ``output``: ``image``, ``score``, ``error``."""
-        return {name: [getattr(row, name) for row in self] for name in ("image", "score", "error")}
+    def to_table(self) -> pa.Table:
+        """The rows of ``output``, with ``image``, ``score`` and ``error``: ``.to_pandas()`` makes a frame of it."""
+        return pa.Table.from_pylist([{name: getattr(row, name) for name in _SCHEMA.names} for row in self], _SCHEMA)
 
 
 def anomaly(
@@ -238,15 +242,16 @@ def _look(detector: Detector, pictures: Pictures, number: int, files: Path | Non
     except UNREADABLE as error:
         return PictureAnomaly(name, None, shown(line_of(error)))
     found = detector(picture)
+    score = round(found.score, _DIGITS)
     if files is None:
-        return PictureAnomaly(name, found.score, None, None, found.map)
+        return PictureAnomaly(name, score, None, None, found.map)
     npy = files.with_name(f"{files.name}.npy")
     npy.parent.mkdir(parents=True, exist_ok=True)
     with writing(npy) as staged, staged.open("wb") as file:
         np.save(file, found.map)
     with writing(files.with_name(f"{files.name}.png")) as staged:
         shaded(picture, found.map, max(picture.size)).save(staged, format="png")
-    return PictureAnomaly(name, found.score, None, npy)
+    return PictureAnomaly(name, score, None, npy)
 
 
 # ---- what is written ----
@@ -288,19 +293,15 @@ def _check_table(path: Path) -> None:
 def _write_table(path: Path, found: Anomalies) -> None:
     """A row for each picture, in their order."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = found.to_table()
-    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    table, rows = found.to_table(), found.to_table().to_pylist()
     with writing(path) as staged:
         if path.suffix == ".parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            pq.write_table(pa.table(table), staged)
+            pq.write_table(table, staged)
         elif path.suffix == ".jsonl":
             staged.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         else:
             with staged.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, list(table))
+                writer = csv.DictWriter(file, table.column_names)
                 writer.writeheader()
                 writer.writerows(rows)
 

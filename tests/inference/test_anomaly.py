@@ -12,6 +12,7 @@ from tiny_clip import tiny_clip
 from tiny_families import tiny_family
 from tiny_siglip import tiny_siglip
 
+import clipft
 from clipft.inference.anomaly import PatchMemory, coreset_of
 from clipft.inference.patches import to_map, windows_of
 
@@ -38,12 +39,13 @@ def test_a_map_is_in_the_pictures_own_coordinates() -> None:
     assert torch.allclose(to_map(torch.ones_like(values), windows, (40, 100)), torch.ones(40, 100))
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "metaclip_2", "chinese_clip"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "metaclip_2", "chinese_clip", "int8"])
 def test_a_defect_stands_out_where_it_is(kind: str, tmp_path: Path) -> None:
     if kind == "siglip":
         model, processor = tiny_siglip(kind, tmp_path)
     else:
-        model, processor = tiny_clip() if kind == "clip" else tiny_family(kind)
+        model, processor = tiny_clip() if kind in ("clip", "int8") else tiny_family(kind)
+    model = clipft.quantize(model) if kind == "int8" else model
     memory = PatchMemory.fit(model, processor, [surface(seed) for seed in range(4)], zoom=2)
     bad, good = (memory.score(model, processor, one) for one in (surface(9, (20, 60)), surface(9)))
     assert bad.score > good.score
@@ -62,6 +64,17 @@ def test_a_memory_comes_back_from_its_file_and_knows_its_model(tmp_path: Path) -
     assert again.score(model, processor, surface(5)).score == memory.score(model, processor, surface(5)).score
     with pytest.raises(ValueError, match="memory: expected a memory of this model"):
         again.check(*tiny_clip(seed=1))
+
+
+def test_normal_pictures_are_held_against_the_others() -> None:
+    """With all patches kept, each has itself at distance 0."""
+    model, processor = tiny_clip()
+    memory = PatchMemory.fit(model, processor, [surface(seed) for seed in range(4)], zoom=2, coreset=1.0)
+    assert all(level.typical > 0.01 for level in memory.levels)
+    assert len(memory.normal_scores) == 4
+    assert 0.5 < min(memory.normal_scores) < max(memory.normal_scores) < 4
+    assert 0.4 < memory.score(model, processor, surface(9)).score < 0.6
+    assert memory.score(model, processor, surface(2)).score < 0.01  # one of its own
 
 
 def test_a_coreset_leaves_no_point_far() -> None:

@@ -62,10 +62,10 @@ def test_both_doors_give_scores_and_maps_in_the_order_of_the_pictures(place: Pat
     assert not (tmp_path / "maps" / "right" / "broken.npy").exists()
 
     again = clipft.anomaly(str(place / "model"), place / "new", normal=place / "normal")
-    assert [one.score for one in again[:2]] == pytest.approx([float(good["score"]), float(bad["score"])])
+    assert [one.score for one in again[:2]] == [float(good["score"]), float(bad["score"])]
     assert np.array_equal(again[1].map, found)
     assert (again[2].score, again[2].map) == (None, None)
-    assert again.to_table()["image"] == [row["image"] for row in rows]
+    assert again.to_table()["image"].to_pylist() == [row["image"] for row in rows]
 
 
 def test_other_tables(place: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_words_alone_and_beside_pictures(place: Path) -> None:
     memory = clipft.anomaly(str(place / "model"), place / "new", normal=place / "normal")
     both = clipft.anomaly(str(place / "model"), place / "new", normal=place / "normal", **words)
     for one, other, mean in zip(alone[:2], memory, both, strict=False):
-        assert mean.score == pytest.approx((one.score + other.score) / 2)  # type: ignore[operator]
+        assert mean.score == pytest.approx((one.score + other.score) / 2, abs=1e-5)  # type: ignore[operator]
         assert np.allclose(mean.map, (one.map + other.map) / 2, atol=1e-6)
 
 
