@@ -177,6 +177,18 @@ def test_right_probabilities_show_no_more_than_chance() -> None:
     assert np.mean(errors) == pytest.approx(np.mean(chances), abs=4 * np.std(errors) / np.sqrt(draws))
 
 
+def test_an_interval_holds_the_true_error() -> None:
+    """In more than 70 % of draws: it does in 88 %, the bootstrap's percentiles in 25 %, for the bias of both."""
+    inside = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        confidence = 1 - 0.7 * rng.beta(1, 4, 200)
+        share = np.clip(confidence - 0.05, 0, 1)
+        low, high = reliability(confidence, rng.random(200) < share, resamples=100, seed=seed).interval
+        inside += low <= (confidence - share).mean() <= high
+    assert inside > 0.7 * 60
+
+
 def test_wrong_probabilities_are_outside_of_chance() -> None:
     labels, logits = overconfident(1000, 3.0)
     got = calibrate(found(labels, logits))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from tiny_clip import labelled
+from tiny_clip import labelled, tiny_clip
+from tiny_trainer import trainer_of
 
 import clipft
 from clipft.inference.encode import embed
@@ -145,6 +146,13 @@ def test_an_adapter_and_its_merged_model_have_it(base: Path, colours: Path, tmp_
     weights = tmp_path / "run" / "adapter_model.safetensors"
     manifest.write_text(json.dumps({key: value for key, value in stored.items() if key != "clipft_calibration"}))
     assert weights.exists() and not model_calibrations(clipft.load(tmp_path / "run")[0])
+
+
+def test_a_trainer_forgets_what_its_start_had(tmp_path: Path) -> None:
+    model, processor = tiny_clip()
+    set_calibrations(model, {"zero_shot": Calibration(2.0)})
+    trainer_of(tmp_path, labelled(8), loaded=(model, processor), max_steps=1).train()
+    assert not model_calibrations(model)
 
 
 def test_other_weights_have_none(base: Path, colours: Path, table: Path, tmp_path: Path) -> None:
