@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -41,7 +40,8 @@ GROUPS = {
     "deploy": "int8, ONNX, open_clip",
     "ops": "Ops",
 }
-TABS = re.compile(r"^```(?:bash|sh)\n(.*?)^```\n\n```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCE = r"^```{}\n((?:(?!```).*\n)*)```$"
+TABS = re.compile(FENCE.format("(?:bash|sh)") + r"\n\n" + FENCE.format("python"), re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+)([^)#\s]+)(#[^)\s]*)?\)")
 logger = logging.getLogger("mkdocs.hooks.clipft")
 external: set[str] = set()
@@ -121,22 +121,25 @@ def _commands() -> str:
     from clipft.cli import app
 
     group: Any = typer.main.get_command(app)
-    context = click.Context(group, info_name="clipft")
-    return "\n".join(_command(name, group.get_command(context, name)) for name in group.list_commands(context))
+    return "\n".join(_command(name, command) for name, command in group.commands.items())
 
 
 def _command(name: str, command: Any) -> str:
-    context = click.Context(command, info_name=f"clipft {name}")
-    arguments = " ".join(param.make_metavar(context) for param in command.params if isinstance(param, click.Argument))
+    arguments = [param.metavar or str(param.name).upper() for param in _params(command, "argument")]
     lines = [f"## clipft {name}", "", command.help or "", ""]
     if command.epilog:
         lines += ["```bash", *re.findall(r"^  (clipft .*)$", command.epilog, re.MULTILINE), "```", ""]
-    lines += [f"Argument: `{arguments}`", ""] if arguments else []
+    lines += [f"Argument: `{' '.join(arguments)}`", ""] if arguments else []
     for heading, params in _grouped(command):
         lines += [f"**{heading}**", ""] if heading else []
         lines += ["| option | takes | default | |", "| --- | --- | --- | --- |"]
         lines += [_option(param) for param in params] + [""]
     return "\n".join(lines)
+
+
+def _params(command: Any, kind: str) -> list[Any]:
+    """By what they call themselves: their classes are click's or a copy in typer, by its version."""
+    return [param for param in command.params if param.param_type_name == kind]
 
 
 def _grouped(command: Any) -> Iterator[tuple[str, list[Any]]]:
@@ -146,7 +149,9 @@ def _grouped(command: Any) -> Iterator[tuple[str, list[Any]]]:
     from clipft.cli.from_options import Grouped
     from clipft.recipes.options import DATA, GROUPS, MODEL, RUN
 
-    options = [param for param in command.params if isinstance(param, click.Option)]
+    options = _params(command, "option")
+    if not options:
+        raise ValueError(f"docs/hooks.py: found no options of clipft {command.name}")
     if not isinstance(command, Grouped):
         yield "", options
         return
@@ -158,7 +163,7 @@ def _grouped(command: Any) -> Iterator[tuple[str, list[Any]]]:
             yield group, own
 
 
-def _option(param: click.Option) -> str:
+def _option(param: Any) -> str:
     kind = "" if param.is_flag else " ".join(str(c) for c in getattr(param.type, "choices", [])) or param.type.name
     limits = [getattr(param.type, name, None) for name in ("min", "max")]
     if limits != [None, None]:
