@@ -155,21 +155,23 @@ def lora() -> str:
     return f"{machine(found)}:\n\n{table(head, cells, '---')}"
 
 
+TRAINED = {
+    "full": "everything",
+    "lora": "LoRA, r = 16, dropout 0.1, every linear layer",
+    "text": "the image tower (`--freeze text`)",
+    "towers": "the projections (`--freeze towers`), after the first epoch",
+}
+
+
 def training() -> str:
     found = results(f"training-{ZEN4}")
-    what = {
-        "full": "everything",
-        "lora": "LoRA, r = 16, dropout 0.1, every linear layer",
-        "text": "the image tower (`--freeze text`)",
-        "towers": "the projections (`--freeze towers`), after the first epoch",
-    }
 
     def rate(seconds: float) -> str:
         return f"{1 / seconds:.1f}" if seconds > 0.01 else significant(1 / seconds, 3)
 
     cells = [
         [
-            what[row["scenario"]],
+            TRAINED[row["scenario"]],
             significant(1 / row["gain"]["median"], 2),
             *(rate(row[who]["median_s"]) for who in ("clipft", "hf")),
         ]
@@ -355,7 +357,18 @@ def families() -> str:
     return table(head, cells, "---").replace("---:", "---")  # words
 
 
+def costs() -> str:
+    found = results(f"training-{ZEN4}")
+    cells = [
+        [TRAINED[row["scenario"]], *(significant(1000 * row[who]["median_s"], 2) for who in ("clipft", "hf"))]
+        for row in found["rows"]
+    ]
+    head = ("ViT-B/32: what trains", "seconds a thousand pairs", "with transformers' `Trainer`")
+    return f"{machine(found)}, batch {found['settings']['batch']}:\n\n{table(head, cells, '---')}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "costs": costs,
     "summary": summary,
     "demo": demo,
     "rates": rates,

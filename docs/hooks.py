@@ -12,13 +12,17 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import html
+import inspect
 import json
 import logging
 import posixpath
 import re
 import textwrap
+import typing
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +113,11 @@ def _tabs(found: re.Match[str]) -> str:
     return f'=== "Shell"\n\n    ```bash\n{shell}    ```\n\n=== "Python"\n\n    ```python\n{python}    ```'
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Names in docstrings without the roles that Sphinx would read."""
+    return re.sub(r":(?:func|class|mod|meth|attr|exc):(?=<code)", "", html)
+
+
 def on_post_build(config: MkDocsConfig) -> None:
     """The external links, which nobody fetches here."""
     logger.info("external links, not fetched: %s", ", ".join(sorted(external)) or "none")
@@ -120,60 +129,72 @@ def on_post_build(config: MkDocsConfig) -> None:
 def _commands() -> str:
     from clipft.cli import app
 
-    group: Any = typer.main.get_command(app)
-    return "\n".join(_command(name, command) for name, command in group.commands.items())
+    return "\n".join(_command(info) for info in app.registered_commands)
 
 
-def _command(name: str, command: Any) -> str:
-    arguments = [param.metavar or str(param.name).upper() for param in _params(command, "argument")]
-    lines = [f"## clipft {name}", "", command.help or "", ""]
-    if command.epilog:
-        lines += ["```bash", *re.findall(r"^  (clipft .*)$", command.epilog, re.MULTILINE), "```", ""]
+def _command(info: Any) -> str:
+    """From the signature of the command, which is ours: what typer makes of it differs between its versions."""
+    name = info.name or info.callback.__name__
+    parameters = inspect.signature(info.callback, eval_str=True).parameters.values()
+    given = [p for p in parameters if _is(p, typer.models.ArgumentInfo)]
+    arguments = [p.annotation.__metadata__[0].metavar or p.name.upper() for p in given]
+    options = [p for p in parameters if _is(p, typer.models.OptionInfo)]
+    if not options:
+        raise ValueError(f"docs/hooks.py: found no options of clipft {name}")
+    lines = [f"## clipft {name}", "", inspect.cleandoc(info.callback.__doc__), ""]
+    if info.epilog:
+        lines += ["```bash", *re.findall(r"^  (clipft .*)$", info.epilog, re.MULTILINE), "```", ""]
     lines += [f"Argument: `{' '.join(arguments)}`", ""] if arguments else []
-    for heading, params in _grouped(command):
+    for heading, own in _grouped(info, options):
         lines += [f"**{heading}**", ""] if heading else []
         lines += ["| option | takes | default | |", "| --- | --- | --- | --- |"]
-        lines += [_option(param) for param in params] + [""]
+        lines += [_option(parameter) for parameter in own] + [""]
     return "\n".join(lines)
 
 
-def _params(command: Any, kind: str) -> list[Any]:
-    """By what they call themselves: their classes are click's or a copy in typer, by its version."""
-    return [param for param in command.params if param.param_type_name == kind]
+def _is(parameter: inspect.Parameter, kind: type) -> bool:
+    return isinstance(getattr(parameter.annotation, "__metadata__", (None,))[0], kind)
 
 
-def _grouped(command: Any) -> Iterator[tuple[str, list[Any]]]:
+def _grouped(info: Any, options: list[inspect.Parameter]) -> Iterator[tuple[str, list[inspect.Parameter]]]:
     """Options by the headings of ``--help``, where the command has any."""
-    from dataclasses import fields
-
     from clipft.cli.from_options import Grouped
     from clipft.recipes.options import DATA, GROUPS, MODEL, RUN
 
-    options = _params(command, "option")
-    if not options:
-        raise ValueError(f"docs/hooks.py: found no options of clipft {command.name}")
-    if not isinstance(command, Grouped):
+    if info.cls is not Grouped:
         yield "", options
         return
     headings = {"model": MODEL, "data": DATA}
-    headings |= {field.name: field.metadata["group"] for field in fields(command.callback.options_class)}  # type: ignore[union-attr]
+    headings |= {field.name: field.metadata["group"] for field in dataclasses.fields(info.callback.options_class)}
     for group in GROUPS:
-        own = [param for param in options if (headings.get(str(param.name)) or RUN) == group]
-        if own:
+        if own := [parameter for parameter in options if (headings.get(parameter.name) or RUN) == group]:
             yield group, own
 
 
-def _option(param: Any) -> str:
-    kind = "" if param.is_flag else " ".join(str(c) for c in getattr(param.type, "choices", [])) or param.type.name
-    limits = [getattr(param.type, name, None) for name in ("min", "max")]
-    if limits != [None, None]:
-        low, high = limits
-        kind += f", {low} to {high}" if None not in limits else f", from {low}" if high is None else f", to {high}"
-    value = getattr(param.default, "value", param.default)
-    unset = value in (None, False, (), []) or callable(value)
-    default = "required" if param.required else "" if unset else f"`{value}`"
-    names = ", ".join(f"`{name}`" for name in (*param.opts, *param.secondary_opts))
-    return f"| {names} | {kind} | {default} | {_cell(param.help or '')} |"
+def _option(parameter: inspect.Parameter) -> str:
+    about, value = parameter.annotation.__metadata__[0], parameter.default
+    kind = parameter.annotation.__origin__
+    flags = [flag for flag in (about.default, *(about.param_decls or ())) if str(flag).startswith("-")]
+    names = ", ".join(f"`{flag}`" for flag in flags or ["--" + parameter.name.replace("_", "-")])
+    limits = [f"{word} {limit:g}" for word, limit in (("from", about.min), ("to", about.max)) if limit is not None]
+    required = value is inspect.Parameter.empty
+    value = getattr(value, "value", value)
+    default = "required" if required else "" if value is None or value is False else f"`{value}`"
+    return f"| {names} | {' '.join([_takes(kind), *limits])} | {default} | {_cell(about.help or '')} |"
+
+
+def _takes(kind: Any) -> str:
+    """In words; of a switch nothing."""
+    inner = [one for one in typing.get_args(kind) if one is not type(None)]
+    if typing.get_origin(kind) is list:
+        return "text, repeatable"
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(f"`{choice}`" for choice in inner)
+    if inner:
+        return _takes(inner[0])
+    if issubclass(kind, Enum):
+        return ", ".join(f"`{choice.value}`" for choice in kind)
+    return {bool: "", int: "whole number", float: "number", Path: "path"}.get(kind, "text")
 
 
 def _cell(text: str) -> str:
