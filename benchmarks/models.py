@@ -72,9 +72,8 @@ def main() -> None:
     rows = []
     for name in options.only:
         rows.append(measure(name, options.repeats))
-        print(rows[-1], flush=True)
+        print(rows[-1], save("models", {"machine": machine(), "rows": rows}), flush=True)
         gc.collect()
-    print(save("models", {"machine": machine(), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -357,6 +357,26 @@ def families() -> str:
     return table(head, cells, "---").replace("---:", "---")  # words
 
 
+LICENCES = {"openai": "MIT", "google": "Apache-2.0"}  # of who says so plainly
+
+
+def models() -> str:
+    found = results("models-amd-epyc-family-25-model-1-avx2")
+    cells = [
+        [
+            f"`{row['model']}`",
+            f"{row['parameters'] / 1e6:.0f} million",
+            f"{row['pixels']} / {row['patch']}",
+            str(row["tokens"]),
+            *(significant(1000 * row["seconds"][who]["min_s"], 2) for who in ("float32", "int8")),
+            LICENCES.get(row["model"].split("/")[0], ""),
+        ]
+        for row in found["rows"]
+    ]
+    head = ("model", "parameters", "pixels / patch", "tokens", "ms a picture", "in int8", "licence")
+    return f"{machine(found)}, random weights:\n\n{table(head, cells, '---')}"
+
+
 def costs() -> str:
     found = results(f"training-{ZEN4}")
     cells = [
@@ -369,6 +389,7 @@ def costs() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "costs": costs,
+    "models": models,
     "summary": summary,
     "demo": demo,
     "rates": rates,

@@ -135,7 +135,7 @@ def workspace(tmp_path_factory):
         "test": ("cat", "dog"),
         "radiographs": ("normal", "pneumonia"),
         "radiographs-new": ("normal", "pneumonia"),
-        "new": ("",),
+        **dict.fromkeys(("new", "newer", "good", "more"), ("",)),
         "cells": ("intact", "defective"),
     }
     number = 0
