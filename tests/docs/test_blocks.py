@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
+from PIL import Image
 from tiny_clip import captioned, picture, tiny_clip
 
 import clipft
@@ -135,7 +137,8 @@ def workspace(tmp_path_factory):
         "test": ("cat", "dog"),
         "radiographs": ("normal", "pneumonia"),
         "radiographs-new": ("normal", "pneumonia"),
-        **dict.fromkeys(("new", "newer", "good", "more"), ("",)),
+        **dict.fromkeys(("new", "newer", "good", "more", "more-good"), ("",)),
+        "bottle": ("train/good", "test/good", "test/crack"),
         "cells": ("intact", "defective"),
     }
     number = 0
@@ -145,6 +148,10 @@ def workspace(tmp_path_factory):
             for index in range(1, 13 if name == "pictures" else 7):  # kNN takes 20
                 picture(number)[0].save(folder / name / one / f"{index}.jpg")
                 number += 1
+    (folder / "bottle/ground_truth/crack").mkdir(parents=True)
+    for image in (folder / "bottle/test/crack").iterdir():
+        mask = Image.fromarray(np.eye(40, 50, dtype=np.uint8) * 255)
+        mask.save(folder / f"bottle/ground_truth/crack/{image.stem}_mask.png")
     (folder / "table").mkdir()
     rows = []
     for index in range(12):
