@@ -41,7 +41,8 @@ def check_kind_of_evaluation(settings: EvaluateOptions) -> None:
         f.name for f in dataclasses.fields(DataOptions)
     }
     for field in dataclasses.fields(EvaluateOptions):
-        if getattr(settings, field.name) == field.default or field.name in (_ANOMALY, *_COMMON):
+        value, default = getattr(settings, field.name), field.default
+        if value is default or field.name in (_ANOMALY, *_COMMON) or (default is not None and value == default):
             continue
         if settings.anomaly and field.name not in own:
             raise ValueError(f"{field.name}: expected nothing beside anomaly (--anomaly), which makes no use of it")
@@ -62,9 +63,10 @@ def evaluate_anomaly(
         raise ValueError(f"data: expected a folder in MVTec AD's layout with anomaly (--anomaly), got {name_of(data)}")
     readings = {"data": reading_of(settings), "masks": reading_of(settings)}
     test = read_inspection(root, readings["data"], readings["masks"])
+    if not test.has_masks:
+        del readings["masks"]
     for reading in readings.values():
-        if reading.given:
-            console.print(Text(f"{reading.source}: {reading.line()}"))
+        console.print(Text(f"{reading.source}: {reading.line()}"))
     if not test.has_masks:
         console.print(Text(f"{root}: has no ground_truth with masks: numbers of pictures alone"))
     options = _detector_options(settings, root)
