@@ -20,8 +20,8 @@ from clipft.report.heat import reduced
 __all__ = ["Worst", "section"]
 
 _MISSED, _ALARMS, _PLACES = (
-    "Defects that look normal",
-    "Normal pictures that look least so",
+    "Defects with the lowest scores",
+    "Normal pictures with the highest scores",
     "Defects whose place is found worst",
 )
 _SHOWN = 4  # pictures of each

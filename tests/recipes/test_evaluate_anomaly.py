@@ -79,7 +79,7 @@ def test_numbers_are_those_of_the_scores_and_maps_of_anomaly(tiles: Path, base: 
 def test_the_page_has_the_worst_pictures_with_maps_beside_masks(tiles: Path, base: Path) -> None:
     scores = clipft.evaluate(base, tiles, anomaly=True)
     page = scores._repr_html_()
-    for words in ("Anomaly detection", "kind of defect", "Defects that look normal", "Normal pictures that look least"):
+    for words in ("Anomaly detection", "kind of defect", "with the lowest scores", "Normal pictures with the highest"):
         assert words in page
     assert page.count('alt="the map of good/') == 4
     strips = re.findall(r'alt="the map of ((?:crack|spot)/\d.png)"', page)
