@@ -32,7 +32,7 @@ Array = NDArray[np.float32]
 PROJECTED = 128  # dimensions in which a coreset is chosen
 _KEY = "clipft_memory"  # of a file's metadata
 _MOST_SEEN = 100_000  # patches of normal pictures that are held while a memory is made, at each zoom
-_MOST_KEPT = 10_000  # of them in the memory, at each zoom
+_MOST_KEPT = 5_000  # of them in the memory, at each zoom
 _LEFT_OUT = 50  # normal pictures that are held against the others
 _FEWEST = 2  # normal pictures
 _RARE = 0.95  # share of normal pictures, left out, whose score is below 0.5
@@ -123,7 +123,7 @@ class PatchMemory:
                 begin with.
             zoom: how many times smaller than the picture the windows are that it is seen through, besides those of
                 twice the size; default: see :func:`zooms_of`.
-            coreset: share of the patches that is kept, in (0, 1]; at most 10000 at each zoom.
+            coreset: share of the patches that is kept, in (0, 1]; at most 5000 at each zoom.
             seed: of the choice.
             name: of the model, for messages.
 

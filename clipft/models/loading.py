@@ -32,6 +32,7 @@ from clipft.models.formats import (
     INT8_WEIGHTS,
     MERGED,
     MODEL_MANIFEST,
+    ONNX_INFO,
     PROCESSOR_FILES,
     QUANT_METHOD,
     SENTENCE_MODULES,
@@ -240,8 +241,9 @@ def _check_folder(folder: Path) -> None:
     config = folder / "config.json"
     if not config.exists():
         found = ", ".join(sorted(entry.name for entry in folder.glob("*"))[:8]) or "nothing"
+        onnx = ": ONNX encoders, which embed, search and predict take" if (folder / ONNX_INFO).is_file() else ""
         raise FileNotFoundError(
-            f"{folder}: expected a model folder as save_pretrained writes it, with config.json; found {found}"
+            f"{folder}: expected a model folder as save_pretrained writes it, with config.json; found {found}{onnx}"
         )
     for path in folder.iterdir():
         if path.suffix in _READ and path.exists():

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clipft.console import bar, console_of_run
-from clipft.data.pictures import UNREADABLE, naming, open_picture
+from clipft.data.pictures import UNREADABLE, naming, open_picture, picture_endings
 from clipft.data.sources import read_pairs
 from clipft.errors import line_of, shown
 from clipft.files import check_folder, check_output, check_places, writing
@@ -270,8 +270,12 @@ def _map_files(folder: Path, names: Sequence[str]) -> list[Path]:
     Raises:
         ValueError: two have one place. OSError: the folder cannot be written into.
     """
-    parts = [[part for part in PurePosixPath(name).parts if part not in ("/", "..", ".")] for name in names]
-    stems = [PurePosixPath(*own).with_suffix("") if own else PurePosixPath(f"row {n}") for n, own in enumerate(parts)]
+    endings = picture_endings()
+    stems = []
+    for number, name in enumerate(names):
+        path = PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..", ".")))
+        path = path if path.name else PurePosixPath(f"row {number}")
+        stems.append(path.with_suffix("") if path.suffix.lower() in endings else path)
     twice = [stem for stem, count in Counter(map(str, stems)).items() if count > 1]
     if twice:
         same = [name for name, stem in zip(names, stems, strict=True) if str(stem) == twice[0]]

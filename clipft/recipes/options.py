@@ -376,7 +376,12 @@ class DetectorOptions(DataOptions):
         least=1.0,
         most=16.0,
     )
-    coreset: float = option(0.1, "Share of the normal patches that the memory keeps.", least=0.001, most=1.0)
+    coreset: float = option(
+        0.1,
+        "Share of the normal patches that the memory keeps; 5000 of each size of windows at the most.",
+        least=0.001,
+        most=1.0,
+    )
     seed: int = option(0, "Of the choice of these patches.", least=0)
 
 

@@ -52,7 +52,13 @@ class Scores(dict[str, Any]):
 
 
 def loaded(model: Any) -> tuple[Any, Any]:
-    """Model and processor of a folder, a name, a run, or of themselves."""
+    """Model and processor of a folder, a name, a run, or of themselves.
+
+    Raises:
+        TypeError: encoders in ONNX.
+    """
+    if hasattr(model, "encode_images"):
+        raise TypeError("model: expected one in torch, got ONNX encoders, which give vectors of whole pictures")
     if isinstance(model, Run):
         return model.model, model.processor
     return model if isinstance(model, tuple) else load(model)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -142,6 +143,24 @@ def test_what_cannot_be_done_is_said(place: Path, options: dict[str, Any], said:
     with pytest.raises((ValueError, OSError)) as error:
         clipft.anomaly(str(place / "model"), place / "new", **options)
     assert str(error.value).startswith(said)
+
+
+def test_onnx_encoders_are_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "clipft_onnx.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"found clipft_onnx\.json: ONNX encoders, which embed"):
+        clipft.anomaly(str(tmp_path), place / "new", normal=place / "normal")
+
+
+def test_rows_without_a_path_have_maps_too(place: Path, tmp_path: Path) -> None:
+    files = [place / "new" / name for name in ("left/good.png", "right/bad.png")]
+    found = clipft.anomaly(str(place / "model"), files, normal=place / "normal", maps=tmp_path / "maps")
+    assert [one.file is not None and one.file.is_file() for one in found] == [True, True]
+    data = datasets.Dataset.from_dict(
+        {"image": [surface(0), surface(1)]}, datasets.Features({"image": datasets.Image()})
+    )
+    found = clipft.anomaly(str(place / "model"), data, normal=place / "normal", maps=tmp_path / "rows")
+    assert len({one.file for one in found}) == 2
+    assert all(np.array_equal(one.map, np.load(one.file)) for one in found if one.file is not None)
 
 
 def test_two_pictures_of_one_name_have_no_maps(place: Path, tmp_path: Path) -> None:
