@@ -125,11 +125,11 @@ def test_options_in_the_text_are_options_of_a_command():
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
+def workspace(tmp_path_factory, exported):
     """What the pages take for granted: their models and pictures, small."""
     folder = tmp_path_factory.mktemp("reader")
     model, processor = tiny_clip()
-    for name in ("openai/clip-vit-base-patch32", "run", "clipft-demo"):
+    for name in ("openai/clip-vit-base-patch32", "clipft-demo"):
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
     classes = {
@@ -165,6 +165,8 @@ def workspace(tmp_path_factory):
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
     for name in ("products", "new-products"):
         (folder / f"{name}.csv").write_text("\n".join(["image,caption,color,material", *map(",".join, rows)]) + "\n")
+    shutil.copytree(exported[0], folder / "run-onnx")
+    clipft.train((model, processor), folder / "pictures", folder / "run", epochs=1, control_data="none")
     return folder
 
 
