@@ -20,7 +20,7 @@ class ExplainOptions:
         "How many times smaller than the picture the windows are that it is seen through: as large as the things that "
         "are looked for. 1: the whole picture at once.",
         least=1.0,
-        most=64.0,
+        most=32.0,
     )
     background: Sequence[str] | None = option(
         None, "What the texts compete with, besides each other, in place of the usual; repeat for several."
