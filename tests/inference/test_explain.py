@@ -21,6 +21,7 @@ from tiny_siglip import tiny_siglip
 import clipft
 from clipft.families.registry import family_of
 from clipft.inference.explain import Locator, boxes_of
+from clipft.inference.patches import PatchTower, windows_of
 from clipft.models.int8_layers import QuantizedAttention
 
 spec = importlib.util.spec_from_file_location("bench_explain", Path(__file__).parents[2] / "benchmarks" / "explain.py")
@@ -89,18 +90,19 @@ def test_boxes_surround_parts_above_the_threshold_best_first():
 # ---- every model that can, as it is ----
 
 
+def made(kind, folder):
+    if kind == "clip":
+        return tiny_clip()
+    return tiny_siglip(kind, folder) if kind == "siglip2" else tiny_family(kind)
+
+
 def maps(model, processor, zoom=2.0):
     return clipft.explain((model, processor), noise(), ["red", "square"], zoom=zoom).scores
 
 
 @pytest.mark.parametrize("kind", ["clip", "metaclip_2", "chinese_clip", "siglip2"])
 def test_families_fused_and_in_int8(kind, tmp_path):
-    if kind == "clip":
-        model, processor = tiny_clip()
-    elif kind == "siglip2":
-        model, processor = tiny_siglip(kind, tmp_path)
-    else:
-        model, processor = tiny_family(kind)
+    model, processor = made(kind, tmp_path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
     plain = maps(model, processor)
@@ -120,6 +122,39 @@ def test_families_fused_and_in_int8(kind, tmp_path):
             for one in (int8, model)
         )
     assert torch.nn.functional.cosine_similarity(own, exact, dim=-1).min() > 0.97
+
+
+def test_patches_are_what_keys_that_attend_to_keys_find(tiny):
+    """In the upper half of the layers, the formula in plain torch."""
+    model = copy.deepcopy(tiny[0])
+    pixels = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        patches, whole = family_of(model).vision.embed_patches(model, pixels)
+        output = model.get_image_features(pixels, output_hidden_states=True)
+        total = torch.zeros(())
+        for states, layer in list(zip(output.hidden_states, model.vision_model.encoder.layers, strict=False))[1:]:
+            attention, given = layer.self_attn, layer.layer_norm1(states)
+            keys, values = (part.unflatten(-1, (2, 16)) for part in (attention.k_proj(given), attention.v_proj(given)))
+            shares = (torch.einsum("nqhd,nkhd->nhqk", keys, keys) / 4).softmax(-1)
+            total = total + attention.out_proj(torch.einsum("nhqk,nkhd->nqhd", shares, values).flatten(2))
+        expected = model.visual_projection(model.vision_model.post_layernorm(total))[:, 1:]
+    torch.testing.assert_close(patches, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whole, output.pooler_output)
+
+
+@pytest.mark.parametrize("kind", ["clip", "chinese_clip", "siglip2"])
+def test_a_patch_tells_of_its_own_place(kind, tmp_path):
+    """What changes in the upper right changes the patches there most."""
+    model, processor = made(kind, tmp_path)
+    tower, (whole,) = PatchTower(model, processor), windows_of(SIZE, SIZE, 1)
+    pixels = tower.pixels(noise(SIZE, SIZE))
+    changed = pixels.clone()
+    changed[:, : SIZE // 2, SIZE // 2 :] = 255 - changed[:, : SIZE // 2, SIZE // 2 :]
+    before, after = (tower.embeddings(one, [whole])[0][0] for one in (pixels, changed))
+    moved = (after - before).norm(dim=-1)
+    half = len(moved) // 2
+    others = torch.stack([moved[:half, :half], moved[half:, :half], moved[half:, half:]])
+    assert moved[:half, half:].mean() > 1.2 * others.mean((1, 2)).max()
 
 
 def test_an_adapter_is_looked_through(tiny):
