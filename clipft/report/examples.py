@@ -116,6 +116,7 @@ class _Maps:
             locate = Locator(self.model, self.processor, self.found.text_embeds[pair], zoom=_ZOOM)
             picture = read_row(self.dataset, row)["image"]
             scores = locate(picture)
+            scores = scores / max(float(scores.max()), 1e-9)  # of a mistake both may be low beside the background
         except Exception as error:  # a report without maps is worth more than none
             _logger.warning("the report is without maps of where things are: %s", line_of(error))
             self.model = None
