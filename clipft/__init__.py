@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from clipft.recipes.doctor import doctor as doctor
     from clipft.recipes.evaluate import evaluate as evaluate
     from clipft.recipes.explain import explain as explain
+    from clipft.recipes.predict import predict as predict
     from clipft.recipes.train import train as train
     from clipft.training.arguments import CLIPTrainingArguments as CLIPTrainingArguments
     from clipft.training.head_losses import dice_loss as dice_loss
@@ -93,6 +94,7 @@ _MODULE_OF = {
     "train": "clipft.recipes.train",
     "evaluate": "clipft.recipes.evaluate",
     "explain": "clipft.recipes.explain",
+    "predict": "clipft.recipes.predict",
     "doctor": "clipft.recipes.doctor",
     "anomaly": "clipft.recipes.anomaly",
 }

@@ -13,7 +13,16 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -204,18 +213,34 @@ def _answers(found: dict[str, Any] | None, with_intervals: bool) -> list[str]:
     return [f"{found['threshold']:.3f}", right, f"{found['coverage']:.1%}"]
 
 
-def bar(console: Console) -> Progress:
-    """A progress bar with counts and times; in a notebook one line that is drawn anew."""
+def bar(console: Console, rate: str = "") -> Progress:
+    """A progress bar with counts and times; in a notebook one line that is drawn anew. ``rate``: what a second's count
+    is called, if that is shown.
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        *([_Rate(rate)] if rate else []),
     )
     if console.is_jupyter:
         return _NotebookProgress(*columns, console=console, auto_refresh=False)
     return Progress(*columns, console=console)
+
+
+class _Rate(ProgressColumn):
+    """So many a second; at the end over all of the time."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def render(self, task: Task) -> Text:
+        """Empty until it is known."""
+        speed = task.completed / task.finished_time if task.finished_time else task.speed
+        return Text(f"{speed:.0f} {self._name}" if speed else "")
 
 
 class _NotebookProgress(Progress):

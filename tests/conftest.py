@@ -106,15 +106,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A folder with the tiny CLIP's ONNX encoders, float and int8, and the report of the export."""
+    """A folder with the ONNX encoders, float and int8, of the tiny CLIP with a head, and the report of the export."""
     for module in ("onnx", "onnxruntime"):
         pytest.importorskip(module)
-    from tiny_clip import captioned, tiny_clip
+    from tiny_clip import COLOURS, captioned, tiny_clip
 
     import clipft
     from clipft.models.calibrated import Calibration, set_calibrations
 
     folder, (model, processor) = tmp_path_factory.mktemp("exported"), tiny_clip()
+    clipft.add_head(model, processor, list(COLOURS))
     set_calibrations(model, {"zero_shot": Calibration(2.5, 0.5, 0.9, ("a", "b"))})
     return folder, clipft.export_onnx(model, processor, folder, int8=True, data=captioned(40))
 

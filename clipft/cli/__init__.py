@@ -1,5 +1,5 @@
-"""The command line, a module per group of commands: ``training`` (demo, train), ``evaluation``, ``data`` (doctor),
-``deploy`` (merge, quantize, export), ``explain``, ``search`` (embed, search) and ``env``.
+"""The command line, a module per group of commands: ``training`` (demo, train), ``evaluation``, ``predict``,
+``anomaly``, ``data`` (doctor), ``deploy`` (merge, quantize, export), ``explain``, ``search`` (embed, search), ``env``.
 """
 
 import codecs
@@ -8,6 +8,7 @@ import sys
 
 from clipft.cli import training as training  # isort: skip  (--help lists commands in the order of their modules)
 from clipft.cli import evaluation as evaluation  # isort: skip
+from clipft.cli import predict as predict  # isort: skip
 from clipft.cli import anomaly as anomaly  # isort: skip
 from clipft.cli import data as data
 from clipft.cli import deploy as deploy

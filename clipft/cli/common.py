@@ -26,6 +26,7 @@ from clipft.files import check_folder
 from clipft.recipes.options import TrainOptions
 
 __all__ = [
+    "AnyModel",
     "Data",
     "Model",
     "Workers",
@@ -73,6 +74,9 @@ def _every_command(
 
 Model = Annotated[
     str, typer.Option(help="A folder as save_pretrained writes it, an adapter folder, a hub name, or demo.")
+]
+AnyModel = Annotated[
+    str, typer.Option("--model", help="As for evaluate, or a folder that clipft export wrote, which ONNX Runtime runs.")
 ]
 Data = Annotated[
     str,

@@ -191,6 +191,8 @@ def _print_parity(parity: dict[str, Any], console: Console) -> None:
         "one picture, ms": lambda one: f"{one['latency_ms']['image']:.2f}",
         "one caption, ms": lambda one: f"{one['latency_ms']['text']:.2f}",
     }
+    for name in parity["fp32"]["same_class"]:
+        rows[f"same class, {name}"] = lambda one, name=name: f"{one['same_class'][name]:.1%}"
     for name, cell in rows.items():
         table.add_row(name, *(cell(parity[kind]) if kind != "torch" or "R@1" in name else "" for kind in kinds))
     console.print(table)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipft.cli.common import Workers, app, examples, prepare, user_errors
+from clipft.cli.common import AnyModel, Workers, app, examples, prepare, user_errors
 from clipft.cli.from_options import takes_options
 from clipft.files import check_output, expanded
 from clipft.recipes.options import DataOptions, options_from
@@ -20,9 +20,6 @@ from clipft.recipes.options import DataOptions, options_from
 if TYPE_CHECKING:
     from clipft.data.reading import Reading
 
-AnyModel = Annotated[
-    str, typer.Option("--model", help="As for evaluate, or a folder that clipft export wrote, which ONNX Runtime runs.")
-]
 Int8 = Annotated[bool, typer.Option("--int8", help="Of an ONNX folder, take the int8 encoders.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="That run the model; default: one a core that is free to us.")]
 
@@ -72,7 +69,7 @@ def embed(
     encoder = load_encoder(model, int8=int8, batch_size=batch_size, threads=threads)
     left_out = [] if reading is None else list(reading.skipped)
     description = Description(kind, model, encoder.identity(), *source, left_out)
-    with bar(console) as progress:
+    with bar(console, rate="texts/s" if reading is None else "pictures/s") as progress:
         task = progress.add_task("embedding", total=len(ids))
         unreadable = embed_to_file(
             encoder,

@@ -28,7 +28,7 @@ from clipft.data.stored import canonical, features_of_parquet, holds_paths, read
 from clipft.data.table_files import from_files, lists_pictures
 from clipft.data.tables import add_picture, dataset_of_pictures
 
-__all__ = ["Tree", "from_folder", "walk"]
+__all__ = ["Tree", "from_folder", "from_picture_files", "walk"]
 
 _SHARD = ".tar"
 _UNLISTED, _OTHER, _NO_CLASS, _EMPTY = "not in the table", "of another kind", "in no class folder", "without pictures"
@@ -199,6 +199,19 @@ def _from_pictures(tree: Tree, reading: Reading) -> datasets.Dataset:
     for picture in tree.pictures:
         add_picture(pictures, str(picture), str(picture.relative_to(tree.folder)), str(picture))
     return dataset_of_pictures(pictures, (None, None), str(tree.folder), reading)
+
+
+def from_picture_files(files: Sequence[Path], where: str, reading: Reading) -> datasets.Dataset:
+    """Pictures as they are given, each by its path."""
+    tree, kinds = Tree(Path(where)), dict.fromkeys(picture_endings(), "pictures")
+    for file in files:
+        _sort_in(tree, file, kinds, file.is_file())
+    _refuse(tree, reading)
+    _count(_OTHER, tree.others, reading)
+    pictures: dict[str, dict[str, Any]] = {}
+    for picture in tree.pictures:
+        add_picture(pictures, os.path.realpath(picture), str(picture), str(picture))
+    return dataset_of_pictures(pictures, (None, None), where, reading)
 
 
 def _holds_pictures(table: Path, reading: Reading) -> bool:

@@ -51,6 +51,8 @@ class Reading:
         split: which split of it was read, if it has several.
         skipped: why each bad row was left out.
         left_out: by kind, the places of rows and files that are not in the result.
+        faults: of each row that could not be used, its place and the message, in the order in which they were met.
+        order: of what is not ordered by name, the number of each place.
         listed: the picture files that tables name.
         places: for each row of the result, where its rows come from; empty where nobody says.
     """
@@ -67,6 +69,8 @@ class Reading:
     skipped: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     places: list[list[str]] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    order: dict[str, int] = field(default_factory=dict)
     listed: set[str] = field(default_factory=set)
     _rows: int = 0  # of the result, where there are no places
     _bad: set[str] = field(default_factory=set)  # kinds of bad rows, which are named
@@ -75,20 +79,24 @@ class Reading:
 
     def leave_out(self, kind: str, name: str, why: str = "") -> None:
         """Count one file or row that is not in the result; ``why``, of a bad row, is a message of its own."""
-        self.left_out.setdefault(kind, []).append(self._short(name))
+        self.left_out.setdefault(kind, []).append(self.shortened(name))
         if why:
             self.skipped.append(why)
             self._bad.add(kind)
 
     @contextmanager
-    def row(self) -> Iterator[None]:
-        """Around the work on one row: what is wrong with it is raised or, with ``skip``, noted."""
+    def row(self, place: str = "") -> Iterator[None]:
+        """Around the work on one row: what is wrong with it is raised or, with ``skip``, noted. ``place``: where that
+        is not what the error says.
+        """
         try:
             yield
         except (ValueError, OSError) as error:
             if not self.skip:
                 raise
             message = str(error)
+            own = place or (error.place if isinstance(error, BadRowError) else message.partition(": ")[0])
+            self.faults.append((own, message))
             if isinstance(error, BadRowError):
                 self.leave_out(error.kind, error.place, message)
             else:
@@ -153,5 +161,6 @@ class Reading:
         reasons = "; ".join(self.skipped[:_SHOWN]) + ("; ..." if len(self.skipped) > _SHOWN else "")
         return shown(f"{self.source}: left out {len(self.skipped)} of {self.given} rows: {reasons}")
 
-    def _short(self, name: str) -> str:
+    def shortened(self, name: str) -> str:
+        """A place without the source before it."""
         return name.removeprefix(f"{self.source}, ").removeprefix(f"{self.source.rstrip('/')}/")

@@ -77,10 +77,13 @@ def from_samples(samples: Sequence[Sample], where: str, reading: Reading) -> dat
     """The data set of samples that have a picture and a caption or a label each."""
     rows: list[tuple[str, dict[str, Any]]] = []
     for sample in samples:
-        with reading.row():
+        reading.order[sample.place] = len(reading.order)
+        with reading.row(sample.place):
             if sample.fault is not None:
                 raise sample.fault
-            rows += [(part.place, _row(part, reading)) for part in _parts(sample, reading)]
+            parts = _parts(sample, reading)
+            rows += [(part.place, _row(part, reading)) for part in parts]
+            reading.order |= {part.place: len(reading.order) + number for number, part in enumerate(parts)}
     present = [name if any(row[name] is not None for _, row in rows) else None for name in ("caption", "label")]
     if reading.pictures_only:
         present = [None, None]
@@ -91,7 +94,7 @@ def from_samples(samples: Sequence[Sample], where: str, reading: Reading) -> dat
         )
     pictures: dict[str, dict[str, Any]] = {}
     for place, row in rows:
-        with reading.row():
+        with reading.row(place):
             if row["image"] is None:
                 found = ", ".join(row["files"]) or "none"
                 raise BadRowError(place, f"expected a picture (.jpg, .png, .webp, ...), found {found}", NO_FILE)

@@ -7,6 +7,7 @@ be each other's negatives.
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,17 @@ from typing import Any
 import datasets
 
 from clipft.data.columns import checked_attributes
-from clipft.data.folders import from_folder, walk
+from clipft.data.folders import from_folder, from_picture_files, walk
 from clipft.data.given import read_object
-from clipft.data.pictures import EncodedPicture, UnreadablePictureError, limit_pixels, naming, to_rgb
+from clipft.data.pictures import (
+    UNOPENED_ENDINGS,
+    EncodedPicture,
+    UnreadablePictureError,
+    limit_pixels,
+    naming,
+    picture_endings,
+    to_rgb,
+)
 from clipft.data.reading import HIDDEN, UNREADABLE_KIND, Reading
 from clipft.data.rows import read_stored, stored_pictures
 from clipft.data.samples import from_samples
@@ -28,7 +37,7 @@ from clipft.data.stored import canonical, select_rows
 from clipft.data.table_files import from_files, lists_pictures
 from clipft.data.text_tables import checked_encoding
 from clipft.environment import usable_cores
-from clipft.files import check_file
+from clipft.files import check_file, expanded
 
 __all__ = ["load_pairs", "load_reading", "read_pairs"]
 
@@ -125,14 +134,20 @@ def _read(source: str | Path, split: str | None, reading: Reading, purpose: str)
     path = existing(source)
     if Path(source).suffix.lower() == ".tar" and (path is None or path.is_file()):
         return from_samples(read_samples(shard_paths(str(source)), reading), str(source), reading)
-    if path is None and (Path(source).suffix.lower() in TABLE_ENDINGS or str(source).startswith((".", "/", "~"))):
+    pattern = reading.pictures_only and any(sign in str(source) for sign in "*?[")
+    named = Path(source).suffix.lower() in TABLE_ENDINGS or str(source).startswith((".", "/", "~"))
+    if path is None and named and not pattern:
         raise FileNotFoundError(
             f"path_or_name: expected a file, a folder or a data set's name, there is no {str(source)!r}"
         )
+    if path is None and pattern:
+        return _from_pattern(str(source), reading)
     if path is None:
         return _by_name(str(source), split, reading, purpose)
     if not path.is_dir():
         check_file(path)
+        if reading.pictures_only and path.suffix.lower() in {*picture_endings(), *UNOPENED_ENDINGS}:
+            return from_picture_files([path], str(source), reading)
     every = reading.pictures_only and split is None and not (reading.named[0] or reading.id_column)
     all_pictures = every and path.is_dir() and walk(path, Reading()).pictures
     parts = sources_of_splits(path) if path.is_dir() and not all_pictures else None
@@ -145,6 +160,23 @@ def _read(source: str | Path, split: str | None, reading: Reading, purpose: str)
     if chosen[0].is_dir() and not (path / "dataset_dict.json").is_file():
         _count_beside_splits(path, parts, split, reading)
     return from_folder(chosen[0], reading) if chosen[0].is_dir() else from_files(chosen, reading)
+
+
+def _from_pattern(pattern: str, reading: Reading) -> datasets.Dataset:
+    """Pictures, or tables, whose paths match; folders among them are counted."""
+    found = [Path(name) for name in sorted(glob.glob(str(expanded(pattern)), recursive=True))]
+    files = [path for path in found if not path.is_dir()]
+    if not files:
+        raise FileNotFoundError(f"path_or_name: expected files, none match {pattern!r}")
+    for path in found:
+        if path.is_dir():
+            reading.leave_out("a folder", str(path))
+    tables = [path for path in files if path.suffix.lower() in TABLE_ENDINGS]
+    if len(tables) == len(files):
+        return from_files(tables, reading)
+    if tables:
+        raise ValueError(f"path_or_name: expected pictures or tables, {pattern!r} matches both, such as {tables[0]}")
+    return from_picture_files(files, pattern, reading)
 
 
 def _count_beside_splits(folder: Path, splits: Iterable[str], asked: str | None, reading: Reading) -> None:

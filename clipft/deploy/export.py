@@ -26,17 +26,22 @@ from clipft import __version__
 from clipft.data.captions import shortened
 from clipft.data.collate import most_tokens, tokenize
 from clipft.data.pictures import check_preprocessing
-from clipft.data.rows import index_texts
+from clipft.data.rows import DEFAULT_TEMPLATES, index_texts
 from clipft.deploy.quantize import pictures_and_captions, plain_model, quantize
 from clipft.evaluation.metrics import retrieval_metrics
 from clipft.families.family import Family
-from clipft.families.registry import family_of, model_names
+from clipft.families.registry import base_model, family_of, model_names
 from clipft.files import expanded, replace_set, set_of, write_json
+from clipft.inference.classifier import ZERO_SHOT
+from clipft.inference.classify import classifiers_of, zero_shot_classifier
 from clipft.inference.encode import embed_images, embed_texts, unified
 from clipft.inference.onnx_clip import INFO, OnnxCLIP, tokenizer_of
+from clipft.inference.stored_classifiers import write_classifiers
 from clipft.models.calibrated import model_calibrations
 from clipft.models.formats import MODEL_MANIFEST, ONNX_MODELS
+from clipft.models.heads import LABEL, heads_of
 from clipft.models.int8 import QuantizedModel
+from clipft.models.run_folder import classes_of_run, templates_of_run
 from clipft.ops.nn import QuantizedLinear
 
 __all__ = ["export_onnx"]
@@ -66,8 +71,10 @@ def export_onnx(
     The folder gets ``image_encoder.onnx`` (``pixel_values`` [N, 3, H, W] -> ``image_embeds`` [N, D]) and
     ``text_encoder.onnx`` (``input_ids``, ``attention_mask`` [N, L] -> ``text_embeds`` [N, D]), with dynamic N and L,
     L2-normalised embeddings, opset 20 and no operators but ONNX's own; the processor's files; and
-    ``clipft_onnx.json``. :class:`clipft.OnnxCLIP` needs no more than the folder. A SigLIP reads captions padded to
-    their full length: its text encoder takes ``input_ids`` of this L alone.
+    ``clipft_onnx.json``. Of a model with heads the image encoder also gives ``logits`` [N, C], those of an attribute's
+    head as ``logits_NAME``; ``class_vectors.npy`` has the heads' weights and, of a model that was loaded from a run's
+    folder, vectors of the classes that it was scored against. :class:`clipft.OnnxCLIP` needs no more than the folder. A
+    SigLIP reads captions padded to their full length: its text encoder takes ``input_ids`` of this L alone.
 
     Args:
         model: a float model, fused or not, or a peft model of one, whose adapters are merged in. Not changed.
@@ -86,7 +93,8 @@ def export_onnx(
         The parity report, which is also in ``clipft_onnx.json`` under ``parity``: ``data``, ``torch`` (its
         ``retrieval``, as of :func:`clipft.evaluate_retrieval`) and, for ``fp32`` and ``int8``, ``image_cosine`` and
         ``text_cosine`` (``mean``, ``min``), ``top1_agreement`` (share of the pictures with the same best caption),
-        ``retrieval``, ``bytes``, and ``latency_ms`` (median of one picture and of one caption).
+        ``same_class`` (by head, and of the run's classes as ``zero_shot``, share with the same class), ``retrieval``,
+        ``bytes``, and ``latency_ms`` (median of one picture and of one caption).
 
     Raises:
         ImportError: the ``onnx`` extra is not installed.
@@ -101,7 +109,7 @@ def export_onnx(
         raise ValueError(f"int8: expected {model_names('int8')}, got a {type(plain).__name__}")
     pictures, captions, described = pictures_and_captions(data, _PAIRS)
     with _staged(expanded(directory)) as (folder, staging):
-        info = _info(plain, processor)
+        info = _info(plain, processor) | _write_classifiers(model, plain, processor, staging)
         _write_processor(plain, processor, staging, info, [text for own in captions for text in own])
         _write_model(plain, processor, staging, info, skip if int8 else None, external_data_above)
         parity = {"data": described} | _compare(plain, processor, staging, (pictures, captions), int8)
@@ -130,6 +138,17 @@ def _write_processor(model: Any, processor: Any, folder: Path, info: dict[str, A
         want = tokenize(processor, [text], family=family_of(model))["input_ids"][0].tolist()
         if want != (got := alone.encode(shortened([text])[0]).ids):
             raise ValueError(f"processor: {TOKENIZER} makes other tokens of {text!r:.80}: {got} in place of {want}")
+
+
+def _write_classifiers(model: Any, plain: Any, processor: Any, folder: Path) -> dict[str, Any]:
+    """The heads, and the classes of the run that the model was loaded from; returns their part of the description."""
+    found = dict(classifiers_of(plain))
+    run = str(getattr(base_model(model), "name_or_path", ""))
+    templates = list(templates_of_run(run) or DEFAULT_TEMPLATES) if run else []
+    if run and ZERO_SHOT not in found and (classes := classes_of_run(run)):
+        found[ZERO_SHOT] = zero_shot_classifier(plain, processor, classes, templates)
+    stored = {"classifiers": write_classifiers(found, folder), "templates": templates}
+    return {name: value for name, value in stored.items() if value}
 
 
 def _write_model(
@@ -163,9 +182,10 @@ class _ImageEncoder(nn.Module):
         super().__init__()
         self.model, self.options = model, options
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         features: Any = self.model.get_image_features(pixel_values=pixel_values, **self.options)
-        return nn.functional.normalize(features.pooler_output, dim=-1)
+        embeds = nn.functional.normalize(features.pooler_output, dim=-1)
+        return embeds, *(nn.functional.linear(embeds, head.weight) for head in heads_of(self.model).values())
 
 
 class _TextEncoder(nn.Module):
@@ -189,7 +209,7 @@ def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any]) -
         _ImageEncoder(model, options),
         {"pixel_values": torch.zeros(2, *family.picture(config))},
         {"pixel_values": {0: batch}},
-        "image_embeds",
+        ["image_embeds", *("logits" if name == LABEL else f"logits_{name}" for name in heads_of(model))],
         folder / f"image_encoder{kind}.onnx",
         info,
     )
@@ -203,14 +223,19 @@ def _write_encoders(model: Any, folder: Path, kind: str, info: dict[str, Any]) -
         _TextEncoder(model),
         {name: torch.ones(shape, dtype=torch.int64) for name in names},  # not one for both
         dict.fromkeys(names, axes),
-        "text_embeds",
+        ["text_embeds"],
         folder / f"text_encoder{kind}.onnx",
         info,
     )
 
 
 def _write(
-    encoder: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, Any], output: str, path: Path, info: dict[str, Any]
+    encoder: nn.Module,
+    inputs: dict[str, Tensor],
+    shapes: dict[str, Any],
+    outputs: list[str],
+    path: Path,
+    info: dict[str, Any],
 ) -> None:
     from clipft.deploy.onnx_int8 import TRANSLATIONS
 
@@ -226,7 +251,7 @@ def _write(
             dynamic_shapes=shapes,
             opset_version=OPSET,
             custom_translation_table=cast(Any, TRANSLATIONS),
-            output_names=[output],
+            output_names=outputs,
             verbose=False,
         )
     assert program is not None  # only the older exporter returns nothing
@@ -296,14 +321,21 @@ def _compare(
         report[kind] = {
             "image_cosine": _cosines(image, own_image),
             "text_cosine": _cosines(text, own_text),
-            "top1_agreement": float(
-                ((image @ text.t()).argmax(1) == (own_image @ own_text.t()).argmax(1)).float().mean()
-            ),
+            "top1_agreement": _agreement(image @ text.t(), own_image @ own_text.t()),
+            "same_class": {
+                name: _agreement(own.logits(image.numpy()), own.logits(own_image.numpy()))
+                for name, own in clip.classifiers.items()
+            },
             "retrieval": retrieval_metrics(own_image, own_text, texts_of),
             "bytes": {name: _bytes(folder, f"{name}{_suffix(kind)}.onnx") for name in _MODEL_FILES},
             "latency_ms": _latencies(clip, pictures[0], texts[0]),
         }
     return report
+
+
+def _agreement(want: Any, got: Any) -> float:
+    """Share of the rows of scores [N, C] with the same best class."""
+    return float(np.mean(np.asarray(want).argmax(1) == np.asarray(got).argmax(1)))
 
 
 def _bytes(folder: Path, name: str) -> int:

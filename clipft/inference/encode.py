@@ -22,9 +22,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipft.data.collate import tokenize, unify_captions
 from clipft.data.objects import as_rows
-from clipft.data.pictures import UNREADABLE, EncodedPicture, in_order, naming, open_picture
+from clipft.data.pictures import (
+    UNREADABLE,
+    EncodedPicture,
+    UnreadablePictureError,
+    in_order,
+    naming,
+    open_picture,
+)
 from clipft.data.rows import read_row, read_stored, render, stored_pictures
 from clipft.data.transforms import build_transform, stack_pictures
+from clipft.errors import line_of
 from clipft.families.registry import base_model, family_of
 from clipft.files import expanded, settle
 from clipft.models.formats import ONNX_INFO
@@ -34,6 +42,7 @@ __all__ = [
     "Encoder",
     "Pictures",
     "Progress",
+    "batches_of",
     "class_embeddings",
     "class_vectors",
     "embed",
@@ -187,7 +196,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 class _Pixels(Dataset[Any]):
-    """Transformed pictures by index; with ``skip``, None for one that cannot be read."""
+    """Transformed pictures by index; with ``skip``, what is wrong with one that cannot be read."""
 
     def __init__(self, transform: Callable[[Any], Any], pictures: Any, names: Sequence[str] | None, skip: bool) -> None:
         if isinstance(pictures, (list, tuple)):  # a spawned worker may stand in another folder
@@ -201,9 +210,9 @@ class _Pixels(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         try:
             return np.asarray(self.transform(self._picture(index)))
-        except UNREADABLE:
+        except UNREADABLE as error:
             if self.skip:
-                return None
+                return _why(error)
             with naming(self.names[index] if self.names else f"row {index}"):
                 raise
 
@@ -225,25 +234,36 @@ def encode_pictures(
     skip: bool = False,
     batches: Sequence[Sequence[int]] | None = None,
     progress: Progress | None = None,
-) -> Iterator[tuple[Array, list[bool]]]:
-    """Batch by batch: vectors of the pictures that could be read, and which those were. ``names`` are for errors;
-    ``batches`` are the rows of each, default: all in their order. One pool of workers reads for all of them.
+) -> Iterator[tuple[Array, list[str | None]]]:
+    """Batch by batch: vectors of the pictures that could be read, and for each picture None or why it could not.
+    ``names`` are for errors; ``batches`` are the rows of each, default: all in their order. One pool of workers reads
+    for all of them.
 
     Raises:
         ValueError: a picture cannot be read, and not ``skip``; or the model gives NaN.
     """
     rows = _Pixels(encoder.transform, pictures, names, skip)
     if batches is None:
-        batches = [range(len(rows))[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        batches = batches_of([range(len(rows))], batch_size)
     loader = DataLoader(rows, batch_sampler=batches, num_workers=num_workers, collate_fn=list)  # type: ignore[arg-type]
     for numbers, batch in zip(batches, progress(loader) if progress else loader, strict=True):
-        good = [pixels is not None for pixels in batch]
-        if any(good):
-            vectors = encoder.images([pixels for pixels in batch if pixels is not None])
-            kept = [number for number, own in zip(numbers, good, strict=True) if own]
-            yield finite(vectors, [names[number] if names else f"row {number}" for number in kept]), good
+        faults = [pixels if isinstance(pixels, str) else None for pixels in batch]
+        kept = [number for number, fault in zip(numbers, faults, strict=True) if fault is None]
+        if kept:
+            vectors = encoder.images([pixels for pixels in batch if not isinstance(pixels, str)])
+            yield finite(vectors, [names[number] if names else f"row {number}" for number in kept]), faults
         else:
-            yield np.empty((0, 0), np.float32), good
+            yield np.empty((0, 0), np.float32), faults
+
+
+def batches_of(parts: Sequence[range], size: int) -> list[range]:
+    """Rows of a batch each, none of two parts."""
+    return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+
+
+def _why(error: BaseException) -> str:
+    """In a line, without the picture's name."""
+    return line_of(error.why if isinstance(error, UnreadablePictureError) else error)
 
 
 def finite(vectors: Array, names: Sequence[str]) -> Array:

@@ -19,7 +19,9 @@ from clipft.data.pictures import check_preprocessing, in_order, open_picture, to
 from clipft.environment import usable_cores
 from clipft.errors import line_of
 from clipft.files import check_file, check_set, expanded, read_json, settle
+from clipft.inference.stored_classifiers import read_classifiers
 from clipft.models.calibrated import calibrations_of
+from clipft.models.formats import ONNX_CLASSES
 from clipft.models.formats import ONNX_INFO as INFO
 
 __all__ = ["INFO", "OnnxCLIP", "tokenizer_of"]
@@ -47,7 +49,9 @@ class OnnxCLIP:
 
     Attributes:
         logit_scale: what cosines are multiplied by before a softmax.
-        calibrations: by head or ``zero_shot``, what these logits are divided by then; none where the model had none.
+        classifiers: by name the model's heads, and under ``zero_shot`` the classes that its run was scored against:
+            ``classifiers["label"].probabilities(clip.encode_images(pictures))``.
+        calibrations: by the same names, what logits are divided by then; none where the model had none.
         info: the folder's ``clipft_onnx.json``.
 
     Raises:
@@ -77,6 +81,7 @@ class OnnxCLIP:
         self._paths = [self.directory / f"{name}_encoder{kind}.onnx" for name in ("image", "text")]
         self._threads, self._providers = threads, tuple(providers)
         weights = [path.name for own in self._paths for path in _files(own)]
+        weights += [ONNX_CLASSES] if self.info.get("classifiers") else []
         path = _there(self.directory / "processor_config.json")
         self._preprocessing = read_json(path).get("image_processor", {})
         check_preprocessing(self._preprocessing, str(path))
@@ -84,6 +89,8 @@ class OnnxCLIP:
         check_set(self.directory, INFO, (*weights, path.name, "tokenizer.json", "tokenizer_config.json"))
         self._open()
         self._check_graphs()
+        stored, where = self.info.get("classifiers"), str(self.directory / INFO)
+        self.classifiers = read_classifiers(stored, self.directory, self.info["dim"], self.calibrations, where)
 
     def _open(self) -> None:
         self._image, self._text = (_session(path, self._threads, self._providers) for path in self._paths)

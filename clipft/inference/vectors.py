@@ -8,12 +8,11 @@ of ``img_emb_0.npy`` and the like, as clip-retrieval writes them, are read too.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,18 +23,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipft.data.digests import digest_of
 from clipft.data.parquet import read_table
 from clipft.data.rows import stored_pictures
-from clipft.data.slices import shard_of
 from clipft.errors import line_of
-from clipft.files import check_set, drop_link, empty, locked, read_json, replace_set, settle, write_json, writing
-from clipft.inference.encode import Encoder, encode_pictures, finite
+from clipft.files import check_set, read_json, replace_set, settle, write_json, writing
+from clipft.inference.encode import Encoder, batches_of, encode_pictures, finite
+from clipft.inference.npy import load_npy
+from clipft.inference.shards import Shards, claimed, digest_of_texts, states
 
 __all__ = ["Description", "VectorFile", "embed_to_file", "search"]
 
 Array = NDArray[np.float32]
-SHARD = 256  # rows
 _KEY = b"clipft"
 _NAMES = ("id", "image_path", "key", "url", "caption")  # columns of others' metadata, the first that is there
 
@@ -122,7 +120,7 @@ def _rows_of(column: pa.ChunkedArray) -> Array:
 def _read_npy(path: Path) -> VectorFile:
     if not _sidecar(path).is_file():
         raise ValueError(f"there is no {_sidecar(path).name} beside it; of vectors that others wrote, give the folder")
-    vectors, beside = _load_npy(path), read_json(_sidecar(path))
+    vectors, beside = load_npy(path), read_json(_sidecar(path))
     if beside.pop("files", None) is not None:
         check_set(path.parent, _sidecar(path).name)
     try:
@@ -132,24 +130,6 @@ def _read_npy(path: Path) -> VectorFile:
     if len(ids) != len(vectors):
         raise ValueError(f"{len(ids)} ids in {_sidecar(path).name} for an array of shape {list(vectors.shape)}")
     return VectorFile(ids, vectors, description)
-
-
-def _load_npy(path: Path) -> Array:
-    """[N, D] float32; what the header says is held against the size before anything is allocated.
-
-    Raises:
-        ValueError: it is no such file.
-    """
-    with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, by_columns, dtype = header(file)
-        if len(shape) != 2 or dtype.kind != "f":
-            raise ValueError(f"expected vectors [N, D], got shape {list(shape)} of {dtype}")
-        if shape[0] * shape[1] * dtype.itemsize != path.stat().st_size - file.tell():
-            raise ValueError(f"{path.name}: {path.stat().st_size} bytes are no array of shape {list(shape)}")
-        values = np.fromfile(file, dtype)
-    return cast(Array, values.reshape(shape, order="F" if by_columns else "C").astype(np.float32, copy=False))
 
 
 def _checked_ids(ids: Any) -> list[str]:
@@ -179,7 +159,7 @@ def _read_folder(folder: Path) -> VectorFile:
     parts = []
     for file in files:
         try:
-            parts.append(_matrix("vectors", _load_npy(file)))
+            parts.append(_matrix("vectors", load_npy(file)))
             ids += _ids_beside(file, len(parts[-1]))
             if parts[-1].shape[1] != parts[0].shape[1]:
                 raise ValueError(
@@ -256,16 +236,12 @@ def embed_to_file(
         BlockingIOError: another process is writing the same file.
     """
     _suffix(path)
-    parts = path.with_name(f".{path.name}.parts")
-    drop_link(parts)
-    with locked(parts):
-        if restart:
-            empty(parts)
-        work = {"rows": len(ids), "ids": _digest_of(ids), "pictures": _digest_of(_states(rows, description.kind))}
-        _claim_shards(parts, {**asdict(description), **work})
-        run = _Run(batch_size, num_workers, skip, done)
-        names = ids if names is None else names
-        vectors = _join_shards(list(_shards(encoder, rows, names, parts, description.kind, run)))
+    images = () if description.kind == "texts" else _stored_images(rows)
+    work = {"rows": len(ids), "ids": digest_of_texts(ids), "pictures": digest_of_texts(states(images))}
+    names = ids if names is None else names
+    encode = partial(_encode, encoder, rows, names, description.kind, (batch_size, num_workers, skip))
+    with claimed(path, {**asdict(description), **work}, restart=restart) as parts:
+        vectors = _join_shards(list(Shards(parts, len(ids), ".npy", encode, _write_shard, done)))
         good: Any = ~np.isnan(vectors).all(axis=1)
         if not good.any():
             raise ValueError(f"{description.source}: expected at least one row that can be read, found none")
@@ -273,100 +249,38 @@ def embed_to_file(
         left_out = [name for name, own in zip(names, good.tolist(), strict=True) if not own]
         described = replace(description, left_out=[*description.left_out, *left_out])
         VectorFile(kept, vectors[good], described).write(path)
-        shutil.rmtree(parts)
     return [row for row, own in enumerate(good.tolist()) if not own]
 
 
-def _digest_of(texts: Iterable[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        digest.update(text.encode(errors="surrogatepass") + b"\0")
-    return digest.hexdigest()
-
-
-def _states(rows: Any, kind: str) -> Iterator[str]:
-    """What tells that a picture is another by now: a digest of it, or the size and time of its file."""
-    if kind == "texts":
-        return
+def _stored_images(rows: Any) -> Any:
     stored = stored_pictures(rows)
-    for image in rows if stored is None else stored["image"]:
-        image = image if isinstance(image, dict) else {"bytes": None, "path": image}  # noqa: PLW2901
-        if image["bytes"] is not None:
-            yield digest_of(image["bytes"]).hex()
-        elif isinstance(image["path"], (str, Path)):
-            file = Path(shard_of(str(image["path"])) or image["path"])
-            state = file.stat() if file.is_file() else None
-            yield f"{image['path']} {state and (state.st_size, state.st_mtime_ns)}"
-
-
-def _claim_shards(parts: Path, work: dict[str, Any]) -> None:
-    """Take the folder of shards, or find it to be of the same work."""
-    file = parts / "work.json"
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        other = [name for name, value in work.items() if before.get(name) != value]
-        if other:
-            raise ValueError(
-                f"{parts}: an interrupted run is there, whose {' and '.join(other)} differ; --restart forgets it"
-            )
-        return
-    empty(parts)  # of a run that was killed as it cleared up
-    write_json(file, work)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """How pictures are gone through."""
-
-    batch_size: int
-    num_workers: int
-    skip: bool
-    done: Callable[[int], object]
-
-
-def _shards(encoder: Encoder, rows: Any, names: Sequence[str], parts: Path, kind: str, run: _Run) -> Iterator[Path]:
-    """Those that an earlier run left, and those that are still to be written."""
-    starts = range(0, len(names), SHARD)
-    shards = {parts / f"{n:06d}.npy": range(len(names))[start : start + SHARD] for n, start in enumerate(starts)}
-    missing = {shard: chosen for shard, chosen in shards.items() if not shard.exists()}
-    encoded = _encode(encoder, rows, names, list(missing.values()), kind, run)
-    for shard, chosen in shards.items():
-        if shard in missing:
-            vectors = _collect(encoded, len(chosen), run)
-            with writing(shard) as staged:
-                np.save(staged, vectors)
-        else:
-            run.done(len(chosen))
-        yield shard
+    return rows if stored is None else stored["image"]
 
 
 def _encode(
-    encoder: Encoder, rows: Any, names: Sequence[str], parts: Sequence[range], kind: str, run: _Run
-) -> Iterator[tuple[Array, list[bool]]]:
-    """Vectors, and which rows they are of, batch by batch; no batch is of two parts."""
+    encoder: Encoder,
+    rows: Any,
+    names: Sequence[str],
+    kind: str,
+    how: tuple[int, int, bool],
+    parts: Sequence[range],
+) -> Iterator[tuple[Array, list[str | None]]]:
+    """Vectors, and what is wrong with the rest, batch by batch; no batch is of two parts."""
     if kind == "texts":
         for part in parts:
             texts = rows[part.start : part.stop]
-            yield finite(encoder.texts(texts), texts), [True] * len(texts)
+            yield finite(encoder.texts(texts), texts), [None] * len(texts)
         return
-    size = run.batch_size
-    batches = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
-    yield from encode_pictures(encoder, rows, size, run.num_workers, names=names, skip=run.skip, batches=batches)
+    size, workers, skip = how
+    batches = batches_of(parts, size)
+    yield from encode_pictures(encoder, rows, size, workers, names=names, skip=skip, batches=batches)
 
 
-def _collect(encoded: Iterator[tuple[Array, list[bool]]], rows: int, run: _Run) -> Array:
-    """The next so many, [rows, D]; NaN for what was left out."""
-    found: list[Array] = []
-    good: list[bool] = []
-    while len(good) < rows:
-        vectors, own = next(encoded)
-        found += [vectors] if len(vectors) else []
-        good += own
-        run.done(len(own))
-    result = np.full((rows, found[0].shape[1] if found else 1), np.nan, np.float32)
-    if found:
-        result[np.array(good)] = np.concatenate(found)
-    return result
+def _write_shard(file: Path, rows: range, vectors: Array, faults: list[str | None]) -> None:
+    """[rows, D]; NaN for what was left out."""
+    result = np.full((len(rows), vectors.shape[1]), np.nan, np.float32)
+    result[np.array([fault is None for fault in faults])] = vectors
+    np.save(file, result)
 
 
 def _join_shards(shards: Sequence[Path]) -> Array:

@@ -19,6 +19,7 @@ __all__ = [
     "INT8_WEIGHTS",
     "MERGED",
     "MODEL_MANIFEST",
+    "ONNX_CLASSES",
     "ONNX_INFO",
     "ONNX_MODELS",
     "OPEN_CLIP_CONFIG",
@@ -52,7 +53,8 @@ MERGED = "merged"  # of a LoRA run's folder: the folder with the adapter's base,
 SEEN_ROWS = "clipft_rows.safetensors"  # digests of the pictures that a run trained and tested on
 SENTENCE_MODULES, SENTENCE_CONFIG = "modules.json", "sentence_bert_config.json"  # sentence-transformers'
 MODEL_MANIFEST = "clipft_files.json"
-ONNX_INFO, ONNX_MODELS = "clipft_onnx.json", ("image_encoder*.onnx*", "text_encoder*.onnx*")
+ONNX_CLASSES = "class_vectors.npy"  # beside ONNX encoders: of heads, and of the classes of a run
+ONNX_INFO, ONNX_MODELS = "clipft_onnx.json", ("image_encoder*.onnx*", "text_encoder*.onnx*", ONNX_CLASSES)
 PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",

@@ -12,13 +12,13 @@ from rich.console import Console
 from clipft.console import console_of_run, show, show_calibration
 from clipft.data.classes import share_of_classes
 from clipft.data.rows import DEFAULT_TEMPLATES
-from clipft.data.splits import existing
 from clipft.environment import environment
 from clipft.evaluation.scoring import Scorer, calibrated
 from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
-from clipft.files import check_output, read_json, write_json, write_text
+from clipft.files import check_output, write_json, write_text
 from clipft.models.calibrated import model_calibrations
 from clipft.models.heads import LABEL, heads_of
+from clipft.models.run_folder import classes_of_run
 from clipft.recipes.evaluate_anomaly import check_kind_of_evaluation, evaluate_anomaly
 from clipft.recipes.options import EvaluateOptions, options_from
 from clipft.recipes.run import Scores, loaded, model_name
@@ -116,15 +116,8 @@ def _check(data: Any, probe: Any, output: str | Path | None) -> None:
 
 def _classes_of_run(model: Any, own: list[str] | None) -> list[str] | None:
     """With the classes that a run's folder says it was scored against, where they are these and more."""
-    path = existing(model_name(model))
-    if own is None or path is None or not (path / "report.json").is_file():
-        return own
-    try:
-        rows = read_json(path / "report.json")["after"]["zero_shot"]["per_class"]
-        known = [str(row["class"]) for row in rows]
-    except (ValueError, KeyError, TypeError):  # of another program, or a run on captions
-        return own
-    return known if set(own) <= set(known) else own
+    known = classes_of_run(model_name(model))
+    return own if own is None or known is None or not set(own) <= set(known) else known
 
 
 def _page(

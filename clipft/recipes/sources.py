@@ -21,7 +21,7 @@ from clipft.data.sources import load_reading
 from clipft.data.text_tables import checked_encoding
 from clipft.recipes.options import DataOptions, ScoringOptions
 
-__all__ = ["Sources", "name_of", "reading_of"]
+__all__ = ["Sources", "name_of", "named_by", "reading_of"]
 
 
 def reading_of(options: DataOptions, attributes: Sequence[str] = ()) -> Reading:
@@ -42,7 +42,7 @@ def name_of(data: Any) -> str:
 
 
 @contextmanager
-def _named_by(option: str) -> Iterator[None]:
+def named_by(option: str) -> Iterator[None]:
     """What is wrong with a source is said of the option that gave it."""
     try:
         yield
@@ -79,7 +79,7 @@ class Sources:
             attributes: whether the columns of attributes are needed.
         """
         reading = reading_of(self.options, self.attributes if attributes else ())
-        with _named_by(option):
+        with named_by(option):
             rows = load_reading(source, reading, self.options.split if option == "data" else None, purpose)
         if option != "control_data":
             rows = renamed(rows, self._words, reading.source)

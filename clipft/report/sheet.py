@@ -22,10 +22,11 @@ _QUERY = 22  # characters of a line of a query
 
 @dataclass(frozen=True)
 class Row:
-    """A query, as text or as a picture, and its hits: (name, score, picture or None)."""
+    """A query, as text (of a person, in quotes) or as a picture, and its hits: (name, score, picture or None)."""
 
     query: Any
     hits: Sequence[tuple[str, float, Any]]
+    quoted: bool = True
 
 
 def draw_sheet(path: Path, rows: Sequence[Row]) -> None:
@@ -41,7 +42,7 @@ def _sheet(rows: Sequence[Row], columns: int) -> Figure:
         len(rows), columns, left=0.01, right=0.99, top=0.99, bottom=0.2 / len(rows), wspace=0.08, hspace=0.3
     )
     for line, row in enumerate(rows):
-        _draw_query(figure.add_subplot(grid[line, 0]), row.query)
+        _draw_query(figure.add_subplot(grid[line, 0]), row.query, row.quoted)
         for place, (name, score, picture) in enumerate(row.hits):
             axes = figure.add_subplot(grid[line, 1 + place])
             _draw(axes, picture, "no picture")
@@ -50,10 +51,11 @@ def _sheet(rows: Sequence[Row], columns: int) -> Figure:
     return figure
 
 
-def _draw_query(axes: Any, query: Any) -> None:
+def _draw_query(axes: Any, query: Any, quoted: bool) -> None:
     if isinstance(query, str):
         axes.set_axis_off()
-        text = textwrap.fill(textwrap.shorten(f"“{shown(query)}”", 5 * _QUERY), _QUERY)
+        said = f"“{shown(query)}”" if quoted else shown(query)
+        text = textwrap.fill(textwrap.shorten(said, 5 * _QUERY), _QUERY)
         axes.text(0.95, 0.5, text, ha="right", va="center", fontsize=10, transform=axes.transAxes, parse_math=False)
     else:
         _draw(axes, query, "")

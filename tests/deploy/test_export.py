@@ -28,7 +28,7 @@ from clipft.data.pictures import to_pixels
 from clipft.data.transforms import build_transform
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 FILES = {"image_encoder.onnx", "text_encoder.onnx", "clipft_onnx.json", "processor_config.json", "tokenizer.json"}
 INT8 = {"image_encoder.int8.onnx", "text_encoder.int8.onnx"}
 
@@ -64,7 +64,7 @@ def embeds(features: Any) -> np.ndarray:
 def test_the_folder_and_its_report(exported: tuple[Path, dict[str, Any]]) -> None:
     folder, parity = exported
     names = {file.name for file in folder.iterdir()}
-    assert names == FILES | INT8 | {"tokenizer_config.json"}  # one file an encoder
+    assert names == FILES | INT8 | {"tokenizer_config.json", "class_vectors.npy"}  # one file an encoder
     assert not list(folder.parent.glob(".onnx*"))
     info = json.loads((folder / "clipft_onnx.json").read_text())
     assert info["parity"] == parity and info["opset"] == 20 and info["dim"] == 16
@@ -115,7 +115,7 @@ def test_standard_operators_and_int8_weights(exported: tuple[Path, dict[str, Any
         dims = [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input]
         outputs = [output.name for output in model.graph.output]
         if name.startswith("image"):
-            assert dims == [["batch", 3, SIZE, SIZE]] and outputs == ["image_embeds"]
+            assert dims == [["batch", 3, SIZE, SIZE]] and outputs == ["image_embeds", "logits"]
         else:
             assert dims == [["batch", "length"]] * 2 and outputs == ["text_embeds"]
         own = {array.tobytes() for array in map(onnx.numpy_helper.to_array, model.graph.initializer)}
@@ -193,10 +193,11 @@ def test_alone(exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     code = (
         f"import sys; sys.modules |= dict.fromkeys({(*absent, 'typer', 'rich', 'jinja2', 'yaml', 'onnx', 'peft')!r});"
         f"import clipft; clip = clipft.OnnxCLIP({str(exported[0])!r});"
-        f"print(clip.encode_images([{str(tmp_path / 'a.png')!r}]).shape, clip.encode_texts(['a red square']).shape)"
+        f"embeds = clip.encode_images([{str(tmp_path / 'a.png')!r}]);"
+        "print(embeds.shape, clip.encode_texts(['a red square']).shape, clip.classifiers['label'].logits(embeds).shape)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "(1, 16) (1, 16)", done.stderr
+    assert done.stdout.strip() == "(1, 16) (1, 16) (1, 4)", done.stderr
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
@@ -495,3 +496,54 @@ def test_torch_exports_no_int8_model(dynamo: bool, tmp_path: Path) -> None:
     layer = clipft.nn.QuantizedLinear(8, 4)
     with pytest.raises(Exception, match=r"clipft.export_onnx\(model, processor, folder, int8=True\)"):
         torch.onnx.export(layer, (torch.ones(2, 8),), tmp_path / "m.onnx", dynamo=dynamo, verbose=False)
+
+
+# ---- classifiers ----
+
+
+def test_the_image_encoder_gives_the_logits_of_its_head(exported: tuple[Path, dict[str, Any]]) -> None:
+    for int8 in (False, True):
+        clip = clipft.OnnxCLIP(exported[0], int8=int8)
+        kind = ".int8" if int8 else ""
+        session = onnxruntime.InferenceSession(exported[0] / f"image_encoder{kind}.onnx")
+        pixels = np.stack([clip.preprocess(picture(number)[0]) for number in range(3)])
+        embeds, logits = session.run(["image_embeds", "logits"], {"pixel_values": pixels})
+        np.testing.assert_allclose(logits, clip.classifiers["label"].logits(embeds), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"classifiers": {"label": []}}, "expected a list of classifiers, each with name, classes and scale"),
+        ({"classifiers": [{"name": "label", "classes": ["a", "a"], "scale": 1}]}, "expected a list of classifiers"),
+        ({"classifiers": [{"name": "label", "classes": ["a", "b"], "scale": -1}]}, "expected a list of classifiers"),
+        ({"classifiers": [{"name": "label", "classes": ["a", "b"], "scale": 1}]}, "expected 2 finite vectors of 16"),
+        ({"calibration": {"label": {"temperature": 0}}}, "label: temperature: expected a number from 1e-6 to 1e6"),
+    ],
+)
+def test_a_damaged_description_of_classes_is_named(
+    exported: tuple[Path, dict[str, Any]], tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    folder = shutil.copytree(exported[0], tmp_path / "copy")
+    undescribed(folder, **change)
+    with pytest.raises(ValueError, match=said):
+        clipft.OnnxCLIP(folder)
+
+
+def test_class_vectors_are_checked_and_an_older_export_has_none(
+    exported: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(exported[0], tmp_path / "copy")
+    vectors = np.load(folder / "class_vectors.npy")
+    np.save(folder / "class_vectors.npy", vectors[::-1])
+    with pytest.raises(ValueError, match=r"expected files that were written together: class_vectors\.npy"):
+        clipft.OnnxCLIP(folder)
+    undescribed(folder)
+    (folder / "class_vectors.npy").write_bytes((folder / "class_vectors.npy").read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"class_vectors\.npy: expected an array of class vectors"):
+        clipft.OnnxCLIP(folder)
+    (folder / "class_vectors.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"class_vectors\.npy is missing"):
+        clipft.OnnxCLIP(folder)
+    undescribed(folder, classifiers=None)
+    assert clipft.OnnxCLIP(folder).classifiers == {}

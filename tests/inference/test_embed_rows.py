@@ -135,7 +135,7 @@ def test_rows_that_are_left_out_are_listed(folder: Path) -> None:
 
 
 def test_one_pool_of_workers_reads_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipft.inference.vectors.SHARD", 2)
+    monkeypatch.setattr("clipft.inference.shards.SHARD", 2)
     pools, start = [], torch.utils.data.DataLoader.__iter__
 
     def counted(loader: Any) -> Any:
@@ -169,7 +169,7 @@ def test_nan_of_a_model_is_an_error(folder: Path) -> None:
 
 
 def test_a_run_goes_on_with_the_same_pictures_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipft.inference.vectors.SHARD", 1)
+    monkeypatch.setattr("clipft.inference.shards.SHARD", 1)
     (folder / "z.png").write_bytes(b"no picture")
     arguments = ["embed", "--model", "none", "--data", folder, "--output", folder.parent / "out" / "v.npy"]
     assert "z.png: the image cannot be read" in command(*arguments, status=2)

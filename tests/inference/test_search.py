@@ -221,7 +221,7 @@ KILLED = """
 import os, signal, sys
 import clipft.cli.search, clipft.inference.encode, clipft.inference.vectors
 from clipft.cli import app
-clipft.inference.vectors.SHARD = 4
+clipft.inference.shards.SHARD = 4
 load, calls = clipft.inference.encode.load_encoder, []
 def dying(*args, **kwargs):
     encoder = load(*args, **kwargs)

@@ -1,0 +1,77 @@
+"""The classifiers of an exported model, in its folder: class vectors in one array, and what they are of in the
+description. Neither torch nor pickle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from clipft.errors import line_of, short
+from clipft.inference.classifier import Calibration, Classifier
+from clipft.inference.npy import load_npy
+from clipft.models.formats import ONNX_CLASSES
+
+__all__ = ["read_classifiers", "write_classifiers"]
+
+
+def write_classifiers(found: Mapping[str, Classifier], folder: Path) -> list[dict[str, Any]]:
+    """Write the vectors of all, one below the other; returns what the description holds of them."""
+    if found:
+        np.save(folder / ONNX_CLASSES, np.concatenate([own.weights for own in found.values()]))
+    return [{"name": name, "classes": list(own.names), "scale": own.scale} for name, own in found.items()]
+
+
+def read_classifiers(
+    stored: Any, folder: Path, dim: int, calibrations: Mapping[str, Calibration], where: str
+) -> dict[str, Classifier]:
+    """The classifiers by name.
+
+    Args:
+        stored: what :func:`write_classifiers` gave; None: there are none.
+        dim: of the model's embeddings.
+        where: the description, for errors.
+
+    Raises:
+        ValueError: the file or the description is damaged, or they do not belong together. FileNotFoundError: no file.
+    """
+    if not stored:
+        return {}
+    path = folder / ONNX_CLASSES
+    entries = _checked(stored, where)
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: {ONNX_CLASSES} is missing, whose classes {where} names: export it again")
+    try:
+        vectors = load_npy(path)
+        rows = sum(len(classes) for _, classes, _ in entries)
+        if vectors.shape != (rows, dim) or not np.isfinite(vectors).all():
+            raise ValueError(f"expected {rows} finite vectors of {dim} numbers, as {where} says, got {vectors.shape}")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: expected an array of class vectors ({line_of(error)}): export it again") from error
+    found, start = {}, 0
+    for name, classes, scale in entries:
+        own = vectors[start : start + len(classes)]
+        found[name] = Classifier(classes, own, scale).calibrated(calibrations.get(name))
+        start += len(classes)
+    return found
+
+
+def _checked(stored: Any, where: str) -> list[tuple[str, list[str], float]]:
+    entries = []
+    for entry in stored if isinstance(stored, list) else [None]:
+        name, classes, scale = (
+            entry.get(key) if isinstance(entry, dict) else None for key in ("name", "classes", "scale")
+        )
+        named = isinstance(name, str) and isinstance(classes, list) and all(isinstance(one, str) for one in classes)
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < math.inf
+        if not (named and number and classes and len(set(classes)) == len(classes)):
+            raise ValueError(
+                f"{where}: expected a list of classifiers, each with name, classes and scale, found {short(entry)}: "
+                "export it again"
+            )
+        entries.append((cast(str, name), cast(list[str], classes), float(cast(float, scale))))
+    return entries
