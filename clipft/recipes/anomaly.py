@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -20,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from clipft.console import bar, console_of_run
+from clipft.data.kept import KeptRows, kept_rows, rows_of_objects
 from clipft.data.pictures import UNREADABLE, naming, open_picture, picture_endings
+from clipft.data.rows import read_row
 from clipft.data.sources import read_pairs
 from clipft.errors import line_of, shown
 from clipft.files import check_folder, check_output, check_places, writing
@@ -28,13 +27,13 @@ from clipft.inference.anomaly import PatchMemory
 from clipft.inference.detector import Detector, States
 from clipft.recipes.options import options_from
 from clipft.recipes.options_anomaly import AnomalyOptions
+from clipft.recipes.predictions import check_suffix, write_tables
 from clipft.recipes.run import loaded, model_name
-from clipft.recipes.sources import reading_of
+from clipft.recipes.sources import name_of, named_by, reading_of
 from clipft.report.heat import overlay
 
 __all__ = ["Anomalies", "PictureAnomaly", "anomaly", "check_options", "detector_of", "shaded"]
 
-_SUFFIXES = (".csv", ".jsonl", ".parquet")
 _SCHEMA = pa.schema([("image", pa.string()), ("score", pa.float64()), ("error", pa.string())])
 _LISTED = 10
 _DIGITS = 6  # of a score
@@ -110,18 +109,26 @@ def anomaly(
     console = console or console_of_run()
     check_options(settings)
     if output is not None:
-        _check_table(Path(output))
-    pictures = Pictures("data", data, settings, console)
-    files = None if settings.maps is None else _map_files(Path(settings.maps), pictures.names)
+        check_suffix(Path(output))
+        check_output(Path(output))
+    rows = _rows_of("data", data, settings, console)
+    names = [rows.name(number) for number in range(len(rows))]
+    files = None if settings.maps is None else _map_files(Path(settings.maps), names)
     clip, processor = loaded(model)
     detector = detector_of(clip, processor, settings, console, model_name(model))
     found = Anomalies()
     with bar(console) as progress:
-        for number in progress.track(range(len(pictures.names)), description="looking"):
-            found.append(_look(detector, pictures, number, None if files is None else files[number]))
+        for number in progress.track(range(len(rows)), description="looking"):
+            one = _look(detector, rows, number, None if files is None else files[number])
+            if one.error is not None and settings.on_bad_row == "error":
+                raise ValueError(one.error)
+            if one.error is None or settings.on_bad_row == "keep":
+                found.append(one)
     if output is not None:
-        _write_table(Path(output), found)
-    _show(found, pictures.source, console)
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with write_tables(Path(output), _SCHEMA) as write:
+            write(found.to_table())
+    _show(found, len(rows), console)
     for place in (output, settings.maps):
         if place is not None:
             console.print(f"{'scores' if place is output else 'maps'} in {place}", highlight=False)
@@ -179,9 +186,10 @@ def _memory_of(model: Any, processor: Any, settings: AnomalyOptions, console: Co
         memory = PatchMemory.load(path)
         memory.check(model, processor)
     if settings.normal is not None:
-        normal = Pictures("normal", settings.normal, settings, console)
+        normal = _rows_of("normal", settings.normal, settings, console)
         with bar(console) as progress:
-            seen = progress.track(normal.all(), total=len(normal.names), description="normal pictures")
+            every = _normal_pictures(normal, settings.on_bad_row == "skip", console)
+            seen = progress.track(every, total=len(normal), description="normal pictures")
             if memory is None:
                 how: dict[str, Any] = {"zoom": settings.zoom, "coreset": settings.coreset, "seed": settings.seed}
                 memory = PatchMemory.fit(model, processor, seen, name=name, **how)
@@ -196,49 +204,49 @@ def _memory_of(model: Any, processor: Any, settings: AnomalyOptions, console: Co
 # ---- pictures ----
 
 
-class Pictures:
-    """The pictures of a source, one after the other.
+def _rows_of(option: str, data: Any, settings: AnomalyOptions, console: Console) -> KeptRows:
+    """The pictures of ``data`` or of ``normal``, each in its place."""
+    if not isinstance(data, (str, Path)):
+        rows = rows_of_objects(data)
+        if not len(rows):
+            raise ValueError(f"{option}: expected at least one picture, got an empty {type(data).__name__}")
+        return rows
+    reading = reading_of(settings)
+    reading.skip, reading.pictures_only = settings.on_bad_row != "error", True
+    with named_by(option):
+        found = read_pairs(data, settings.split if option == "data" else None, reading, "all")
+    if settings.on_bad_row == "skip":
+        reading.faults.clear()
+    console.print(Text(f"{name_of(data)}: {reading.line()}"))
+    return kept_rows(found, reading)
 
-    Attributes:
-        names: of each its path within the source, or SOURCE:ROW.
-        source: what is read, for messages.
+
+def _open(rows: KeptRows, number: int) -> Image.Image:
+    """Raises:
+    UnreadablePictureError: the message names the picture.
     """
+    with naming(rows.name(number)):
+        return open_picture(read_row(rows, number)["image"])
 
-    def __init__(self, option: str, data: Any, settings: AnomalyOptions, console: Console) -> None:
-        reading = reading_of(settings)
-        reading.pictures_only = True
-        own = isinstance(data, Sequence) and not isinstance(data, str)
-        if own and len(data) and all(isinstance(one, (str, Path, Image.Image)) for one in data):
-            self._rows: Any = data
-            self.names = [str(one) if isinstance(one, (str, Path)) else f"row {n}" for n, one in enumerate(data)]
-            self.source = f"{len(data)} pictures"
-            return
+
+def _normal_pictures(rows: KeptRows, skip: bool, console: Console) -> Iterator[Image.Image]:
+    """Every one, or the first one's error; with ``skip`` those that can be read."""
+    bad = []
+    for number in range(len(rows)):
         try:
-            self._rows = read_pairs(data, settings.split if option == "data" else None, reading, "all")
-        except (ValueError, OSError) as error:
-            raise type(error)(str(error).replace("path_or_name: ", f"{option}: ", 1)) from error
-        ids = "id" in self._rows.column_names
-        self.names = list(self._rows["id"]) if ids else [reading.place(n) for n in range(len(self._rows))]
-        self.source = reading.source
-        console.print(Text(f"{reading.source}: {reading.line()}"))
-
-    def open(self, number: int) -> Image.Image:
-        """Raises:
-        UnreadablePictureError: the message names the picture.
-        """
-        with naming(self.names[number]):
-            one = self._rows[number]
-            return open_picture(one["image"] if isinstance(one, dict) else one)
-
-    def all(self) -> Iterator[Image.Image]:
-        """Every picture, or the first one's error."""
-        return (self.open(number) for number in range(len(self.names)))
+            yield _open(rows, number)
+        except UNREADABLE as error:
+            if not skip:
+                raise ValueError(f"normal: {line_of(error)}") from error
+            bad.append(rows.name(number))
+    if bad:
+        console.print(Text(shown(f"{len(bad)} of {len(rows)} normal pictures cannot be read: {', '.join(bad[:5])}")))
 
 
-def _look(detector: Detector, pictures: Pictures, number: int, files: Path | None) -> PictureAnomaly:
-    name = pictures.names[number]
+def _look(detector: Detector, rows: KeptRows, number: int, files: Path | None) -> PictureAnomaly:
+    name = rows.name(number)
     try:
-        picture = pictures.open(number)
+        picture = _open(rows, number)
     except UNREADABLE as error:
         return PictureAnomaly(name, None, shown(line_of(error)))
     found = detector(picture)
@@ -288,35 +296,13 @@ def _map_files(folder: Path, names: Sequence[str]) -> list[Path]:
     return [folder / stem for stem in stems]
 
 
-def _check_table(path: Path) -> None:
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"output: expected a name that ends in {', '.join(_SUFFIXES)}, got {path}")
-    check_output(path)
-
-
-def _write_table(path: Path, found: Anomalies) -> None:
-    """A row for each picture, in their order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table, rows = found.to_table(), found.to_table().to_pylist()
-    with writing(path) as staged:
-        if path.suffix == ".parquet":
-            pq.write_table(table, staged)
-        elif path.suffix == ".jsonl":
-            staged.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        else:
-            with staged.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, table.column_names)
-                writer.writeheader()
-                writer.writerows(rows)
-
-
-def _show(found: Anomalies, source: str, console: Console) -> None:
+def _show(found: Anomalies, rows: int, console: Console) -> None:
     """The pictures that are farthest from normal."""
     read = [row for row in found if row.score is not None]
     table = Table("score", "picture", title=f"least normal of {len(read)} pictures", title_justify="left")
     for row in sorted(read, key=lambda row: -(row.score or 0))[:_LISTED]:
         table.add_row(f"{row.score:.3f}", Text(shown(row.image)))
     console.print(table)
-    if len(read) < len(found):
-        bad = next(row for row in found if row.score is None)
-        console.print(Text(f"{len(found) - len(read)} of {len(found)} pictures cannot be read: {bad.error}"))
+    if len(read) < rows:
+        bad = next((f": {row.error}" for row in found if row.score is None), "")
+        console.print(Text(f"{rows - len(read)} of {rows} pictures cannot be read{bad}"))

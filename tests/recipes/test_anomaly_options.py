@@ -77,6 +77,19 @@ def test_other_tables(place: Path, tmp_path: Path) -> None:
     assert lines[2]["score"] is None
 
 
+def test_bad_pictures_are_kept_left_out_or_the_end(place: Path, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(f"image\n{place}/new/left/good.png\n{place}/new/none.png\n{place}/new/right/bad.png\n")
+    how: dict[str, Any] = {"normal": place / "normal", "allow_outside": True}
+    kept = clipft.anomaly(str(place / "model"), table, **how)
+    assert [one.score is None for one in kept] == [False, True, False]
+    assert len(clipft.anomaly(str(place / "model"), table, on_bad_row="skip", **how)) == 2
+    with pytest.raises((ValueError, OSError), match=r"none\.png"):
+        clipft.anomaly(str(place / "model"), table, on_bad_row="error", **how)
+    with pytest.raises(ValueError, match=r"normal: right/broken\.png: the image cannot be read"):
+        clipft.anomaly(str(place / "model"), table, normal=place / "new", allow_outside=True)
+
+
 def test_pictures_in_memory(place: Path) -> None:
     found = clipft.anomaly(tiny_clip(), [surface(8), surface(9, HOLE)], normal=[surface(seed) for seed in range(4)])
     assert [one.image for one in found] == ["row 0", "row 1"]
