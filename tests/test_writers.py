@@ -18,7 +18,8 @@ from transformers import TrainerState
 
 import clipft
 from clipft.files import replace_set, settle, write_text
-from clipft.inference.vectors import SHARD, Description, VectorFile, embed_to_file
+from clipft.inference.shards import SHARD
+from clipft.inference.vectors import Description, VectorFile, embed_to_file
 from clipft.models.formats import ONNX_INFO, ONNX_MODELS, model_set
 from clipft.models.saving import save_model
 from clipft.recipes.hold_out import Seen

@@ -17,10 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from clipft.console import bar, console_of_run
-from clipft.data.kept import KeptRows, kept_rows, rows_of_objects
+from clipft.data.kept import KeptRows
 from clipft.data.pictures import UNREADABLE, naming, open_picture, picture_endings
 from clipft.data.rows import read_row
-from clipft.data.sources import read_pairs
 from clipft.errors import line_of, shown
 from clipft.files import check_folder, check_output, check_places, writing
 from clipft.inference.anomaly import PatchMemory
@@ -29,7 +28,7 @@ from clipft.recipes.options import options_from
 from clipft.recipes.options_anomaly import AnomalyOptions
 from clipft.recipes.predictions import check_suffix, write_tables
 from clipft.recipes.run import loaded, model_name
-from clipft.recipes.sources import name_of, named_by, reading_of
+from clipft.recipes.sources import kept_pictures
 from clipft.report.heat import overlay
 
 __all__ = ["Anomalies", "PictureAnomaly", "anomaly", "check_options", "detector_of", "shaded"]
@@ -111,7 +110,7 @@ def anomaly(
     if output is not None:
         check_suffix(Path(output))
         check_output(Path(output))
-    rows = _rows_of("data", data, settings, console)
+    rows = kept_pictures("data", data, settings, console)
     names = [rows.name(number) for number in range(len(rows))]
     files = None if settings.maps is None else _map_files(Path(settings.maps), names)
     clip, processor = loaded(model)
@@ -186,7 +185,7 @@ def _memory_of(model: Any, processor: Any, settings: AnomalyOptions, console: Co
         memory = PatchMemory.load(path)
         memory.check(model, processor)
     if settings.normal is not None:
-        normal = _rows_of("normal", settings.normal, settings, console)
+        normal = kept_pictures("normal", settings.normal, settings, console)
         with bar(console) as progress:
             every = _normal_pictures(normal, settings.on_bad_row == "skip", console)
             seen = progress.track(every, total=len(normal), description="normal pictures")
@@ -202,23 +201,6 @@ def _memory_of(model: Any, processor: Any, settings: AnomalyOptions, console: Co
 
 
 # ---- pictures ----
-
-
-def _rows_of(option: str, data: Any, settings: AnomalyOptions, console: Console) -> KeptRows:
-    """The pictures of ``data`` or of ``normal``, each in its place."""
-    if not isinstance(data, (str, Path)):
-        rows = rows_of_objects(data)
-        if not len(rows):
-            raise ValueError(f"{option}: expected at least one picture, got an empty {type(data).__name__}")
-        return rows
-    reading = reading_of(settings)
-    reading.skip, reading.pictures_only = settings.on_bad_row != "error", True
-    with named_by(option):
-        found = read_pairs(data, settings.split if option == "data" else None, reading, "all")
-    if settings.on_bad_row == "skip":
-        reading.faults.clear()
-    console.print(Text(f"{name_of(data)}: {reading.line()}"))
-    return kept_rows(found, reading)
 
 
 def _open(rows: KeptRows, number: int) -> Image.Image:

@@ -20,9 +20,8 @@ from rich.text import Text
 
 from clipft.console import bar, console_of_run
 from clipft.data.classes import checked_classes
-from clipft.data.kept import KeptRows, kept_rows, rows_of_objects
+from clipft.data.kept import KeptRows
 from clipft.data.rows import DEFAULT_TEMPLATES
-from clipft.data.sources import read_pairs
 from clipft.errors import line_of
 from clipft.files import check_output
 from clipft.inference.classifier import ZERO_SHOT, Classifier
@@ -37,7 +36,7 @@ from clipft.recipes.options import options_from
 from clipft.recipes.options_predict import PredictOptions
 from clipft.recipes.predictions import UNKNOWN, Predictions, check_suffix, schema_of, write_tables
 from clipft.recipes.run import loaded, model_name
-from clipft.recipes.sources import name_of, named_by, reading_of
+from clipft.recipes.sources import kept_pictures
 
 __all__ = ["predict"]
 
@@ -81,7 +80,7 @@ def predict(
     console = console or console_of_run()
     _check(output, sheet)
     clip, processor = _model(model, settings)
-    rows = _rows(data, settings, console)
+    rows = kept_pictures("data", data, settings, console, settings.id_column)
     chosen = _Chosen.of(_classifiers(model, clip, processor, settings), settings)
     encoder = encoder_of(clip, processor, settings.batch_size)
     temporary = tempfile.TemporaryDirectory(prefix="clipft-predict-") if output is None else None
@@ -258,23 +257,6 @@ def _work(rows: KeptRows, chosen: _Chosen) -> dict[str, Any]:
 
 
 # ---- pictures ----
-
-
-def _rows(data: Any, settings: PredictOptions, console: Console) -> KeptRows:
-    reading = reading_of(settings)
-    reading.skip, reading.pictures_only = settings.on_bad_row != "error", True
-    reading.id_column = settings.id_column
-    if not isinstance(data, (str, Path)):
-        rows = rows_of_objects(data)
-        if not len(rows):
-            raise ValueError(f"data: expected at least one picture, got an empty {type(data).__name__}")
-        return rows
-    with named_by("data"):
-        found = read_pairs(data, settings.split, reading, "all")
-    if settings.on_bad_row == "skip":
-        reading.faults.clear()
-    console.print(Text(f"{name_of(data)}: {reading.line()}"))
-    return kept_rows(found, reading)
 
 
 def _encode(

@@ -14,14 +14,15 @@ from rich.text import Text
 
 from clipft.data.classes import checked_classes, classes_of, read_class_names, renamed
 from clipft.data.columns import checked_attributes
+from clipft.data.kept import KeptRows, kept_rows, rows_of_objects
 from clipft.data.objects import object_name
 from clipft.data.pictures import limit_pixels
 from clipft.data.reading import Reading
-from clipft.data.sources import load_reading
+from clipft.data.sources import load_reading, read_pairs
 from clipft.data.text_tables import checked_encoding
 from clipft.recipes.options import DataOptions, ScoringOptions
 
-__all__ = ["Sources", "name_of", "named_by", "reading_of"]
+__all__ = ["Sources", "kept_pictures", "name_of", "named_by", "reading_of"]
 
 
 def reading_of(options: DataOptions, attributes: Sequence[str] = ()) -> Reading:
@@ -51,6 +52,30 @@ def named_by(option: str) -> Iterator[None]:
         if before or not name:
             raise
         raise type(error)(f"{option}: {rest}") from error
+
+
+def kept_pictures(
+    option: str, data: Any, options: DataOptions, console: Console, id_column: str | None = None
+) -> KeptRows:
+    """The pictures of what ``option`` gave, in its order; but for ``on_bad_row="skip"`` each bad one in its place.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not isinstance(data, (str, Path)):
+        rows = rows_of_objects(data)
+        if not len(rows):
+            raise ValueError(f"{option}: expected at least one picture, got an empty {type(data).__name__}")
+        return rows
+    reading = reading_of(options)
+    reading.skip, reading.pictures_only = options.on_bad_row != "error", True
+    reading.id_column = id_column
+    with named_by(option):
+        found = read_pairs(data, options.split if option == "data" else None, reading, "all")
+    if options.on_bad_row == "skip":
+        reading.faults.clear()
+    console.print(Text(f"{name_of(data)}: {reading.line()}"))
+    return kept_rows(found, reading)
 
 
 @dataclass
