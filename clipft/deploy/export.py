@@ -101,9 +101,7 @@ def export_onnx(
         ValueError: a cosine below ``min_cosine``, or preprocessing that :class:`clipft.OnnxCLIP` does not know.
             Nothing is left in ``directory`` then.
     """
-    _require_onnx()
-    if not -1.0 <= min_cosine <= 1.0:
-        raise ValueError(f"min_cosine: expected a cosine in [-1, 1], got {min_cosine}")
+    _check(min_cosine)
     plain = plain_model(model, False, "onnx").float()  # the encoders take and give float32
     if int8 and not family_of(plain).int8:
         raise ValueError(f"int8: expected {model_names('int8')}, got a {type(plain).__name__}")
@@ -113,7 +111,7 @@ def export_onnx(
         _write_processor(plain, processor, staging, info, [text for own in captions for text in own])
         _write_model(plain, processor, staging, info, skip if int8 else None, external_data_above)
         parity = {"data": described} | _compare(plain, processor, staging, (pictures, captions), int8)
-        _check(parity, min_cosine, folder)
+        _check_parity(parity, min_cosine, folder)
         _write_info(staging, info | {"parity": parity})
     return parity
 
@@ -168,7 +166,10 @@ def _write_model(
     _write_info(folder, info)
 
 
-def _require_onnx() -> None:
+def _check(min_cosine: float) -> None:
+    """What can be told before the work."""
+    if not -1.0 <= min_cosine <= 1.0:
+        raise ValueError(f"min_cosine: expected a cosine in [-1, 1], got {min_cosine}")
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"the ONNX export needs {name}: pip install 'clipft[onnx]'")
@@ -370,7 +371,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
     return 1000 * statistics.median(seconds)
 
 
-def _check(parity: dict[str, Any], min_cosine: float, folder: Path) -> None:
+def _check_parity(parity: dict[str, Any], min_cosine: float, folder: Path) -> None:
     for kind in ("fp32", "int8"):
         for part in ("image", "text"):
             mean = parity.get(kind, {}).get(f"{part}_cosine", {}).get("mean", 1.0)

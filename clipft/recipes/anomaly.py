@@ -26,7 +26,7 @@ from clipft.inference.anomaly import PatchMemory
 from clipft.inference.detector import Detector, States
 from clipft.recipes.options import options_from
 from clipft.recipes.options_anomaly import AnomalyOptions
-from clipft.recipes.predictions import check_suffix, write_tables
+from clipft.recipes.predictions import check_table, write_tables
 from clipft.recipes.run import loaded, model_name
 from clipft.recipes.sources import kept_pictures
 from clipft.report.heat import overlay
@@ -78,7 +78,7 @@ def anomaly(
     console: Console | None = None,
     **options: Any,
 ) -> Anomalies:
-    """How far from normal pictures are, and where: the same as the command ``clipft anomaly``, with the same options.
+    """How far from normal pictures are, and where: the same as ``clipft anomaly``, with the same options.
 
     By normal pictures (``normal``, ``memory``): the distance of a picture's patches to those of normal ones (PatchCore,
     arXiv:2106.08265); by words (``normal_text`` and ``anomaly_text``): which it is nearer to (WinCLIP,
@@ -107,9 +107,7 @@ def anomaly(
     settings = options_from(AnomalyOptions, options)
     console = console or console_of_run()
     check_options(settings)
-    if output is not None:
-        check_suffix(Path(output))
-        check_output(Path(output))
+    check_table(output)
     rows = kept_pictures("data", data, settings, console)
     names = [rows.name(number) for number in range(len(rows))]
     files = None if settings.maps is None else _map_files(Path(settings.maps), names)
@@ -124,9 +122,7 @@ def anomaly(
             if one.error is None or settings.on_bad_row == "keep":
                 found.append(one)
     if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        with write_tables(Path(output), _SCHEMA) as write:
-            write(found.to_table())
+        _write(Path(output), found)
     _show(found, len(rows), console)
     for place in (output, settings.maps):
         if place is not None:
@@ -245,6 +241,12 @@ def _look(detector: Detector, rows: KeptRows, number: int, files: Path | None) -
 
 
 # ---- what is written ----
+
+
+def _write(path: Path, found: Anomalies) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_tables(path, _SCHEMA) as write:
+        write(found.to_table())
 
 
 def shaded(picture: Image.Image, found: NDArray[np.float32], longest: int) -> Image.Image:

@@ -13,7 +13,7 @@ from clipft.console import console_of_run, show, show_calibration
 from clipft.data.classes import share_of_classes
 from clipft.data.rows import DEFAULT_TEMPLATES
 from clipft.environment import environment
-from clipft.evaluation.scoring import Scorer, calibrated
+from clipft.evaluation.scoring import Found, Scorer, calibrated
 from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
 from clipft.files import check_output, write_json, write_text
 from clipft.models.calibrated import model_calibrations
@@ -38,8 +38,7 @@ def evaluate(
     **options: Any,
 ) -> Scores:
     """Zero-shot classification where the data has classes, retrieval where it has captions, and the model's heads; with
-    ``anomaly=True`` how well defects are found, and where: the same as the command ``clipft evaluate``, with the same
-    options.
+    ``anomaly=True`` how well defects are found, and where: the same as ``clipft evaluate``, with the same options.
 
     Args:
         model: a folder, a hub name, ``"demo"``, ``(model, processor)`` or a :class:`clipft.recipes.run.Run`.
@@ -71,36 +70,25 @@ def evaluate(
     dataset = sources.rows("data", data, purpose="test")
     clip, processor = loaded(model)
     _check_attributes(clip, settings.attribute or (), console)
-    templates = list(settings.template or DEFAULT_TEMPLATES)
     near = settings.probe_data
     neighbours = None if near is None else sources.rows("probe_data", near, attributes=False)
     classes = sources.classes(dataset, [neighbours] if neighbours is not None else [])
     classes = _classes_of_run(model, classes) if settings.classes is None else classes
+    templates = list(settings.template or DEFAULT_TEMPLATES)
     scorer = Scorer(clip, processor, dataset, templates, settings.batch_size, settings.workers, console, classes)
     result = (found := scorer("evaluating")).to_json()
-    probabilities = calibrated(found, model_calibrations(clip), settings.precision_at)
-    if settings.precision_at is not None and not probabilities:
-        raise ValueError("precision_at: expected data with classes, whose answers are right or wrong; found none")
+    told = _probabilities(found, clip, settings.precision_at)
     if neighbours is not None:
-        probes: dict[str, Any] = {
-            "linear_probe": evaluate_linear_probe,
-            "knn": functools.partial(evaluate_knn, k=settings.knn_k),
-        }
-        how: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.workers}
-        result |= {name: probe(clip, processor, neighbours, dataset, **how) for name, probe in probes.items()}
+        result |= _probes(clip, processor, neighbours, dataset, settings)
     title = f"{model_name(model)} on {len(dataset)} pictures of {name_of(data)}{share_of_classes(dataset, classes)}"
-    told = {"calibration": {part: own.to_json() for part, own in probabilities.items()}} if probabilities else {}
-    page = functools.partial(_page, title, result, sources, found, dataset, told)  # keeps no model
+    page = functools.partial(_page, title, result, sources, found, dataset, told)
     if output is not None:
-        path = Path(output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result | told | {"reading": sources.to_json()})
-        write_text(path.with_suffix(".html"), page(clip, processor))
+        written = page(clip, processor)
+        _write(Path(output), result | told | {"reading": sources.to_json()}, written)
     show({"score": result}, title, console)
     show_calibration(told.get("calibration", {}), console)
-    if output is not None:
-        console.print(f"{output}, and {path.with_suffix('.html')} to look at")
-    return Scores(result | told, page)
+    _say_where(output, console)
+    return Scores(result | told, page if output is None else lambda: written)
 
 
 def _check(data: Any, probe: Any, output: str | Path | None) -> None:
@@ -118,6 +106,33 @@ def _classes_of_run(model: Any, own: list[str] | None) -> list[str] | None:
     """With the classes that a run's folder says it was scored against, where they are these and more."""
     known = classes_of_run(model_name(model))
     return own if own is None or known is None or not set(own) <= set(known) else known
+
+
+def _probabilities(found: Found, model: Any, precision: float | None) -> dict[str, Any]:
+    """``calibration``, by part, where there are classes."""
+    probabilities = calibrated(found, model_calibrations(model), precision)
+    if precision is not None and not probabilities:
+        raise ValueError("precision_at: expected data with classes, whose answers are right or wrong; found none")
+    return {"calibration": {part: own.to_json() for part, own in probabilities.items()}} if probabilities else {}
+
+
+def _probes(model: Any, processor: Any, train: Any, test: Any, settings: EvaluateOptions) -> dict[str, Any]:
+    how: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.workers}
+    return {
+        "linear_probe": evaluate_linear_probe(model, processor, train, test, **how),
+        "knn": evaluate_knn(model, processor, train, test, k=settings.knn_k, **how),
+    }
+
+
+def _write(path: Path, scores: dict[str, Any], page: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, scores)
+    write_text(path.with_suffix(".html"), page)
+
+
+def _say_where(output: str | Path | None, console: Console) -> None:
+    if output is not None:
+        console.print(f"{output}, and {Path(output).with_suffix('.html')} to look at")
 
 
 def _page(

@@ -94,14 +94,7 @@ def explain(
     console = console or console_of_run()
     pictures, texts = _several(images), _strings("texts", texts)
     background = _strings("background", BACKGROUND if settings.background is None else settings.background)
-    if not pictures:
-        raise ValueError("images: expected at least one picture, got none")
-    if not all(text.strip() for text in texts):
-        raise ValueError("texts: expected what is to be found in words, got an empty text")
-    if not 0 < settings.threshold < 1:
-        raise ValueError(f"threshold: expected a score between 0 and 1, got {settings.threshold}")
-    if output is not None:
-        _check_output(Path(output), len(pictures))
+    _check(pictures, texts, settings.threshold, output)
     clip, processor = loaded(model)
     check_model(clip)
     opened = [(_name(image, number), open_picture(image)) for number, image in enumerate(pictures)]
@@ -140,6 +133,18 @@ def _strings(name: str, given: Any) -> list[str]:
     if wrong := [one for one in texts if not isinstance(one, str)]:
         raise TypeError(f"{name}: expected strings, got {type(wrong[0]).__name__}")
     return texts
+
+
+def _check(pictures: list[Any], texts: list[str], threshold: float, output: str | Path | None) -> None:
+    """What can be told before the work."""
+    if not pictures:
+        raise ValueError("images: expected at least one picture, got none")
+    if not all(text.strip() for text in texts):
+        raise ValueError("texts: expected what is to be found in words, got an empty text")
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold: expected a score between 0 and 1, got {threshold}")
+    if output is not None:
+        _check_output(Path(output), len(pictures))
 
 
 def _check_output(path: Path, count: int) -> None:

@@ -34,7 +34,7 @@ from clipft.models.run_folder import classes_of_run, templates_of_run
 from clipft.recipes.least_certain import LeastCertain
 from clipft.recipes.options import options_from
 from clipft.recipes.options_predict import PredictOptions
-from clipft.recipes.predictions import UNKNOWN, Predictions, check_suffix, schema_of, write_tables
+from clipft.recipes.predictions import UNKNOWN, Predictions, check_table, schema_of, write_tables
 from clipft.recipes.run import loaded, model_name
 from clipft.recipes.sources import kept_pictures
 
@@ -95,13 +95,7 @@ def predict(
         shards = Shards(
             parts, len(rows), ".parquet", encode, partial(chosen.write, rows), partial(progress.advance, task)
         )
-        with write_tables(path, chosen.schema) as write:
-            for table in map(_read_shard, shards):
-                kept = table if settings.on_bad_row != "skip" else table.filter(pc.is_null(table["error"]))
-                found.count(table, len(kept))
-                if least is not None:
-                    least.look(table)
-                write(kept.select(chosen.schema.names))
+        _join(shards, chosen.schema, found, least, skip=settings.on_bad_row == "skip")
     _say(found, console, output)
     if least is not None:
         least.draw(Path(str(sheet)), rows, console)
@@ -110,9 +104,7 @@ def predict(
 
 def _check(output: str | Path | None, sheet: str | Path | None) -> None:
     """What can be told before the work."""
-    if output is not None:
-        check_suffix(Path(output))
-        check_output(Path(output))
+    check_table(output)
     if sheet is not None:
         if Path(sheet).suffix != ".png":
             raise ValueError(f"sheet: expected a name that ends in .png, got {Path(sheet).name!r}")
@@ -281,6 +273,17 @@ class _Names(Sequence[str]):
 
 
 # ---- results ----
+
+
+def _join(shards: Shards, schema: pa.Schema, found: Predictions, least: LeastCertain | None, *, skip: bool) -> None:
+    """Write and count the rows, a shard at a time; with ``skip`` those that failed are left out."""
+    with write_tables(found.path, schema) as write:
+        for table in map(_read_shard, shards):
+            kept = table.filter(pc.is_null(table["error"])) if skip else table
+            found.count(table, len(kept))
+            if least is not None:
+                least.look(table)
+            write(kept.select(schema.names))
 
 
 def _read_shard(shard: Path) -> pa.Table:

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from clipft.files import writing
+from clipft.files import check_output, writing
 
-__all__ = ["UNKNOWN", "Predictions", "check_suffix", "schema_of", "write_tables"]
+__all__ = ["UNKNOWN", "Predictions", "check_table", "schema_of", "write_tables"]
 
 UNKNOWN = "unknown"  # the class of a picture that no class is sure enough of
 _GROUP = 1 << 14  # rows of a Parquet row group
@@ -85,10 +85,18 @@ def schema_of(top: int, several: bool) -> pa.Schema:
     return pa.schema([*fields, ("error", pa.string())])
 
 
-def check_suffix(path: Path) -> None:
-    """ValueError: a file of another kind."""
+def check_table(output: str | Path | None) -> None:
+    """That a table can be written there.
+
+    Raises:
+        ValueError: a file of another kind. OSError: it cannot be written.
+    """
+    if output is None:
+        return
+    path = Path(output)
     if path.suffix not in _WRITERS:
         raise ValueError(f"output: expected a name that ends in {', '.join(_WRITERS)}, got {path.name!r}")
+    check_output(path)
 
 
 # ---- files ----

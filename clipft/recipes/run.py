@@ -41,7 +41,9 @@ class Run:
 
 
 class Scores(dict[str, Any]):
-    """Metrics by part, as a dictionary; in a notebook the page that ``clipft evaluate --output`` writes."""
+    """Metrics by part, as a dictionary; in a notebook the page that was written, or that would have been, without the
+    maps that need the model.
+    """
 
     def __init__(self, scores: dict[str, Any], page: Callable[[], str]) -> None:
         super().__init__(scores)
