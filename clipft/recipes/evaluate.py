@@ -62,8 +62,7 @@ def evaluate(
     """
     settings = options_from(EvaluateOptions, options)
     console = console or console_of_run()
-    check_kind_of_evaluation(settings)
-    _check(data, settings.probe_data, output)
+    _check(settings, data, output)
     if settings.anomaly:
         return evaluate_anomaly(model, data, output, settings, console)
     sources = Sources(settings, console, settings.attribute or ())
@@ -91,8 +90,10 @@ def evaluate(
     return Scores(result | told, page if output is None else lambda: written)
 
 
-def _check(data: Any, probe: Any, output: str | Path | None) -> None:
+def _check(settings: EvaluateOptions, data: Any, output: str | Path | None) -> None:
     """What can be told before the work."""
+    check_kind_of_evaluation(settings)
+    probe = settings.probe_data
     if (probe is not None and probe is data) or (isinstance(probe, (str, Path)) and str(probe) == str(data)):
         raise ValueError("probe_data: expected other pictures than data, which would be scored on themselves")
     if output is not None and Path(output).suffix == ".html":
