@@ -1,5 +1,5 @@
 """Charts as inline SVG. Colours are the page's CSS classes (``s0``, ``s1``, ... of a series), so that they follow its
-light or dark scheme.
+light or dark scheme; where a page loses its style, as on GitHub, lines are grey.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 __all__ = ["interval_bar", "line_chart", "reliability_chart"]
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 460, 220, 52, 34, 12
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 460, 220, 60, 34, 12
 Points = Sequence[tuple[float, float]]
 
 
@@ -98,7 +98,8 @@ def reliability_chart(stages: Sequence[Sequence[Mapping[str, Any]]]) -> Markup:
 
 def _svg(width: int, height: int, parts: Sequence[str], label: str) -> Markup:
     head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" width="{width}">'
-    return Markup("".join((head, *parts, "</svg>")))
+    lines = "".join(parts).replace("<line ", '<line stroke="gray" ')
+    return Markup(head + lines.replace("<polyline ", '<polyline fill="none" stroke="gray" ') + "</svg>")
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
