@@ -125,7 +125,8 @@ def set_calibrations(model: Any, calibrations: Mapping[str, Calibration]) -> Non
 
 
 def _config(model: Any) -> Any:
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+    """None of what can be saved and has none."""
+    return getattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "config", None)
 
 
 # ---- adapters, whose folder has no config.json ----
