@@ -168,8 +168,12 @@ def _write_model(
 
 def _check(min_cosine: float) -> None:
     """What can be told before the work."""
+    _require_onnx()
     if not -1.0 <= min_cosine <= 1.0:
         raise ValueError(f"min_cosine: expected a cosine in [-1, 1], got {min_cosine}")
+
+
+def _require_onnx() -> None:
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"the ONNX export needs {name}: pip install 'clipft[onnx]'")

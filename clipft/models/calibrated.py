@@ -125,8 +125,7 @@ def set_calibrations(model: Any, calibrations: Mapping[str, Calibration]) -> Non
 
 
 def _config(model: Any) -> Any:
-    """None of what can be saved and has none."""
-    return getattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "config", None)
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).config
 
 
 # ---- adapters, whose folder has no config.json ----

@@ -30,7 +30,7 @@ def write_modules(model: Any, processor: Any, staging: Path) -> None:
     """Beside a float model: two files that name its own, so that ``SentenceTransformer(folder)`` gives the same
     embeddings, at length 1. Nothing where transformers' ``AutoModel``, which it loads with, does not know the model.
     """
-    if type(model.config) not in MODEL_MAPPING:
+    if type(getattr(model, "config", None)) not in MODEL_MAPPING:
         return
     kinds = {"": "Transformer", "1_Normalize": "Normalize"}
     modules = [
