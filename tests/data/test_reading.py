@@ -103,8 +103,9 @@ def test_splits_and_columns_from_every_verb(base: Path, tmp_path: Path) -> None:
     for verb, words in verbs.items():
         refused = run(*words, f"{data}:test")
         assert "name it with --image-column" in refused.stderr, verb
-        count = 12 if verb == "train" else 3
-        for how in ((f"{data}:test",), (data, "--split", "test")) if verb != "train" else ((data,),):
+        both = [(split, how) for split in ("train", "test") for how in ((f"{data}:{split}",), (data, "--split", split))]
+        for split, how in [("train", (data,))] if verb == "train" else both:
             said = " ".join(run(*words, *how, *columns).output.split())
-            assert f"split {'train' if verb == 'train' else 'test'}, read {count} of {count}" in said, verb
+            count = {"train": 12, "test": 3}[split]
+            assert f"split {split}, read {count} of {count}" in said, verb
     assert "split test, read 3 of 3" in run(*verbs["evaluate"], data, *columns).output  # never train in silence
