@@ -85,12 +85,7 @@ def read_inspection(root: Path, reading: Reading, masks: Reading) -> InspectionS
     """
     folder = _test_folder(root)
     reading.source, masks.source = str(folder), str(root / _MASKS)
-    tree = walk(folder, reading)
-    for file in (*tree.tables, *tree.shards, *tree.texts, *tree.others):
-        reading.leave_out(_OTHER, str(file))
-    for _, error in tree.faults:
-        with reading.row():
-            raise error
+    tree = _pictures_below(folder, reading)
     for name in tree.folders:
         if not any(tree.part(picture) == name for picture in tree.pictures):
             reading.leave_out(_EMPTY, str(folder / name))
@@ -101,6 +96,17 @@ def read_inspection(root: Path, reading: Reading, masks: Reading) -> InspectionS
     reading.places = [[str(folder / name)] for name in found.dataset["id"]]
     reading.finish(len(found.kinds))
     return found
+
+
+def _pictures_below(folder: Path, reading: Reading) -> Tree:
+    """A folder whose pictures alone are read; the rest is counted."""
+    tree = walk(folder, reading)
+    for file in (*tree.tables, *tree.shards, *tree.texts, *tree.others):
+        reading.leave_out(_OTHER, str(file))
+    for _, error in tree.faults:
+        with reading.row():
+            raise error
+    return tree
 
 
 def _test_folder(root: Path) -> Path:
@@ -167,12 +173,7 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
 
 def _masks_in(folder: Path, reading: Reading) -> dict[Path, Path]:
     """Masks by their path in the folder, without its suffix."""
-    tree = walk(folder, reading)
-    for file in (*tree.tables, *tree.shards, *tree.texts, *tree.others):
-        reading.leave_out(_OTHER, str(file))
-    for _, error in tree.faults:
-        with reading.row():
-            raise error
+    tree = _pictures_below(folder, reading)
     return {picture.relative_to(folder).with_suffix(""): picture for picture in tree.pictures}
 
 
@@ -201,7 +202,7 @@ def _mask_of(picture: Path, kind: str | None, folder: Path, known: dict[Path, Pa
 
 
 def _count_masks(known: dict[Path, Path], tree: Tree, found: InspectionSet, reading: Reading) -> None:
-    used = [mask for mask in found.masks if mask is not None]
+    used = dict.fromkeys(mask for mask in found.masks if mask is not None)
     wanted = {name for picture in tree.pictures for name in _candidates(picture, tree.folder)}
     for name, mask in known.items():
         if mask not in used:

@@ -30,7 +30,6 @@ class LeastCertain:
     def __init__(self, classes: Mapping[str, Sequence[str]]) -> None:
         self._heads = list(classes)
         self._kept: dict[tuple[str, str], list[tuple[float, int, str]]] = {}  # heaps, the most certain first
-        self._counts: Counter[tuple[str, str]] = Counter()
 
     def look(self, table: pa.Table) -> None:
         """At rows with ``row``, a picture's number."""
@@ -41,11 +40,10 @@ class LeastCertain:
             if own is None:
                 continue
             heap = self._kept.setdefault((head, own), [])
-            self._counts[head, own] += 1
             (heapq.heappush if len(heap) < _PICTURES else heapq.heappushpop)(heap, (-probability, -number, image))
 
-    def draw(self, path: Path, rows: KeptRows, console: Console) -> None:
-        """A row a class, the classes with most pictures first."""
+    def draw(self, path: Path, rows: KeptRows, counts: Counter[tuple[str, str]], console: Console) -> None:
+        """A row a class, the classes with most pictures first; ``counts``: of them, by (head, class)."""
         try:
             from clipft.report.sheet import Row, draw_sheet
         except ImportError as error:
@@ -54,11 +52,11 @@ class LeastCertain:
         if not self._kept:
             console.print("no sheet: no picture could be read")
             return
-        order = [key for key, _ in self._counts.most_common()]
+        order = [key for key, _ in counts.most_common()]
         several = len(self._heads) > 1
         sheet = []
         for head, own in order[:_CLASSES]:
-            title = f"{f'{class_text(head)}: ' if several else ''}{class_text(own)} ({self._counts[head, own]})"
+            title = f"{f'{class_text(head)}: ' if several else ''}{class_text(own)} ({counts[head, own]})"
             hits = [
                 (name, -less, _picture(rows, -number)) for less, number, name in sorted(self._kept[head, own])[::-1]
             ]

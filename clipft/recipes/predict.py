@@ -98,7 +98,7 @@ def predict(
         _join(shards, chosen.schema, found, least, skip=settings.on_bad_row == "skip")
     _say(found, console, output)
     if least is not None:
-        least.draw(Path(str(sheet)), rows, console)
+        least.draw(Path(str(sheet)), rows, found.counts, console)
     return found
 
 
