@@ -287,7 +287,7 @@ def _join_shards(shards: Sequence[Path]) -> Array:
     found = []
     for shard in shards:
         try:
-            found.append(np.load(shard, allow_pickle=False))
+            found.append(load_npy(shard))
         except (ValueError, EOFError) as error:
             raise ValueError(f"{shard}: damaged ({error}); --restart begins again") from error
     dim = max((part.shape[1] for part in found), default=1)

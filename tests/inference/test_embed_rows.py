@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from clipft.cli import app
 from clipft.cli.search import _pictures_of
 from clipft.inference.encode import Encoder
+from clipft.inference.npy import load_npy
 from clipft.inference.vectors import Description, VectorFile, embed_to_file
 
 SHADES = {"a": 20, "b": 120, "c": 250}
@@ -217,6 +218,13 @@ def test_an_array_that_lies_about_its_size_is_refused(rows: int, tmp_path: Path)
     for path in (tmp_path / "v.npy", tmp_path):
         with pytest.raises(ValueError, match=r"v\.npy"):
             VectorFile.read(path)
+
+
+@pytest.mark.parametrize("header", [b"{'shape': (3, 4)", b"\x00", b"(" * 5000, b"'''", b"{'descr': '<f4', "])
+def test_an_array_whose_header_is_no_literal_is_refused(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "v.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+    with pytest.raises(ValueError, match=r"v\.npy: its header cannot be read"):
+        load_npy(tmp_path / "v.npy")
 
 
 @pytest.mark.parametrize("what", ["numbers", "nested", "list", "words", "nulls", "nan", "no sidecar"])
