@@ -7,13 +7,16 @@ another.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,7 +111,53 @@ def lie_safetensors(rng: random.Random, data: bytes) -> bytes:
     return length.to_bytes(8, "little") + header + data[8 + size :]
 
 
-LIARS: dict[str, Callable[[random.Random, bytes], bytes]] = {".json": lie_json, ".safetensors": lie_safetensors}
+class Runs:
+    """What a pickle may ask to be called."""
+
+    def __init__(self, call: Any, *arguments: Any) -> None:
+        self.parts = call, arguments
+
+    def __reduce__(self) -> Any:
+        return self.parts
+
+
+def lie_pickle(rng: random.Random, data: bytes) -> bytes:
+    """Of the program in torch's archive, and of its members; of an older file of torch, bytes."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return flip(rng, data)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = rng.choice(list(members))
+    if rng.random() < 0.7:
+        name = next(name for name in members if name.endswith("data.pkl"))
+    own = bytearray(members[name] or b"\0")
+    way = rng.random()
+    if way < 0.2 and name.endswith(".pkl"):
+        ran = rng.choice(
+            (Runs(print, "ran"), Runs(open, "/etc/passwd"), Runs(bytes, 10**9), [[]] * 5, {"state_dict": 3})
+        )
+        own = bytearray(pickle.dumps(rng.choice(({"a": ran}, ran)), 2))
+    elif way < 0.3:
+        del members[name]
+        own = bytearray()
+    else:
+        for _ in range(rng.choice((1, 2, 8))):
+            place = rng.randrange(len(own))
+            own[place : place + 1] = rng.choice((rng.randbytes(1), b"", b"\x8a\x08" + rng.randbytes(8), b"\xff" * 4))
+    if name in members:
+        members[name] = bytes(own)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for key, value in members.items():
+            archive.writestr(key, value)
+    return out.getvalue()
+
+
+LIARS: dict[str, Callable[[random.Random, bytes], bytes]] = {
+    ".json": lie_json,
+    ".safetensors": lie_safetensors,
+    ".bin": lie_pickle,
+}
 
 
 def cases(good: Mapping[str, Sequence[bytes]], seed: int) -> Iterator[tuple[str, Case]]:

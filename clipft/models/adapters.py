@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipft.errors import line_of, short
+from clipft.errors import line_of, listed, short
 from clipft.files import expanded, read_json
-from clipft.models.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from clipft.models.weights import Stored, check_floats_stored, listed, tensors_of
+from clipft.models.formats import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
+from clipft.models.weights import Stored, check_floats_stored, stored_in
 
 __all__ = ["base_of", "put_adapter"]
 
@@ -37,7 +37,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     """The name of an adapter's base model, and its revision if it says one.
 
     Raises:
-        FileNotFoundError: no weights as safetensors. ValueError: not LoRA, or no base model is named.
+        FileNotFoundError: no weights. ValueError: not LoRA, or no base model is named.
     """
     path = folder / ADAPTER_CONFIG
     config = read_json(path)
@@ -48,13 +48,16 @@ def base_of(folder: Path) -> tuple[str, str | None]:
         raise ValueError(f"{path}: expected base_model_name_or_path to name the base model, found {short(base)}")
     if revision is not None and not isinstance(revision, str):
         raise ValueError(f"{path}: expected revision to be a name, found {short(revision)}")
-    if not (folder / ADAPTER_WEIGHTS).exists():
-        hint = "; adapter_model.bin is a pickle, which clipft does not open" * (folder / "adapter_model.bin").exists()
-        raise FileNotFoundError(
-            f"{folder}: expected the adapter's weights in {ADAPTER_WEIGHTS}, which is missing{hint}"
-        )
-    tensors_of([folder / ADAPTER_WEIGHTS])
+    stored_in(_weights_of(folder))
     return base, revision
+
+
+def _weights_of(folder: Path) -> Path:
+    names = (ADAPTER_WEIGHTS, ADAPTER_PICKLE)
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"{folder}: expected the adapter's weights in {ADAPTER_WEIGHTS}, which is missing")
+    return found
 
 
 def _may_be_a_name(text: str) -> bool:
@@ -74,8 +77,8 @@ def put_adapter(peft: Any, model: Any, folder: Path, base: str) -> Any:
     Raises:
         ValueError: the adapter does not fit, or its configuration is not one that clipft lets peft read.
     """
-    path, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
-    found = tensors_of([weights])
+    path, weights = folder / ADAPTER_CONFIG, _weights_of(folder)
+    found = stored_in(weights)
     check_floats_stored(weights, found)
     try:
         config = peft.LoraConfig.from_pretrained(str(folder))

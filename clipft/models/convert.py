@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, PreTrainedConfig, SiglipConfig
 
+from clipft.errors import listed
 from clipft.families.open_clip import OpenCLIPConfig, with_scalars_of, with_text_apart
 from clipft.families.registry import check_model, family_of_type
 from clipft.models.configurations import check_sizes
 from clipft.models.fusing import check_float
 from clipft.models.heads import heads_of
 from clipft.models.open_clip_layout import TIMM_SIGLIP, Part, TimmTower, parts_of, to_hf_names, to_open_clip_names
-from clipft.models.weights import listed
 
 __all__ = ["Converted", "reasons", "to_hf", "to_open_clip"]
 

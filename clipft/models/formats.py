@@ -10,6 +10,7 @@ from clipft.files import expanded, replace_set
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "ADAPTER_PICKLE",
     "ADAPTER_WEIGHTS",
     "CALIBRATION_KEY",
     "DEMO_MODEL",
@@ -36,7 +37,12 @@ __all__ = [
 ]
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
-FLOAT_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+FLOAT_WEIGHTS = (  # in the order in which transformers looks for them; each before the index of its kind
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 INT8_WEIGHTS, INT8_REPORT = "clipft_int8.safetensors", "quantization_report.json"
 WEIGHT_FILES = (*FLOAT_WEIGHTS, INT8_WEIGHTS)  # a model folder holds one of these
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -46,6 +52,7 @@ OPEN_CLIP_WEIGHTS = (  # in the order in which open_clip looks for them
     "open_clip_pytorch_model.bin",
 )
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's
+ADAPTER_PICKLE = "adapter_model.bin"  # of older versions of peft, which reads either
 QUANT_METHOD = "clipft_int8"  # of a configuration's quantization_config
 HEADS_KEY = "clipft_heads"  # of a configuration: names and classes of the classification heads
 CALIBRATION_KEY = "clipft_calibration"  # of a configuration: by head or "zero_shot", its temperature and threshold
@@ -69,9 +76,9 @@ PROCESSOR_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-_SHARDS = "model-*-of-*.safetensors"
+_SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 _MODELS = (
-    *(*WEIGHT_FILES, _SHARDS, INT8_REPORT, ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin"),
+    *(*WEIGHT_FILES, *_SHARDS, INT8_REPORT, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE),
     *(OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHTS, SENTENCE_MODULES, SENTENCE_CONFIG),
 )
 

@@ -53,7 +53,7 @@ from clipft.models.weights import check_shapes, check_whole, shards_of, stored_w
 
 __all__ = ["load", "load_merged", "settle_model"]
 
-_READ = (".json", ".safetensors", ".txt", ".model", ".jinja")  # what transformers opens in a folder
+_READ = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")  # what is opened in a folder
 _LINE = 1000  # characters of a message; some hold what a file holds
 _logger = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
             (``hf-hub:`` and ``local-dir:`` before it are understood), ``"open_clip:ViT-B-32/laion2b_s34b_b79k"``,
             ``"open_clip:ViT-B-32/path/to/epoch_3.pt"``, or a file with a state dict of OpenAI's.
         kwargs: passed to the model's ``from_pretrained`` (``dtype``, ``revision``, ...). Weights are read from
-            safetensors, and open_clip's from pickles that hold tensors and plain values alone.
+            safetensors or, where there are none, from pickles that hold tensors and plain values alone
+            (``pytorch_model.bin``, open_clip's checkpoints).
 
     Returns:
         A ``CLIPModel`` or one of another family in evaluation mode (open_clip's too, converted, or else an
@@ -193,7 +194,7 @@ def _fetched(source: str, revision: str, place: str = "") -> Path:
 def _load_float(family: Family, source: str, folder: Path, kwargs: dict[str, Any]) -> Any:
     """The model, with the classification heads that its configuration names."""
     note_changes(folder, MODEL_MANIFEST)
-    where, stored = stored_weights(folder)
+    where, stored, tensors = stored_weights(folder)
     if stored is None and Path(source).is_dir():  # transformers may know another way to a model of the hub
         raise FileNotFoundError(
             f"{folder / 'config.json'}: of a float model, whose {FLOAT_WEIGHTS[0]} is missing beside it"
@@ -210,8 +211,12 @@ def _load_float(family: Family, source: str, folder: Path, kwargs: dict[str, Any
                 check_shapes(where, self.state_dict(), stored)
 
     Checked.__name__ = family.model.__name__
-    given = {"ignore_mismatched_sizes": True, "trust_remote_code": False} | kwargs  # mismatches are told below
-    model, found = Checked.from_pretrained(source, use_safetensors=True, output_loading_info=True, **given)
+    given: Any = {"ignore_mismatched_sizes": True, "trust_remote_code": False} | kwargs  # mismatches are told below
+    place: str | None = source
+    if tensors is not None:
+        config, given = cast(Any, family.model).config_class.from_pretrained(folder, return_unused_kwargs=True, **given)
+        place, given = None, given | {"config": config, "state_dict": tensors}
+    model, found = Checked.from_pretrained(place, use_safetensors=True, output_loading_info=True, **given)
     mismatched = [] if tolerant else [key[0] for key in found["mismatched_keys"]]
     check_whole(where, {*found["missing_keys"], *mismatched}, found["unexpected_keys"], stored)
     model.__class__ = family.model
@@ -250,12 +255,7 @@ def _check_folder(folder: Path) -> None:
             check_file(path)
     family_of_type(read_json(config).get("model_type"), str(config))
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        hint = (
-            "; pytorch_model.bin is a pickle, which clipft does not open: save it again with save_pretrained(...)"
-            if (folder / "pytorch_model.bin").exists()
-            else ""
-        )
-        raise FileNotFoundError(f"{folder}: expected the weights in {WEIGHT_FILES[0]}, which is missing{hint}")
+        raise FileNotFoundError(f"{folder}: expected the weights in {WEIGHT_FILES[0]}, which is missing")
     if parts := sorted(path.name for path in folder.glob("shard-*-model-*.safetensors")):
         raise ValueError(f"{folder}: expected one set of weights, found parts of a distributed run too: {parts[0]}")
 
@@ -265,13 +265,14 @@ def load_merged(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
     merged into its weights, and the base's processor.
 
     Args:
-        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors`` or, of older versions of peft,
+            ``adapter_model.bin``.
         kwargs: as of :func:`clipft.load`, for the base model. It is merged in float32 and rounded once, to ``dtype`` or
             what it is stored in.
 
     Raises:
         ImportError: peft is not installed.
-        FileNotFoundError: no weights as safetensors, or no base model.
+        FileNotFoundError: no weights, or no base model.
         ValueError: not LoRA, no base model named, weights that do not fit it, or a base model that has other weights
             than the one that the adapter was trained on.
     """

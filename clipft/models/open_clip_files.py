@@ -1,33 +1,29 @@
 """open_clip's folders, names and checkpoints: which a name means, and what they hold.
 
-What is on the hub is found by transformers' code, tags by open_clip's own. Pickles are read by ``torch.load`` with
-``weights_only``, never otherwise.
+What is on the hub is found by transformers' code, tags by open_clip's own.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
-import mmap
-import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from clipft.families.clip import CLIP
 from clipft.families.open_clip import import_open_clip
-from clipft.files import check_file, expanded, read_json
+from clipft.files import expanded, read_json
 from clipft.models.calibrated import Calibration, calibrations_of
 from clipft.models.formats import CALIBRATION_KEY, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, WEIGHT_FILES
-from clipft.models.weights import listed, tensors_of
+from clipft.models.pickles import read_pickle
+from clipft.models.weights import tensors_of
 
 __all__ = ["OpenCLIPFiles", "find", "is_open_clip_name"]
 
@@ -36,7 +32,6 @@ _CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors")
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}  # numbers beside the weights of OpenAI's archives
 _ARCHIVES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336")
 _PREPROCESS = {"mean": CLIP.pixel_mean, "std": CLIP.pixel_std, "interpolation": "bicubic", "resize_mode": "shortest"}
-_ALLOCATING = (b"builtins\nbytearray\n", b"builtin__\nbytearray\n", b"ctorch\nTensor\n")  # in a pickle
 _NAMED = 8  # tags in a message
 _logger = logging.getLogger(__name__)
 
@@ -209,78 +204,11 @@ def _openai_cfg(state: Mapping[str, Tensor]) -> dict[str, Any]:
 # ---- weights ----
 
 
-class _Number:
-    """Stands in for what open_clip's checkpoints have of numpy: numbers beside the weights, which nobody asks for."""
-
-    def __init__(self, *parts: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-_NUMBERS: list[Any] = [
-    (_Number, name) for name in ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar", "numpy.dtype")
-]
-
-
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         tensors_of([path])
         return load_file(path)
-    check_file(path)
-    packed = zipfile.is_zipfile(path)
-    try:
-        if packed:
-            _check_archive(path)
-        _check_program(path)
-        with torch.serialization.safe_globals(_NUMBERS):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
-    except _RefusedError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except Exception as error:  # of whatever class an unpickler raises that gets nonsense
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks to run {code[1]}, which clipft does not" if code else "it is damaged, was cut, or is another's"
-        raise ValueError(
-            f"{path}: expected a file of torch.save with tensors and plain values alone; {what}"
-        ) from error
-    state = found.get("state_dict", found) if isinstance(found, Mapping) else None
-    if not isinstance(state, Mapping) or not state or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{path}: expected a state dict, or a checkpoint with one under state_dict")
-    if odd := [name for name, tensor in state.items() if not _is_whole(tensor)]:
-        raise ValueError(f"{path}: expected whole tensors in the state dict, found others: {listed(odd)}")
-    prefix = "module." if all(name.startswith("module.") for name in state) else ""  # of DistributedDataParallel
-    return {name.removeprefix(prefix): tensor.detach() for name, tensor in state.items()}
-
-
-def _check_archive(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        if any(member.file_size > path.stat().st_size for member in archive.infolist()):  # torch packs nothing
-            raise _RefusedError("expected a file of torch.save; its members are larger than the file")
-        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            return
     stem = path.stem.removesuffix("px")  # OpenAI's name of the larger pictures
     which = stem if stem in _ARCHIVES else "ARCHITECTURE"
-    raise _RefusedError(
-        "a TorchScript archive is code, and clipft runs none; the same weights are "
-        f"{_PREFIX}{which}-quickgelu/openai{'' if stem in _ARCHIVES else ' for ' + ', '.join(_ARCHIVES)}"
-    )
-
-
-def _check_program(path: Path) -> None:
-    """That a pickle does not ask for memory that the file has no numbers for, which ``weights_only`` allows."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for call in _ALLOCATING:
-            if data.find(call) >= 0:
-                raise _RefusedError(f"expected tensors and plain values alone, found a {call.split()[-1].decode()}")
-
-
-class _RefusedError(Exception):
-    """What is wrong with a checkpoint, to be named."""
-
-
-def _is_whole(tensor: Any) -> bool:
-    """That there are as many numbers as it says; a pickle may say otherwise, or hold none."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_nested or tensor.layout != torch.strided:
-        return False
-    if tensor.is_quantized or tensor.device.type != "cpu":
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    tags = f"{_PREFIX}{which}-quickgelu/openai{'' if stem in _ARCHIVES else ' for ' + ', '.join(_ARCHIVES)}"
+    return read_pickle(path, f"; the same weights are {tags}")

@@ -9,33 +9,35 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from clipft.errors import line_of, short
+from clipft.errors import line_of, listed, short
 from clipft.files import check_file, read_json
 from clipft.models.formats import FLOAT_WEIGHTS
+from clipft.models.pickles import read_pickle
 
 __all__ = [
     "Stored",
+    "Weights",
     "check_floats_stored",
     "check_shapes",
     "check_whole",
-    "listed",
     "shards_of",
+    "stored_in",
     "stored_weights",
     "tensors_of",
 ]
 
 _FLOATS = ("F", "BF")  # beginnings of safetensors' words: F32, F8_E5M2, BF16
 _HARMLESS = ("position_ids", "logit_bias")  # ends of names that older versions and other libraries save
-_NAMED = 4  # tensors in a message
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as the header of the file ``path`` describes it; ``dtype`` in safetensors' words: F32, BF16, I8, ..."""
+    """A tensor as the file ``path`` describes it; ``dtype`` in its words: F32, BF16, I8, or FLOAT32 of a pickle's."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -45,47 +47,81 @@ class Stored:
 # ---- files ----
 
 
-def stored_weights(folder: Path) -> tuple[Path, dict[str, Stored] | None]:
-    """Of a float model: the file that has its weights, or says which do, and what they hold; the folder and None where
-    there is neither.
+class Weights(NamedTuple):
+    """Of a float model.
+
+    Attributes:
+        where: the file that has them, or says which do; the folder where there is neither.
+        stored: what they are; None where there are none.
+        tensors: themselves, where they are pickled; transformers reads safetensors.
+    """
+
+    where: Path
+    stored: dict[str, Stored] | None
+    tensors: dict[str, Tensor] | None = None
+
+
+def stored_weights(folder: Path) -> Weights:
+    """What a float model's files hold.
 
     Raises:
         FileNotFoundError, ValueError: an index that lies, or a file that is damaged.
     """
-    single, index = (folder / name for name in FLOAT_WEIGHTS)
-    if single.exists():  # transformers looks for it first
-        return single, tensors_of([single])
-    if not index.exists():
-        return folder, None
-    files = [folder / name for name in shards_of(index)]
+    where = next((folder / name for name in FLOAT_WEIGHTS if (folder / name).exists()), folder)
+    if where == folder:
+        return Weights(folder, None)
+    names = shards_of(where) if where.suffix == ".json" else [where.name]
+    files = [folder / name for name in names]
     for path in files:
         if not path.exists():
-            raise FileNotFoundError(f"{index}: names {path.name}, which is missing in {folder}")
-    found = tensors_of(files)
-    for name, file in read_json(index)["weight_map"].items():
+            raise FileNotFoundError(f"{where}: names {path.name}, which is missing in {folder}")
+    tensors: dict[str, Tensor] | None = None
+    if files[0].suffix == ".safetensors":
+        found = tensors_of(files)
+    else:
+        tensors, found = {}, {}
+        for path in files:
+            tensors |= (own := read_pickle(path))
+            found |= _described(own, path)
+    for name, file in read_json(where)["weight_map"].items() if where.suffix == ".json" else ():
         if name not in found or found[name].path.name != file:
             raise ValueError(
-                f"{folder / file}: expected {name:.80} in it, as {index.name} says: one or the other is damaged"
+                f"{folder / file}: expected {name:.80} in it, as {where.name} says: one or the other is damaged"
             )
-    return index, found
+    return Weights(where, found, tensors)
 
 
 def shards_of(index: Path) -> list[str]:
     """The files that an index names.
 
     Raises:
-        ValueError: others than .safetensors of its own folder.
+        ValueError: others than of its own folder and kind.
     """
+    kind = FLOAT_WEIGHTS[FLOAT_WEIGHTS.index(index.name) - 1].rpartition(".")[2]
     described = read_json(index)
     names, metadata = described.get("weight_map"), described.get("metadata")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: expected a weight_map, from the names of tensors to those of files")
     for name in names.values():
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: expected names of .safetensors files in its own folder, found {short(name)}")
+        if Path(name).name != name or "\\" in name or not name.endswith(f".{kind}"):
+            raise ValueError(f"{index}: expected names of .{kind} files in its own folder, found {short(name)}")
     if not isinstance(metadata, dict):
         raise ValueError(f"{index}: expected metadata to be an object, found a {type(metadata).__name__}")
     return sorted(set(names.values()))
+
+
+def stored_in(path: Path) -> dict[str, Stored]:
+    """What one file holds, safetensors or a pickle.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is damaged, or holds something else.
+    """
+    return tensors_of([path]) if path.suffix == ".safetensors" else _described(read_pickle(path), path)
+
+
+def _described(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Stored]:
+    kinds = {name: str(tensor.dtype).removeprefix("torch.").upper() for name, tensor in tensors.items()}
+    return {name: Stored(tuple(tensor.shape), kinds[name], path) for name, tensor in tensors.items()}
 
 
 def tensors_of(files: Iterable[Path]) -> dict[str, Stored]:
@@ -181,11 +217,3 @@ def _file_of(names: Iterable[str], found: Mapping[str, Stored], where: Path) -> 
     """The file that these tensors are in, if it is one."""
     files = {found[name].path if name in found else where for name in names}
     return files.pop() if len(files) == 1 else where
-
-
-def listed(names: Collection[str]) -> str:
-    """The first few."""
-    chosen = sorted(names)
-    return ", ".join(f"{name:.200}" for name in chosen[:_NAMED]) + (
-        f" and {len(chosen) - _NAMED} more" if len(chosen) > _NAMED else ""
-    )

@@ -50,6 +50,22 @@ def test_weights(base: Path, tmp_path: Path) -> None:
     fuzz(folder, lambda: clipft.load(folder), equal, SECONDS, [".safetensors", "index.json"])
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["zip", "older"])
+def test_pickled_weights(packed: bool, base: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number in range(2):
+        own = dict(list(state.items())[number::2])
+        name = f"pytorch_model-0000{number + 1}-of-00002.bin"
+        torch.save(own, folder / name, _use_new_zipfile_serialization=packed)
+        weight_map |= dict.fromkeys(own, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    fuzz(folder, lambda: clipft.load(folder), works, SECONDS / 2, [".bin", "index.json"])
+
+
 def test_sentence_transformers(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     shutil.copytree(base, folder / "0_CLIPModel")

@@ -79,13 +79,6 @@ def test_load_names_what_is_wrong(saved: Path, tmp_path: Path) -> None:
         clipft.load(saved)
 
 
-def test_load_never_unpickles(saved: Path) -> None:
-    (saved / "model.safetensors").unlink()
-    torch.save(tiny_clip()[0].state_dict(), saved / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="pickle, which clipft does not open"):
-        clipft.load(saved)
-
-
 # ---- freeze ----
 
 
