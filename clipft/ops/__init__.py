@@ -8,6 +8,7 @@ from clipft._moved import getattr_of
 from clipft.ops.attention import attention
 from clipft.ops.gelu import quick_gelu
 from clipft.ops.int8 import quantize_weight, quantized_linear
+from clipft.ops.int8_lora import int8_lora_linear, quick_gelu_int8_lora_linear
 from clipft.ops.lora import dropout_mask, lora_linear, quick_gelu_lora_linear
 from clipft.ops.losses import contrastive_loss, sigmoid_loss
 
@@ -15,10 +16,12 @@ __all__ = [
     "attention",
     "contrastive_loss",
     "dropout_mask",
+    "int8_lora_linear",
     "lora_linear",
     "quantize_weight",
     "quantized_linear",
     "quick_gelu",
+    "quick_gelu_int8_lora_linear",
     "quick_gelu_lora_linear",
     "sigmoid_loss",
 ]

@@ -22,7 +22,7 @@ from clipft.ops.kernels import (
 
 __all__ = ["quantize_weight", "quantized_linear"]
 
-_MAX_IN, _MAX_OUT = 131072, 1 << 24  # CLIPFT_INT8_MAX_IN and _OUT in csrc/kernels/int8/int8.h
+MAX_IN, _MAX_OUT = 131072, 1 << 24  # CLIPFT_INT8_MAX_IN and _OUT in csrc/kernels/int8/int8.h
 _HEADER = 64  # clipft_int8_header there
 _PANEL = 16  # CLIPFT_INT8_PANEL in csrc/kernels/int8/int8_kernels.h
 _ACTIVATIONS = {None: 0, "quick_gelu": 1, "gelu": 2, "gelu_tanh": 3}  # clipft_activation there
@@ -64,7 +64,7 @@ def quantized_linear(
     check_tensors(name, input=input, weight_int8=weight_int8, weight_scale=weight_scale)
     refuse_derivatives(name, input, weight_scale)
     some_bias, code = bias_or_empty(name, bias, weight_int8, input), activation_code(name, activation)
-    if not runs(name, input):
+    if not runs(name, input, "quantized"):
         check_floats(name, input=input)
         return plain_linear(name, input, weight_int8, weight_scale, bias, activation)
     return call(torch.ops.clipft.quantized_linear, in_order(input), weight_int8, weight_scale, some_bias, code)
@@ -90,10 +90,10 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-def runs(op: str, x: Tensor) -> bool:
+def runs(op: str, x: Tensor, *code: str) -> bool:
     """Whether there are kernels; without them plain torch computes the layer in float64, where the device has that."""
     needed = "an int8 layer on a device without float64 (keep the model on the CPU)" if x.device.type == "mps" else None
-    return has_kernel(op, x, "Plain torch computes it, in float64", "quantized", needed=needed)
+    return has_kernel(op, x, "Plain torch computes it, in float64", *code, needed=needed)
 
 
 def plain_linear(
@@ -138,9 +138,9 @@ def check_weight(op: str, weight: Any, scale: Any) -> None:
     check_tensors(op, weight_int8=weight, weight_scale=scale)
     if weight.dtype != torch.int8:
         raise TypeError(f"clipft.{op}: weight_int8 must be int8, got {dtype_name(weight)}")
-    if weight.dim() != 2 or not 0 < weight.shape[0] <= _MAX_OUT or not 0 < weight.shape[1] <= _MAX_IN:
+    if weight.dim() != 2 or not 0 < weight.shape[0] <= _MAX_OUT or not 0 < weight.shape[1] <= MAX_IN:
         raise ValueError(
-            f"clipft.{op}: weight_int8 must be [out, in] with 0 < out <= {_MAX_OUT} and 0 < in <= {_MAX_IN}, "
+            f"clipft.{op}: weight_int8 must be [out, in] with 0 < out <= {_MAX_OUT} and 0 < in <= {MAX_IN}, "
             f"got shape {shape_of(weight)}"
         )
     if scale.dtype != torch.float32:

@@ -124,7 +124,7 @@ def _lora_linear(
         return _plain(x, weight, bias, lora_a, lora_b, scaling, active_dropout, activation)
     if x.dim() > 2:
         x = x.contiguous()
-    seed = _draw_seed(x) if active_dropout else torch.empty((), dtype=torch.int64, device=x.device)
+    seed = draw_seed(x) if active_dropout else torch.empty((), dtype=torch.int64, device=x.device)
     scaling, active_dropout = float(scaling), float(active_dropout)
     op = torch.ops.clipft.lora_linear
     return call(op, x, weight, some_bias, lora_a, lora_b, seed, scaling, active_dropout, activation)[0]
@@ -149,7 +149,7 @@ def _plain(
     return (base.float() + scaling * branch).to(x.dtype)
 
 
-def _draw_seed(like: Tensor) -> Tensor:
+def draw_seed(like: Tensor) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=like.device)
 
 

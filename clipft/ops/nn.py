@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from clipft.ops.kernels import (
     refuse_derivatives,
 )
 from clipft.ops.losses import contrastive_loss, sigmoid_loss
-from clipft.ops.packed import PackedCodes
+from clipft.ops.packed import PackedWeight
 
 __all__ = ["ContrastiveLoss", "QuantizedLinear", "SigmoidLoss"]
 
@@ -73,7 +72,7 @@ class SigmoidLoss(nn.Module):
         return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, labels=labels, group=self.group)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(PackedWeight):
     """:func:`clipft.quantized_linear` with its weights kept as this CPU wants them; on a GPU as they are saved.
 
     What is saved is plain and moves between machines: ``weight_int8`` [out, in] int8, ``weight_scale`` [out] float32
@@ -84,9 +83,8 @@ class QuantizedLinear(nn.Module):
     nothing here gets a gradient. Graphs of ``torch.compile`` and ``torch.export`` take the weights as they are packed.
     """
 
-    weight_scale: Tensor
     bias: Tensor | None
-    _packed: Tensor  # as the kernel of its device reads the weights: uint8 bytes on a CPU, else [out, in] int8
+    _name = _NAME
 
     def __init__(
         self,
@@ -96,45 +94,10 @@ class QuantizedLinear(nn.Module):
         activation: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        super().__init__(in_features, out_features, device)
         self.activation = activation
         int8.activation_code(_NAME, activation)
-        weight = torch.zeros((out_features, in_features), dtype=torch.int8, device=device)
-        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
-        int8.check_weight(_NAME, weight, self.weight_scale)
-        self.register_buffer("_packed", _pack(weight), persistent=False)
-
-    @property
-    def weight_int8(self) -> Tensor:
-        """[out, in] int8 in -127 .. 127. On a CPU unpacked anew at each reading, and packed again where it changes."""
-        packed = self._packed
-        if packed.dtype == torch.int8:
-            return packed
-
-        def write(weight: Tensor) -> None:
-            nonlocal packed
-            if self._packed is not packed:
-                raise RuntimeError(
-                    f"clipft.{_NAME}: weight_int8 was changed since this tensor was read from it; read it again"
-                )
-            packed = self._packed = _pack(weight)
-
-        return PackedCodes.of(self._plain_weight(), write)
-
-    @weight_int8.setter
-    def weight_int8(self, weight: Tensor) -> None:
-        int8.check_codes(_NAME, weight, (self.out_features, self.in_features))
-        self._packed = _pack(weight.detach().as_subclass(Tensor))
-
-    def _plain_weight(self) -> Tensor:
-        packed = self._packed
-        if packed.dtype == torch.int8:
-            return packed
-        op = torch.ops.clipft.quantized_unpack
-        return cast(Tensor, call(op, packed, self.out_features, self.in_features, name=_NAME))
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -185,7 +148,7 @@ class QuantizedLinear(nn.Module):
         int8.check_surroundings(_NAME, input, norm, residual, self.in_features, last.out_features)
         if exports_to_onnx():
             return self._by_steps(input, norm, residual, then, code)
-        if not int8.runs(_NAME, input):
+        if not int8.runs(_NAME, input, "quantized"):
             return self._plain(input, norm, residual, then)
         none = input.new_empty(0)
         return call(
@@ -233,63 +196,7 @@ class QuantizedLinear(nn.Module):
             )
         return (wide if residual is None else residual + wide).to(x.dtype)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight_int8"] = self._plain_weight()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        rest = missing_keys, unexpected_keys, error_msgs
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
-        key = f"{prefix}weight_int8"
-        if key not in state_dict:
-            missing_keys += [key] * strict
-            return
-        unexpected_keys[:] = [name for name in unexpected_keys if name != key]
-        weight, own = state_dict[key], [self.out_features, self.in_features]
-        if list(weight.shape) != own:
-            error_msgs.append(f"size mismatch for {key}: expected {own}, got {list(weight.shape)}.")
-            return
-        self.weight_int8 = weight if local_metadata.get("assign_to_params_buffers") else weight.to(self._packed.device)
-        int8.check_weight(_NAME, torch.empty_like(weight, device=self.weight_scale.device), self.weight_scale)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        packed, weight, scale = self._packed, self._plain_weight(), self.weight_scale
-        super()._apply(fn, recurse)
-        moved = self.weight_scale.device != scale.device
-        self._packed = _pack(fn(weight)) if moved else packed
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        buffers = {name: tensor for name, tensor in self._buffers.items() if name != "_packed"}
-        return {**self.__dict__, "_buffers": {**buffers, "weight_int8": self._plain_weight()}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.pop("_packed", None)  # of 0.1
-        self._buffers = dict(self._buffers)
-        weight = cast(Tensor, self._buffers.pop("weight_int8"))
-        self._non_persistent_buffers_set = {"_packed"}
-        self.register_buffer("_packed", _pack(weight), persistent=False)
-
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
-
-
-def _pack(weight: Tensor) -> Tensor:
-    """As the kernels of its device read it."""
-    if weight.device.type != "cpu":
-        return weight
-    return cast(Tensor, call(torch.ops.clipft.quantized_pack, weight, name=_NAME))

@@ -5,6 +5,8 @@ They build the full N x N matrix of logits and whole dropout masks, and support 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,8 @@ __all__ = [
     "attention",
     "contrastive_loss",
     "dropout_mask",
+    "int8_input_gradient",
+    "int8_lora_linear",
     "lora_linear",
     "quantize_rows",
     "quantized_linear",
@@ -133,6 +137,62 @@ def quantized_linear(
     if activation == "gelu_tanh":
         return F.gelu(out, approximate="tanh")
     return F.gelu(out) if activation == "gelu" else out
+
+
+def int8_input_gradient(grad: Tensor, weight_int8: Tensor, weight_scale: Tensor) -> Tensor:
+    """The gradient [rows, in] float32 of an int8 layer's input by that of its result, [rows, out]: ``(grad * scale)
+    weight_int8``, the rows of the bracket brought to 7 bits as those of an input are (SwitchBack, arXiv:2304.13013, has
+    8 bits and a scale for the whole weight). Step by step in float32, as the kernels do it: they agree bit for bit.
+    """
+    levels, scale, zero = quantize_rows(grad.float() * weight_scale)
+    sums = (levels - zero[:, None]).double() @ weight_int8.double()  # exact below 2^53
+    return sums.float() * scale[:, None]
+
+
+class _Int8Product(torch.autograd.Function):
+    """[rows, in] -> [rows, out] float64, with the gradient above in place of that of rounding, which is zero."""
+
+    @staticmethod
+    def forward(x: Tensor, weight_int8: Tensor, weight_scale: Tensor) -> Tensor:  # type: ignore[override]
+        return quantized_linear(x, weight_int8, weight_scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, *weight = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(*weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return int8_input_gradient(grad, *ctx.saved_tensors).to(ctx.dtype), None, None
+
+
+def int8_lora_linear(
+    input: Tensor,  # noqa: A002
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    dropout: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """:func:`lora_linear` on int8 weights, [..., in] -> [..., out] float64: the base of the input rounded, the branch
+    of the input as it is; without ``lora_a`` and ``lora_b`` no branch. The input's gradient is
+    :func:`int8_input_gradient` and the branch's.
+    """
+    x = input.reshape(-1, input.shape[-1])
+    out = _Int8Product.apply(x, weight_int8, weight_scale)
+    if bias is not None:
+        out = out + bias.double()
+    if lora_a is not None and lora_b is not None:
+        wide = x.double()
+        if mask is not None:
+            wide = torch.where(mask.reshape(x.shape).bool(), wide / (1.0 - dropout), torch.zeros_like(wide))
+        out = out + scaling * F.linear(F.linear(wide, lora_a.double()), lora_b.double())
+    return out.view(*input.shape[:-1], len(weight_int8))
 
 
 _WORD = 0xFFFFFFFF

@@ -150,7 +150,7 @@ def test_no_call_packs_and_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         targets.extend(str(node.target) for node in graph.graph.nodes)
         return graph.forward
 
-    monkeypatch.setattr("clipft.ops.nn._pack", None)
+    monkeypatch.setattr("clipft.ops.packed.PackedWeight._pack", None)
     for own in (*layers, meta, emptied):
         check(own)
         check(torch.compile(own, backend=graphs), own)
