@@ -17,7 +17,8 @@ def convert(model: Any, output: str | Path, *, to: Literal["open_clip", "hf"]) -
     """The same weights and the same preprocessing, under the names of another library.
 
     Args:
-        model: what :func:`clipft.load` takes, or ``(model, processor)``: a float ``CLIPModel`` or ``SiglipModel``.
+        model: what :func:`clipft.load` takes, or ``(model, processor)``: a float ``CLIPModel``,
+            ``MetaClip2Model``, ``SiglipModel`` or ``OpenCLIPModel``.
         output: a folder, other than the model's own. With ``to="open_clip"``
             ``open_clip.create_model_and_transforms("local-dir:OUTPUT")`` loads it, with ``"hf"`` transformers does.
         to: whose layout to write.

@@ -1,7 +1,8 @@
 """open_clip's models as Hugging Face's, and back: the same numbers under other names.
 
-A ``CLIPModel`` expresses open_clip's plain vision transformers, a ``SiglipModel`` its SigLIPs, whose image towers are
-timm's; :func:`reasons` says of every other configuration what neither has.
+A ``CLIPModel`` expresses open_clip's plain vision transformers, a ``MetaClip2Model`` those whose texts end with XLM-R's
+token, a ``SiglipModel`` its SigLIPs, whose image towers are timm's; :func:`reasons` says of every other configuration
+what none of them has.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, PreTrainedConfig, SiglipConfig
+from transformers import CLIPConfig, MetaClip2Config, PreTrainedConfig, SiglipConfig
 
 from clipft.errors import listed
 from clipft.families.open_clip import OpenCLIPConfig, with_scalars_of, with_text_apart
@@ -73,9 +74,10 @@ _WORDS = {
     "pool_type": "pooling",
     "timm_model_name": "a tower of timm's",
 }
+_CLASSES = "CLIPModel, MetaClip2Model or SiglipModel"
 _PARTS = ("vision_cfg", "text_cfg")
 _ACTS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
-_LEGACY_END = 2  # of a CLIPConfig's eos_token_id: not this token, but the largest, ends a text
+_END = 2  # XLM-R's token at a text's end; of a CLIPConfig it would mean the largest token of a text
 _EPS = 1e-5
 
 
@@ -90,8 +92,7 @@ class Converted(NamedTuple):
 
 
 def reasons(model_cfg: Mapping[str, Any]) -> list[str]:
-    """Why neither a ``CLIPModel`` nor a ``SiglipModel`` is what open_clip makes of this ``model_cfg``: a setting each;
-    empty if one is."""
+    """Why no class of transformers' is what open_clip makes of this ``model_cfg``: a setting each; empty if one is."""
     if not all(isinstance(model_cfg.get(part), Mapping) for part in _PARTS):
         return ["vision_cfg and text_cfg are not both there"]
     required = _SIGLIP if _timm_tower(model_cfg) else _CLIP
@@ -133,10 +134,7 @@ def _odd_sizes(model_cfg: Mapping[str, Any]) -> list[str]:
     """Settings that are right one by one, and not together."""
     text, tower = model_cfg["text_cfg"], _timm_tower(model_cfg)
     odd = []
-    if tower is None:
-        if text.get("pool_type") == "eos" and text.get("eos_id", _LEGACY_END) == _LEGACY_END:
-            odd.append(f"text_cfg.eos_id: {_LEGACY_END} (transformers takes the largest token for it)")
-    else:
+    if tower is not None:
         if model_cfg.get("embed_dim") != tower.width:
             odd.append(f"embed_dim: {model_cfg.get('embed_dim')} (the image tower has {tower.width})")
         if model_cfg["vision_cfg"].get("image_size", 224) != tower.size:
@@ -169,7 +167,7 @@ def to_hf(model_cfg: Mapping[str, Any], state: Mapping[str, Tensor], where: Path
         ValueError: :func:`reasons`, or the weights are not those that the configuration asks for.
     """
     if found := reasons(model_cfg):
-        raise ValueError(f"{where}: no CLIPModel or SiglipModel of transformers has this: {'; '.join(found)}")
+        raise ValueError(f"{where}: no {_CLASSES} of transformers has this: {'; '.join(found)}")
     config = _hf_config(model_cfg)
     check_sizes(config, where, len(state))
     parts = _parts(config)
@@ -208,9 +206,10 @@ def _hf_config(model_cfg: Mapping[str, Any]) -> PreTrainedConfig:
         "image_size": vision.get("image_size", 224),
         "patch_size": vision.get("patch_size", 16),
     }
-    texts["eos_token_id"] = text["eos_id"] if ends_at == "eos" else texts["vocab_size"] - 1
-    texts["bos_token_id"] = texts["pad_token_id"] = None
-    return CLIPConfig(
+    end = text.get("eos_id", _END) if ends_at == "eos" else texts["vocab_size"] - 1
+    texts |= {"eos_token_id": end, "bos_token_id": None, "pad_token_id": None}
+    kind = MetaClip2Config if (ends_at, end) == ("eos", _END) else CLIPConfig
+    return kind(
         text_config=texts | {"projection_dim": dim},
         vision_config=pictures | {"projection_dim": dim},
         projection_dim=dim,
@@ -263,7 +262,8 @@ def _check_state(where: Path | str, expected: Mapping[str, Tensor], state: Mappi
 
 
 def to_open_clip(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A ``CLIPModel``, ``SiglipModel`` or ``OpenCLIPModel`` as open_clip's ``model_cfg`` and tensors.
+    """A ``CLIPModel``, ``MetaClip2Model``, ``SiglipModel`` or ``OpenCLIPModel`` as open_clip has it: ``model_cfg`` and
+    tensors.
 
     Raises:
         TypeError: another model. ValueError: no model of open_clip is the same.
@@ -274,8 +274,8 @@ def to_open_clip(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"model: open_clip has no place for the classification heads {', '.join(heads)}: remove them")
     if family.model_type == OpenCLIPConfig.model_type:
         return copy.deepcopy(config.model_cfg) | {"custom_text": True}, dict(model.state_dict())
-    if family.model_type not in ("clip", "siglip"):
-        raise ValueError(f"model: open_clip has no {family.model.__name__}; it has what a CLIPModel or SiglipModel is")
+    if family.model_type not in ("clip", "metaclip_2", "siglip"):
+        raise ValueError(f"model: open_clip has no {family.model.__name__}; it has what a {_CLASSES} is")
     texts = config.text_config
     text_cfg = _cfg_of(texts) | {
         "heads": texts.num_attention_heads,
@@ -295,7 +295,7 @@ def _clip_cfg(config: Any, text_cfg: dict[str, Any]) -> dict[str, Any]:
     if vision.num_channels != 3 or not isinstance(vision.image_size, int):
         raise ValueError("model: open_clip's models take square pictures of three channels")
     end = texts.eos_token_id
-    if end not in (_LEGACY_END, texts.vocab_size - 1):
+    if config.model_type == "metaclip_2" or end not in (_END, texts.vocab_size - 1):
         text_cfg |= {"pool_type": "eos", "eos_id": end}
     vision_cfg = _cfg_of(vision) | {
         "head_width": vision.hidden_size // vision.num_attention_heads,

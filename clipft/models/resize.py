@@ -83,7 +83,7 @@ def names_of_tables(model: Any, sizes: Mapping[str, int]) -> set[str]:
     """
     family = check_model(base_model(model))
     towers = {"image_size": family.vision, "max_tokens": family.text}
-    return {f"{towers[name].positions}.position_embedding.weight" for name in sizes}
+    return {f"{towers[name].positions}.position_embedding.weight" for name in sizes if towers[name].positions}
 
 
 def check_resize(model: Any, *, image_size: int | None = None, max_tokens: int | None = None) -> None:
@@ -102,12 +102,20 @@ def check_resize(model: Any, *, image_size: int | None = None, max_tokens: int |
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _MOST:
             raise ValueError(f"{name}: expected a number from 1 to {_MOST}, got {size!r}")
         if tower.positions is None:
-            kind = type(model).__name__
-            raise ValueError(f"{name}: not for a {kind} ({family.model_type}), which has no table of that size")
+            _check_without_table(family, model, name, size)
     if image_size is not None:
         _check_pictures(model, image_size)
     if max_tokens is not None:
         _check_captions(family, model, max_tokens)
+
+
+def _check_without_table(family: Family, model: Any, name: str, size: int) -> None:
+    """Where there is no table of positions that clipft could resize: captions may be cut at fewer tokens."""
+    kind, most = type(model).__name__, family.most_positions(model.config)
+    if name == "image_size":
+        raise ValueError(f"{name}: not for a {kind} ({family.model_type}), which has no table of that size")
+    if size > most:
+        raise ValueError(f"{name}: expected at most the {most} tokens that this {kind} has positions for, got {size}")
 
 
 # ---- pictures ----

@@ -94,10 +94,28 @@ def test_clipas_words_end_with_a_zero(tmp_path: Path) -> None:
     check_same(loaded, tmp_path / "back")
 
 
+def test_the_towers_of_a_coca(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its decoder is left out, and said so; open_clip loads what is saved, too."""
+    tokens = {"vision_cfg__output_tokens": True, "text_cfg__output_tokens": True}
+    pooled = {"vision_cfg__attentional_pool": True, "vision_cfg__attn_pooler_heads": 2, "text_cfg__embed_cls": True}
+    cfg = tiny_cfg(custom_text=True, **tokens, **pooled)
+    cfg["multimodal_cfg"] = {"width": 32, "heads": 2, "layers": 1, "context_length": 16, "vocab_size": 49408}
+    torch.manual_seed(0)
+    coca = open_clip.CoCa(**{key: value for key, value in cfg.items() if key != "custom_text"})
+    theirs = write_folder(tmp_path / "theirs", cfg, coca.state_dict())
+    loaded = clipft.load(theirs)
+    numbers = sum(parameter.numel() for parameter in coca.text_decoder.parameters())
+    assert f"its decoder is left out ({numbers:,} numbers)" in caplog.text
+    check_same(loaded, theirs)
+    loaded[0].save_pretrained(tmp_path / "ours")
+    loaded[1].save_pretrained(tmp_path / "ours")
+    check_same(clipft.load(tmp_path / "ours"), tmp_path / "ours")
+    check_same(loaded, tmp_path / "ours")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"multimodal_cfg": {}}, "found CoCa's multimodal_cfg"),
         ({"text_cfg__hf_model_name": "nobody/nothing"}, "its text tower is one of 'nobody/nothing', whose config.json"),
         ({"vision_cfg__timm_model_name": "hf-hub:nobody/nothing"}, "expected timm_model_name to be one that timm has"),
         ({"vision_cfg__width": 10**9}, "model_cfg: expected width to be at most"),

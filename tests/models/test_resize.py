@@ -13,11 +13,14 @@ import pytest
 import torch
 from commands import run
 from tiny_clip import LENGTH, PATCH, SIZE, picture, tiny_clip
+from tiny_families import tiny_family
 from tiny_siglip import tiny_siglip
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 import clipft
+from clipft.data.collate import tokenize
+from clipft.families.registry import family_of
 from clipft.models.saving import save_model
 
 LARGE, LONG = 3 * SIZE, 30
@@ -241,6 +244,19 @@ def test_what_cannot_be_resized(tmp_path: Path) -> None:
         clipft.resize(clipft.quantize(model), processor, image_size=LARGE)
     with pytest.raises(TypeError, match="expected a CLIPModel"):
         clipft.resize(clipft.add_lora(model, r=2), processor, image_size=LARGE)
+
+
+def test_chinese_clips_captions_are_cut(tmp_path: Path) -> None:
+    """Its BERT has a table of its own, for more tokens than captions in training had."""
+    model, processor = tiny_family("chinese_clip")
+    with pytest.raises(ValueError, match="max_tokens: expected at most the 24 tokens that this ChineseCLIPModel has"):
+        clipft.resize(model, processor, max_tokens=LENGTH + 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    clipft.resize(model, processor, max_tokens=8)
+    save_model(model, processor, tmp_path)
+    saved, its = clipft.load(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in saved.state_dict().items())
+    assert tokenize(its, ["a" * 20], family=family_of(saved))["input_ids"].shape == (1, 8)
 
 
 def test_doctor_looks_at_the_new_size(base: Path, tmp_path: Path) -> None:
