@@ -137,8 +137,8 @@ def gpu_layers() -> str:
         pairs += [(int8, "clipft", peer) for peer in ("torchao, compiled", "plain", "plain, compiled")]
         times = [f"{row[ours]['median_s'] / row[peer]['median_s']:.2f}" for row, ours, peer in pairs]
         cells.append([f"ViT-{layer.replace(' ', ', ')}", *times])
-    head = ("", "LoRA / peft", "with dropout", "int8 / torchao, compiled", "/ the bfloat16 layer", "/ that compiled")
-    return table(head, cells, "---")
+    head = ("", "LoRA / peft", "/ peft, with dropout", "int8 / torchao, compiled", "/ the bfloat16 layer")
+    return table((*head, "/ that compiled"), cells, "---")
 
 
 def lora() -> str:
@@ -151,7 +151,7 @@ def lora() -> str:
         for what, of in ((f"{name}, batch {row['batch']}: time", time), ("its peak memory", memory)):
             pairs = [(f"clipft p={p}", other) for p in ("0", "0.1") for other in (f"peft p={p}", "frozen")]
             cells.append([what, *(f"{of[ours] / of[theirs]:.2f}" for ours, theirs in pairs)])
-    head = ("", "/ peft", "/ no adapter, frozen", "dropout 0.1: / peft", "/ frozen")
+    head = ("", "/ peft", "/ the frozen model", "dropout 0.1: / peft", "/ the frozen model")
     return f"{machine(found)}:\n\n{table(head, cells, '---')}"
 
 
@@ -387,8 +387,29 @@ def costs() -> str:
     return f"{machine(found)}, batch {found['settings']['batch']}:\n\n{table(head, cells, '---')}"
 
 
+def anomaly() -> str:
+    found = results(f"anomaly-{ZEN3}")
+    counts = [str(count) for count in found["arguments"]["normal"].split(",")]
+    sets = {**found["sets"], "mean": found["mean"]}
+    cells = [
+        [name, *(part(own[n][f"{what}_auroc"], 2) for n in counts for what in ("image", "pixel"))]
+        for name, own in sets.items()
+    ]
+    head = [f"{by}{what}" for n in counts for by, what in ((f"by {n} normal ones: ", "pictures"), ("", "pixels"))]
+    return table(["AUROC", *head], cells, "---")
+
+
+def predict() -> str:
+    found = results(f"predict-{ZEN3}")
+    cells = [[row["kind"], f"{row['ratio']['min']:.2f}"] for row in found["rows"]]
+    about = f"{machine(found)}, {found['pictures']} small pictures, the least of {found['repeats']} runs each"
+    return f"{about}:\n\n{table(('', 'time / that of `clipft embed`'), cells, '---')}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "costs": costs,
+    "anomaly": anomaly,
+    "predict": predict,
     "models": models,
     "summary": summary,
     "demo": demo,

@@ -3,6 +3,7 @@
 - ``<!-- commands -->``: every command with its options, as typer has them from the options' dataclasses.
 - ``<!-- api -->``: every public name, by package, for mkdocstrings.
 - ``<!-- notebook: NAME -->``: notebooks/NAME.ipynb, with its outputs.
+- ``<!-- plot: NAME -->``: an SVG of docs/plots.py, from the benchmarks' results.
 - A block of shell followed by one of Python becomes two tabs.
 - Pages of the root (CHANGELOG and the like) are pages of the site; links to other files there become their names.
 - Pages in how-to/ and notes/ that mkdocs.yml does not name come into the menu by themselves.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import html
+import importlib.util
 import inspect
 import json
 import logging
@@ -92,6 +94,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = markdown.replace("<!-- commands -->", _commands()) if "<!-- commands -->" in markdown else markdown
     markdown = markdown.replace("<!-- api -->", _api()) if "<!-- api -->" in markdown else markdown
     markdown = re.sub(r"<!-- notebook: (\S+) -->", lambda found: _notebook(found[1]), markdown)
+    markdown = re.sub(r"<!-- plot: (\S+) -->", lambda found: _plot(found[1]), markdown)
     markdown = re.sub(r"^<!-- fragment: .*? -->\n", "", markdown, flags=re.MULTILINE)
     external.update(re.findall(r"\]\((https?://[^)\s]+)\)", markdown))
     here = posixpath.dirname(page.file.src_uri)
@@ -234,7 +237,16 @@ def _defined(module: str, name: str) -> str:
     return f"{module}.{name}"
 
 
-# ---- notebooks ----
+# ---- plots and notebooks ----
+
+
+def _plot(name: str) -> str:
+    """Of docs/plots.py, which is not on the path of a hook."""
+    spec = importlib.util.spec_from_file_location("plots", ROOT / "docs" / "plots.py")
+    assert spec and spec.loader
+    plots = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plots)
+    return str(plots.PLOTS[name]())
 
 
 def _notebook(name: str) -> str:
