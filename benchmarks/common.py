@@ -120,13 +120,25 @@ def memory(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def save(name: str, results: dict[str, Any]) -> Path:
-    """Writes benchmarks/results/<name>-<cpu>.json."""
-    slug = "".join(c if c.isalnum() else "-" for c in results["machine"]["cpu"]).strip("-").lower()
+def place(name: str, about: dict[str, Any]) -> Path:
+    """benchmarks/results/<name>-<cpu>-<isa>.json of a machine."""
+    slug = "".join(c if c.isalnum() else "-" for c in about["cpu"]).strip("-").lower()
     while "--" in slug:
         slug = slug.replace("--", "-")
+    return RESULTS / f"{name}-{slug}-{about['isa']}.json"
+
+
+def kept(name: str, about: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that an earlier run of the same settings left, on this machine with the same versions."""
+    path = place(name, about)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["rows"] if found.get("machine") == about and found.get("settings") == settings else []
+
+
+def save(name: str, results: dict[str, Any]) -> Path:
+    """Writes benchmarks/results/<name>-<cpu>-<isa>.json."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{slug}-{results['machine']['isa']}.json"
+    path = place(name, results["machine"])
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n")
     temporary.replace(path)

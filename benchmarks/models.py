@@ -1,9 +1,10 @@
 """What a model costs to use: its parameters, and the time of one picture through its image tower, in float32 and int8.
 
-    OMP_NUM_THREADS=1 python benchmarks/models.py [--only clip-vit-base-patch32 ...] [--repeats 5]
+    OMP_NUM_THREADS=1 python benchmarks/models.py [--only openai/clip-vit-base-patch32 ...] [--repeats 5]
 
 Random weights in the shape of the published ones, whose time they have; float32 and int8 in turn, the least of all
-runs, since others on the machine only ever add.
+runs, since others on the machine only ever add. Written after each model; a run of the same settings on the same
+machine and versions goes on after those that it finds, so that a file to be measured anew is deleted first.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import gc
 from typing import Any
 
 import torch
-from common import interleave, machine, save, summary
+from common import interleave, kept, machine, save, summary
 from transformers import ChineseCLIPConfig, ChineseCLIPModel, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 import clipft
@@ -69,10 +70,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    rows = []
+    about, settings = machine(), {"repeats": options.repeats}
+    rows = {row["model"]: row for row in kept("models", about, settings)}
     for name in options.only:
-        rows.append(measure(name, options.repeats))
-        print(rows[-1], save("models", {"machine": machine(), "rows": rows}), flush=True)
+        if name in rows:
+            print(f"{name}: measured before")
+            continue
+        rows[name] = measure(name, options.repeats)
+        own = [rows[model] for model in MODELS if model in rows]
+        print(rows[name], save("models", {"machine": about, "settings": settings, "rows": own}), flush=True)
         gc.collect()
 
 
