@@ -114,12 +114,14 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
 
 
 def _load(source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    revision = kwargs.get("revision", "main")
-    folder = Path(source) if Path(source).is_dir() else _fetched(source, revision)
+    revision, here = kwargs.get("revision", "main"), Path(source).is_dir()
+    folder = Path(source) if here else _fetched(source, revision)
     path = folder / "config.json"
     config = read_json(path)
     family = family_of_type(config.get("model_type"), str(path))
     check_trust(config, path)
+    if here:
+        _check_weights(folder)
     calibrations_of(config.get(CALIBRATION_KEY), f"{path}: {CALIBRATION_KEY}")
     processor = load_processor(family, source, revision, folder)
     with _named(str(folder), kwargs, str(path)):  # what is wrong with the weights says so
@@ -243,8 +245,7 @@ def _looks_like_path(name: str) -> bool:
 
 def _check_folder(folder: Path) -> None:
     """That the files are there, and are files."""
-    config = folder / "config.json"
-    if not config.exists():
+    if not (folder / "config.json").exists():
         found = ", ".join(sorted(entry.name for entry in folder.glob("*"))[:8]) or "nothing"
         onnx = ": ONNX encoders, which embed, search and predict take" if (folder / ONNX_INFO).is_file() else ""
         raise FileNotFoundError(
@@ -253,7 +254,10 @@ def _check_folder(folder: Path) -> None:
     for path in folder.iterdir():
         if path.suffix in _READ and path.exists():
             check_file(path)
-    family_of_type(read_json(config).get("model_type"), str(config))
+
+
+def _check_weights(folder: Path) -> None:
+    """That there is one set of them; before a processor is looked for."""
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise FileNotFoundError(f"{folder}: expected the weights in {WEIGHT_FILES[0]}, which is missing")
     if parts := sorted(path.name for path in folder.glob("shard-*-model-*.safetensors")):
