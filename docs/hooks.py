@@ -1,6 +1,7 @@
 """What MkDocs needs beyond Markdown: pages drawn from the code and the notebooks, and files from outside of docs/.
 
 - ``<!-- commands -->``: every command with its options, as typer has them from the options' dataclasses.
+- ``<!-- errors -->``: the pages of ``clipft help``, and which words of a message lead to them.
 - ``<!-- api -->``: every public name, by package, for mkdocstrings.
 - ``<!-- notebook: NAME -->``: notebooks/NAME.ipynb, with its outputs.
 - ``<!-- plot: NAME -->``: an SVG of docs/plots.py, from the benchmarks' results.
@@ -51,6 +52,7 @@ TABS = re.compile(FENCE.format("(?:bash|sh)") + r"\n\n" + FENCE.format("python")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+)([^)#\s]+)(#[^)\s]*)?\)")
 logger = logging.getLogger("mkdocs.hooks.clipft")
 external: set[str] = set()
+_WORDS = 4  # of a kind of error, in the table of messages
 
 
 # ---- the menu and the files ----
@@ -92,6 +94,7 @@ def _moved(text: str, page: str) -> str:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """What the markers stand for, tabs, and links that lead out of docs/."""
     markdown = markdown.replace("<!-- commands -->", _commands()) if "<!-- commands -->" in markdown else markdown
+    markdown = markdown.replace("<!-- errors -->", _errors()) if "<!-- errors -->" in markdown else markdown
     markdown = markdown.replace("<!-- api -->", _api()) if "<!-- api -->" in markdown else markdown
     markdown = re.sub(r"<!-- notebook: (\S+) -->", lambda found: _notebook(found[1]), markdown)
     markdown = re.sub(r"<!-- plot: (\S+) -->", lambda found: _plot(found[1]), markdown)
@@ -142,7 +145,7 @@ def _command(info: Any) -> str:
     given = [p for p in parameters if _is(p, typer.models.ArgumentInfo)]
     arguments = [p.annotation.__metadata__[0].metavar or p.name.upper() for p in given]
     options = [p for p in parameters if _is(p, typer.models.OptionInfo)]
-    if not options:
+    if not options and not arguments:
         raise ValueError(f"docs/hooks.py: found no options of clipft {name}")
     lines = [f"## clipft {name}", "", inspect.cleandoc(info.callback.__doc__), ""]
     if info.epilog:
@@ -165,7 +168,8 @@ def _grouped(info: Any, options: list[inspect.Parameter]) -> Iterator[tuple[str,
     from clipft.recipes.options import DATA, GROUPS, MODEL, RUN
 
     if info.cls is not Grouped:
-        yield "", options
+        if options:
+            yield "", options
         return
     headings = {"model": MODEL, "data": DATA}
     headings |= {field.name: field.metadata["group"] for field in dataclasses.fields(info.callback.options_class)}
@@ -202,6 +206,23 @@ def _takes(kind: Any) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("{", "&#123;")
+
+
+# ---- errors ----
+
+
+def _errors() -> str:
+    """By message, then the pages."""
+    from clipft.help import pages
+
+    known = list(pages().values())
+    lines = ["| name | the message says |", "| --- | --- |"]
+    for page in known:
+        says = ", ".join(f"`{words}`" for words in page.says[:_WORDS]) or "anything else"
+        lines.append(f"| [{page.name}](#{page.name}) | {_cell(says)} |")
+    for page in known:
+        lines += ["", f"## {page.name}", "", f"**{page.title}.** {page.text}"]
+    return "\n".join(lines)
 
 
 # ---- Python ----

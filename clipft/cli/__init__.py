@@ -1,5 +1,6 @@
 """The command line, a module per group of commands: ``training`` (demo, train), ``evaluation``, ``predict``,
-``anomaly``, ``data`` (doctor), ``deploy`` (merge, quantize, export), ``explain``, ``search`` (embed, search), ``env``.
+``anomaly``, ``data`` (doctor), ``deploy`` (merge, quantize, export), ``explain``, ``search`` (embed, search), ``env``,
+``pages`` (help).
 """
 
 import codecs
@@ -16,6 +17,7 @@ from clipft.cli import explain as explain
 from clipft.cli import search as search
 
 from clipft.cli import env as env  # isort: skip
+from clipft.cli import pages as pages  # isort: skip
 from clipft.cli.common import app
 
 __all__ = ["app", "main"]

@@ -10,7 +10,8 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +19,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperGroup
 
 from clipft import __version__
 from clipft.console import PlainConsole, console_of_run, log_to_terminal
 from clipft.errors import line_of, shown
 from clipft.files import check_folder
+from clipft.help import page_of
 from clipft.recipes.options import TrainOptions
 
 __all__ = [
@@ -43,7 +46,43 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of typer's own copy of click
+
+
+class _Group(TyperGroup):
+    """Errors of the command line itself end with the name of their page too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The options before a command; of no words at all, the help."""
+        if not args:
+            return super().parse_args(ctx, args)
+        with _usage_errors():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """The command, with its options."""
+        with _usage_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        message = f"{error.format_message()} {_page(error)}"  # type: ignore[attr-defined]
+        error.format_message = lambda: message  # type: ignore[attr-defined]
+        raise
+
+
+def _page(error: BaseException) -> str:
+    """Where there is more about an error."""
+    page = page_of(error)
+    return f"(clipft help {page.name})" if page else ""
+
+
 app = typer.Typer(
+    cls=_Group,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -113,6 +152,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 _LONGEST = 4000  # characters of a message; some hold what a file holds
+_OF_THE_MACHINE = ("out-of-memory", "needs-gpu")  # pages of what a RuntimeError may say that is no fault of ours
 
 
 def user_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -122,10 +162,10 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+        except (ValueError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
             if not (message := _said(error)):
                 raise
-            said = shown(_as_options(message, _flags(command)))
+            said = f"{shown(_as_options(message, _flags(command)))} {_page(error)}"
             PlainConsole(stderr=True).print(Text.assemble(("error: ", "red"), said))
             raise typer.Exit(2) from error
 
@@ -134,12 +174,13 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 def _said(error: Exception) -> str:
     """The message; of an error in a loader's process, where torch adds the traceback to the message, the last line.
-    Of a RuntimeError nothing, unless it is about such a process that was killed.
+    Of a RuntimeError nothing, unless it is about such a process that was killed, or about the machine.
     """
     if isinstance(error, RuntimeError):
         from clipft.training.faults import worker_death
 
-        return worker_death(error)
+        page = page_of(error)
+        return worker_death(error) or (line_of(error) if page and page.name in _OF_THE_MACHINE else "")
     lines = str(error).strip().splitlines()
     if lines and lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
         return lines[-1].partition(": ")[2]

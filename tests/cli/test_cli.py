@@ -288,10 +288,11 @@ def test_version() -> None:
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from clipft.cli import app;"
-        "print(CliRunner().invoke(app, ['train', '--help']).output); assert 'torch' not in sys.modules"
+        "[print(CliRunner().invoke(app, words).output) for words in (['train', '--help'], ['help', 'bad-row'])];"
+        "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--early-stopping-patience" in done.stdout
+    assert "--early-stopping-patience" in done.stdout and "A row that cannot be used" in done.stdout
 
 
 def test_help_has_every_option_of_train_in_a_group() -> None:
