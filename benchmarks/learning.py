@@ -42,7 +42,7 @@ import clipft
 from clipft.data.rows import class_names_of
 from clipft.demo import random_weights
 from clipft.evaluation.metrics import Classification
-from clipft.files import save_model
+from clipft.models.saving import save_model
 from clipft.recipes.train import HELD_OUT
 
 SEEDS = (42, 43, 44, 45, 46)

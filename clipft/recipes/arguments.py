@@ -100,6 +100,8 @@ def arguments_of(options: TrainOptions, folder: Path, heads: Heads, console: Con
         "fp16": precision == "fp16",
         "report_to": list(options.report_to or []) or "none",
     }
+    if options.epochs is not None:
+        values["num_train_epochs"] = options.epochs
     if options.template:
         values["caption_templates"] = list(options.template)
     if options.gradient_checkpointing:  # transformers warns of False too

@@ -18,6 +18,7 @@ from clipft.families.losses import LOSSES
 __all__ = [
     "DATA",
     "GROUPS",
+    "LEAST_STEPS",
     "MODEL",
     "RUN",
     "ClassOptions",
@@ -44,6 +45,7 @@ HEADS = "Heads"
 AUGMENTATION = "Augmentation"
 FORGETTING = "Against forgetting"
 RUN = "The run"
+LEAST_STEPS = 100  # of a run whose --epochs nobody gave: docs/notes/2026-11-29-small-sets.md
 GROUPS = (DATA, MODEL, SCHEDULE, BATCHES, LOSS, HEADS, AUGMENTATION, FORGETTING, RUN)  # as --help has them
 
 
@@ -74,7 +76,7 @@ def options_from(kind: type[Options], values: Mapping[str, Any]) -> Options:
 def own_names() -> dict[str, str]:
     """The options of training that are fields of transformers' ``TrainingArguments``, by the field's name."""
     fields = {f.metadata["argument"]: f.name for f in dataclasses.fields(TrainOptions) if "argument" in f.metadata}
-    return fields | {"learning_rate": "lr", "output_dir": "output"}
+    return fields | {"learning_rate": "lr", "num_train_epochs": "epochs", "output_dir": "output"}
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
@@ -178,7 +180,12 @@ class TrainOptions(ScoringOptions):
     max_tokens: int | None = option(
         None, "Most tokens of a caption: 248 stretches a CLIP's positions, as Long-CLIP does.", MODEL, least=2
     )
-    epochs: float = option(5.0, "Passes over the data.", SCHEDULE, argument="num_train_epochs", least=0.0)
+    epochs: float | None = option(
+        None,
+        f"Passes over the data; default: 5, or so many that there are {LEAST_STEPS} steps.",
+        SCHEDULE,
+        least=0.0,
+    )
     batch_size: int = option(
         32, "Pairs a step; all are negatives of each other.", BATCHES, argument="per_device_train_batch_size", least=1
     )

@@ -23,6 +23,7 @@ from clipft.models.fusing import unfuse
 from clipft.models.lora import merged_base
 from clipft.models.saving import write_model
 from clipft.recipes.hold_out import Seen
+from clipft.recipes.length import Length
 from clipft.recipes.sources import Sources
 from clipft.report.examples import examples
 from clipft.report.html import write_html
@@ -69,12 +70,14 @@ def control_set(control_data: Any, sources: Sources) -> tuple[Any, str] | None:
 class Outcome:
     """Scores by stage (``before``, ``fine_tuned`` with ``--wise-ft``, ``after``) on the test rows and the control set.
 
-    ``test``, ``control``: a ``clipft.evaluation.scoring.Scorer`` each; ``sources``: what the rows were read from.
+    ``test``, ``control``: a ``clipft.evaluation.scoring.Scorer`` each; ``sources``: what the rows were read from;
+    ``length``: of the run, as planned.
     """
 
     test: Any
     test_name: str
     sources: Sources
+    length: Length
     control: Any = None
     control_name: str = ""
     found: dict[str, Any] = field(default_factory=dict)
@@ -110,6 +113,7 @@ class Outcome:
         if self.swept is not None:
             report["wise_ft"] = self.swept.to_json()
         report["test"] = {"data": self.test_name, "pictures": len(self.test.dataset)}
+        report["length"] = self.length.to_json()
         report["reading"] = self.sources.to_json()
         if skipped := self.sources.skipped():  # with --on-bad-row skip
             report["skipped"] = skipped
@@ -127,6 +131,7 @@ class Outcome:
         write_json(output / "report.json", report)
         write_text(output / "config.yaml", _to_yaml(settings, versions))
         title = f"{settings['model']} fine-tuned on {settings['data']}"
+        settings = settings | {"epochs": self.length.epochs}
         write_html(
             output / "report.html",
             report,

@@ -33,6 +33,7 @@ from clipft.models.resize import resize
 from clipft.recipes.arguments import Heads, arguments_of, heads_asked_for
 from clipft.recipes.checkpoint_owner import claim, identity_of_run, resume_point
 from clipft.recipes.hold_out import Seen
+from clipft.recipes.length import FewRounds, Length, length_of_run
 from clipft.recipes.options import TrainOptions, options_from
 from clipft.recipes.outcome import Outcome, check_places_of_run, check_report_to, control_set, save_run
 from clipft.recipes.run import Run, loaded, model_name
@@ -144,11 +145,13 @@ class _Training:
         usual = default_learning_rate(base, lora=adapted)
         self.arguments.learning_rate = usual if options.lr is None else options.lr
         self.arguments.class_balanced = self._drawn_by_class(sets.train)
-        trainer = self._trainer(clip, processor, sets, callbacks)
+        length = self._length(len(sets.train))
+        trainer = self._trainer(clip, processor, sets, length, callbacks)
         console.print(f"what trains: {what_trains(clip)}", highlight=False)
         settings = self._settings(model, data)
         adapter, processes = peft_config and peft_config.to_dict(), self.arguments.world_size
-        own = identity_of_run(settings, start, sets.identity, adapter=adapter, processes=processes)
+        planned = settings | {"epochs": length.epochs}
+        own = identity_of_run(planned, start, sets.identity, adapter=adapter, processes=processes)
         point = self._begin(trainer, own, sets.seen)
         scorer = functools.partial(
             Scorer,
@@ -165,6 +168,7 @@ class _Training:
             control=control and scorer(control[0]),
             control_name=control[1] if control else "",
             sources=sets.sources,
+            length=length,
         )
         held_out = functools.partial(scorer, sets.validation, class_names=sets.classes)
         self._train(trainer, point, outcome, clip, held_out)
@@ -250,8 +254,17 @@ class _Training:
         )
         return True
 
-    def _trainer(self, clip: Any, processor: Any, sets: Sets, callbacks: Sequence[Any]) -> Any:
+    def _length(self, pictures: int) -> Length:
+        """Of the run; where nobody asked, few pictures come round more often."""
+        length = length_of_run(self.arguments, pictures, asked=self.options.epochs is not None)
+        if length.note:
+            self.arguments.num_train_epochs = length.epochs
+            self.console.print(length.note, highlight=False)
+        return length
+
+    def _trainer(self, clip: Any, processor: Any, sets: Sets, length: Length, callbacks: Sequence[Any]) -> Any:
         patience = self.options.early_stopping_patience
+        own = [*([EarlyStoppingCallback(patience)] if patience else []), *([FewRounds(length)] if length.note else [])]
         trainer = CLIPTrainer(
             clip,
             self.arguments,
@@ -259,7 +272,7 @@ class _Training:
             eval_dataset=sets.validation,
             processing_class=processor,
             loss=self.own_loss,
-            callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
+            callbacks=[*own, *callbacks],
         )
         _check_test_set(trainer, sets.test)
         trainer.remove_callback(PrinterCallback)

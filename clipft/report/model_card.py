@@ -75,10 +75,12 @@ def write_model_card(
     told = {
         key: _told(value) for key, value in settings.items() if value is not None and key not in ("output", "config")
     }
+    note = report.get("length", {}).get("note")
     options = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
     versions = {"clipft": report["environment"]["clipft"], **report["environment"]["packages"]}
     known = ", ".join(f"{key} {value}" for key, value in versions.items() if value)
-    parts += ["## Use", _code("python", use), "## Training", _code("yaml", options), f"Versions: {known}."]
+    parts += ["## Use", _code("python", use), "## Training", *([f"{note}."] if note else []), _code("yaml", options)]
+    parts.append(f"Versions: {known}.")
     write_text(folder / "README.md", str(ModelCard("\n\n".join(parts) + "\n")))
 
 

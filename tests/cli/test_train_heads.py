@@ -57,6 +57,7 @@ def test_train_and_evaluate_a_head(base: Path, tmp_path: Path) -> None:
 def test_train_and_evaluate_attributes(base: Path, tmp_path: Path) -> None:
     data, run, score = str(attributes_csv(tmp_path)), tmp_path / "run", tmp_path / "score.json"
     options = ["--attribute", "color=0.5", "--attribute", "shape", "--head-loss", "focal", "--control-data", "none"]
+    options += ["--epochs", "2"]
     command("train", "--model", str(base), "--data", data, "--eval-data", data, "--output", str(run), *options)
     after = json.loads((run / "report.json").read_text())["after"]
     assert list(after) == ["retrieval", "attribute_color", "attribute_shape"]

@@ -166,9 +166,10 @@ def workspace(tmp_path_factory, exported):
 
 @pytest.fixture
 def quick(monkeypatch, exported):
-    """Control set, resamples and the ONNX export, which other tests take whole, cost nothing here."""
+    """Control set, resamples, steps and the ONNX export, which other tests take whole, cost nothing here."""
     drawing = Resampled._drawing
     monkeypatch.setattr(Resampled, "_drawing", lambda self, resamples, seed: drawing(self, min(resamples, 20), seed))
+    monkeypatch.setattr("clipft.recipes.length.LEAST_STEPS", 1)
     monkeypatch.setattr("clipft.recipes.outcome.control_drawings", lambda: captioned(4))
 
     def export(model, processor, output, **options):
