@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,17 +54,19 @@ def embed(
         _check_options_of_texts(settings, id_column)
     console = prepare()
     from clipft.console import bar
+    from clipft.data.compact import Lazy, texts_of
     from clipft.inference.encode import load_encoder
     from clipft.inference.vectors import Description, embed_to_file
 
     reading, names = None, None
+    ids: Sequence[str]
     source: tuple[str, dict[str, str] | None]
     if texts is not None:
         rows, ids = _read_texts(texts, settings.encoding)
         kind, source = "texts", (str(expanded(texts).resolve()), None)
     else:
         rows, reading = _read_pictures(str(data), settings, id_column)
-        ids, names = list(rows["id"]), [reading.place(row) for row in range(len(rows))]
+        ids, names = texts_of(rows, "id"), Lazy(reading.place, range(len(rows)))
         kind, source = "images", _source_of(reading, settings)
     encoder = load_encoder(model, int8=int8, batch_size=batch_size, threads=threads)
     left_out = [] if reading is None else list(reading.skipped)
@@ -100,6 +102,8 @@ def _check_options_of_texts(settings: DataOptions, id_column: str | None) -> Non
 def _say_what_was_left_out(
     console: Console, data: str | None, reading: Reading | None, unreadable: list[int], rows: int
 ) -> None:
+    import numpy as np
+
     from clipft.data.reading import UNREADABLE_KIND
 
     if unreadable:
@@ -107,7 +111,8 @@ def _say_what_was_left_out(
     if reading is not None:
         for row in unreadable:
             reading.leave_out_row(row, UNREADABLE_KIND, reading.place(row))
-        reading.keep(sorted(set(range(rows)) - set(unreadable)))
+        if unreadable:
+            reading.keep(np.delete(np.arange(rows), unreadable).tolist())
         console.print(Text(f"{data}: {reading.line()}"))
 
 

@@ -91,11 +91,21 @@ def class_of(value: Any, classes: Sequence[str] | None, where: str) -> str:
     return classes[value]
 
 
-def encode_labels(values: list[str]) -> tuple[list[int], Any]:
+def encode_labels(values: list[str], where: str) -> tuple[list[int], Any]:
     """Of :func:`label_value`. Whole numbers stay as they are, since they may index names kept elsewhere; other values
     become named classes.
+
+    Raises:
+        ValueError: one number in two ways, 1 and 01.
     """
     if all(value.isdecimal() for value in values):
+        ways: dict[int, str] = {}
+        for value in sorted(set(values)):
+            if (other := ways.setdefault(int(value), value)) != value:
+                raise ValueError(
+                    f"{where}: expected each label written in one way, got {short(other)} and {short(value)}; write "
+                    "the same where one class is meant, else give them names that are no numbers"
+                )
         return [int(value) for value in values], datasets.Value("int64")
     names = sorted(set(values))
     number = {name: index for index, name in enumerate(names)}

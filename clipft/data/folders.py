@@ -9,14 +9,18 @@ write them; a sub-folder of pictures, with sub-folders of its own, for each clas
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import datasets
+import numpy as np
 
 from clipft.data.columns import CAPTION_COLUMNS, LABEL_COLUMNS
+from clipft.data.compact import Each, Paths
 from clipft.data.pictures import UNOPENED_ENDINGS, has_picture_content, picture_endings
 from clipft.data.reading import HIDDEN, NO_FILE, NO_REGULAR_FILE, UNREADABLE_KIND, BadRowError, Reading
 from clipft.data.rows import Picture
@@ -26,13 +30,21 @@ from clipft.data.slices import Address
 from clipft.data.splits import TABLE_ENDINGS, hidden
 from clipft.data.stored import canonical, features_of_parquet, holds_paths, read_saved
 from clipft.data.table_files import from_files, lists_pictures
-from clipft.data.tables import add_picture, dataset_of_pictures
+from clipft.data.tables import Pictures
 
 __all__ = ["Tree", "from_folder", "from_picture_files", "walk"]
 
 _SHARD = ".tar"
 _UNLISTED, _OTHER, _NO_CLASS, _EMPTY = "not in the table", "of another kind", "in no class folder", "without pictures"
 _LOOKED_AT = 100  # .json files, until one has a caption
+
+
+class TreeFault(NamedTuple):
+    """What cannot be opened, why, and how many pictures of the tree come before it."""
+
+    file: Path
+    error: BadRowError
+    before: int
 
 
 @dataclass
@@ -43,22 +55,26 @@ class Tree:
         folder: the uppermost; ``folders``: the names of those in it.
         pictures: by their endings; without one, by what they hold.
         tables, shards, texts, others: the rest.
-        faults: what has a picture's ending and cannot be opened, each with its kind.
+        faults: what has a picture's ending and cannot be opened, and folders that cannot.
     """
 
     folder: Path
     folders: list[str] = field(default_factory=list)
-    pictures: list[Path] = field(default_factory=list)
-    tables: list[Path] = field(default_factory=list)
-    shards: list[Path] = field(default_factory=list)
-    texts: list[Path] = field(default_factory=list)
-    others: list[Path] = field(default_factory=list)
-    faults: list[tuple[Path, BadRowError]] = field(default_factory=list)
+    pictures: Paths = field(default_factory=Paths)
+    tables: Paths = field(default_factory=Paths)
+    shards: Paths = field(default_factory=Paths)
+    texts: Paths = field(default_factory=Paths)
+    others: Paths = field(default_factory=Paths)
+    faults: list[TreeFault] = field(default_factory=list)
 
     def part(self, path: Path) -> str | None:
         """The sub-folder that a file lies in, if it does in one."""
         first, *rest = path.relative_to(self.folder).parts
         return first if rest else None
+
+    def add_fault(self, file: Path, place: str, why: str, kind: str) -> None:
+        """Of what comes next in the order."""
+        self.faults.append(TreeFault(file, BadRowError(place, why, kind), len(self.pictures)))
 
 
 # ---- what a folder holds ----
@@ -76,11 +92,9 @@ def walk(folder: Path, reading: Reading) -> Tree:
     while waiting:
         here = waiting.pop()
         try:
-            info = here.stat()
-            with os.scandir(here) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            info, entries = here.stat(), _entries(here)
         except OSError as error:
-            tree.faults.append((here, BadRowError(str(here), f"cannot be opened ({error.strerror})", UNREADABLE_KIND)))
+            tree.add_fault(here, str(here), f"cannot be opened ({error.strerror})", UNREADABLE_KIND)
             continue
         if (info.st_dev, info.st_ino) in seen:
             reading.leave_out("a link to a folder that was read", str(here))
@@ -88,17 +102,39 @@ def walk(folder: Path, reading: Reading) -> Tree:
             continue
         seen.add((info.st_dev, info.st_ino))
         folders: list[Path] = []
-        for entry in entries:
-            if hidden(entry.name):
-                reading.leave_out(HIDDEN, str(here / entry.name))
-            elif _is(entry.is_dir):
-                folders.append(here / entry.name)
+        for name in entries.names:
+            if hidden(name):
+                reading.leave_out(HIDDEN, str(here / name))
+            elif name in entries.folders:
+                folders.append(here / name)
             else:
-                _sort_in(tree, here / entry.name, kinds, _is(entry.is_file))
+                _sort_in(tree, here / name, kinds, name not in entries.irregular)
         waiting += reversed(folders)
         if here == folder:
             tree.folders = [found.name for found in folders]
     return tree
+
+
+@dataclass
+class _Entries:
+    """The names in a folder, sorted; which of them are folders, and which are files that cannot be opened."""
+
+    names: list[str]
+    folders: set[str]
+    irregular: set[str]
+
+
+def _entries(folder: Path) -> _Entries:
+    found = _Entries([], set(), set())
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            found.names.append(entry.name)
+            if _is(entry.is_dir):
+                found.folders.add(entry.name)
+            elif not _is(entry.is_file):
+                found.irregular.add(entry.name)
+    found.names.sort()
+    return found
 
 
 def _is(kind: Callable[[], bool]) -> bool:
@@ -114,15 +150,14 @@ def _sort_in(tree: Tree, file: Path, kinds: Mapping[str, str], regular: bool) ->
     kind = kinds.get(ending, "others")
     shown = os.fsencode(file).decode(errors="backslashreplace")
     if kind == "others" and (hint := UNOPENED_ENDINGS.get(ending)):
-        error = BadRowError(shown, f"{ending} is not opened: {hint}", f"{ending} ({hint})")
+        tree.add_fault(file, shown, f"{ending} is not opened: {hint}", f"{ending} ({hint})")
     elif not regular and kind != "others":
-        error = BadRowError(shown, "expected a file, found a pipe, a device or a link to nothing", NO_REGULAR_FILE)
+        why = "expected a file, found a pipe, a device or a link to nothing"
+        tree.add_fault(file, shown, why, NO_REGULAR_FILE)
     elif kind == "pictures" and shown != str(file):
-        error = BadRowError(shown, "expected a name in UTF-8; rename it", NO_FILE)
+        tree.add_fault(file, shown, "expected a name in UTF-8; rename it", NO_FILE)
     else:
         getattr(tree, "pictures" if regular and not ending and has_picture_content(file) else kind).append(file)
-        return
-    tree.faults.append((file, error))
 
 
 # ---- what a folder is ----
@@ -150,13 +185,13 @@ def from_folder(folder: Path, reading: Reading) -> datasets.Dataset:
         _pass_over(tree, "classes", reading)
     elif tree.shards:
         _refuse(tree, reading)
-        _count(_OTHER, [*tree.pictures, *tree.tables, *tree.texts, *tree.others], reading)
+        _count(_OTHER, chain(tree.pictures, tree.tables, tree.texts, tree.others), reading)
         return from_samples(read_samples(tree.shards, reading), str(folder), reading)
     is_table = tree.tables and not has_classes
     return _from_tables(tree.tables, tree, reading) if is_table else _from_class_folders(tree, reading)
 
 
-def _count(kind: str, files: Sequence[Path], reading: Reading) -> None:
+def _count(kind: str, files: Iterable[Path], reading: Reading) -> None:
     for file in files:
         reading.leave_out(kind, str(file))
 
@@ -177,9 +212,11 @@ def _pass_over(tree: Tree, what: str, reading: Reading) -> None:
 
 def _refuse(tree: Tree, reading: Reading) -> None:
     """The faults of a folder, each a bad row."""
-    for _, error in tree.faults:
+    for fault in tree.faults:
+        reading.so_far = fault.before
         with reading.row():
-            raise error
+            raise fault.error
+    reading.so_far = 0
 
 
 # ---- pictures alone ----
@@ -194,11 +231,11 @@ def _from_pictures(tree: Tree, reading: Reading) -> datasets.Dataset:
         )
     _refuse(tree, reading)
     _count("table beside the pictures", tree.tables, reading)
-    _count(_OTHER, [*tree.texts, *tree.others], reading)
-    pictures: dict[str, dict[str, Any]] = {}
-    for picture in tree.pictures:
-        add_picture(pictures, str(picture), str(picture.relative_to(tree.folder)), str(picture))
-    return dataset_of_pictures(pictures, (None, None), str(tree.folder), reading)
+    _count(_OTHER, chain(tree.texts, tree.others), reading)
+    found, above = Pictures(reading), len(str(tree.folder / "x")) - 1
+    for picture in tree.pictures.texts:
+        found.add(picture, picture[above:], picture)
+    return found.dataset(str(tree.folder))
 
 
 def from_picture_files(files: Sequence[Path], where: str, reading: Reading) -> datasets.Dataset:
@@ -208,10 +245,10 @@ def from_picture_files(files: Sequence[Path], where: str, reading: Reading) -> d
         _sort_in(tree, file, kinds, file.is_file())
     _refuse(tree, reading)
     _count(_OTHER, tree.others, reading)
-    pictures: dict[str, dict[str, Any]] = {}
-    for picture in tree.pictures:
-        add_picture(pictures, os.path.realpath(picture), str(picture), str(picture))
-    return dataset_of_pictures(pictures, (None, None), where, reading)
+    found = Pictures(reading)
+    for picture in tree.pictures.texts:
+        found.add(os.path.realpath(picture), picture, picture)
+    return found.dataset(where, tree.pictures.texts)
 
 
 def _holds_pictures(table: Path, reading: Reading) -> bool:
@@ -227,10 +264,12 @@ def _holds_pictures(table: Path, reading: Reading) -> bool:
 
 def _from_tables(tables: Sequence[Path], tree: Tree, reading: Reading) -> datasets.Dataset:
     """The rows of tables; pictures that none of them lists are counted."""
+    reading.listed = array("q")
     dataset = from_files(tables, reading)
-    for file in sorted([*tree.pictures, *(file for file, _ in tree.faults)]):
-        if os.path.realpath(file) not in reading.listed:
-            reading.leave_out(_UNLISTED, str(file))
+    files = sorted(chain(tree.pictures.texts, (str(fault.file) for fault in tree.faults)))
+    hashes = np.fromiter((hash(os.path.realpath(file)) for file in files), np.int64, len(files))
+    for place in np.flatnonzero(~np.isin(hashes, reading.listed)):
+        reading.leave_out(_UNLISTED, files[place])
     _count(_OTHER, sorted({*tree.tables, *tree.shards} - {*tables}), reading)
     return dataset
 
@@ -252,7 +291,7 @@ def _samples(tree: Tree, reading: Reading) -> list[Sample]:
         2 * written >= len(beside) or any(_says_something(text, reading) for text in objects[:_LOOKED_AT])
     ):
         return []
-    stems = {file.with_suffix("") for file in (*tree.pictures, *(file for file, _ in tree.faults))}
+    stems = {file.with_suffix("") for file in (*tree.pictures, *(fault.file for fault in tree.faults))}
     _count("text without a picture", [text for text in tree.texts if text.with_suffix("") not in stems], reading)
     return [_sample(picture, own, reading) for picture, own in beside.items()]
 
@@ -305,7 +344,7 @@ def _from_class_folders(tree: Tree, reading: Reading) -> datasets.Dataset:
     for name in empty:
         reading.leave_out(_EMPTY, str(folder / name), f"{folder / name}: no pictures in it")
     places = [str(path) for own in classes.values() for path in own]
-    reading.places = [[place] for place in places]
+    reading.places = Each(places)
     features = datasets.Features({"image": Picture(), "label": datasets.ClassLabel(names=list(classes))})
     labels = [number for number, own in enumerate(classes.values()) for _ in own]
     return datasets.Dataset.from_dict({"image": places, "label": labels}, features=features)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import datasets
 from torch.utils.data import Subset
 
 from clipft.data.columns import checked_captions, class_of, encode_labels, find_columns
+from clipft.data.compact import Each, Lazy, row_name
 from clipft.data.objects import ObjectRows, as_rows, object_name, rows_of_pandas
 from clipft.data.pictures import UNREADABLE
 from clipft.data.reading import NO_FILE, UNREADABLE_KIND, BadRowError, Reading
@@ -71,7 +73,7 @@ def _checked(rows: ObjectRows, where: str, reading: Reading) -> ObjectRows:
     """Each row read once, its text or class looked at."""
     if reading.attributes:
         raise ValueError(f"attribute_columns: {where} has no columns of classes; give a datasets.Dataset or a table")
-    reading.places = [[f"{where}, row {number}"] for number in range(len(rows))]
+    reading.places = Each(Lazy(partial(row_name, where), range(len(rows))))
     good, labels = [], []
     for number in range(len(rows)):
         with reading.row():
@@ -84,7 +86,7 @@ def _checked(rows: ObjectRows, where: str, reading: Reading) -> ObjectRows:
         rows = rows.select(good)
     if "label" not in rows.column_names or rows.names:
         return rows
-    numbers, feature = encode_labels(labels)
+    numbers, feature = encode_labels(labels, where)
     return rows.labelled(numbers, feature.names if isinstance(feature, datasets.ClassLabel) else None)
 
 

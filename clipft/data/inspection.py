@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from clipft.data.compact import Each
 from clipft.data.folders import Tree, walk
 from clipft.data.pictures import EncodedPicture, naming, read_file, to_rgb
 from clipft.data.reading import BadRowError, Reading
@@ -93,7 +94,7 @@ def read_inspection(root: Path, reading: Reading, masks: Reading) -> InspectionS
     found = _rows(tree, known, reading)
     _count_masks(known or {}, tree, found, masks)
     _check_sorts(found.kinds, folder)
-    reading.places = [[str(folder / name)] for name in found.dataset["id"]]
+    reading.places = Each([str(folder / name) for name in found.dataset["id"]])
     reading.finish(len(found.kinds))
     return found
 
@@ -103,9 +104,9 @@ def _pictures_below(folder: Path, reading: Reading) -> Tree:
     tree = walk(folder, reading)
     for file in (*tree.tables, *tree.shards, *tree.texts, *tree.others):
         reading.leave_out(_OTHER, str(file))
-    for _, error in tree.faults:
+    for fault in tree.faults:
         with reading.row():
-            raise error
+            raise fault.error
     return tree
 
 
@@ -207,5 +208,5 @@ def _count_masks(known: dict[Path, Path], tree: Tree, found: InspectionSet, read
     for name, mask in known.items():
         if mask not in used:
             reading.leave_out(_LEFT_OUT if name in wanted else _NO_PICTURE, str(mask))
-    reading.places = [[str(mask)] for mask in used]
+    reading.places = Each([str(mask) for mask in used])
     reading.finish(len(used))

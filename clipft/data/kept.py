@@ -4,23 +4,20 @@ error when its turn comes.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 from PIL import Image
 
+from clipft.data.compact import Lazy, texts_of
 from clipft.data.objects import as_row, as_rows, rows_of_pandas
 from clipft.data.reading import BadRowError, Reading
-from clipft.data.rows import stored_pictures
+from clipft.data.rows import stored_images, stored_pictures
 from clipft.errors import shown
 
 __all__ = ["KeptRows", "kept_rows", "rows_of_objects"]
-
-_NUMBER = re.compile(r"(?P<file>.*), (?P<kind>row|line) (?P<number>\d+)", re.DOTALL)
 
 
 class KeptRows:
@@ -56,7 +53,7 @@ class KeptRows:
 
     def stored(self) -> Iterator[Any]:
         """Of each row the picture as it is stored, of a bad one nothing."""
-        images = iter(self._rows["image"] if isinstance(self._rows, datasets.Dataset) else self._rows)
+        images = stored_images(self._rows)
         for row in range(len(self)):
             yield None if row in self._faults else next(images)
 
@@ -66,28 +63,11 @@ class KeptRows:
 
 def kept_rows(rows: Any, reading: Reading) -> KeptRows:
     """The rows that :func:`clipft.data.sources.read_pairs` gave of pictures alone, and those that it left out."""
-    names = rows.select_columns("id")["id"]
     faults: dict[int, tuple[str, str]] = {}
-    if reading.faults:
-        key = _key if not reading.order else lambda place: reading.order.get(place, len(reading.order))
-        keys = [key(reading.place(row)) for row in range(len(rows))]
-        bad = sorted(reading.faults, key=lambda fault: key(fault[0]))
-        for number, (place, message) in enumerate(bad):
-            why = message.removeprefix(f"{shown(place)}: ")
-            faults[bisect_left(keys, key(place)) + number] = (reading.shortened(place), why)
-    return KeptRows(stored_pictures(rows), names, faults)
-
-
-def _key(place: str) -> Any:
-    """Sorts places as readers go through them: rows of a file by number, a folder's own files before those below."""
-    if found := _NUMBER.fullmatch(place):
-        return _path_key(found["file"]), int(found["number"]) - (found["kind"] == "line")
-    return _path_key(place), 0
-
-
-def _path_key(path: str) -> list[tuple[bool, str]]:
-    *above, name = path.split("/")
-    return [*((True, part) for part in above), (False, name)]
+    for number, fault in enumerate(sorted(reading.faults, key=lambda fault: fault.row)):
+        why = fault.message.removeprefix(f"{shown(fault.place)}: ")
+        faults[fault.row + number] = (reading.shortened(fault.place), why)
+    return KeptRows(stored_pictures(rows), texts_of(rows, "id"), faults)
 
 
 def rows_of_objects(data: Any) -> KeptRows:
@@ -100,4 +80,4 @@ def rows_of_objects(data: Any) -> KeptRows:
         names = [str(one) if isinstance(one, (str, Path)) else f"row {row}" for row, one in enumerate(data)]
         return KeptRows(pictures, names, {})
     rows = as_rows(data)
-    return KeptRows(stored_pictures(rows) or rows, [f"row {row}" for row in range(len(rows))], {})
+    return KeptRows(stored_pictures(rows) or rows, Lazy("row {}".format, range(len(rows))), {})

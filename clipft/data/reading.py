@@ -7,19 +7,25 @@ after a number (``"hidden"``, ``".heic (install pillow-heif)"``), ``name`` is a 
 - ``reading.leave_out(kind, name)``: a file that is no row, whatever the user says;
 - ``with reading.row():`` around the work on a row: a :class:`BadRowError`, or any other ValueError or OSError, is
   raised or, with ``skip``, left out and named;
-- ``reading.places``: for each row of the result, the rows or files of the source that are in it.
+- ``reading.places``: for each row of the result, the rows or files of the source that are in it;
+- ``reading.so_far``, where rows are pictures alone: counts them as they are found, so that a bad one has its place.
 """
 
 from __future__ import annotations
 
+import os
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from clipft.data.compact import Each, Lazy, row_name
 from clipft.errors import shown
 
-__all__ = ["HIDDEN", "NO_FILE", "NO_REGULAR_FILE", "UNREADABLE_KIND", "BadRowError", "Reading"]
+__all__ = ["HIDDEN", "NO_FILE", "NO_REGULAR_FILE", "UNREADABLE_KIND", "BadRowError", "Fault", "Reading"]
 
 UNREADABLE_KIND = "unreadable"
 _UNUSABLE, NO_FILE = "unusable", "without its file"
@@ -33,6 +39,14 @@ class BadRowError(ValueError):
     def __init__(self, place: str, why: str, kind: str = _UNUSABLE) -> None:
         super().__init__(shown(f"{place}: {why}"))
         self.place, self.kind = place, kind
+
+
+class Fault(NamedTuple):
+    """A row that could not be used: how many of the result stand before it, where it is, and the message."""
+
+    row: int
+    place: str
+    message: str
 
 
 @dataclass
@@ -51,9 +65,9 @@ class Reading:
         split: which split of it was read, if it has several.
         skipped: why each bad row was left out.
         left_out: by kind, the places of rows and files that are not in the result.
-        faults: of each row that could not be used, its place and the message, in the order in which they were met.
-        order: of what is not ordered by name, the number of each place.
-        listed: the picture files that tables name.
+        faults: the rows that could not be used, in the order in which they were met.
+        so_far: rows of the result that were found.
+        listed: hashes of the paths of picture files that tables name, for who asks.
         places: for each row of the result, where its rows come from; empty where nobody says.
     """
 
@@ -68,12 +82,19 @@ class Reading:
     split: str | None = None
     skipped: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    places: list[list[str]] = field(default_factory=list)
-    faults: list[tuple[str, str]] = field(default_factory=list)
-    order: dict[str, int] = field(default_factory=dict)
-    listed: set[str] = field(default_factory=set)
+    places: Sequence[Sequence[str]] = ()
+    faults: list[Fault] = field(default_factory=list)
+    so_far: int = 0
+    listed: array[int] | None = None
     _rows: int = 0  # of the result, where there are no places
+    _folders: dict[Path, str] = field(default_factory=dict)
     _bad: set[str] = field(default_factory=set)  # kinds of bad rows, which are named
+
+    def real_folder(self, folder: Path) -> str:
+        """What the paths of files in a folder begin with, links followed; looked up once."""
+        if folder not in self._folders:
+            self._folders[folder] = f"{os.path.realpath(folder).rstrip('/')}/"
+        return self._folders[folder]
 
     # ---- counting ----
 
@@ -96,7 +117,7 @@ class Reading:
                 raise
             message = str(error)
             own = place or (error.place if isinstance(error, BadRowError) else message.partition(": ")[0])
-            self.faults.append((own, message))
+            self.faults.append(Fault(self.so_far, own, message))
             if isinstance(error, BadRowError):
                 self.leave_out(error.kind, error.place, message)
             else:
@@ -105,7 +126,7 @@ class Reading:
 
     def place(self, row: int) -> str:
         """Where a row of the result comes from, for messages: its first place."""
-        return self.places[row][0] if self.places else f"{self.source}, row {row}"
+        return self.places[row][0] if self.places else row_name(self.source, row)
 
     def leave_out_row(self, row: int, kind: str, why: str) -> None:
         """Count a row of the result so far that is to go (:meth:`keep`): all rows of the source that are in it."""
@@ -116,7 +137,12 @@ class Reading:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Of the result so far, these rows alone."""
-        self.places = [self.places[row] for row in rows] if self.places else [[self.place(row)] for row in rows]
+        if not self.places:
+            self.places = Each(Lazy(partial(row_name, self.source), array("q", rows)))
+        elif isinstance(self.places, Each):
+            self.places = self.places.select(rows)
+        else:
+            self.places = [self.places[row] for row in rows]
 
     def finish(self, rows: int) -> None:
         """The result has so many rows."""
@@ -127,7 +153,8 @@ class Reading:
     @property
     def read(self) -> int:
         """Rows and files of the source that are in the result."""
-        return sum(map(len, self.places)) if self.places else self._rows
+        one_each = not self.places or isinstance(self.places, Each)
+        return len(self.places) or self._rows if one_each else sum(map(len, self.places))
 
     @property
     def given(self) -> int:

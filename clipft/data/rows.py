@@ -7,7 +7,7 @@ unbroken one would have seen, with any number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import datasets
@@ -36,6 +36,7 @@ __all__ = [
     "read_row",
     "read_stored",
     "render",
+    "stored_images",
     "stored_pictures",
 ]
 
@@ -47,6 +48,7 @@ def check_class_names(class_names: Sequence[str]) -> None:
 
 
 MISSING = -100  # torch's ignore_index
+_CHUNK = 256  # rows that are looked at together
 
 
 # ---- texts and labels ----
@@ -194,6 +196,16 @@ def stored_pictures(dataset: Any) -> datasets.Dataset | None:
     if not isinstance(dataset, datasets.Dataset) or not isinstance(dataset.features.get("image"), datasets.Image):
         return None
     return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def stored_images(rows: Any) -> Iterator[Any]:
+    """Of each row the picture as it is stored; of rows that are pictures or paths, these."""
+    stored = stored_pictures(rows)
+    if stored is None:
+        yield from rows
+        return
+    for start in range(0, len(stored), _CHUNK):
+        yield from stored[start : start + _CHUNK]["image"]
 
 
 def read_stored(image: Any) -> bytes:

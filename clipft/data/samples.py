@@ -5,7 +5,7 @@ holds them one after the other, a folder side by side.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import PurePosixPath
@@ -15,10 +15,11 @@ from urllib.parse import unquote
 import datasets
 
 from clipft.data.columns import CAPTION_COLUMNS, LABEL_COLUMNS, NO_LABEL
+from clipft.data.compact import Texts
 from clipft.data.pictures import picture_endings
 from clipft.data.reading import NO_FILE, BadRowError, Reading
 from clipft.data.slices import Address, shard_of
-from clipft.data.tables import add_picture, add_row, dataset_of_pictures
+from clipft.data.tables import Pictures, add_row, dataset_of_pictures
 from clipft.data.text_tables import BROKEN, check_line, decoded
 from clipft.errors import line_of
 
@@ -29,7 +30,7 @@ _CAPTIONS, _LABELS = ("txt", *CAPTION_COLUMNS), ("cls", *LABEL_COLUMNS)
 _LARGEST_TEXT = 1 << 20  # bytes; what is larger is no caption
 
 
-@dataclass
+@dataclass(slots=True)
 class Sample:
     """Files of one name.
 
@@ -73,21 +74,16 @@ def check_text_size(size: int, place: str) -> None:
         raise BadRowError(place, f"expected a text of at most {_LARGEST_TEXT >> 20} MB, found {size} bytes", BROKEN)
 
 
-def from_samples(samples: Sequence[Sample], where: str, reading: Reading) -> datasets.Dataset:
+def from_samples(samples: Iterable[Sample], where: str, reading: Reading) -> datasets.Dataset:
     """The data set of samples that have a picture and a caption or a label each."""
+    if reading.pictures_only:
+        return _pictures_of(samples, where, reading)
     rows: list[tuple[str, dict[str, Any]]] = []
     for sample in samples:
-        reading.order[sample.place] = len(reading.order)
         with reading.row(sample.place):
-            if sample.fault is not None:
-                raise sample.fault
-            parts = _parts(sample, reading)
-            rows += [(part.place, _row(part, reading)) for part in parts]
-            reading.order |= {part.place: len(reading.order) + number for number, part in enumerate(parts)}
+            rows += [(part.place, _row(part, reading)) for part in _parts(sample, reading)]
     present = [name if any(row[name] is not None for _, row in rows) else None for name in ("caption", "label")]
-    if reading.pictures_only:
-        present = [None, None]
-    elif rows and present == [None, None]:
+    if rows and present == [None, None]:
         raise ValueError(
             f"{where}: expected captions (.txt, .caption, or {', '.join(CAPTION_COLUMNS)} in .json) or labels (.cls), "
             f"found none in {len(rows)} samples; name them with caption_column or label_column"
@@ -95,22 +91,42 @@ def from_samples(samples: Sequence[Sample], where: str, reading: Reading) -> dat
     pictures: dict[str, dict[str, Any]] = {}
     for place, row in rows:
         with reading.row(place):
-            if row["image"] is None:
-                found = ", ".join(row["files"]) or "none"
-                raise BadRowError(place, f"expected a picture (.jpg, .png, .webp, ...), found {found}", NO_FILE)
-            if reading.pictures_only:
-                add_picture(pictures, row["image"], row["id"], place)
-                continue
+            image = _checked_picture(row, place)
             if present[1] and row["label"] is None:
                 raise BadRowError(place, "expected a label, found none", NO_LABEL)
-            add_row(pictures, row["image"], row, present, place, reading.attributes)
+            add_row(pictures, image, row, present, place, reading.attributes)
     return dataset_of_pictures(pictures, present, where, reading)
+
+
+def _pictures_of(samples: Iterable[Sample], where: str, reading: Reading) -> datasets.Dataset:
+    """Of each sample the picture, in their order."""
+    found, places = Pictures(reading), Texts()
+    for sample in samples:
+        with reading.row(sample.place):
+            for part in _parts(sample, reading):
+                with reading.row(part.place):
+                    row = _row(part, reading)
+                    found.add(_checked_picture(row, part.place), row["id"], part.place)
+                    places.append(part.place)
+    return found.dataset(where, places)
+
+
+def _checked_picture(row: dict[str, Any], place: str) -> str:
+    if row["image"] is None:
+        found = ", ".join(row["files"]) or "none"
+        raise BadRowError(place, f"expected a picture (.jpg, .png, .webp, ...), found {found}", NO_FILE)
+    return str(row["image"])
 
 
 def _parts(sample: Sample, reading: Reading) -> list[Sample]:
     """The sample itself or, where names have dots (``v1.0.jpg``, ``v1.0.txt``, ``v1.1.jpg``, ...), the several that it
     is: one for each picture, with a text of the same name.
+
+    Raises:
+        BadRowError: its own, or pictures of which one is to be named.
     """
+    if sample.fault is not None:
+        raise sample.fault
     endings = _picture_endings()
     pictures = [
         ending

@@ -54,14 +54,13 @@ def shard_paths(pattern: str) -> list[Path]:
     return found
 
 
-def read_samples(shards: Iterable[Path], reading: Reading) -> list[Sample]:
+def read_samples(shards: Iterable[Path], reading: Reading) -> Iterator[Sample]:
     """The samples of shards, in the order of their first files.
 
     Raises:
         FileNotFoundError, ValueError: a shard is not there, or is damaged; with ``skip`` it is named, and its sound
             samples are read.
     """
-    found: list[Sample] = []
     for shard in shards:
         if not shard.exists():
             message = f"path_or_name: there is no shard {str(shard)!r}"
@@ -69,10 +68,15 @@ def read_samples(shards: Iterable[Path], reading: Reading) -> list[Sample]:
                 raise FileNotFoundError(message)
             reading.leave_out(_MISSING, str(shard), message)
             continue
+        found: dict[str, Sample] = {}
+        damages: list[BadRowError] = []
         with reading.row():
             check_file(shard)
-            found += _samples_of(shard, reading)
-    return found
+            damages = _samples_of(shard, found, reading)
+        yield from found.values()
+        for damage in damages:
+            with reading.row():
+                raise damage
 
 
 def samples(shard: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -89,14 +93,16 @@ def samples(shard: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield sample.place.removeprefix(f"{shard}, "), {**sample.said, **files}
 
 
-def _samples_of(shard: Path, reading: Reading) -> list[Sample]:
-    found: dict[str, Sample] = {}
+def _samples_of(shard: Path, found: dict[str, Sample], reading: Reading) -> list[BadRowError]:
+    """Put the samples of a shard where they are found; what of it is damaged comes back, with ``skip``."""
+    damages = []
     with shard.open("rb") as file:
         for member in members(file, os.fstat(file.fileno()).st_size):
             if isinstance(member, Damage):
-                with reading.row():
-                    why = f"expected an uncompressed tar file ({member.why}, at byte {member.offset})"
-                    raise BadRowError(str(shard), why, _DAMAGED)
+                why = f"expected an uncompressed tar file ({member.why}, at byte {member.offset})"
+                damages.append(BadRowError(str(shard), why, _DAMAGED))
+                if not reading.skip:
+                    raise damages[-1]
                 continue
             name = PurePosixPath(member.name)
             if any(map(hidden, name.parts)):
@@ -107,7 +113,7 @@ def _samples_of(shard: Path, reading: Reading) -> list[Sample]:
                 _add(sample, file, member, ending, shard, reading)
             elif name.suffix:
                 reading.leave_out(NO_REGULAR_FILE, f"{shard}, {member.name}")
-    return list(found.values())
+    return damages
 
 
 def _key_and_ending(name: str) -> tuple[str, str]:

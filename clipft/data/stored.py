@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from clipft.data.columns import (
     encode_labels,
     find_columns,
 )
+from clipft.data.compact import Each, Lazy, row_name
 from clipft.data.parquet import batches
 from clipft.data.reading import BadRowError, Reading
 from clipft.data.rows import Picture
@@ -36,7 +37,15 @@ from clipft.data.tables import safe_path
 from clipft.errors import line_of, short
 from clipft.files import check_file, read_json
 
-__all__ = ["canonical", "features_of_parquet", "holds_paths", "read_parquet", "read_saved", "select_rows"]
+__all__ = [
+    "canonical",
+    "features_of_parquet",
+    "holds_paths",
+    "read_parquet",
+    "read_saved",
+    "rows_of_parquet",
+    "select_rows",
+]
 
 _PATHS, _BYTES = ("string", "large_string"), ("binary", "large_binary")
 _LONGEST_NAME = 255  # of a file
@@ -69,6 +78,20 @@ def read_parquet(path: Path) -> datasets.Dataset:
         raise ValueError(f"{path}: expected a Parquet file ({line_of(error)})") from error
 
 
+def rows_of_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file as they are asked for, a few at a time in memory.
+
+    Raises:
+        ValueError: no Parquet, or a damaged file.
+    """
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            for batch in batches(file, path.stat().st_size):
+                yield from batch.to_pylist()
+    except Exception as error:  # whatever a damaged file makes pyarrow raise
+        raise ValueError(f"{path}: expected a Parquet file ({line_of(error)})") from error
+
+
 def features_of_parquet(path: Path) -> datasets.Features:
     """The columns of a file, whose rows are not read.
 
@@ -78,7 +101,7 @@ def features_of_parquet(path: Path) -> datasets.Features:
     try:
         return datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(path))
     except Exception as error:
-        raise ValueError(f"{path}: expected a Parquet file ({error})") from error
+        raise ValueError(f"{path}: expected a Parquet file ({line_of(error)})") from error
 
 
 @cache
@@ -137,14 +160,14 @@ def canonical(
     named = list(dataset[reading.id_column]) if reading.id_column is not None else None
     dataset = dataset.select_columns([*names, *reading.attributes])
     dataset = dataset.rename_columns({column: name for column, name in names.items() if column != name})
-    reading.places = [[place] for place in places or (f"{where}, row {number}" for number in range(len(dataset)))]
+    reading.places = Each(places or Lazy(partial(row_name, where), range(len(dataset))))
     if reading.pictures_only:
         dataset = dataset.add_column("id", _ids(dataset, named, reading))
     good, images, labels = _checked_rows(dataset, where, folder, reading)
     if len(good) < len(dataset):
         dataset = select_rows(dataset, good, reading)
     if labels is not None:
-        values, feature = encode_labels(labels)
+        values, feature = encode_labels(labels, where)
         dataset = dataset.remove_columns("label").add_column("label", values, feature=feature)
     for name in reading.attributes:
         if not isinstance(dataset.features[name], datasets.ClassLabel):
@@ -204,4 +227,5 @@ def _checked_rows(
                 images.append(image)
             names.append(name)
             good.append(number)
+            reading.so_far += 1
     return good, images, cast(list[str], names) if labels is not None and classes is None else None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 
 from clipft.data.columns import find_columns
+from clipft.data.compact import RowNames
 from clipft.data.reading import Reading
 from clipft.data.splits import TABLE_ENDINGS
-from clipft.data.stored import canonical, features_of_parquet, holds_paths, read_parquet
+from clipft.data.stored import canonical, features_of_parquet, holds_paths, read_parquet, rows_of_parquet
 from clipft.data.tables import from_table_rows
 from clipft.data.text_tables import read_csv, read_jsonl
 from clipft.files import check_file
@@ -24,26 +25,29 @@ _PARQUET = ".parquet"
 def from_files(paths: Sequence[Path], reading: Reading) -> datasets.Dataset:
     """The rows of files of one kind, one after the other."""
     where = str(paths[0]) if len(paths) == 1 else str(reading.source)
-    found = [_rows_of(path, reading) for path in paths]
-    stored = [rows for rows in found if isinstance(rows, datasets.Dataset)]
+    stored = []
+    for path in paths:
+        check_file(path)
+        if path.suffix.lower() == _PARQUET and not holds_paths(features_of_parquet(path), str(path), reading):
+            stored.append(path)
     if not stored:
-        rows = [(path, *row) for path, own in zip(paths, found, strict=True) for row in cast(Any, own)]
+        rows = ((path, *row) for path in paths for row in _rows_with_paths(path, reading))
         return from_table_rows(rows, where, reading)
-    columns = [sorted(rows.column_names) for rows in stored]
-    if len(stored) < len(found) or any(own != columns[0] for own in columns):
+    found = [read_parquet(path) for path in stored]
+    columns = [sorted(rows.column_names) for rows in found]
+    if len(stored) < len(paths) or any(own != columns[0] for own in columns):
         raise ValueError(f"{where}: expected files with the same columns, got {', '.join(path.name for path in paths)}")
-    places = [f"{path}, row {row}" for path, own in zip(paths, stored, strict=True) for row in range(len(own))]
-    rows = stored[0] if len(stored) == 1 else datasets.concatenate_datasets(stored)
+    places = RowNames()
+    for path, own in zip(paths, found, strict=True):
+        for row in range(len(own)):
+            places.append(str(path), row)
+    rows = found[0] if len(found) == 1 else datasets.concatenate_datasets(found)
     return canonical(rows, where, paths[0].parent, reading, places)
 
 
-def _rows_of(path: Path, reading: Reading) -> datasets.Dataset | list[tuple[int, dict[str, Any]]]:
-    """Of a table with paths, the rows with their numbers; of one with pictures in it, a data set."""
-    check_file(path)
-    if path.suffix.lower() != _PARQUET:
-        return list(_text_rows(path, reading))
-    dataset = read_parquet(path)
-    return list(enumerate(dataset.to_list())) if holds_paths(dataset.features, str(path), reading) else dataset
+def _rows_with_paths(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows with their numbers, as they are asked for."""
+    return enumerate(rows_of_parquet(path)) if path.suffix.lower() == _PARQUET else _text_rows(path, reading)
 
 
 def _text_rows(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:

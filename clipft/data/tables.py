@@ -7,11 +7,14 @@ pictures, they would be each other's negatives.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import datasets
+import pyarrow as pa
 
 from clipft.data.columns import (
     NO_ID,
@@ -25,35 +28,75 @@ from clipft.data.columns import (
     find_columns,
     label_value,
 )
+from clipft.data.compact import Each, RowNames, Texts, row_name
 from clipft.data.reading import NO_FILE, BadRowError, Reading
 from clipft.data.rows import Picture
 from clipft.data.slices import shard_of
-from clipft.data.splits import existing
 from clipft.errors import short
 
-__all__ = ["add_picture", "add_row", "dataset_of_pictures", "from_table_rows", "safe_path"]
+__all__ = ["Pictures", "add_row", "dataset_of_pictures", "from_table_rows", "safe_path"]
 
 
-def from_table_rows(rows: list[tuple[Path, int, dict[str, Any]]], where: str, reading: Reading) -> datasets.Dataset:
+class Pictures:
+    """Pictures alone as they are found, each with an id, whatever others have the same."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._images, self._ids = Texts(), Texts()
+
+    def add(self, image: str, name: Any, where: str) -> None:
+        """Add a row that is a picture."""
+        own = attribute_value(name)
+        if own is None:
+            raise BadRowError(where, f"expected an id, got {short(name)}", NO_ID)
+        check_text(own, where, NO_ID)
+        self._images.append(image)
+        self._ids.append(own)
+        self._reading.so_far += 1
+
+    def dataset(self, where: str, places: Sequence[str] | None = None) -> datasets.Dataset:
+        """The data set of those that were added, and where they come from; default: the pictures themselves."""
+        if not self._images:
+            raise ValueError(f"{where}: expected at least one row that can be used, found none")
+        self._reading.places = Each(self._images if places is None else places)
+        images, ids = self._images.arrow(), self._ids.arrow()
+        stored = [
+            pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
+            for paths in images.chunks
+        ]
+        features = datasets.Features({"image": Picture(), "id": datasets.Value("string")})
+        table = pa.table([pa.chunked_array(stored), ids], schema=features.arrow_schema)
+        info = datasets.DatasetInfo(features=features)
+        # a fingerprint of its own, for which datasets would copy all of it
+        return datasets.Dataset(datasets.table.InMemoryTable(table), info, fingerprint=uuid4().hex[:16])
+
+
+def from_table_rows(rows: Iterable[tuple[Path, int, dict[str, Any]]], where: str, reading: Reading) -> datasets.Dataset:
     """Rows of tables whose image column holds paths, each with its file and number."""
-    if not rows:
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
         raise ValueError(f"{where}: expected at least one row, found none")
-    first, keys = rows[0][1], rows[0][2].keys()
+    keys = first[2].keys()
     names = find_columns(list(keys), where, reading.named, reading.pictures_only)
     check_attributes(list(keys), names, where, reading)
+    alone, places = Pictures(reading), RowNames()
     pictures: dict[str, dict[str, Any]] = {}
-    for path, number, row in rows:
-        place = f"{path}, row {number}"
+    for path, number, row in chain([first], rows):
+        place = row_name(str(path), number)
         with reading.row():
             if row.keys() != keys:
                 raise ValueError(
-                    f"{place}: expected the keys of row {first}, {short(sorted(keys))}, got {short(sorted(row))}"
+                    f"{place}: expected the keys of row {first[1]}, {short(sorted(keys))}, got {short(sorted(row))}"
                 )
             image = safe_path(row[cast(str, names[0])], path.parent, place, reading)
             if reading.pictures_only:
-                add_picture(pictures, image, row.get(reading.id_column or str(names[0])), place)
+                alone.add(image, row.get(reading.id_column or str(names[0])), place)
+                places.append(str(path), number)
             else:
                 add_row(pictures, image, row, names[1:], place, reading.attributes)
+    if reading.pictures_only:
+        return alone.dataset(where, places)
     return dataset_of_pictures(pictures, names[1:], where, reading)
 
 
@@ -89,15 +132,6 @@ def add_row(
     picture["attributes"] = values
 
 
-def add_picture(pictures: dict[str, dict[str, Any]], image: str, name: Any, where: str) -> None:
-    """Add a row that is the picture alone, with an id, whatever others have the same."""
-    own = attribute_value(name)
-    if own is None:
-        raise BadRowError(where, f"expected an id, got {short(name)}", NO_ID)
-    check_text(own, where, NO_ID)
-    pictures[str(len(pictures))] = {"image": image, "id": own, "places": [where]}
-
-
 def dataset_of_pictures(
     pictures: dict[str, dict[str, Any]], names: Sequence[str | None], where: str, reading: Reading
 ) -> datasets.Dataset:
@@ -107,9 +141,6 @@ def dataset_of_pictures(
     caption, label = names
     columns: dict[str, list[Any]] = {"image": [picture["image"] for picture in pictures.values()]}
     features: dict[str, Any] = {"image": Picture()}
-    if reading.pictures_only:
-        columns["id"] = [picture["id"] for picture in pictures.values()]
-        features["id"] = datasets.Value("string")
     if caption:
         columns["caption"] = [picture["captions"] for picture in pictures.values()]
         features["caption"] = datasets.List(datasets.Value("string"))
@@ -117,7 +148,7 @@ def dataset_of_pictures(
             columns["caption"] = [captions[0] for captions in columns["caption"]]
             features["caption"] = datasets.Value("string")
     if label:
-        columns["label"], features["label"] = encode_labels([picture["label"] for picture in pictures.values()])
+        columns["label"], features["label"] = encode_labels([picture["label"] for picture in pictures.values()], where)
     for name in reading.attributes:
         values = [picture["attributes"][name] for picture in pictures.values()]
         columns[name], features[name] = encode_attribute(values, name, where)
@@ -139,17 +170,17 @@ def safe_path(value: Any, folder: Path, where: str, reading: Reading) -> str:
         path = os.path.realpath(folder / name)
     except UnicodeEncodeError as error:
         raise BadRowError(where, f"expected the path of an image, got {short(value)}", NO_FILE) from error
-    if not reading.allow_outside and not Path(path).is_relative_to(os.path.realpath(folder)):
+    if not reading.allow_outside and not f"{path}/".startswith(reading.real_folder(folder)):
         raise ValueError(
             f"{where}: expected an image inside {folder}, the file's folder, got {short(value)}, which leaves it; if "
             "that is meant, allow_outside=True (--allow-outside-paths)"
         )
     if not _is_file(path):
         raise FileNotFoundError(f"{where}: there is no image {short(value)} in {folder}")
-    reading.listed.add(path)
+    if reading.listed is not None:
+        reading.listed.append(hash(path))
     return value if shard else path
 
 
 def _is_file(path: str | Path) -> bool:
-    found = existing(path)
-    return found is not None and found.is_file()
+    return os.path.isfile(path)  # noqa: PTH113  (Path's own raises where a name is too long)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from clipft.data.columns import find_image
+from clipft.data.compact import row_name
 from clipft.data.reading import BadRowError, Reading
 from clipft.errors import line_of, short
 
@@ -38,6 +42,7 @@ _MARKS = (  # the longer first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+_LONGEST_MARK = max(len(mark) for mark, _ in _MARKS)
 _LONGEST_FIELD = 131072  # characters; the csv module's limit
 _FILE_NAME = re.compile(r"\S\.\w{2,5}")
 BROKEN, _OTHER_ENCODING = "broken", "in another encoding"  # kinds of bad rows
@@ -57,23 +62,38 @@ def checked_encoding(name: str | None) -> str | None:
     return name
 
 
-def read_lines(path: Path, encoding: str | None = None) -> list[str]:
+def read_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
     """The lines of a text file without their ends, but for the \\r of one that ends in \\r\\n. Bytes that are not of
     the encoding (default: UTF-8) become lone surrogates, which :func:`check_line` names with their line.
     """
-    lines = decoded(path.read_bytes(), str(path), encoding).split("\n")
-    return lines[:-1] if not lines[-1] else lines
+    with path.open("rb") as file:
+        mark, own = _encoding_of(file.read(_LONGEST_MARK), encoding)
+        file.seek(len(mark))
+        with _in_encoding(str(path), own):
+            for line in io.TextIOWrapper(file, own, "surrogateescape", newline="\n"):
+                yield line.removesuffix("\n")
 
 
 def decoded(data: bytes, where: str, encoding: str | None) -> str:
     """The text of a file, as :func:`read_lines` has it."""
-    mark, own = next(((mark, own) for mark, own in _MARKS if data.startswith(mark)), (b"", encoding or "utf-8"))
-    try:
+    mark, own = _encoding_of(data, encoding)
+    with _in_encoding(where, own):
         return data[len(mark) :].decode(own, "surrogateescape")
+
+
+def _encoding_of(data: bytes, encoding: str | None) -> tuple[bytes, str]:
+    """The mark that data begins with, and what its encoding is."""
+    return next(((mark, own) for mark, own in _MARKS if data.startswith(mark)), (b"", encoding or "utf-8"))
+
+
+@contextmanager
+def _in_encoding(where: str, encoding: str) -> Iterator[None]:
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise BadRowError(
             where,
-            f"expected text in {own} ({line_of(error)}); name its encoding with encoding (--encoding)",
+            f"expected text in {encoding} ({error.reason}); name its encoding with encoding (--encoding)",
             _OTHER_ENCODING,
         ) from error
 
@@ -84,7 +104,7 @@ def read_text_lines(path: Path, encoding: str | None = None) -> list[str]:
     Raises:
         ValueError: a line is no text of the encoding.
     """
-    lines = read_lines(path, encoding)
+    lines = list(read_lines(path, encoding))
     for number, line in enumerate(lines):
         check_line(line, f"{path}, line {number + 1}", encoding)
     return [line.strip() for line in lines if line.strip()]
@@ -111,13 +131,14 @@ def check_line(line: str, place: str, encoding: str | None) -> None:
 
 def read_csv(path: Path, delimiter: str, reading: Reading) -> Iterator[Row]:
     """The rows with their numbers, from 0 and without empty lines, but for those left out."""
-    lines = read_lines(path, reading.encoding)
-    first = next((number for number, line in enumerate(lines) if line.removesuffix("\r")), len(lines))
-    if first == len(lines):
+    lines = _Lines(read_lines(path, reading.encoding))
+    lines.skip_empty()
+    if (first := lines.ahead()) is None:
         return
-    check_line(lines[first], f"{path}, header", reading.encoding)
-    header, count = _record(lines, first, delimiter)
-    header = _checked_header(header, path)
+    check_line(first, f"{path}, header", reading.encoding)
+    fields, count = _record(lines, delimiter)
+    header = _checked_header(fields, path)
+    lines.skip(count)
     image = find_image(header, reading.named[0])
 
     def is_row(line: str) -> bool:
@@ -125,11 +146,11 @@ def read_csv(path: Path, delimiter: str, reading: Reading) -> Iterator[Row]:
         value = fields[image] if image is not None and len(fields) == len(header) else ""
         return bool(_FILE_NAME.search(value)) and not value.endswith(('"', "."))
 
-    for number, (start, fields) in enumerate(_records(lines, first + count, delimiter, is_row)):
+    for number, (line, fields) in enumerate(_records(lines, delimiter, is_row)):
         row: dict[str, Any] | None = None
         with reading.row():
-            place = f"{path}, row {number}"
-            check_line(lines[start] if isinstance(fields, str) else "\n".join(fields), place, reading.encoding)
+            place = row_name(str(path), number)
+            check_line(line if isinstance(fields, str) else "\n".join(fields), place, reading.encoding)
             if isinstance(fields, str):
                 raise BadRowError(place, fields, BROKEN)
             if len(fields) != len(header):
@@ -150,31 +171,62 @@ def _checked_header(fields: list[str] | str, path: Path) -> list[str]:
     return fields
 
 
-def _records(
-    lines: Sequence[str], start: int, delimiter: str, is_row: Callable[[str], bool]
-) -> Iterator[tuple[int, list[str] | str]]:
-    """The number of each record's first line, and its fields or what is wrong with it: then the next record begins in
-    the next line, so that a quote swallows no row.
+class _Lines:
+    """Goes through lines, and looks ahead."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self._held: list[str] = []
+
+    def ahead(self, number: int = 0) -> str | None:
+        """The line that is so many further, from the next one on; None after the last."""
+        while len(self._held) <= number:
+            line = next(self._lines, None)
+            if line is None:
+                return None
+            self._held.append(line)
+        return self._held[number]
+
+    def __iter__(self) -> Iterator[str]:
+        """From the next line on; they all stay ahead."""
+        number = 0
+        while (line := self.ahead(number)) is not None:
+            yield line
+            number += 1
+
+    def skip(self, count: int) -> None:
+        """Go so many lines on, which were looked at."""
+        del self._held[:count]
+
+    def skip_empty(self) -> None:
+        """Go on to a line that is not empty."""
+        while (line := self.ahead()) is not None and not line.removesuffix("\r"):
+            self.skip(1)
+
+
+def _records(lines: _Lines, delimiter: str, is_row: Callable[[str], bool]) -> Iterator[tuple[str, list[str] | str]]:
+    """Each record's first line, and its fields or what is wrong with it: then the next record begins in the next line,
+    so that a quote swallows no row.
     """
-    while start < len(lines):
-        if not lines[start].removesuffix("\r"):
-            start += 1
-            continue
-        fields, count = _record(lines, start, delimiter)
-        if any(is_row(line) for line in lines[start + 1 : start + count]):
+    lines.skip_empty()
+    while (first := lines.ahead()) is not None:
+        fields, count = _record(lines, delimiter)
+        if any(map(is_row, islice(lines, 1, count))):
             fields, count = "a quote that begins here and swallows rows after this one; close it, or double it", 1
-        yield start, fields
-        start += count
+        lines.skip(count)
+        yield first, fields
+        lines.skip_empty()
 
 
-def _record(lines: Sequence[str], start: int, delimiter: str) -> tuple[list[str] | str, int]:
-    """The fields of the record that begins in a line, or what is wrong with it, and how many lines it has."""
-    if '"' not in lines[start]:
-        fields = lines[start].removesuffix("\r").split(delimiter)
+def _record(lines: _Lines, delimiter: str) -> tuple[list[str] | str, int]:
+    """The fields of the record that begins in the next line, or what is wrong with it, and how many lines it has."""
+    first = str(lines.ahead())
+    if '"' not in first:
+        fields = first.removesuffix("\r").split(delimiter)
         if max(map(len, fields)) > _LONGEST_FIELD:
             return f"a field of more than {_LONGEST_FIELD} characters", 1
         return fields, 1
-    reader = csv.reader((f"{lines[number]}\n" for number in range(start, len(lines))), delimiter=delimiter, strict=True)
+    reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
     try:
         return next(reader), reader.line_num
     except csv.Error as error:

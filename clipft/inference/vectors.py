@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipft.data.compact import Lazy
 from clipft.data.parquet import read_table
-from clipft.data.rows import stored_pictures
+from clipft.data.rows import stored_images
 from clipft.errors import line_of
 from clipft.files import check_set, read_json, replace_set, settle, write_json, writing
 from clipft.inference.encode import Encoder, batches_of, encode_pictures, finite
@@ -35,6 +37,7 @@ __all__ = ["Description", "VectorFile", "embed_to_file", "search"]
 
 Array = NDArray[np.float32]
 _KEY = b"clipft"
+_GROUP = 8  # shards that are in memory together, and make a row group
 _NAMES = ("id", "image_path", "key", "url", "caption")  # columns of others' metadata, the first that is there
 
 
@@ -78,20 +81,31 @@ class VectorFile:
 
     def write(self, path: Path) -> None:
         """The old file stays until the new one is whole; so with the two of ``.npy``."""
-        if _suffix(path) == ".npy":
-            beside = _sidecar(path).name
-            with replace_set(path.parent, beside, tag=path.name) as staging:
-                np.save(staging / path.name, self.vectors)
-                write_json(staging / beside, {"ids": self.ids, **asdict(self.description)})
-        else:
-            with writing(path) as staged:
-                pq.write_table(self._table(), staged)
+        _write(path, self.ids, [self.vectors], self.vectors.shape[1], self.description)
 
-    def _table(self) -> pa.Table:
-        flat = pa.array(np.ascontiguousarray(self.vectors, np.float32).reshape(-1))
-        columns = [pa.array(self.ids, pa.string()), pa.FixedSizeListArray.from_arrays(flat, self.vectors.shape[1])]
-        table = pa.table(columns, names=["id", "embedding"])
-        return table.replace_schema_metadata({_KEY: json.dumps(asdict(self.description)).encode()})
+
+def _write(path: Path, ids: Sequence[str], parts: Iterable[Array], dim: int, description: Description) -> None:
+    """As :meth:`VectorFile.write`, of vectors that come a few at a time."""
+    if _suffix(path) == ".npy":
+        beside = _sidecar(path).name
+        with replace_set(path.parent, beside, tag=path.name) as staging:
+            with (staging / path.name).open("wb") as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), dim)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts:
+                    file.write(np.ascontiguousarray(part, "<f4").data)
+            write_json(staging / beside, {"ids": list(ids), **asdict(description)})
+        return
+    fields = [("id", pa.string()), ("embedding", pa.list_(pa.float32(), dim))]
+    schema = pa.schema(fields, {_KEY: json.dumps(asdict(description)).encode()})
+    start = 0
+    with writing(path) as staged, pq.ParquetWriter(staged, schema) as file:
+        for part in parts:
+            flat = pa.array(np.ascontiguousarray(part, np.float32).reshape(-1))
+            columns = [pa.array(list(ids[start : start + len(part)]), pa.string())]
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, dim))
+            file.write_table(pa.table(columns, schema=schema))
+            start += len(part)
 
 
 def _read_parquet(path: Path) -> VectorFile:
@@ -236,25 +250,21 @@ def embed_to_file(
         BlockingIOError: another process is writing the same file.
     """
     _suffix(path)
-    images = () if description.kind == "texts" else _stored_images(rows)
+    images = () if description.kind == "texts" else stored_images(rows)
     work = {"rows": len(ids), "ids": digest_of_texts(ids), "pictures": digest_of_texts(states(images))}
     names = ids if names is None else names
     encode = partial(_encode, encoder, rows, names, description.kind, (batch_size, num_workers, skip))
     with claimed(path, {**asdict(description), **work}, restart=restart) as parts:
-        vectors = _join_shards(list(Shards(parts, len(ids), ".npy", encode, _write_shard, done)))
-        good: Any = ~np.isnan(vectors).all(axis=1)
+        shards = list(Shards(parts, len(ids), ".npy", encode, _write_shard, done))
+        looked = [(_good(vectors), vectors.shape[1]) for vectors in map(_read_shard, shards)]
+        good, dim = np.concatenate([own for own, _ in looked]), max(own for _, own in looked)
         if not good.any():
             raise ValueError(f"{description.source}: expected at least one row that can be read, found none")
-        kept = [name for name, own in zip(ids, good.tolist(), strict=True) if own]
-        left_out = [name for name, own in zip(names, good.tolist(), strict=True) if not own]
-        described = replace(description, left_out=[*description.left_out, *left_out])
-        VectorFile(kept, vectors[good], described).write(path)
-    return [row for row, own in enumerate(good.tolist()) if not own]
-
-
-def _stored_images(rows: Any) -> Any:
-    stored = stored_pictures(rows)
-    return rows if stored is None else stored["image"]
+        kept = Lazy(ids.__getitem__, array("q", np.flatnonzero(good)))
+        left_out = np.flatnonzero(~good).tolist()
+        described = replace(description, left_out=[*description.left_out, *(names[row] for row in left_out)])
+        _write(path, kept, _joined(shards), dim, described)
+    return left_out
 
 
 def _encode(
@@ -283,15 +293,25 @@ def _write_shard(file: Path, rows: range, vectors: Array, faults: list[str | Non
     np.save(file, result)
 
 
-def _join_shards(shards: Sequence[Path]) -> Array:
-    found = []
-    for shard in shards:
-        try:
-            found.append(load_npy(shard))
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{shard}: damaged ({error}); --restart begins again") from error
-    dim = max((part.shape[1] for part in found), default=1)
-    return np.concatenate([part if part.shape[1] == dim else np.full((len(part), dim), np.nan) for part in found])
+def _read_shard(shard: Path) -> Array:
+    try:
+        return load_npy(shard)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{shard}: damaged ({error}); --restart begins again") from error
+
+
+def _good(vectors: Array) -> NDArray[np.bool_]:
+    """[rows], of what :func:`_write_shard` wrote."""
+    return cast(NDArray[np.bool_], ~np.isnan(vectors).all(axis=1))
+
+
+def _joined(shards: Sequence[Path]) -> Iterator[Array]:
+    """The vectors that are good, many shards at a time."""
+    for start in range(0, len(shards), _GROUP):
+        found = [vectors[_good(vectors)] for vectors in map(_read_shard, shards[start : start + _GROUP])]
+        found = [vectors for vectors in found if len(vectors)]  # one without any knows no dimension
+        if found:
+            yield np.concatenate(found)
 
 
 # ---- searching ----

@@ -69,6 +69,19 @@ def test_one_class_however_it_is_written(tmp_path: Path) -> None:
     assert read.features["label"].names == ["1", "cat"] and read["label"] == [1, 1, 0, 0]
 
 
+def test_one_number_in_two_ways_is_refused(tmp_path: Path) -> None:
+    picture(0)[0].save(tmp_path / "0.png")
+    picture(1)[0].save(tmp_path / "1.png")
+    table = tmp_path / "t.csv"
+    table.write_text("image,label\n0.png,01\n1.png,1\n")
+    with pytest.raises(ValueError, match=r"t\.csv: expected each label written in one way, got '01' and '1'"):
+        clipft.load_pairs(table)
+    table.write_text("image,label\n0.png,01\n1.png,02\n")
+    assert list(clipft.load_pairs(table)["label"]) == [1, 2]
+    table.write_text("image,label\n0.png,01\n1.png,1a\n")
+    assert clipft.load_pairs(table).features["label"].names == ["01", "1a"]
+
+
 # ---- names ----
 
 

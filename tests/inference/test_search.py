@@ -315,7 +315,7 @@ def test_a_full_disk_leaves_no_file(base: Path, folder: Path, tmp_path: Path, mo
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("clipft.inference.vectors.pq.write_table", full)
+    monkeypatch.setattr("clipft.inference.vectors.pq.ParquetWriter.write_table", full)
     result = run("embed", "--model", base, "--data", folder, "--output", tmp_path / "v.parquet")
     assert result.exit_code == 2 and "No space left on device" in result.output
     assert {path.name for path in tmp_path.iterdir()} == {".v.parquet.parts"}
