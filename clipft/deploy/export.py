@@ -26,14 +26,14 @@ from clipft import __version__
 from clipft.data.captions import shortened
 from clipft.data.collate import most_tokens, tokenize
 from clipft.data.pictures import check_preprocessing
-from clipft.data.rows import DEFAULT_TEMPLATES, index_texts
+from clipft.data.rows import index_texts
 from clipft.deploy.quantize import pictures_and_captions, plain_model, quantize
 from clipft.evaluation.metrics import retrieval_metrics
 from clipft.families.family import Family
 from clipft.families.registry import base_model, family_of, model_names
 from clipft.files import expanded, replace_set, set_of, write_json
 from clipft.inference.classifier import ZERO_SHOT
-from clipft.inference.classify import classifiers_of, zero_shot_classifier
+from clipft.inference.classify import classifiers_of, usual_templates, zero_shot_classifier
 from clipft.inference.encode import embed_images, embed_texts, unified
 from clipft.inference.onnx_clip import INFO, OnnxCLIP, tokenizer_of
 from clipft.inference.stored_classifiers import write_classifiers
@@ -41,7 +41,7 @@ from clipft.models.calibrated import model_calibrations
 from clipft.models.formats import MODEL_MANIFEST, ONNX_MODELS
 from clipft.models.heads import LABEL, heads_of
 from clipft.models.int8 import QuantizedModel
-from clipft.models.run_folder import classes_of_run, templates_of_run
+from clipft.models.run_folder import classes_of_run
 from clipft.ops.nn import QuantizedLinear
 
 __all__ = ["export_onnx"]
@@ -142,7 +142,7 @@ def _write_classifiers(model: Any, plain: Any, processor: Any, folder: Path) -> 
     """The heads, and the classes of the run that the model was loaded from; returns their part of the description."""
     found = dict(classifiers_of(plain))
     run = str(getattr(base_model(model), "name_or_path", ""))
-    templates = list(templates_of_run(run) or DEFAULT_TEMPLATES) if run else []
+    templates = usual_templates(plain, run) if run else []
     if run and ZERO_SHOT not in found and (classes := classes_of_run(run)):
         found[ZERO_SHOT] = zero_shot_classifier(plain, processor, classes, templates)
     stored = {"classifiers": write_classifiers(found, folder), "templates": templates}

@@ -319,6 +319,7 @@ def calibrate(
     saved: Calibration | None = None,
     precision: float | None = None,
     classes: tuple[str, ...] = (),
+    templates: tuple[str, ...] = (),
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Calibrated:
@@ -328,14 +329,14 @@ def calibrate(
         found: rows with their logits for scores.
         saved: the model's own calibration, if it has one.
         precision: choose the threshold that gives it.
-        classes: that a new calibration holds for alone.
+        classes, templates: that a new calibration holds for alone.
         resamples, seed: of the intervals; the seed also of the two halves.
     """
     rows = _Rows(found.labels, found.scores, len(found.class_names))
     judge = _Judge(rows, rows.right(), resamples, seed)
     if saved is not None:
         return judge.of_saved(saved, precision)
-    return judge.of_fitted(precision, classes)
+    return judge.of_fitted(precision, Calibration(classes=classes, templates=templates))
 
 
 @dataclass(frozen=True)
@@ -357,7 +358,7 @@ class _Judge:
         after = self._reliability(confidence, loss)
         return Calibrated(saved, len(self.right), True, self._as_they_are(), after, threshold, notes)
 
-    def of_fitted(self, precision: float | None, classes: tuple[str, ...]) -> Calibrated:
+    def of_fitted(self, precision: float | None, new: Calibration) -> Calibrated:
         """Temperature and threshold of all rows, and what those of one half do on the other."""
         whole = _fitted(self.rows, np.ones(len(self.right), dtype=bool), self.right, LEAST_ROWS)
         folds, halves = folds_of(self.rows.labels, self.seed), [whole, whole]
@@ -374,7 +375,8 @@ class _Judge:
             notes += [threshold.note] if threshold.note else []
             threshold = replace(threshold, two_fold=self._two_fold(precision, folds, [own for own, _ in by_half]))
         kept = None if threshold is None else threshold.value
-        saved = Calibration(whole.value, kept, None if kept is None else precision, classes)
+        chosen = None if kept is None else precision
+        saved = replace(new, temperature=whole.value, threshold=kept, precision=chosen)
         return Calibrated(saved, len(self.right), False, self._as_they_are(), after, threshold, notes)
 
     def _two_fold(self, wanted: float, folds: Array, by_half: Sequence[Array]) -> dict[str, float | None]:

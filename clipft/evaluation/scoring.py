@@ -36,6 +36,7 @@ class Found:
             ``attribute_NAME`` where the model has heads.
         image_embeds: [N, D]; ``text_embeds`` [texts, D]: of the captions, or where there are none, of the classes.
         texts: the captions or class names; ``texts_of``: which of them are right for each picture.
+        templates: the texts that ``zero_shot`` tells classes by.
     """
 
     parts: dict[str, Classification | Retrieval]
@@ -43,6 +44,7 @@ class Found:
     text_embeds: Tensor = field(repr=False)
     texts: list[str]
     texts_of: list[list[int]]
+    templates: Sequence[str] = ()
 
     @property
     def main(self) -> Classification | Retrieval:
@@ -79,12 +81,14 @@ def calibrated(found: Found, saved: Mapping[str, Calibration], precision: float 
     result = {}
     for name, part in found.parts.items():
         if isinstance(part, Classification):
-            own = saved.get(_key(name))
+            own, told = saved.get(_key(name)), name == ZERO_SHOT
+            templates = tuple(found.templates) if told else ()
             result[name] = calibrate(
                 part,
-                saved=own if own is not None and own.holds_for(part.class_names) else None,
+                saved=own if own is not None and own.holds_for(part.class_names, templates) else None,
                 precision=precision,
-                classes=tuple(part.class_names) if name == ZERO_SHOT else (),
+                classes=tuple(part.class_names) if told else (),
+                templates=templates,
             )
     return result
 
@@ -147,7 +151,7 @@ class Scorer:
             text_embeds = embed_texts(self.clip, self.processor, texts, self.batch_size)
             parts["retrieval"] = Retrieval(image_embeds, text_embeds, texts_of)
         parts |= {f"{_ATTRIBUTE}{name}": found for name, found in heads.items() if name != LABEL}
-        return Found(parts, image_embeds, text_embeds, texts, texts_of)
+        return Found(parts, image_embeds, text_embeds, texts, texts_of, self.templates)
 
     def _heads_found(self, image_embeds: Tensor) -> dict[str, Classification]:
         """Of the heads for these classes; a control set, say, has others."""

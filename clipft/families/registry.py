@@ -19,6 +19,7 @@ __all__ = [
     "FAMILIES",
     "MOST_TOKENS",
     "base_model",
+    "check_in_torch",
     "check_model",
     "family_of",
     "family_of_processor",
@@ -57,10 +58,21 @@ def check_model(model: Any) -> Family:
     Raises:
         TypeError: it is not.
     """
+    check_in_torch(model)
     family = find_family(type(model))
     if family is None:
         raise TypeError(f"model: expected {model_names()}, got {type(model).__qualname__}")
     return family.of(model)
+
+
+def check_in_torch(model: Any) -> None:
+    """That a model is none of ONNX encoders, where these do not do.
+
+    Raises:
+        TypeError: it is.
+    """
+    if hasattr(model, "encode_images"):
+        raise TypeError("model: expected one in torch, got ONNX encoders, which give vectors of whole pictures alone")
 
 
 def family_of_type(model_type: Any, where: str) -> Family:

@@ -30,7 +30,8 @@ class Classifier:
         names: C classes, each once.
         weights: [C, D] float32. A head's hold its scale; those of zero-shot classes are unit vectors.
         scale: of the logits: 1 for a head, exp(logit_scale) for zero-shot classes.
-        calibration: one that was fitted on other classes is left out.
+        calibration: one that was fitted on other classes, or with other templates, is left out.
+        templates: of zero-shot classes the texts, with ``{}`` for the class, that the vectors are of.
 
     Raises:
         ValueError: names and weights do not fit together, or a class is there twice.
@@ -40,6 +41,7 @@ class Classifier:
     weights: Array
     scale: float = 1.0
     calibration: Calibration = field(default_factory=Calibration)
+    templates: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """What is given in other types becomes those of the fields."""
@@ -51,7 +53,7 @@ class Classifier:
             raise ValueError(f"names: expected each class once, got {', '.join(twice[:5])} more than once")
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "weights", weights)
-        if not self.calibration.holds_for(names):
+        if not self.calibration.holds_for(names, self.templates):
             object.__setattr__(self, "calibration", Calibration())
 
     @property
@@ -60,7 +62,7 @@ class Classifier:
         return self.weights.shape[1]
 
     def calibrated(self, calibration: Calibration | None) -> Classifier:
-        """The same with this calibration, if there is one and it was fitted on these classes."""
+        """The same with this calibration, if there is one and it was fitted on these classes and templates."""
         return self if calibration is None else replace(self, calibration=calibration)
 
     def logits(self, embeds: Array) -> Array:

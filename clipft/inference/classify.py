@@ -15,8 +15,18 @@ from clipft.inference.encode import class_vectors, embed, encoder_of
 from clipft.models.calibrated import model_calibrations
 from clipft.models.formats import HEADS_KEY
 from clipft.models.heads import LABEL, ClassificationHead, attach_head, heads_of
+from clipft.models.run_folder import templates_of_run
 
-__all__ = ["add_head", "classifier_of", "classifiers_of", "classify", "model_calibrations", "zero_shot_classifier"]
+__all__ = [
+    "add_head",
+    "classifier_of",
+    "classifiers_of",
+    "classify",
+    "model_calibrations",
+    "usual_templates",
+    "zero_shot_calibration",
+    "zero_shot_classifier",
+]
 
 
 def classifier_of(head: ClassificationHead, calibration: Calibration | None = None) -> Classifier:
@@ -42,7 +52,7 @@ def zero_shot_classifier(
     templates: Sequence[str] = DEFAULT_TEMPLATES,
     batch_size: int = 64,
 ) -> Classifier:
-    """Classes by their texts, calibrated where the model was on these.
+    """Classes by their texts, calibrated where the model was on these classes and templates.
 
     Args:
         model: as of :func:`clipft.embed`; ``processor`` is None with :class:`clipft.OnnxCLIP`.
@@ -53,8 +63,22 @@ def zero_shot_classifier(
     vectors = class_vectors(encoder_of(model, processor, batch_size).texts, class_names, templates)
     onnx = hasattr(model, "encode_images")
     scale = model.logit_scale if onnx else base_model(model).logit_scale.detach().float().exp()
-    known = model.calibrations if onnx else model_calibrations(model)
-    return Classifier(class_names, vectors.numpy(), float(scale)).calibrated(known.get(ZERO_SHOT))
+    found = Classifier(class_names, vectors.numpy(), float(scale), templates=tuple(templates))
+    return found.calibrated(zero_shot_calibration(model))
+
+
+def zero_shot_calibration(model: Any) -> Calibration:
+    """Of a model or a :class:`clipft.OnnxCLIP`; one that changes nothing, where it has none."""
+    known = model.calibrations if hasattr(model, "encode_images") else model_calibrations(model)
+    return cast(Calibration, known.get(ZERO_SHOT, Calibration()))
+
+
+def usual_templates(model: Any, name: str) -> list[str]:
+    """Texts of a model's classes, where nobody gives any: its run's (``name``: the model's folder), else those that it
+    was calibrated with.
+    """
+    own = model.info.get("templates") if hasattr(model, "encode_images") else templates_of_run(name)
+    return list(own or zero_shot_calibration(model).templates or DEFAULT_TEMPLATES)
 
 
 def default_templates(name: str) -> tuple[str, ...]:

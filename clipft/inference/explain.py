@@ -79,10 +79,8 @@ def check_model(model: Any) -> Family:
     """The family of a model whose image tower has patches that texts can be compared with.
 
     Raises:
-        ValueError: it has none. TypeError: no model of a family.
+        ValueError: it has none. TypeError: no model of a family, or ONNX encoders.
     """
-    if hasattr(model, "encode_images"):
-        raise ValueError("model: expected one in torch, got ONNX encoders, which give whole pictures' vectors alone")
     family = family_of(model)
     if family.vision.embed_patches is None:
         able = ", ".join(one.title for one in FAMILIES if one.vision.embed_patches is not None)

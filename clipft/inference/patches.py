@@ -70,10 +70,6 @@ class PatchTower:
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
-        if hasattr(model, "encode_images"):
-            raise ValueError(
-                "model: expected one in torch, got ONNX encoders, which give whole pictures' vectors alone"
-            )
         family = family_of(model)
         if family.vision.tokens_before is None:
             able = ", ".join(one.title for one in FAMILIES if one.vision.tokens_before is not None)

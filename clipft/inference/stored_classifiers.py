@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,15 @@ def write_classifiers(found: Mapping[str, Classifier], folder: Path) -> list[dic
     """Write the vectors of all, one below the other; returns what the description holds of them."""
     if found:
         np.save(folder / ONNX_CLASSES, np.concatenate([own.weights for own in found.values()]))
-    return [{"name": name, "classes": list(own.names), "scale": own.scale} for name, own in found.items()]
+    return [
+        {
+            "name": name,
+            "classes": list(own.names),
+            "scale": own.scale,
+            **({"templates": list(own.templates)} if own.templates else {}),
+        }
+        for name, own in found.items()
+    ]
 
 
 def read_classifiers(
@@ -47,31 +55,35 @@ def read_classifiers(
         raise FileNotFoundError(f"{folder}: {ONNX_CLASSES} is missing, whose classes {where} names: export it again")
     try:
         vectors = load_npy(path)
-        rows = sum(len(classes) for _, classes, _ in entries)
+        rows = sum(len(entry["classes"]) for entry in entries)
         if vectors.shape != (rows, dim) or not np.isfinite(vectors).all():
             raise ValueError(f"expected {rows} finite vectors of {dim} numbers, as {where} says, got {vectors.shape}")
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: expected an array of class vectors ({line_of(error)}): export it again") from error
     found, start = {}, 0
-    for name, classes, scale in entries:
-        own = vectors[start : start + len(classes)]
-        found[name] = Classifier(classes, own, scale).calibrated(calibrations.get(name))
+    for entry in entries:
+        name, classes, templates = entry["name"], entry["classes"], entry.get("templates", ())
+        own = Classifier(classes, vectors[start : start + len(classes)], float(entry["scale"]), templates=templates)
+        found[name] = own.calibrated(calibrations.get(name))
         start += len(classes)
     return found
 
 
-def _checked(stored: Any, where: str) -> list[tuple[str, list[str], float]]:
-    entries = []
-    for entry in stored if isinstance(stored, list) else [None]:
+def _checked(stored: Any, where: str) -> list[dict[str, Any]]:
+    entries: list[Any] = stored if isinstance(stored, list) else [None]
+    for entry in entries:
         name, classes, scale = (
             entry.get(key) if isinstance(entry, dict) else None for key in ("name", "classes", "scale")
         )
-        named = isinstance(name, str) and isinstance(classes, list) and all(isinstance(one, str) for one in classes)
+        named = isinstance(name, str) and _are_texts(classes) and _are_texts(entry.get("templates", []))
         number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < math.inf
         if not (named and number and classes and len(set(classes)) == len(classes)):
             raise ValueError(
                 f"{where}: expected a list of classifiers, each with name, classes and scale, found {short(entry)}: "
                 "export it again"
             )
-        entries.append((cast(str, name), cast(list[str], classes), float(cast(float, scale))))
     return entries
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)

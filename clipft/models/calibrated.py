@@ -37,12 +37,14 @@ class Calibration:
         threshold: the least probability of an answer, in [0, 1]; below it the class is unknown. None: always answer.
         precision: the precision that the threshold was chosen for, in [0, 1].
         classes: those that it was fitted on and holds for; none: whatever the classifier's are.
+        templates: of zero-shot classes the texts that it was fitted with and holds for; none: whatever they are.
     """
 
     temperature: float = 1.0
     threshold: float | None = None
     precision: float | None = None
     classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """ValueError: a number out of its range."""
@@ -53,15 +55,17 @@ class Calibration:
             if value is not None and not (_is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {short(value)}")
 
-    def holds_for(self, names: Sequence[str]) -> bool:
-        """Whether it was fitted on these classes, in whatever order."""
-        return not self.classes or set(self.classes) == set(names)
+    def holds_for(self, names: Sequence[str], templates: Sequence[str] = ()) -> bool:
+        """Whether it was fitted on these classes, told by these templates, in whatever order."""
+        same_classes = not self.classes or set(self.classes) == set(names)
+        return same_classes and (not self.templates or set(self.templates) == set(templates))
 
     def to_json(self) -> dict[str, Any]:
         """Without what is not known."""
         values = {"temperature": self.temperature, "threshold": self.threshold, "precision": self.precision}
         known = {name: float(value) for name, value in values.items() if value is not None}
-        return {**known, **({"classes": list(self.classes)} if self.classes else {})}
+        lists = {"classes": list(self.classes), "templates": list(self.templates)}
+        return {**known, **{name: own for name, own in lists.items() if own}}
 
     @staticmethod
     def from_json(value: Any, where: str) -> Calibration:
@@ -72,13 +76,14 @@ class Calibration:
         """
         if not isinstance(value, dict):
             raise ValueError(f"{where}: expected a calibration, an object with a temperature, found {short(value)}")
-        classes = value.get("classes", [])
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"{where}: expected classes to be a list of names, found {short(classes)}")
+        lists = []
+        for name in ("classes", "templates"):
+            own = value.get(name, [])
+            if not isinstance(own, list) or not all(isinstance(text, str) for text in own):
+                raise ValueError(f"{where}: expected {name} to be a list of texts, found {short(own)}")
+            lists.append(tuple(own))
         try:
-            return Calibration(
-                value.get("temperature", 1.0), value.get("threshold"), value.get("precision"), tuple(classes)
-            )
+            return Calibration(value.get("temperature", 1.0), value.get("threshold"), value.get("precision"), *lists)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 

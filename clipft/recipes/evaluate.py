@@ -11,11 +11,11 @@ from rich.console import Console
 
 from clipft.console import console_of_run, show, show_calibration
 from clipft.data.classes import share_of_classes
-from clipft.data.rows import DEFAULT_TEMPLATES
 from clipft.environment import environment
 from clipft.evaluation.scoring import Found, Scorer, calibrated
 from clipft.evaluation.tasks import evaluate_knn, evaluate_linear_probe
 from clipft.files import check_output, write_json, write_text
+from clipft.inference.classify import usual_templates
 from clipft.models.calibrated import model_calibrations
 from clipft.models.heads import LABEL, heads_of
 from clipft.models.run_folder import classes_of_run
@@ -73,7 +73,7 @@ def evaluate(
     neighbours = None if near is None else sources.rows("probe_data", near, attributes=False)
     classes = sources.classes(dataset, [neighbours] if neighbours is not None else [])
     classes = _classes_of_run(model, classes) if settings.classes is None else classes
-    templates = list(settings.template or DEFAULT_TEMPLATES)
+    templates = list(settings.template or usual_templates(clip, model_name(model)))
     scorer = Scorer(clip, processor, dataset, templates, settings.batch_size, settings.workers, console, classes)
     result = (found := scorer("evaluating")).to_json()
     told = _probabilities(found, clip, settings.precision_at)

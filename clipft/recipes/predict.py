@@ -20,17 +20,16 @@ from rich.text import Text
 
 from clipft.console import bar, console_of_run
 from clipft.data.classes import checked_classes
+from clipft.data.compact import Lazy
 from clipft.data.kept import KeptRows
-from clipft.data.rows import DEFAULT_TEMPLATES
 from clipft.errors import line_of
 from clipft.files import check_output
 from clipft.inference.classifier import ZERO_SHOT, Classifier
-from clipft.inference.classify import classifiers_of, zero_shot_classifier
+from clipft.inference.classify import classifiers_of, usual_templates, zero_shot_calibration, zero_shot_classifier
 from clipft.inference.encode import Array, Encoder, batches_of, encode_pictures, encoder_of, load_any
 from clipft.inference.shards import Shards, claimed, digest_of_texts, states
-from clipft.models.calibrated import model_calibrations
 from clipft.models.heads import LABEL
-from clipft.models.run_folder import classes_of_run, templates_of_run
+from clipft.models.run_folder import classes_of_run
 from clipft.recipes.least_certain import LeastCertain
 from clipft.recipes.options import options_from
 from clipft.recipes.options_predict import PredictOptions
@@ -145,15 +144,15 @@ def _classifiers(model: Any, clip: Any, processor: Any, settings: PredictOptions
             return _main_head(heads)
         if ZERO_SHOT in found and not settings.template:
             return {ZERO_SHOT: found[ZERO_SHOT]}
-        known = found[ZERO_SHOT].names if ZERO_SHOT in found else classes_of_run(name) or _calibrated(clip, onnx)
+        known = found[ZERO_SHOT].names if ZERO_SHOT in found else classes_of_run(name)
+        known = known or zero_shot_calibration(clip).classes  # which an int8 folder of a run knows too
         if not known:
             raise ValueError(
                 f"classes: expected names to choose from, as a,b or a file with a line each: {name} has no head, and "
                 "is no run's folder that says which classes it was scored against"
             )
         classes = list(known)
-    own = clip.info.get("templates") if onnx else templates_of_run(name)
-    templates = list(settings.template or own or DEFAULT_TEMPLATES)
+    templates = list(settings.template or usual_templates(clip, name))
     return {ZERO_SHOT: zero_shot_classifier(clip, processor, classes, templates, settings.batch_size)}
 
 
@@ -162,12 +161,6 @@ def _main_head(heads: Mapping[str, Classifier]) -> dict[str, Classifier]:
         name = LABEL if LABEL in heads else next(iter(heads))
         return {name: heads[name]}
     raise ValueError(f"head: expected one or more of the model's heads, {', '.join(heads)}: it has no one for labels")
-
-
-def _calibrated(clip: Any, onnx: bool) -> Sequence[str]:
-    """The classes that the model's probabilities were calibrated for, which an int8 folder of it knows too."""
-    known = {} if onnx else model_calibrations(clip)
-    return known[ZERO_SHOT].classes if ZERO_SHOT in known else ()
 
 
 @dataclass(frozen=True)
@@ -187,6 +180,12 @@ class _Chosen:
             name: float(own.calibration.threshold or 0.0 if settings.threshold is None else settings.threshold)
             for name, own in classifiers.items()
         }
+        for name, own in classifiers.items():
+            if UNKNOWN in own.names and thresholds[name] > 0:
+                raise ValueError(
+                    f"threshold: expected 0, since a class is called {UNKNOWN!r}, as pictures below the threshold are; "
+                    f"got {thresholds[name]:g}"
+                )
         return cls(classifiers, thresholds, settings.top)
 
     @property
@@ -256,20 +255,8 @@ def _encode(
 ) -> Iterator[tuple[Array, list[str | None]]]:
     size, workers = settings.batch_size, settings.workers
     skip = settings.on_bad_row != "error"
-    return encode_pictures(encoder, rows, size, workers, names=_Names(rows), skip=skip, batches=batches_of(parts, size))
-
-
-class _Names(Sequence[str]):
-    """Of rows, by index."""
-
-    def __init__(self, rows: KeptRows) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, row: Any) -> Any:
-        return self._rows.name(row)
+    names, batches = Lazy(rows.name, range(len(rows))), batches_of(parts, size)
+    return encode_pictures(encoder, rows, size, workers, names=names, skip=skip, batches=batches)
 
 
 # ---- results ----

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clipft.families.registry import check_in_torch
 from clipft.models.loading import load
 from clipft.recipes.sources import name_of
 from clipft.report.html import body_of
@@ -59,8 +60,7 @@ def loaded(model: Any) -> tuple[Any, Any]:
     Raises:
         TypeError: encoders in ONNX.
     """
-    if hasattr(model, "encode_images"):
-        raise TypeError("model: expected one in torch, got ONNX encoders, which give vectors of whole pictures")
+    check_in_torch(model)
     if isinstance(model, Run):
         return model.model, model.processor
     return model if isinstance(model, tuple) else load(model)

@@ -38,10 +38,13 @@ def test_a_calibration_holds_for_the_classes_it_was_fitted_on() -> None:
     assert Classifier(["a", "b"], weights).calibrated(fitted).calibration == fitted
     assert Classifier(["a", "c"], weights, calibration=fitted).calibration == Calibration()
     assert Classifier(["a", "c"], weights, calibration=Calibration(2.0)).calibration.temperature == 2
+    told = Calibration(2.0, classes=("a", "b"), templates=("a {}", "the {}"))
+    for templates, holds in ((("the {}", "a {}"), True), (("a {}",), False), ((), False)):
+        assert (Classifier("ab", weights, templates=templates).calibrated(told).calibration == told) is holds
 
 
 def test_a_calibration_comes_back_from_json() -> None:
-    for one in (Calibration(), Calibration(1.5, 0.25, 0.95, ("x", "y"))):
+    for one in (Calibration(), Calibration(1.5, 0.25, 0.95, ("x", "y"), ("a {}",))):
         assert Calibration.from_json(one.to_json(), "here") == one
     assert calibrations_of(None, "here") == {}
     assert calibrations_of({"label": {"temperature": 2}}, "here")["label"].temperature == 2
@@ -61,7 +64,7 @@ def test_a_calibration_comes_back_from_json() -> None:
         ({"label": {"temperature": True}}, "temperature: expected a number from 1e-6 to 1e6, got True"),
         ({"label": {"threshold": 1.5}}, "threshold: expected a number from 0 to 1, got 1.5"),
         ({"label": {"precision": "high"}}, "precision: expected a number from 0 to 1, got 'high'"),
-        ({"label": {"classes": "ab"}}, "expected classes to be a list of names, found 'ab'"),
+        ({"label": {"classes": "ab"}}, "expected classes to be a list of texts, found 'ab'"),
     ],
 )
 def test_an_edited_calibration_is_named(stored: Any, said: str) -> None:

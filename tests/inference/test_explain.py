@@ -174,7 +174,7 @@ def test_an_adapter_is_looked_through(tiny):
 def test_who_cannot_say_where(tmp_path):
     with pytest.raises(ValueError, match=r"model: maps are for ViTs as of CLIP, .*; SigLIP 2 NaFlex has no patches"):
         maps(*tiny_siglip("naflex", tmp_path))
-    with pytest.raises(ValueError, match="model: expected one in torch, got ONNX encoders"):
+    with pytest.raises(TypeError, match="model: expected one in torch, got ONNX encoders"):
         maps(SimpleNamespace(encode_images=None), None)
 
 

@@ -50,6 +50,7 @@ def test_a_run_saves_what_it_tells(trained: Path) -> None:
             assert 0 <= low <= told[stage]["ece"] <= high
             assert sum(row["rows"] for row in told[stage]["bins"]) == 48
     assert stored["zero_shot"]["classes"] == ["blue", "green", "red", "yellow"]
+    assert stored["zero_shot"]["templates"] == ["a photo of a {}."] and "templates" not in stored["label"]
     page = (trained / "report.html").read_text()
     assert "<h2>Probabilities</h2>" in page and page.count("share that is right over probability") == 2
 
@@ -81,6 +82,8 @@ def test_evaluate_takes_the_saved_temperature_and_saves_none(trained: Path, base
     assert not fitted["saved"] and fitted["temperature"] != 1.0 and "threshold" not in fitted
     other = clipft.evaluate(str(trained), rows, classes=["red", "green", "blue", "yellow", "pink"])["calibration"]
     assert other["head"]["saved"] and not other["zero_shot"]["saved"]  # it holds for its own classes alone
+    words = clipft.evaluate(str(trained), rows, template=["the {} one"])["calibration"]
+    assert words["head"]["saved"] and not words["zero_shot"]["saved"]  # and for its own words
     assert (trained / "config.json").read_bytes() == before
 
 
@@ -156,13 +159,13 @@ def test_a_trainer_forgets_what_its_start_had(tmp_path: Path) -> None:
 
 
 def test_other_weights_have_none(base: Path, colours: Path, table: Path, tmp_path: Path) -> None:
-    model, processor = clipft.load(base)
     for change in (
-        lambda: clipft.wise_ft(model, model, 0.5),
-        lambda: clipft.resize(clipft.load(base)[0], processor, max_tokens=12),
+        lambda model, _: clipft.wise_ft(model, model, 0.5),
+        lambda model, processor: clipft.resize(model, processor, max_tokens=12),
     ):
+        model, processor = clipft.load(base)
         set_calibrations(model, {"zero_shot": Calibration(2.0)})
-        assert not model_calibrations(change())
+        assert model_calibrations(model) and not model_calibrations(change(model, processor))
     start = edited(base, tmp_path / "base", clipft_calibration={"zero_shot": {"temperature": 7.0}})
     clipft.train(str(start), str(table), tmp_path / "run", **QUICK)  # captions alone: nothing to fit on
     assert "clipft_calibration" not in json.loads((tmp_path / "run" / "config.json").read_text())
@@ -178,7 +181,8 @@ def test_other_weights_have_none(base: Path, colours: Path, table: Path, tmp_pat
         ({"label": {"temperature": 10**400}}, "label: temperature: expected a number"),
         ({"label": {"temperature": float("nan")}}, "label: temperature: expected a number from .*, got nan"),
         ({"label": {"temperature": 1, "threshold": 2}}, "label: threshold: expected a number from 0 to 1, got 2"),
-        ({"zero_shot": {"temperature": 1, "classes": [1]}}, "zero_shot: expected classes to be a list of names"),
+        ({"zero_shot": {"temperature": 1, "classes": [1]}}, "zero_shot: expected classes to be a list of texts"),
+        ({"zero_shot": {"temperature": 1, "templates": "a {}"}}, "zero_shot: expected templates to be a list of texts"),
     ],
 )
 def test_rubbish_in_a_configuration_is_refused(base: Path, tmp_path: Path, stored: Any, message: str) -> None:

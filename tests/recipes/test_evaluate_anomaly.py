@@ -82,9 +82,14 @@ def test_the_page_has_the_worst_pictures_with_maps_beside_masks(tiles: Path, bas
     page = scores._repr_html_()
     for words in ("Anomaly detection", "kind of defect", "with the lowest scores", "Normal pictures with the highest"):
         assert words in page
-    assert page.count('alt="the map of good/') == 4
-    strips = re.findall(r'alt="the map of ((?:crack|spot)/\d.png)"', page)
-    assert len(strips) == 8 and page.count('alt="the mask of ') == 8  # of the lowest scores, of the worst places
+    scored = clipft.anomaly(base, tiles / "test", normal=tiles / "train/good")
+    by_score = [row.image for row in sorted(scored, key=lambda row: row.score)]
+    defects = [name for name in by_score if not name.startswith("good/")]
+    normal = [name for name in by_score if name.startswith("good/")]
+    strips = re.findall(r'alt="the map of (.*?)"', page)
+    assert strips[:8] == defects[:4] + normal[::-1]
+    assert len(strips) == 12 and set(strips[8:]) <= set(defects)  # those of the worst places
+    assert re.findall(r'alt="the mask of (.*?)"', page) == strips[:4] + strips[8:]
 
 
 def test_without_masks_pictures_alone_are_scored(tiles: Path, base: Path, tmp_path: Path) -> None:

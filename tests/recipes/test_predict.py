@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scripts import Script
 from tiny_clip import COLOURS, class_folders, picture, tiny_clip
 from typer.testing import CliRunner
 
@@ -75,6 +77,15 @@ def test_a_file_of_each_kind_has_the_same_rows(headed: tuple[Any, Any], new: Pat
     found = clipft.predict(headed, new, tmp_path / f"out{ending}", head=["label", "shape"], top=2)
     assert found.to_table().equals(wanted) and list(found) == wanted.to_pylist()
     assert [entry.name for entry in tmp_path.iterdir()] == [f"out{ending}"]
+
+
+def test_a_class_called_unknown_is_not_taken_for_one(new: Path) -> None:
+    how: dict[str, Any] = {"classes": ["unknown", "red"]}
+    with pytest.raises(ValueError, match=r"threshold: expected 0, since a class is called 'unknown', .* got 0\.5"):
+        clipft.predict(tiny_clip(), new, threshold=0.5, **how)
+    found = clipft.predict(tiny_clip(), new, **how)
+    assert {row["class"] for row in found} <= {"unknown", "red", None}
+    assert sum(found.counts.values()) == len(found) - found.errors
 
 
 def test_below_the_threshold_a_class_is_unknown(headed: tuple[Any, Any], new: Path) -> None:
@@ -154,6 +165,16 @@ def test_the_classes_of_a_run_s_folder(base: Path, new: Path, tmp_path: Path) ->
     found = clipft.predict(run, new)
     assert found.classes == {"zero_shot": tuple(NAMES)}
     assert list(found) == list(clipft.predict(base, new, classes=NAMES, template="{} things"))
+    for name in ("report.json", "config.yaml"):
+        (run / name).unlink()
+    config = json.loads((run / "config.json").read_text())
+    own = {"zero_shot": {"temperature": 3.0, "classes": NAMES, "templates": ["{} things"]}}
+    (run / "config.json").write_text(json.dumps(config | {CALIBRATION_KEY: own}))
+    again = clipft.predict(run, new)  # what a model was calibrated for it knows too
+    assert [row["class"] for row in again] == [row["class"] for row in found]
+    assert sum(row["probability"] or 0 for row in again) != sum(row["probability"] or 0 for row in found)
+    other = clipft.predict(run, new, template="some {}")  # but no temperature with other words
+    assert list(other) == list(clipft.predict(base, new, classes=NAMES, template="some {}"))
 
 
 @pytest.mark.parametrize(
@@ -233,6 +254,44 @@ def test_an_interrupted_call_goes_on(
     assert [(row["image"], row["class"], row["error"]) for row in again] == wanted
     assert seen[:3] == seen[:2] + seen[3:4] and sum(seen) == 12 + seen[2]  # but for what was lost, once each
     clipft.predict(headed, new, path, restart=True, top=2)
+
+
+def test_a_call_that_is_killed_goes_on(base: Path, new: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    how: dict[str, Any] = {"classes": "red,blue", "batch_size": 2}
+    wanted = list(clipft.predict(base, new, tmp_path / "whole.csv", **how))
+    done = Script(_KILLED, base, new, path, json.dumps(how)).finish()
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    parts = tmp_path / ".out.csv.parts"
+    whole = len(list(parts.glob("*.parquet")))
+    assert not path.exists() and whole >= 1
+    done = Script(_KILLED.replace("== 5", "== 99"), base, new, path, json.dumps(how)).finish()
+    rest = sum(row["error"] is None for row in wanted[3 * whole :])
+    assert done.returncode == 0 and f"encoded {rest}\n" in done.stdout, (done.stdout, done.stderr)
+    assert not parts.exists()
+    assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+_KILLED = """
+import json, os, signal, sys
+import clipft, clipft.inference.shards
+from clipft.inference.encode import Encoder
+from clipft.recipes import predict as recipe
+clipft.inference.shards.SHARD = 3
+encoder_of, seen = recipe.encoder_of, []
+def dying(*args):
+    own = encoder_of(*args)
+    def images(pixels):
+        seen.append(len(pixels))
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own.images(pixels)
+    return Encoder(own.transform, images, own.texts, own.identity)
+recipe.encoder_of = dying
+model, data, path, how = sys.argv[1:]
+clipft.predict(model, data, path, **json.loads(how))
+print("encoded", sum(seen))
+"""
 
 
 # ---- from training to answers ----
