@@ -1,11 +1,13 @@
 """LoRA fine-tuning of CLIP: the frozen model, peft, and clipft, in float32 on one machine.
 
     python benchmarks/lora.py [--models vit-b-32 vit-l-14] [--batch 16] [--repeats 7] [--skip-layers] [--skip-memory]
+    python benchmarks/lora.py --frozen  # clipft's float base against its int8 base, whole steps alone
 
 A step is forward + backward of the model's contrastive loss, r = 16 on q, k, v, out, fc1 and fc2, random weights and
 inputs. The frozen step has no adapter and no trainable weight; the outputs of its embeddings require gradients, so that
 every layer passes a gradient on, and so do those of the others. Everything is interleaved in one process. Memory is the
-growth of the peak RSS over one step beyond the model, each in a process of its own. A layer is one linear layer of the
+growth of the peak RSS over one step beyond the model, each in a process of its own, and ("whole") beyond the process
+before it had a model. A layer is one linear layer of the
 vision tower, forward + backward.
 """
 
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 import clipft
+from clipft.models.frozen import to_int8
 from clipft.models.lora_layers import FusedLoraLinear
 
 RANK, ALPHA = 16, 32
@@ -35,6 +38,7 @@ CAPTION = 16
 BARS = {0.0: 1.07, 0.1: 1.11}  # of the frozen ViT-B/32 step at batch 16
 MEMORY_BAR = 1.05
 COMPETITORS = ("frozen", "peft p=0", "peft p=0.1", "clipft p=0", "clipft p=0.1")
+FROZEN = ("frozen", "clipft p=0.1", "clipft int8 p=0.1")
 LARGE = {
     "vision_config": {
         "hidden_size": 1024,
@@ -64,7 +68,9 @@ def build(model_name: str, competitor: str) -> nn.Module:
         r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, lora_dropout=float(p), init_lora_weights=False
     )
     wrapped = get_peft_model(model, config).train()
-    if kind == "clipft":
+    if kind == "clipft int8":
+        to_int8(wrapped)
+    if kind.startswith("clipft"):
         clipft.fuse(wrapped)
     return wrapped
 
@@ -91,30 +97,34 @@ def step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
 # ---- whole steps ----
 
 
-def measure_steps(model_name: str, batch: int, repeats: int) -> dict[str, Any]:
+def measure_steps(model_name: str, batch: int, repeats: int, competitors: tuple[str, ...]) -> dict[str, Any]:
     inputs = batch_of(model_name, batch)
-    models = {name: build(model_name, name) for name in COMPETITORS}
+    models = {name: build(model_name, name) for name in competitors}
     runs: dict[str, Callable[[], object]] = {
         name: (lambda model=model: step(model, inputs)) for name, model in models.items()
     }
     seconds = interleave(runs, repeats)
-    return {
+    row: dict[str, Any] = {
         "model": model_name,
         "batch": batch,
         "seconds": {name: summary(values) for name, values in seconds.items()},
         "of_frozen": {name: ratio(values, seconds["frozen"]) for name, values in seconds.items() if name != "frozen"},
     }
+    if "clipft int8 p=0.1" in seconds:
+        row["int8_of_float"] = ratio(seconds["clipft int8 p=0.1"], seconds["clipft p=0.1"])
+    return row
 
 
 def peak_memory(model_name: str, batch: int, name: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--memory", name, "--models", model_name, "--batch", str(batch)]
     words = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return {"step_mb": float(words[-2]), "process_mb": float(words[-1])}
+    return {"step_mb": float(words[-3]), "process_mb": float(words[-2]), "whole_mb": float(words[-1])}
 
 
 def print_peak_memory(model_name: str, batch: int, name: str) -> None:
-    """Growth of the peak RSS over a step, and the peak itself. A step with one pair first loads what every step
-    needs."""
+    """Growth of the peak RSS over a step, the peak itself, and that beyond the process without a model. A step with one
+    pair first loads what every step needs."""
+    empty = memory("VmRSS")
     model = build(model_name, name)
     step(model, batch_of(model_name, 1))
     inputs = batch_of(model_name, batch)
@@ -124,7 +134,7 @@ def print_peak_memory(model_name: str, batch: int, name: str) -> None:
     before = memory("VmRSS")
     step(model, inputs)
     peak = memory("VmHWM")
-    print((peak - before) / 2**20, peak / 2**20)
+    print((peak - before) / 2**20, peak / 2**20, (peak - empty) / 2**20)
 
 
 # ---- layer by layer ----
@@ -175,16 +185,17 @@ def measure_layer(rows: int, n_in: int, n_out: int, repeats: int) -> dict[str, A
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    return [f"{row['of_frozen'][n]['median']:.3f} ({row['of_frozen'][n]['min']:.3f})" for n in COMPETITORS[1:]]
+    return [f"{found['median']:.3f} ({found['min']:.3f})" for found in row["of_frozen"].values()]
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
+    names = list(results["steps"][0]["of_frozen"])
     layers = Table(title="One layer, forward + backward: time / frozen layer's (median; minimum)")
     steps = Table(title="Whole steps: time / frozen step's (median; minimum); step's peak memory / frozen's")
     for table in (layers, steps):
         table.add_column("")
         table.add_column("frozen, ms", justify="right")
-        for name in COMPETITORS[1:]:
+        for name in names:
             table.add_column(name, justify="right")
     layers.add_column("operations", justify="right")
     for row in results["layers"]:
@@ -194,9 +205,10 @@ def tables(results: dict[str, Any]) -> list[Table]:
         milliseconds = f"{1e3 * row['seconds']['frozen']['median_s']:.0f}"
         steps.add_row(f"{row['model']}, batch {row['batch']}", milliseconds, *cells(row))
         if "memory" in row:
-            frozen = row["memory"]["frozen"]["step_mb"]
-            shares = [f"{row['memory'][name]['step_mb'] / frozen:.3f}" for name in COMPETITORS[1:]]
-            steps.add_row("  peak memory", f"{frozen:.0f} MiB", *shares)
+            for kind, title in (("step_mb", "peak memory"), ("whole_mb", "with the model")):
+                frozen = row["memory"]["frozen"][kind]
+                shares = [f"{row['memory'][name][kind] / frozen:.3f}" for name in names]
+                steps.add_row(f"  {title}", f"{frozen:.0f} MiB", *shares)
     return [layers, steps] if results["layers"] else [steps]
 
 
@@ -223,7 +235,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--skip-layers", action="store_true")
     parser.add_argument("--skip-memory", action="store_true")
-    parser.add_argument("--memory", choices=COMPETITORS, help=argparse.SUPPRESS)
+    parser.add_argument("--frozen", action="store_true")
+    parser.add_argument("--memory", choices=(*COMPETITORS, *FROZEN), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         print_peak_memory(options.models[0], options.batch, options.memory)
@@ -231,19 +244,20 @@ def main() -> int:
     results: dict[str, Any] = {"machine": machine(), "layers": [], "steps": []}
     for model_name in options.models:
         batch = options.batch or (4 if model_name == "vit-l-14" else 16)
-        if not options.skip_layers:
+        competitors = FROZEN if options.frozen else COMPETITORS
+        if not options.skip_layers and not options.frozen:
             for layer, shape in layer_shapes(model_name, batch).items():
                 row = measure_layer(*shape, options.repeats)
                 results["layers"].append({"model": model_name, "batch": batch, "layer": layer, **row})
-        row = measure_steps(model_name, batch, options.repeats)
+        row = measure_steps(model_name, batch, options.repeats, competitors)
         if not options.skip_memory:
-            row["memory"] = {name: peak_memory(model_name, batch, name) for name in COMPETITORS}
+            row["memory"] = {name: peak_memory(model_name, batch, name) for name in competitors}
         results["steps"].append(row)
     console = Console(width=130)
     for table in tables(results):
         console.print(table)
-    console.print(f"written to {save('lora', results)}")
-    missed = missed_bars(results)
+    console.print(f"written to {save('lora-frozen' if options.frozen else 'lora', results)}")
+    missed = [] if options.frozen else missed_bars(results)
     for line in missed:
         console.print(f"[red]missed:[/red] {line}")
     return 1 if missed else 0
