@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from clipft.families.family import Family, TowerName
 from clipft.families.registry import check_model, family_of
+from clipft.models.frozen import FROZEN, check_float_base, to_int8
 from clipft.models.fusing import check_float, fuse
 
 __all__ = ["add_lora", "import_peft", "merged_base"]
@@ -31,6 +32,7 @@ def add_lora(
     alpha: float = 32,
     dropout: float = 0.1,
     targets: str | Iterable[str] = ("vision", "text"),
+    frozen: str = "float",
 ) -> Any:
     """Wrap a model in peft with a fresh LoRA adapter, fused (:func:`clipft.fuse`). Only the adapter trains: a saved
     adapter holds its matrices and nothing else, so the logit scale, both projections and all else stay as they are.
@@ -48,6 +50,10 @@ def add_lora(
             them. A name alone (``"q_proj"``) is looked for in the whole model; so the projections are targets too:
             ``"visual_projection"``, for SigLIP ``"head"``, its text head. (The attention inside its image head is
             torch's own, which no adapter reaches.)
+        frozen: ``"int8"``: the linear layers of both towers, which do not train, compute in int8, forward and backward,
+            under an adapter or without one; their float weights are gone. What trains, norms, attention, embeddings and
+            projections stay as they are. Adapters are saved, switched and disabled as on a float base, and fit it; to
+            merge one, save it, and :func:`clipft.load` reads its float base again.
 
     Returns:
         A ``peft.PeftModel`` in the model's mode (training or evaluation), with one adapter, ``"default"``.
@@ -57,11 +63,14 @@ def add_lora(
         TypeError, ValueError: an argument that does not fit; a target that matches nothing lists what exists.
     """
     peft = import_peft()
-    _check_arguments(model, r, alpha, dropout)
+    _check_arguments(model, r, alpha, dropout, frozen)
     modules = _target_modules(model, family_of(model), targets)
     config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules)
 
-    return fuse(peft.get_peft_model(model, config).train(model.training))
+    adapted = peft.get_peft_model(model, config).train(model.training)
+    if frozen == "int8":
+        to_int8(adapted)
+    return fuse(adapted)
 
 
 def import_peft() -> Any:
@@ -76,7 +85,11 @@ def import_peft() -> Any:
 def merged_base(model: Any) -> Any:
     """The base of a peft model with its adapters merged into its weights, which are rounded to their dtype once: peft
     rounds an adapter in 16 bits, and each of several.
+
+    Raises:
+        ValueError: a base in int8.
     """
+    check_float_base(model)
     kinds: Any = import_peft().tuners.tuners_utils.BaseTunerLayer
     narrow = {
         parameter: parameter.dtype
@@ -92,7 +105,7 @@ def merged_base(model: Any) -> Any:
     return base
 
 
-def _check_arguments(model: Any, r: Any, alpha: Any, dropout: Any) -> None:
+def _check_arguments(model: Any, r: Any, alpha: Any, dropout: Any, frozen: Any) -> None:
     check_model(model)
 
     check_float(model)
@@ -107,6 +120,8 @@ def _check_arguments(model: Any, r: Any, alpha: Any, dropout: Any) -> None:
         raise ValueError(f"alpha: expected a number above 0, got {alpha!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
+    if frozen not in FROZEN:
+        raise ValueError(f"frozen: expected {' or '.join(FROZEN)}, got {frozen!r}")
 
 
 # ---- targets ----

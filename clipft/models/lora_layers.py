@@ -1,4 +1,5 @@
-"""peft's ``lora.Linear`` on ``clipft.lora_linear``, taken over instance by instance.
+"""peft's ``lora.Linear`` on ``clipft.lora_linear``, taken over instance by instance; on a base in int8
+(``clipft.models.frozen``) on ``int8_lora_linear``.
 
 An instance's class is swapped for :class:`FusedLoraLinear`, a subclass that adds no attribute: parameters, adapters,
 hooks and every method of peft's stay, and giving the class back is all that it takes to undo it. Only ``forward``
@@ -18,8 +19,10 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 
 from clipft.families.forward import is_watched, stand_in
 from clipft.families.registry import FAMILIES
+from clipft.models.frozen import FrozenLinear
 from clipft.models.fused import FusedQuickGELU
 from clipft.ops import lora_linear, quick_gelu_lora_linear
+from clipft.ops.int8_lora import int8_lora_linear, quick_gelu_int8_lora_linear
 from clipft.ops.kernels import FLOATS, MAX_DIM, autocasts, problem
 
 __all__ = ["FusedLoraLinear", "FusedMLP", "fuse_lora", "has_lora", "why_not"]
@@ -39,7 +42,7 @@ class FusedLoraLinear(lora.Linear):
         """
         if args or kwargs or why_not(self) or not _fits(x, self):
             return super().forward(x, *args, **kwargs)
-        return _run(lora_linear, x, self)
+        return _run(int8_lora_linear if isinstance(self.base_layer, FrozenLinear) else lora_linear, x, self)
 
 
 FusedLoraLinear.__name__ = "Linear"  # what print(model) shows; pickle goes by the qualified name
@@ -68,7 +71,8 @@ class ActivationAfter(nn.Module):
             or not _fits(hidden, fc2)
         ):
             return cast(Tensor, fc2(activation(hidden)))
-        return _run(quick_gelu_lora_linear, hidden, fc2)
+        in_int8 = isinstance(fc2.base_layer, FrozenLinear)
+        return _run(quick_gelu_int8_lora_linear if in_int8 else quick_gelu_lora_linear, hidden, fc2)
 
 
 FusedMLP = stand_in(ActivationAfter, CLIPMLP)  # what pickles name
@@ -79,7 +83,7 @@ def _run(op: Callable[..., Tensor], x: Tensor, layer: Any) -> Tensor:
     base, dropout = layer.base_layer, layer.lora_dropout[name]
     return op(
         x,
-        base.weight,
+        base.codes if isinstance(base, FrozenLinear) else base.weight,
         base.bias,
         layer.lora_A[name].weight,
         layer.lora_B[name].weight,
@@ -136,13 +140,14 @@ def why_not(layer: nn.Module) -> str | None:
         return f"{type(layer.lora_variant[name]).__name__} is not plain LoRA"
     base: Any = layer.base_layer
     lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
+    in_int8 = isinstance(base, FrozenLinear)
     return (
-        _why_not_linear(base)
+        (_why_not_called(base) if in_int8 else _why_not_linear(base))
         or _why_not_linear(lora_a)
         or _why_not_linear(lora_b)
         or _why_not_dropout(layer.lora_dropout[name])
         or _why_not_adapter(lora_b, layer.scaling[name])
-        or _why_not_dtype(layer, base.weight, lora_a, lora_b)
+        or (_why_not_in_float32(lora_a, lora_b) if in_int8 else _why_not_dtype(layer, base.weight, lora_a, lora_b))
     )
 
 
@@ -199,9 +204,18 @@ def _why_not_dtype(layer: Any, weight: Tensor, lora_a: Any, lora_b: Any) -> str 
     return None
 
 
+def _why_not_in_float32(lora_a: Any, lora_b: Any) -> str | None:
+    """On a base in int8, which has no dtype of its own."""
+    if {lora_a.weight.dtype, lora_b.weight.dtype} - {torch.float32}:
+        return f"an adapter in {lora_a.weight.dtype} on a layer in int8"
+    return None
+
+
 def _fits(x: Tensor, layer: Any) -> bool:
     """Whether the input is one for which the fused forward gives what peft's gives; peft's also has the errors."""
-    weight = layer.base_layer.weight
+    base = layer.base_layer
+    in_int8 = isinstance(base, FrozenLinear)
+    weight = base.codes.weight_scale if in_int8 else base.weight
     if x.device != weight.device or x.dtype not in FLOATS or not 1 <= x.dim() <= MAX_DIM:
         return False
-    return x.dtype == weight.dtype or autocasts(x.device)
+    return in_int8 or x.dtype == weight.dtype or autocasts(x.device)

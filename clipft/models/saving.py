@@ -14,6 +14,7 @@ from clipft.models.bases import check_base_stays, record_base
 from clipft.models.calibrated import model_calibrations, record_calibrations
 from clipft.models.convert import to_open_clip
 from clipft.models.formats import CALIBRATION_KEY, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, model_set
+from clipft.models.frozen import check_float_base
 from clipft.models.int8 import QuantizedModel
 from clipft.models.open_clip_processors import is_clips_own, preprocess_cfg_of
 from clipft.models.sentence_transformers import write_modules
@@ -38,7 +39,12 @@ def save_model(model: Any, processor: Any, folder: Path, also: Iterable[Path] = 
 
 
 def write_model(model: Any, processor: Any, staging: Path) -> None:
-    """The files, into the empty folder that ``model_set`` gives, or into one in that."""
+    """The files, into the empty folder that ``model_set`` gives, or into one in that.
+
+    Raises:
+        ValueError: a model whose frozen layers are int8, of which ``model.save_pretrained`` saves the adapter.
+    """
+    check_float_base(model)
     if isinstance(model, QuantizedModel):
         model.write_files(staging)
     else:

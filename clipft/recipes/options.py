@@ -210,6 +210,13 @@ class TrainOptions(ScoringOptions):
     lora_targets: Sequence[str] | None = option(
         None, "Adapted layers: text, vision.8-11, vision.last2:q_proj,v_proj, q_proj, ...; repeat for several.", MODEL
     )
+    frozen: str = option(
+        "float",
+        "int8: the linear layers beneath an adapter compute in int8 while it trains; it is scored, and merged, on the "
+        "float model.",
+        BATCHES,
+        choices=("float", "int8"),
+    )
     lr: float | None = option(
         None, "Peak learning rate; default by the model's size: ViT-B 1e-5, with LoRA 2e-4.", SCHEDULE, least=0.0
     )

@@ -84,6 +84,7 @@ class Outcome:
     controls: dict[str, Any] = field(default_factory=dict)
     swept: Any = None
     probabilities: dict[str, Any] = field(default_factory=dict)
+    frozen: dict[str, Any] | None = None  # which layers were int8 while it trained
 
     def measure(self, stage: str) -> None:
         """Score the model as it is now."""
@@ -112,6 +113,8 @@ class Outcome:
             report["calibration"] = {part: own.to_json() for part, own in self.probabilities.items()}
         if self.swept is not None:
             report["wise_ft"] = self.swept.to_json()
+        if self.frozen is not None:
+            report["frozen"] = self.frozen
         report["test"] = {"data": self.test_name, "pictures": len(self.test.dataset)}
         report["length"] = self.length.to_json()
         report["reading"] = self.sources.to_json()

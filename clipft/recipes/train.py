@@ -25,6 +25,7 @@ from clipft.evaluation.scoring import Scorer
 from clipft.files import check_folder, expanded, locked
 from clipft.inference.encode import encoder_of
 from clipft.models.bases import check_base_stays
+from clipft.models.float_base import check_place
 from clipft.models.formats import MERGED, folder_of
 from clipft.models.freezing import freeze, what_trains
 from clipft.models.fusing import fuse, unfuse
@@ -32,6 +33,7 @@ from clipft.models.lora import add_lora, import_peft, merged_base
 from clipft.models.resize import resize
 from clipft.recipes.arguments import Heads, arguments_of, heads_asked_for
 from clipft.recipes.checkpoint_owner import claim, identity_of_run, resume_point
+from clipft.recipes.frozen import check_frozen, frozen_in_int8
 from clipft.recipes.hold_out import Seen
 from clipft.recipes.length import FewRounds, Length, length_of_run
 from clipft.recipes.options import TrainOptions, options_from
@@ -96,6 +98,7 @@ def train(
     folder = expanded(temporary.name if output is None and temporary else str(output))
     with _lock_of_run(folder):
         arguments = arguments_of(settings, folder, heads, console)
+        check_frozen(settings, arguments, adapted=settings.lora_r is not None or peft_config is not None)
         training = _Training(settings, folder, heads, arguments, console, own_loss)
         return training.run(model, data, callbacks, peft_config, temporary)
 
@@ -138,6 +141,8 @@ class _Training:
         sets = self._sets(model, data)
         control = control_set(options.control_data, sets.sources)
         base, processor = loaded(model)
+        if options.frozen == "int8":
+            check_place(base, compare=not isinstance(model, (str, Path)))
         check_folder(self.folder, size=sum(tensor.nbytes for tensor in base.state_dict().values()))
         start = encoder_of(base, processor, options.batch_size).identity()
         resize(base, processor, image_size=options.image_size, max_tokens=options.max_tokens)
@@ -196,7 +201,8 @@ class _Training:
         options, console = self.options, self.console
         outcome.measure("before")
         line = WeightLine(clip) if options.wise_ft else None
-        trainer.train(resume_from_checkpoint=point)
+        with frozen_in_int8(trainer, console) if options.frozen == "int8" else nullcontext() as outcome.frozen:
+            trainer.train(resume_from_checkpoint=point)
         if options.early_stopping_patience:
             console.print(f"kept the model of step {trainer.state.best_global_step} of {trainer.state.global_step}")
         if line is not None:

@@ -63,6 +63,8 @@ def write_model_card(
         f"On {report['test']['pictures']} test pictures; in brackets 95 % bootstrap intervals over the pictures.",
         _table(report),
     ]
+    if "frozen" in report:
+        parts.append(f"{report['frozen']['note']}.")
     if "control" in report:
         control = report["control"]
         about = f"On {_plain(_name(control['data']))} ({control['pictures']} pictures), which it was not tuned on:"

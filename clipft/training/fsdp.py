@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from clipft.families.registry import base_model, family_of
+from clipft.models.frozen import frozen_linears
 
 __all__ = ["as_saved", "check_enabled", "check_version", "gather_for_features", "make_shardable"]
 
@@ -42,7 +43,13 @@ def check_enabled(args: Any, enabled: bool) -> None:
 
 
 def make_shardable(model: Any) -> None:
-    """``logit_scale`` [] as [1], the same parameter."""
+    """``logit_scale`` [] as [1], the same parameter.
+
+    Raises:
+        ValueError: layers in int8, whose codes no process would have whole.
+    """
+    if frozen_linears(model):
+        raise ValueError('model: expected float layers with FSDP, got some in int8: add_lora(..., frozen="float")')
     scale = base_model(model).logit_scale
     scale.data = scale.data.reshape(1)
 

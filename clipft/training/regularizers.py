@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipft.data.collate import model_inputs
+from clipft.ops.int8_lora import Int8Weight
 from clipft.training.precision import wide_copy
 
 __all__ = ["StartingPoint"]
@@ -33,7 +34,8 @@ class StartingPoint:
 
     def __init__(self, model: nn.Module, *, l2_sp: float, distillation: float) -> None:
         self.l2_sp, self.distillation = l2_sp, distillation
-        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+        shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+        shared |= {id(module): module for module in model.modules() if isinstance(module, Int8Weight)}
         self._weights = {name: wide_copy(p) for name, p in model.named_parameters() if l2_sp and p.requires_grad}
         self._model = copy.deepcopy(model, shared).requires_grad_(False).eval() if distillation else None
         self._targets: tuple[Tensor, ...] = ()

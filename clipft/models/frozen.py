@@ -1,0 +1,197 @@
+"""Frozen linear layers in int8, of a model that trains: forward and backward passes at the speed of int8 products.
+
+An instance's class is swapped for :class:`FrozenLinear` and its float weight for codes; names, biases and all that
+trains stay. The gradients are those of the model that runs forward (SwitchBack, arXiv:2304.13013, did so on GPUs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipft.families.registry import base_model, family_of
+from clipft.ops.int8 import quantize_weight, quantized_linear
+from clipft.ops.int8_lora import Int8Weight, int8_lora_linear
+
+__all__ = [
+    "FROZEN",
+    "FrozenLinear",
+    "check_float_base",
+    "float_linears",
+    "frozen_linears",
+    "rounding_errors",
+    "to_float",
+    "to_int8",
+    "tower_linears",
+]
+
+FROZEN = ("float", "int8")  # what is frozen may compute in
+_ROWS = 512  # of a layer's input that errors are measured on
+_WRITTEN = (
+    "the model's frozen layers are int8 codes, which an adapter cannot be merged into and which are not saved: save "
+    "the adapter with model.save_pretrained(FOLDER), and clipft.load(FOLDER) merges it into the float base"
+)
+
+
+class FrozenLinear(nn.Linear):
+    """An ``nn.Linear`` that does not train, with its weight in int8. Made by :func:`to_int8` only.
+
+    Attributes:
+        codes: the weight.
+        float_dtype: of the weight that the codes were made of.
+    """
+
+    codes: Int8Weight
+    float_dtype: torch.dtype
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the parameter's name in torch)
+        """[..., in] -> [..., out], rounded to int8 codes; gradients pass through."""
+        return int8_lora_linear(input, self.codes, self.bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[out, in] float32, made anew of the codes, to read: for peft, which asks for a layer's dtype and device, and
+        computes with the weight in its variants. Writing to its ``data``, as a merge does, is refused."""
+        codes, scale = self.codes.weight_int8.as_subclass(Tensor), self.codes.weight_scale
+        return (codes.float() * scale[:, None]).as_subclass(_Read)
+
+
+class _Read(Tensor):
+    """A layer's weight, which is not where it would be written to."""
+
+    # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        raise ValueError(_WRITTEN)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ValueError(_WRITTEN)
+
+
+# ---- which layers ----
+
+
+def tower_linears(model: Any) -> dict[str, nn.Linear]:
+    """The linear layers of both towers' layers, float or int8, alone or under an adapter, by the names that they have
+    in the base model without adapters.
+    """
+    base = base_model(model)
+    found = {}
+    for tower in family_of(model).towers.values():
+        for path in tower.paths_of_layers(base):
+            for name, module in base.get_submodule(path).named_modules():
+                own = name.removesuffix(".base_layer")
+                if type(module) in (nn.Linear, FrozenLinear) and own.rpartition(".")[2] in tower.linears:
+                    found[f"{path}.{own}"] = module
+    return found
+
+
+def float_linears(model: Any) -> dict[str, nn.Linear]:
+    """Of :func:`tower_linears` what may become int8: nothing in it trains."""
+    return {
+        name: linear
+        for name, linear in tower_linears(model).items()
+        if type(linear) is nn.Linear and not any(parameter.requires_grad for parameter in linear.parameters())
+    }
+
+
+def frozen_linears(model: Any) -> dict[str, FrozenLinear]:
+    """Of :func:`tower_linears` what is int8."""
+    return {name: linear for name, linear in tower_linears(model).items() if isinstance(linear, FrozenLinear)}
+
+
+def check_float_base(model: nn.Module) -> None:
+    """That no layer is int8.
+
+    Raises:
+        ValueError: one is.
+    """
+    if any(isinstance(module, FrozenLinear) for module in model.modules()):
+        raise ValueError(f"model: {_WRITTEN}")
+
+
+# ---- what rounding does ----
+
+
+def rounding_errors(model: Any, run: Callable[[], Any]) -> dict[str, float]:
+    """Of each of :func:`float_linears` that is called within ``run``: the root of the mean squared error of its outputs
+    in int8, over what they vary by.
+    """
+    errors: dict[str, float] = {}
+
+    def measure(name: str, linear: Any, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().reshape(-1, linear.in_features)
+        x = x[torch.linspace(0, len(x) - 1, min(len(x), _ROWS)).long()].float()
+        weight = linear.weight.detach().float()
+        want, got = F.linear(x, weight), quantized_linear(x, *quantize_weight(weight))
+        error = float((got - want).norm() / (want - want.mean(dim=0)).norm().clamp_min(1e-30))
+        errors[name] = max(error, errors.get(name, 0.0))
+
+    linears = float_linears(model).items()
+    hooks = [linear.register_forward_pre_hook(partial(measure, name)) for name, linear in linears]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return errors
+
+
+# ---- there and back ----
+
+
+def to_int8(model: Any, names: Iterable[str] | None = None) -> None:
+    """Let these layers, or all of :func:`float_linears`, compute in int8, in place. A float weight goes as its codes
+    are made.
+
+    Raises:
+        ValueError: a weight that is NaN or Inf.
+    """
+    linears = float_linears(model)
+    for name in linears if names is None else names:
+        linear: Any = linears[name]
+        try:
+            codes = Int8Weight.from_weight(linear.weight.detach())
+        except ValueError as error:
+            raise ValueError(f"model: {name}: {error}") from error
+        kept = linear.weight.dtype
+        del linear.weight
+        linear.__class__ = FrozenLinear
+        linear.codes, linear.float_dtype = codes, kept
+
+
+def to_float(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Undo :func:`to_int8`.
+
+    Args:
+        weights: of each layer of :func:`frozen_linears`, the one that its codes were made of.
+
+    Raises:
+        ValueError: one that they were not made of; no layer has changed then.
+    """
+    layers = frozen_linears(model)
+    floats = {name: weights[name].detach().to(layer.codes.weight_scale.device) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if not _made_of(layer, floats[name].to(layer.float_dtype)):
+            raise ValueError(f"{name} has another weight than the one that it was trained on")
+    for name, layer in layers.items():
+        linear = cast(Any, layer)
+        weight = floats.pop(name).to(layer.float_dtype)
+        del linear.codes, linear.float_dtype
+        linear.__class__ = nn.Linear
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _made_of(layer: FrozenLinear, weight: Tensor) -> bool:
+    if weight.shape != (layer.out_features, layer.in_features) or not torch.isfinite(weight).all():
+        return False
+    own, other = layer.codes.state_dict(), Int8Weight.from_weight(weight).state_dict()
+    return all(torch.equal(tensor, other[name]) for name, tensor in own.items())

@@ -1,0 +1,153 @@
+"""clipft.add_lora(frozen="int8"): frozen layers in int8 under peft's adapters, and their float weights again."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_clip import tiny_model
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+import clipft
+
+pytest.importorskip("peft")
+
+from peft_models import LAYERS, assert_same_gradients, config, embeds, gradients, peft, randomised, tiny_batch
+
+from clipft.models.frozen import FrozenLinear, frozen_linears, rounding_errors, to_float
+from clipft.models.saving import save_model
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, Tensor]:
+    return tiny_batch()
+
+
+def tuned(model: CLIPModel | None = None, frozen: str = "int8", **options: Any) -> Any:
+    return randomised(clipft.add_lora(model or tiny_model(), r=4, frozen=frozen, **options))
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    one, other = (part.detach().flatten().double() for part in (one, other))
+    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+
+
+@pytest.mark.parametrize("targets", ["vision,text", "vision.last1:fc2"])
+def test_gradients_are_near_those_of_the_float_base(batch: dict[str, Tensor], targets: str) -> None:
+    model, plain = (tuned(frozen=frozen, targets=targets) for frozen in ("int8", "float"))
+    assert len(frozen_linears(model)) == LAYERS
+    assert cosine(embeds(model, batch), embeds(plain, batch)) > 0.999
+    ours, theirs = gradients(model, batch), gradients(plain, batch)
+    assert ours.keys() == theirs.keys()
+    assert cosine(*(torch.cat([part.flatten() for part in own.values()]) for own in (ours, theirs))) > 0.99
+    assert not torch.equal(embeds(model, batch), embeds(plain, batch))
+
+
+def test_what_is_float_and_what_is_gone() -> None:
+    base = tiny_model()
+    weights = {name for name, _ in base.named_parameters()}
+    model = tuned(base)
+    left = {name.replace("base_layer.", "") for name, _ in model.base_model.model.named_parameters()}
+    gone = {name.rpartition(".")[0] for name in weights - left}
+    assert gone == set(frozen_linears(model)) and len(gone) == LAYERS
+    assert type(base.visual_projection) is type(base.text_projection) is nn.Linear
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_with_dropout(batch: dict[str, Tensor], reentrant: bool) -> None:
+    model = tuned(dropout=0.3).train()
+    torch.manual_seed(1)
+    expected = gradients(model, batch)
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    torch.manual_seed(1)
+    assert_same_gradients(gradients(model, batch), expected)
+
+
+def test_adapters_are_added_switched_disabled_and_deleted(batch: dict[str, Tensor]) -> None:
+    model = tuned(targets="vision")
+    first = embeds(model, batch)
+    with model.disable_adapter():
+        none = embeds(model, batch)
+    assert cosine(none, embeds(tiny_model(), batch)) > 0.999
+    model.add_adapter("second", config(target_modules=["fc1", "fc2"]))  # of the text tower too, which has none yet
+    assert torch.equal(embeds(model, batch), first)
+    model.set_adapter("second")
+    assert torch.allclose(embeds(model, batch), none, atol=1e-6)  # B is zero
+    randomised(model, 3)
+    other = embeds(clipft.fuse(model), batch)
+    plain = tuned(frozen="float", targets="vision")
+    plain.add_adapter("second", config(target_modules=["fc1", "fc2"]))
+    plain.set_adapter("second")
+    assert cosine(other, embeds(randomised(plain, 3), batch)) > 0.999
+    for one in (model, plain):
+        one.base_model.set_adapter(["default", "second"])
+    assert cosine(embeds(model, batch), embeds(plain, batch)) > 0.999
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert len(gradients(model, batch)) == LAYERS
+
+
+def test_what_is_saved_loads_in_plain_peft_on_the_float_base(
+    base: Path, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    model, plain = (tuned(clipft.load(base)[0], frozen) for frozen in ("int8", "float"))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(CLIPModel.from_pretrained(base), tmp_path / "adapter")
+    assert torch.allclose(embeds(loaded, batch), embeds(plain, batch), atol=1e-6)
+    merged, _ = clipft.load(tmp_path / "adapter")
+    assert torch.allclose(embeds(merged, batch), embeds(plain, batch), atol=1e-5)
+
+
+def test_a_merge_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    for act in (
+        lambda model: model.merge_and_unload(),
+        lambda model: model.merge_adapter(safe_merge=True),
+        clipft.quantize,
+        lambda model: save_model(model, None, tmp_path),
+        lambda model: model.add_adapter("other", config(init_lora_weights="olora")),
+    ):
+        with pytest.raises(ValueError, match=r"save the adapter with model.save_pretrained\(FOLDER\), and clipft.load"):
+            act(tuned())
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="frozen: expected float or int8, got 'int4'"):
+        clipft.add_lora(tiny_model(), frozen="int4")
+
+
+def test_copies_and_pickles(batch: dict[str, Tensor]) -> None:
+    model = tuned()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(embeds(other, batch), embeds(model, batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float_weights_come_back_to_the_bit(dtype: torch.dtype) -> None:
+    modules = tiny_model().to(dtype).named_modules()
+    weights = {name: module.weight for name, module in modules if type(module) is nn.Linear}
+    model = tuned(tiny_model().to(dtype))
+    other = weights | {"text_model.encoder.layers.1.mlp.fc1": weights["text_model.encoder.layers.0.mlp.fc1"]}
+    with pytest.raises(ValueError, match=r"text_model.encoder.layers.1.mlp.fc1 has another weight than the one"):
+        to_float(model, other)
+    assert len(frozen_linears(model)) == LAYERS
+    to_float(model, weights)
+    assert not any(isinstance(module, FrozenLinear) for module in model.modules())
+    plain = model.unload()
+    assert all(torch.equal(plain.get_submodule(name).weight, weight) for name, weight in weights.items())
+
+
+def test_errors_of_rounding_tell_columns_that_stand_out(batch: dict[str, Tensor]) -> None:
+    model = tiny_model().requires_grad_(False)
+    errors = rounding_errors(model, lambda: model(**batch))
+    assert len(errors) == LAYERS and max(errors.values()) < 0.1
+    with torch.no_grad():  # a column that the layer does not read
+        model.text_model.encoder.layers[1].layer_norm2.bias[3] = 400.0
+        model.text_model.encoder.layers[1].mlp.fc1.weight[:, 3] = 0.0
+    worse = rounding_errors(model, lambda: model(**batch))
+    assert [name for name, error in worse.items() if error > 0.1] == ["text_model.encoder.layers.1.mlp.fc1"]
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -1,0 +1,105 @@
+"""``frozen="int8"`` in a whole run: trained on codes, scored, merged and saved on the float base."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import run
+from rich.console import Console
+from safetensors.torch import load_file
+from test_resume import Killed
+from tiny_clip import tiny_clip
+from transformers import TrainerCallback
+
+import clipft
+
+pytest.importorskip("peft")
+
+from clipft.models.frozen import FrozenLinear
+
+QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "control_data": "none", "lora_r": 4, "frozen": "int8"}
+
+
+class Counted(TrainerCallback):
+    """The int8 layers at each epoch's end."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.layers.append(sum(isinstance(module, FrozenLinear) for module in model.modules()))
+
+
+def train(model: Any, data: Path, output: Path, **options: Any) -> Any:
+    return clipft.train(model, str(data), output, console=Console(file=io.StringIO()), **QUICK | options)
+
+
+def test_a_run_is_trained_in_int8_and_scored_on_the_float_base(base: Path, colours: Path, tmp_path: Path) -> None:
+    counted = Counted()
+    found = train(str(base), colours, tmp_path / "run", callbacks=[counted], early_stopping_patience=2, wise_ft=True)
+    assert counted.layers == [36, 36]
+    loaded, merged = (clipft.load(folder)[0].state_dict() for folder in (found.folder, found.folder / "merged"))
+    plain = clipft.load(base)[0].state_dict()
+    assert all(torch.allclose(loaded[name], merged[name], atol=1e-6) for name in plain)
+    moved = [name for name in plain if not torch.equal(plain[name], merged[name])]
+    assert len(moved) == 36 and all(name.endswith("weight") for name in moved)
+    assert all(torch.equal(merged[name], value) for name, value in found.model.state_dict().items())
+    report = json.loads((found.folder / "report.json").read_text())
+    assert report["frozen"]["layers"] == report["frozen"]["of"] == 36
+    assert report["frozen"]["float_layers"] == {} and 0 < report["frozen"]["largest_error"] < 0.1
+    for name in ("report.html", "README.md", "merged/README.md"):
+        assert "36 of 36 frozen linear layers computed in int8" in (found.folder / name).read_text()
+
+
+def test_the_command_says_what_is_int8_and_what_stays_float(base: Path, colours: Path, tmp_path: Path) -> None:
+    model, processor = clipft.load(base)
+    with torch.no_grad():  # a column that the layer does not read
+        model.text_model.encoder.layers[1].layer_norm2.bias[3] = 400.0
+        model.text_model.encoder.layers[1].mlp.fc1.weight[:, 3] = 0.0
+    model.save_pretrained(tmp_path / "odd")
+    processor.save_pretrained(tmp_path / "odd")
+    command = ("train", "--data", colours, "--output", tmp_path / "run", "--epochs", 1, "--control-data", "none")
+    result = run(*command, "--model", tmp_path / "odd", "--lora-r", 2, "--frozen", "int8")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "frozen: 35 of 36 frozen linear layers computed in int8" in said
+    assert "frozen: text_model.encoder.layers.1.mlp.fc1 stays float: int8 would move its outputs by" in said
+    result = run(*command, "--model", base, "--frozen", "int8")
+    assert result.exit_code == 2 and "--frozen: int8 is for runs with an adapter" in result.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ema_decay": 0.9, "l2_sp": 0.01, "distillation": 1.0, "grad_cache_chunk_size": 4},
+        {"hard_negatives": 2, "gradient_checkpointing": True, "lora_targets": ["vision"]},
+    ],
+    ids=["penalties", "mined"],
+)
+def test_a_killed_run_resumes_to_the_bit(base: Path, colours: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    train(str(base), colours, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(str(base), colours, tmp_path / "killed", callbacks=[Killed()], **options)
+    train(str(base), colours, tmp_path / "killed", resume=True, **options)
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match=r"frozen \(int8 then, float now\)"):
+        train(str(base), colours, tmp_path / "killed", resume=True, **options | {"frozen": "float"})
+
+
+def test_a_model_without_a_place_or_with_other_weights_is_refused(base: Path, colours: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"frozen: int8 expects a model that was loaded from a folder or by name"):
+        train(tiny_clip(), colours, tmp_path / "run")
+    model, processor = clipft.load(base)
+    with torch.no_grad():
+        model.vision_model.encoder.layers[0].mlp.fc1.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=rf"as it lies in {base}, this one has other weights"):
+        train((model, processor), colours, tmp_path / "run")
+    with pytest.raises(ValueError, match="frozen: int8 is for models that are whole on each process, not with fsdp"):
+        train(str(base), colours, tmp_path / "run", training_args={"fsdp": True})
+    assert train(clipft.load(base), colours, tmp_path / "run", epochs=1).after
