@@ -138,7 +138,7 @@ def gpu_layers() -> str:
         times = [f"{row[ours]['median_s'] / row[peer]['median_s']:.2f}" for row, ours, peer in pairs]
         cells.append([f"ViT-{layer.replace(' ', ', ')}", *times])
     head = ("", "LoRA / peft", "/ peft, with dropout", "int8 / torchao, compiled", "/ the bfloat16 layer")
-    return table((*head, "/ that compiled"), cells, "---")
+    return table((*head, "/ that layer, compiled"), cells, "---")
 
 
 def lora() -> str:
@@ -341,6 +341,26 @@ def explain() -> str:
     return f"{machine(found)}, {found['scenes']} scenes of each kind:\n\n{table(head, cells, '---')}"
 
 
+def explain_variants() -> str:
+    found = results(f"explain-{ZEN3}")
+    cells = [
+        [name, part(row["auroc"], 3), part(row["pointing"], 2), part(row["correlation"]["mean_of_sizes"], 2)]
+        for name, row in found["variants"].items()
+    ]
+    return table(("", "area", "pointing", "\\|rho\\|"), cells, "---")
+
+
+def coreset() -> str:
+    found = results(f"coreset-{ZEN3}")
+    radii, seconds = found["radius"], found["seconds"]
+    cells = []
+    for name, own in seconds.items():
+        other = "a tenth, random" if name.startswith("a tenth") else "random"
+        cells.append([name, significant(own["min_s"], 2), f"{radii[name]:.3f}", f"{radii[other]:.3f}"])
+    head = ("", "seconds", "the farthest patch", "of as many at random")
+    return table(head, cells, "---")
+
+
 def families() -> str:
     from clipft.families.registry import FAMILIES
 
@@ -378,13 +398,20 @@ def models() -> str:
 
 
 def costs() -> str:
-    found = results(f"training-{ZEN4}")
+    found = results(f"costs-{ZEN3}")
+    trains = TRAINED | {"towers": "the projections (`--freeze towers`): the towers, once"}
     cells = [
-        [TRAINED[row["scenario"]], *(significant(1000 * row[who]["median_s"], 2) for who in ("clipft", "hf"))]
+        [
+            f"`{row['model']}`",
+            trains[row["method"]],
+            significant(1000 * row["seconds"]["min_s"], 2),
+            size(row["peak_mb"]),
+        ]
         for row in found["rows"]
     ]
-    head = ("ViT-B/32: what trains", "seconds a thousand pairs", "with transformers' `Trainer`")
-    return f"{machine(found)}, batch {found['settings']['batch']}:\n\n{table(head, cells, '---')}"
+    head = ("model", "what trains", "seconds a thousand pairs", "peak memory")
+    drawn = table(head, cells, "---").replace("| --- | ---: |", "| --- | --- |", 1)
+    return f"{machine(found)}, batch {found['settings']['batch']}:\n\n{drawn}"
 
 
 def anomaly() -> str:
@@ -424,6 +451,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "int8": int8,
     "learning": learning,
     "explain": explain,
+    "explain_variants": explain_variants,
+    "coreset": coreset,
 }
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from transformers import TrainingArguments
 
+import clipft
 from clipft.cli import app
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text()
@@ -79,3 +82,25 @@ def test_sentence_transformers_has_what_is_named():
     assert len(named) == 2
     assert all(hasattr(losses, name) for name in named)
     assert hasattr(util, "semantic_search")
+
+
+def test_their_loss_in_both_directions_is_ours():
+    losses = pytest.importorskip("sentence_transformers.losses")
+    options = re.search(r"with `(directions=.*?)` ", SECTIONS["sentence-transformers"])[1]
+    if "directions" not in inspect.signature(losses.MultipleNegativesRankingLoss).parameters:
+        pytest.skip("an older sentence-transformers")
+    one, both = (
+        losses.MultipleNegativesRankingLoss(None, **keywords) for keywords in ({}, eval(f"dict({options})", {}))
+    )
+    images, texts = torch.nn.functional.normalize(torch.randn(2, 5, 8, generator=torch.manual_seed(0)), dim=-1)
+    ours = clipft.contrastive_loss(images, texts, 20.0).item()
+    assert both.compute_loss_from_embeddings([images, texts], None).item() == pytest.approx(ours, abs=1e-5)
+    assert one.compute_loss_from_embeddings([images, texts], None).item() != pytest.approx(ours, abs=1e-3)
+
+
+def test_their_search_and_ours_name_the_same_rows():
+    util = pytest.importorskip("sentence_transformers.util")
+    pytest.importorskip("faiss")
+    corpus, queries = (torch.nn.functional.normalize(torch.randn(n, 8, generator=torch.manual_seed(n))) for n in (9, 3))
+    theirs = [[hit["corpus_id"] for hit in hits] for hits in util.semantic_search(queries, corpus, top_k=5)]
+    assert clipft.search(corpus, queries, k=5)[1].tolist() == theirs
