@@ -120,8 +120,15 @@ def _tabs(found: re.Match[str]) -> str:
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Names in docstrings without the roles that Sphinx would read."""
-    return re.sub(r":(?:func|class|mod|meth|attr|exc):(?=<code)", "", html)
+    """Names in docstrings without the roles that Sphinx would read; code in tables that breaks between words alone."""
+    html = re.sub(r":(?:func|class|mod|meth|attr|exc):(?=<code)", "", html)
+    return re.sub(
+        r"<td\b.*?</td>", lambda cell: re.sub(r"<code>([^<]* [^<]*)</code>", _words, cell[0]), html, flags=re.S
+    )
+
+
+def _words(found: re.Match[str]) -> str:
+    return f"<code>{' '.join(f'<span>{word}</span>' for word in found[1].split(' '))}</code>"
 
 
 def on_post_build(config: MkDocsConfig) -> None:
