@@ -394,7 +394,8 @@ def models() -> str:
         for row in found["rows"]
     ]
     head = ("model", "parameters", "pixels / patch", "tokens", "ms a picture", "in int8", "licence")
-    return f"{machine(found)}, random weights:\n\n{table(head, cells, '---')}"
+    about = f"{machine(found)}, random weights, the least of {found['settings']['repeats']} runs"
+    return f"{about}:\n\n{table(head, cells, '---')}"
 
 
 def costs() -> str:
