@@ -9,9 +9,9 @@ rest so many pictures a class are drawn, the smaller cuts out of the larger ones
 ``clipft train`` trains it, in 5 epochs, and in as many more as make the ``--least`` steps (0: 5 epochs). A run that is
 in the result's file already is not repeated, and none is begun after ``--seconds``: call it again to go on.
 
-Balanced accuracy on what was held out. A gain is paired by set, size and seed. Its interval over the seeds of one set
-and size is Nadeau and Bengio's (see ``learning.py``), which allows for training sets that overlap; over several sets
-and sizes it is a t interval over the seeds' means with the same correction.
+Balanced accuracy on what was held out. A gain is paired by set, size and seed; its interval, of one set or of all, is
+Nadeau and Bengio's over the pairs (see ``learning.py``), which allows for training sets that overlap; cuts overlap
+less.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def measure(split: Split, size: str, least: int, method: str, batch: int, folder
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a method, batch, set, size and least number of steps; and over all sets of a size, and over all sizes."""
+    """A row a method, batch, set, size and least number of steps; and the gain over all sets of a size."""
     names = ("method", "batch", "set", "size", "least")
     found = []
     for key in sorted({tuple(run[name] for name in names) for run in runs}, key=str):
@@ -149,14 +149,12 @@ def matching(runs: list[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[st
 
 
 def gain(runs: list[dict[str, Any]], chosen: dict[str, Any]) -> dict[str, Any]:
-    """Over 5 epochs: by seed the mean over the sets and sizes that both were run on."""
+    """Over 5 epochs, where both were run."""
     usual = {tuple(run[name] for name in KEY[:-1]): run["balanced_accuracy"] for run in runs if run["least"] == 0}
-    by_seed: dict[int, list[float]] = {}
-    for run in matching(runs, chosen) if chosen["least"] else ():
-        key = tuple(run[name] for name in KEY[:-1])
-        if key in usual:
-            by_seed.setdefault(run["seed"], []).append(run["balanced_accuracy"] - usual[key])
-    return {"gain": mean([float(np.mean(found)) for found in by_seed.values()])} if by_seed else {}
+    longer = matching(runs, chosen) if chosen["least"] else []
+    pairs = [(run["balanced_accuracy"], usual.get(tuple(run[name] for name in KEY[:-1]))) for run in longer]
+    found = [after - before for after, before in pairs if before is not None]
+    return {"gain": mean(found) | {"pairs": len(found)}} if found else {}
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:

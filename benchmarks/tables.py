@@ -320,6 +320,28 @@ def learning() -> str:
     return f"{'; '.join(sorted(about))}:\n\n{table(head, cells, '---')}"
 
 
+def small_sets() -> str:
+    from clipft.recipes.options import LEAST_STEPS
+
+    found = results(f"small-sets-{ZEN3}")
+    own = [row for row in found["summary"] if (row["method"], row["batch"]) == ("model", 32)]
+    rows = {(row["set"], row["size"], row["least"]): row for row in own}
+    sets = {"chest_xray": "radiographs", "clothing": "clothing", "elpv": "solar cells"}
+    cells = []
+    for size in sorted({row["size"] for row in own}, key=lambda size: (size == "whole", len(size), size)):
+        both = [[rows.get((name, size, least)) for least in (0, LEAST_STEPS)] for name in sets]
+        means = (" → ".join(part(row["balanced_accuracy"], 2) for row in pair) if all(pair) else "" for pair in both)
+        gain = rows["all", size, LEAST_STEPS]["gain"]
+        low, high = (signed(end, 2) for end in gain["interval"])
+        over = f"{signed(gain['balanced_accuracy'], 2)} ({low} to {high}), {gain['pairs']} pairs"
+        cells.append(["all" if size == "whole" else f"{size} a class", *means, over])
+    return f"{machine(found)}:\n\n{table(('pictures', *sets.values(), 'gain, 95 % interval'), cells, '---')}"
+
+
+def signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("0.", ".", 1)
+
+
 def explain() -> str:
     found = results(f"explain-{ZEN3}")
     cells = []
@@ -451,6 +473,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loader": loader,
     "int8": int8,
     "learning": learning,
+    "small_sets": small_sets,
     "explain": explain,
     "explain_variants": explain_variants,
     "coreset": coreset,
