@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from clipft.errors import line_of
+from clipft.errors import line_of, listed, shown
 
 __all__ = [
     "check_file",
@@ -323,8 +323,10 @@ def set_of(folder: Path, manifest: str) -> dict[str, list[Any]] | None:
     """Sizes and digests of a set's files by name; None without a manifest, as of 0.1, or with one that is damaged."""
     try:
         files = read_json(folder / manifest)[_FILES]
+        if any(b"\0" in name.encode() for name in files):  # no file is called so, nor with half a character
+            return None
         return {str(name): [int(size), str(digest)] for name, (size, digest) in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -342,8 +344,8 @@ def check_set(folder: Path, manifest: str, names: Iterable[str] | None = None) -
     if odd:
         rest = [name for name in read if name not in odd]
         raise ValueError(
-            f"{folder}: expected files that were written together: {', '.join(odd)} not as {manifest} knows "
-            f"{'it' if len(odd) == 1 else 'them'}{', with which ' + ', '.join(rest) + ' belong' if rest else ''}. "
+            f"{folder}: expected files that were written together: {shown(listed(odd))} not as {manifest} knows "
+            f"{'it' if len(odd) == 1 else 'them'}{f', with which {shown(listed(rest))} belong' if rest else ''}. "
             "One or the other was changed or is of an earlier model: write all anew"
         )
 
@@ -359,7 +361,7 @@ def note_changes(folder: Path, manifest: str) -> None:
     files = set_of(folder, manifest) or {}
     odd = [name for name, entry in files.items() if _differs(folder, name, entry, most=_SMALL)]
     if odd:
-        _logger.warning("%s: %s changed since %s was written; taken as found", folder, ", ".join(odd), manifest)
+        _logger.warning("%s: %s changed since %s was written; taken as found", folder, shown(listed(odd)), manifest)
 
 
 def _differs(folder: Path, name: str, entry: list[Any] | None, most: int | None = None) -> bool:

@@ -153,10 +153,44 @@ def lie_pickle(rng: random.Random, data: bytes) -> bytes:
     return out.getvalue()
 
 
+def lie_npy(rng: random.Random, data: bytes) -> bytes:
+    """Of the header's shape and type, and of what it says of its own length."""
+    size = int.from_bytes(data[8:10], "little")
+    shape = rng.choice(
+        ("()", "(4,)", "(3, 4)", "(4, 3)", "(-1, 4)", "(0, 4)", f"({10**12}, 4)", "(9**9, 4)", "(True, 4)")
+    )
+    kind = rng.choice(("<f4", ">f4", "<f8", "<f2", "|O", "<i4", "<U9", "V4", "|V99999999999", "[('a', '<f4')]"))
+    header = f"{{'descr': '{kind}', 'fortran_order': {rng.choice((True, False))}, 'shape': {shape}, }}\n".encode()
+    length = rng.choice((len(header), len(header), 0, size, 0xFFFF))
+    return data[:8] + length.to_bytes(2, "little") + header + data[10 + size :]
+
+
+def lie_yaml(rng: random.Random, data: bytes) -> bytes:
+    """A line is one that YAML's own parser trips over."""
+    lines = data.decode().splitlines()
+    tags = ("!!int ''", "!!bool x", "!!timestamp x", "!!float ''", "!!python/name:os.x")
+    odd = (*tags, "{? [1]: 2}", "[", "*a", "&a [*a]", "{<<: {a: 1}}")
+    lines[rng.randrange(len(lines))] = f"epochs: {rng.choice(odd)}"
+    return "\n".join(lines).encode()
+
+
+def lies_under(*keys: str) -> Callable[[random.Random, bytes], bytes]:
+    """As ``lie_json``, of the values under these keys of an object."""
+
+    def lie_under(rng: random.Random, data: bytes) -> bytes:
+        value = json.loads(data)
+        key = rng.choice([key for key in keys if key in value])
+        return json.dumps(value | {key: lie(rng, value[key])}).encode()
+
+    return lie_under
+
+
 LIARS: dict[str, Callable[[random.Random, bytes], bytes]] = {
     ".json": lie_json,
     ".safetensors": lie_safetensors,
     ".bin": lie_pickle,
+    ".npy": lie_npy,
+    ".yaml": lie_yaml,
 }
 
 
@@ -182,6 +216,7 @@ def fuzz(
     seconds: float,
     names: Sequence[str] = ("",),
     forms: Mapping[str, Sequence[bytes]] | None = None,
+    refused: bool = True,
 ) -> None:
     """Change files of a good folder, one case after the other, and hold what ``load`` makes of each to the promise.
 
@@ -192,6 +227,7 @@ def fuzz(
         seconds: of CPU time, unless the environment says otherwise.
         names: ends of the names of the files that are changed.
         forms: in place of these, files by name with all that is good in them.
+        refused: whether some of the inputs are.
     """
     paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.endswith(tuple(names))]
     good = {path.name: [path.read_bytes()] for path in paths} if forms is None else forms
@@ -214,7 +250,7 @@ def fuzz(
         (folder / name).write_bytes(good[name][0])
     print(f"{count} inputs in {time.process_time() - start:.0f} s, {loaded} loaded, {len(faults)} faults, seed {seed}")
     assert not faults, f"{len(faults)} of {count} (seed {seed}):\n" + "\n".join(faults)
-    assert 0 < loaded < count
+    assert 0 < loaded < count + (not refused)
 
 
 def _try(path: Path, load: Callable[[], Any], equal: Callable[[Any], object], plain: float) -> tuple[str, bool]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from clipft.errors import line_of, short
 from clipft.files import check_file
+from clipft.models.run_folder import read_yaml
 from clipft.recipes.options import nearest
 
 __all__ = ["Config"]
@@ -26,8 +26,8 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         return None
     try:
         check_file(path)
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # of bytes, dates, depth
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{path}: expected a YAML file with options ({line_of(error)})") from error
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path}: expected 'option: value' lines, got {type(values).__name__}")

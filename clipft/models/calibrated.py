@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipft.errors import short
+from clipft.errors import short, shown
 from clipft.files import read_json, unchanged, write_json
 from clipft.models.formats import ADAPTER_WEIGHTS, CALIBRATION_KEY, MODEL_MANIFEST
 
@@ -106,7 +106,7 @@ def calibrations_of(stored: Any, where: str) -> dict[str, Calibration]:
         return {}
     if not isinstance(stored, dict):
         raise ValueError(f"{where}: expected an object with a calibration a head, found {short(stored)}")
-    return {str(name): Calibration.from_json(value, f"{where}: {name}") for name, value in stored.items()}
+    return {name: Calibration.from_json(value, f"{where}: {shown(name):.200}") for name, value in stored.items()}
 
 
 # ---- models ----

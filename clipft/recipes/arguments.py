@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 
+from clipft.models.run_folder import read_yaml
 from clipft.recipes.options import TrainOptions, own_names
 from clipft.training.arguments import CLIPTrainingArguments
 from clipft.training.precision import bf16_speedup, fastest_precision
@@ -121,7 +121,10 @@ def _parsed(given: Iterable[str]) -> dict[str, Any]:
         name, equals, value = entry.partition("=")
         if not equals:
             raise ValueError(f"set: expected NAME=VALUE, got {entry!r}")
-        values[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            values[name.replace("-", "_")] = read_yaml(value)
+        except ValueError as error:
+            raise ValueError(f"set: {name}: {error}") from error
     return values
 
 

@@ -41,18 +41,6 @@ def test_onnx(exported: tuple[Path, Any], tmp_path: Path) -> None:
     fuzz(folder, load, equal, SECONDS)
 
 
-def lie_npy(rng: random.Random, data: bytes) -> bytes:
-    """Of the header's shape and type, and of what it says of its own length."""
-    size = int.from_bytes(data[8:10], "little")
-    shape = rng.choice(
-        ("()", "(4,)", "(3, 4)", "(4, 3)", "(-1, 4)", "(0, 4)", f"({10**12}, 4)", "(9**9, 4)", "(True, 4)")
-    )
-    kind = rng.choice(("<f4", ">f4", "<f8", "<f2", "|O", "<i4", "<U9", "V4", "|V99999999999", "[('a', '<f4')]"))
-    header = f"{{'descr': '{kind}', 'fortran_order': {rng.choice((True, False))}, 'shape': {shape}, }}\n".encode()
-    length = rng.choice((len(header), len(header), 0, size, 0xFFFF))
-    return data[:8] + length.to_bytes(2, "little") + header + data[10 + size :]
-
-
 def lie_parquet(rng: random.Random, data: bytes) -> bytes:
     """Columns of other types, or none; descriptions that are none."""
     values = np.eye(4, dtype=np.float32)
@@ -79,7 +67,6 @@ def lie_parquet(rng: random.Random, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("name", ["v.npy", "v.parquet"])
 def test_vectors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LIARS, ".npy", lie_npy)
     monkeypatch.setitem(LIARS, ".parquet", lie_parquet)
     path = tmp_path / "vectors" / name
     path.parent.mkdir()
@@ -106,8 +93,7 @@ def test_a_parquet_file_that_swells(tmp_path: Path) -> None:
         VectorFile.read(tmp_path / "v.parquet")
 
 
-def test_a_folder_of_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LIARS, ".npy", lie_npy)
+def test_a_folder_of_vectors(tmp_path: Path) -> None:
     folder = tmp_path / "img_emb"
     folder.mkdir()
     for number in range(2):
