@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipft.ops import int8, reference
-from clipft.ops.gelu import quick_gelu
 from clipft.ops.kernels import (
     FLOATS,
     autocasts,
@@ -20,13 +19,12 @@ from clipft.ops.kernels import (
     check_fraction,
     check_number,
     check_tensors,
-    dtype_name,
     exports_to_onnx,
-    shape_of,
+    no_second_derivative,
     wants_plain,
     without_autocast,
 )
-from clipft.ops.lora import draw_seed, dropout_mask
+from clipft.ops.lora import draw_seed, padded
 from clipft.ops.packed import PackedWeight
 
 __all__ = ["Int8Weight", "int8_lora_linear", "quick_gelu_int8_lora_linear"]
@@ -141,17 +139,15 @@ def _linear(
     x, bias, branch = _checked(x, weight, bias, lora_a, lora_b, scaling, dropout)
     if wants_plain(x, *branch) or not int8.runs(_OP, x):
         return _plain(x, weight, bias, branch, scaling, active_dropout, activation)
-    x = int8.in_order(quick_gelu(x) if activation else x)
+    x, none = int8.in_order(x), x.new_empty(0)
     some_bias = bias_or_empty(_OP, bias, weight.weight_scale, x)
-    base: Tensor = _Int8Product.apply(x, weight._packed, weight._packed_t, weight.weight_scale, some_bias)
     if not branch:
-        return base
-    wide = x.float()
-    with without_autocast(x.device):
-        if active_dropout:
-            mask = dropout_mask(draw_seed(x), math.prod(x.shape[:-1]), x.shape[-1], active_dropout).view(x.shape)
-            wide = torch.where(mask.bool(), wide / (1.0 - active_dropout), torch.zeros_like(wide))
-        return (base.float() + scaling * F.linear(F.linear(wide, branch[0].float()), branch[1].float())).to(x.dtype)
+        active_dropout = 0.0
+    seed = draw_seed(x) if active_dropout else torch.empty((), dtype=torch.int64, device=x.device)
+    packings = weight._packed, weight._packed_t, weight.weight_scale
+    rest = *(branch or (none, none)), seed, float(scaling), float(active_dropout), activation
+    output: Tensor = call(torch.ops.clipft.int8_lora_linear, x, *packings, some_bias, *rest)[0]
+    return output
 
 
 def _checked(
@@ -178,58 +174,7 @@ def _checked(
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype) if x.dtype in FLOATS else x
         bias = bias.to(dtype) if isinstance(bias, Tensor) and bias.dtype in FLOATS else bias
-    if x.dim() == 0 or x.shape[-1] != weight.in_features:
-        raise ValueError(
-            f"clipft.{_OP}: input must have the weight's {weight.in_features} features last, got shape {shape_of(x)}"
-        )
-    if lora_a is not None and lora_b is not None:
-        _check_branch(x, weight, lora_a, lora_b)
     return x, bias, tuple(named.values())
-
-
-def _check_branch(x: Tensor, weight: Int8Weight, lora_a: Tensor, lora_b: Tensor) -> None:
-    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if tensor.dtype not in (torch.float32, x.dtype):
-            raise TypeError(
-                f"clipft.{_OP}: {name} must have the dtype of input, {dtype_name(x)}, or float32, got "
-                f"{dtype_name(tensor)}"
-            )
-    features, out = weight.in_features, weight.out_features
-    if lora_a.dim() != 2 or len(lora_a) == 0 or lora_a.shape[1] != features:
-        raise ValueError(f"clipft.{_OP}: lora_a must be [r, in] with in = {features}, got shape {shape_of(lora_a)}")
-    if lora_b.shape != (out, len(lora_a)):
-        raise ValueError(f"clipft.{_OP}: lora_b must be [out, r], {[out, len(lora_a)]}, got shape {shape_of(lora_b)}")
-
-
-class _Int8Product(torch.autograd.Function):
-    """The layer without its branch, of which the backward pass needs the weights alone."""
-
-    @staticmethod
-    def forward(x: Tensor, packed: Tensor, packed_t: Tensor, scale: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        return _product(x, packed, scale, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x, _, packed_t, scale, bias = inputs
-        ctx.features, ctx.bias_dtype = x.shape[-1], bias.dtype
-        ctx.save_for_backward(packed_t, scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        packed_t, scale = ctx.saved_tensors
-        d_x = d_bias = None
-        if ctx.needs_input_grad[0]:
-            ones, none = scale.new_ones(ctx.features), scale.new_empty(0)
-            d_x = _product(int8.in_order(grad.float() * scale), packed_t, ones, none).to(grad.dtype)
-        if ctx.needs_input_grad[4]:
-            d_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-        return d_x, None, None, None, d_bias
-
-
-def _product(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    none = x.new_empty(0)
-    rest = packed, scale, bias, 0, none, none, none, none
-    return call(torch.ops.clipft.quantized_chain, x, none, none, 0.0, *rest, name=_OP)
 
 
 def _plain(
@@ -245,8 +190,85 @@ def _plain(
     check_floats(_OP, input=x)
     mask = F.dropout(torch.ones_like(x, dtype=torch.float32), dropout).bool() if dropout else None
     with without_autocast(x.device):
-        wide = reference.quick_gelu(x.float()).to(x.dtype) if activation else x
+        wide = reference.quick_gelu(x.float()) if activation else x
         codes = weight._plain_weight(), weight.weight_scale
         lora_a, lora_b = branch or (None, None)
         out = reference.int8_lora_linear(wide, *codes, bias, lora_a, lora_b, scaling, dropout=dropout, mask=mask)
         return out.to(x.dtype)
+
+
+# ---- fake kernels ----
+
+
+@torch.library.register_fake("clipft::int8_lora_linear")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    packed_t: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    quick_gelu: bool = False,
+) -> Any:
+    rank = (math.prod(x.shape[:-1]), padded(lora_a.shape[0])) if lora_a.dim() == 2 else (0,)
+    return x.new_empty((*x.shape[:-1], scale.shape[0])), x.new_empty(rank, dtype=torch.float32)
+
+
+@torch.library.register_fake("clipft::int8_lora_linear_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    packed_t: Tensor,
+    scale: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor,
+    rank: Tensor,
+    features: int,
+    scaling: float,
+    dropout: float,
+    quick_gelu: bool,
+    needs_input: bool,
+    needs_bias: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> Any:
+    def like(tensor: Tensor, needed: bool) -> Tensor:
+        return tensor.new_empty(tensor.shape if needed else (0,))
+
+    return (
+        grad.new_empty((*grad.shape[:-1], features) if needs_input else (0,)),
+        grad.new_empty((scale.shape[0] if needs_bias else 0,), dtype=torch.float32),
+        like(lora_a, needs_a),
+        like(lora_b, needs_b),
+    )
+
+
+# ---- autograd ----
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, packed_t, scale, bias, lora_a, lora_b, seed, ctx.scaling, ctx.dropout, ctx.quick_gelu = inputs
+    ctx.features, ctx.bias_dtype = x.shape[-1], bias.dtype
+    ctx.mark_non_differentiable(output[1])
+    kept = x if lora_a.dim() == 2 or ctx.quick_gelu else None  # else the gradient does not depend on it
+    ctx.save_for_backward(kept, packed_t, scale, lora_a, lora_b, seed, output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    needs = tuple(ctx.needs_input_grad[k] for k in (0, 4, 5, 6))
+    x, *rest = ctx.saved_tensors
+    numbers = ctx.features, ctx.scaling, ctx.dropout, ctx.quick_gelu
+    op = torch.ops.clipft.int8_lora_linear_backward
+    grads = call(op, int8.in_order(grad), grad.new_empty(0) if x is None else x, *rest, *numbers, *needs)
+    d_x, d_bias, d_a, d_b = (g if need else None for g, need in zip(grads, needs, strict=True))
+    d_bias = None if d_bias is None else d_bias.to(ctx.bias_dtype)
+    return d_x, None, None, None, d_bias, d_a, d_b, None, None, None, None
+
+
+torch.library.register_autograd("clipft::int8_lora_linear", _gradients, setup_context=_context)
+torch.library.register_autograd("clipft::int8_lora_linear_backward", no_second_derivative)

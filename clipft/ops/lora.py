@@ -166,7 +166,7 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 # ---- fake kernels ----
 
 
-def _padded(rank: int) -> int:
+def padded(rank: int) -> int:
     return (rank + _RANK_PAD - 1) // _RANK_PAD * _RANK_PAD
 
 
@@ -185,7 +185,7 @@ def _(
     rows = math.prod(x.shape[:-1])
     return (
         x.new_empty((*x.shape[:-1], weight.shape[0])),
-        x.new_empty((rows, _padded(lora_a.shape[0])), dtype=torch.float32),
+        x.new_empty((rows, padded(lora_a.shape[0])), dtype=torch.float32),
     )
 
 

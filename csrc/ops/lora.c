@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static bool seed_dropout(const clipft_tensor *seed, clipft_dropout *dropout, double p, clipft_error *error)
+bool lora_seed_dropout(const clipft_tensor *seed, clipft_dropout *dropout, double p, clipft_error *error)
 {
     if (!dropout->active) return true;
     if (!clipft_check_cpu(seed, error)) return false;
@@ -35,7 +35,7 @@ static void run_lora_linear(const lora_linear_args *args, lora_linear_results *r
     clipft_view y = {0}, act = {0};
 
     if (!lora_take_forward(&in, args, error) || !clipft_check_cpu(&in.input, error) ||
-        !seed_dropout(&in.seed, &in.lora.dropout, clipft_unbox_float(args->dropout), error) ||
+        !lora_seed_dropout(&in.seed, &in.lora.dropout, clipft_unbox_float(args->dropout), error) ||
         !lora_make_output(&in, &output, &y, &rank, error) || (in.lora.quick_gelu && !lora_temporary(&in, in.in, &activated, &act, error)))
         goto done;
     if (forward_products(&in, &act, rank.data, &y))
@@ -52,7 +52,7 @@ CLIPFT_CPU_ENTRY(lora_linear)
 
 /* ---- backward ---- */
 
-static void zero_gradient(const clipft_tensor *t)
+void lora_zero_gradient(const clipft_tensor *t)
 {
     int64_t n = 1;
     for (int64_t d = 0; d < t->ndim; ++d) n *= t->size[d];
@@ -62,10 +62,10 @@ static void zero_gradient(const clipft_tensor *t)
 /* Sums over no rows. */
 static bool no_rows(const lora_gradients *g)
 {
-    if (g->d_w.data) zero_gradient(&g->weight);
-    if (g->d_bias.data) zero_gradient(&g->bias);
-    if (g->d_a.data) zero_gradient(&g->lora_a);
-    if (g->d_b.data) zero_gradient(&g->lora_b);
+    if (g->d_w.data) lora_zero_gradient(&g->weight);
+    if (g->d_bias.data) lora_zero_gradient(&g->bias);
+    if (g->d_a.data) lora_zero_gradient(&g->lora_a);
+    if (g->d_b.data) lora_zero_gradient(&g->lora_b);
     return true;
 }
 
@@ -104,7 +104,7 @@ static void run_lora_linear_backward(const lora_linear_backward_args *args, lora
     lora_gradients g = {0};
 
     if (lora_take_backward(&in, &saved, args, error) && clipft_check_cpu(&in.input, error) &&
-        seed_dropout(&in.seed, &in.lora.dropout, clipft_unbox_float(args->dropout), error) && lora_make_gradients(&g, &in, args, error)) {
+        lora_seed_dropout(&in.seed, &in.lora.dropout, clipft_unbox_float(args->dropout), error) && lora_make_gradients(&g, &in, args, error)) {
         if (backward_products(&in, &g, &saved.dy, saved.rank.data))
             *results = lora_box_gradients(&g);
         else
@@ -126,7 +126,7 @@ static void run_dropout_mask(const dropout_mask_args *args, dropout_mask_results
     clipft_dropout dropout;
 
     if (!clipft_unbox(args->seed, "seed", &seed, error) || !lora_check_dropout(&seed, p, &dropout, error) ||
-        !seed_dropout(&seed, &dropout, p, error) || !lora_check_mask(sizes, error) ||
+        !lora_seed_dropout(&seed, &dropout, p, error) || !lora_check_mask(sizes, error) ||
         !clipft_empty(clipft_dtype_float32(), 2, sizes, &mask, error))
         goto done;
     if (clipft_dropout_mask(&dropout, &clipft_torch_host, mask.data, sizes[0], sizes[1]))

@@ -48,7 +48,7 @@ bool lora_check_mask(const int64_t *sizes, clipft_error *error)
                        (long long)sizes[1]);
 }
 
-static bool view_of(const clipft_tensor *t, clipft_view *view, clipft_error *error)
+bool lora_view_of(const clipft_tensor *t, clipft_view *view, clipft_error *error)
 {
     return clipft_tensor_view(t, view) ||
            clipft_fail(error, CLIPFT_VALUE_ERROR, "%s must be contiguous where it has more than two dimensions", t->name);
@@ -61,11 +61,22 @@ static bool check_inputs(lora_inputs *in, bool has_bias, clipft_error *error)
     in->in = input->size[input->ndim - 1];
     if (!check_like_input(&in->weight, input, false, error) || !check_shape(&in->weight, -1, in->in, "[out, in]", error)) return false;
     in->out = in->weight.size[0];
-    if (has_bias && !check_bias(&in->bias, input, in->out, error)) return false;
+    return !has_bias || check_bias(&in->bias, input, in->out, error);
+}
+
+bool lora_check_branch(lora_inputs *in, double scaling, double dropout, bool quick_gelu, clipft_error *error)
+{
+    const clipft_tensor *input = &in->input;
     if (!check_like_input(&in->lora_a, input, true, error) || !check_shape(&in->lora_a, -1, in->in, "[r, in]", error)) return false;
     in->rank = in->lora_a.size[0];
     in->padded = clipft_lora_padded(in->rank);
-    return check_like_input(&in->lora_b, input, true, error) && check_shape(&in->lora_b, in->out, in->rank, "[out, r]", error);
+    if (!check_like_input(&in->lora_b, input, true, error) || !check_shape(&in->lora_b, in->out, in->rank, "[out, r]", error) ||
+        !lora_check_dropout(&in->seed, dropout, &in->lora.dropout, error) ||
+        (dropout != 0.0 && !clipft_check_beside(&in->seed, input, error)))
+        return false;
+    in->lora.scale = (float)(scaling / (1.0 - dropout));
+    in->lora.quick_gelu = quick_gelu;
+    return lora_view_of(&in->lora_a, &in->lora.lora_a, error) && lora_view_of(&in->lora_b, &in->lora.lora_b, error);
 }
 
 /* What both ops take. */
@@ -84,13 +95,10 @@ static bool take_inputs(lora_inputs *in, const lora_slots *slots, clipft_error *
     ok &= clipft_unbox(slots->lora_a, "lora_a", &in->lora_a, error);
     ok &= clipft_unbox(slots->lora_b, "lora_b", &in->lora_b, error);
     ok &= clipft_unbox(slots->seed, "seed", &in->seed, error);
-    ok = ok && check_inputs(in, slots->bias, error) && lora_check_dropout(&in->seed, slots->dropout, &in->lora.dropout, error) &&
-         (slots->dropout == 0.0 || clipft_check_beside(&in->seed, &in->input, error)) && view_of(&in->input, &in->x, error) &&
-         view_of(&in->weight, &in->w, error) && view_of(&in->lora_a, &in->lora.lora_a, error) &&
-         view_of(&in->lora_b, &in->lora.lora_b, error);
-    if (ok && slots->bias && in->bias.size[0] > 0) ok = view_of(&in->bias, &in->bias_row, error);
-    in->lora.scale = (float)(slots->scaling / (1.0 - slots->dropout));
-    in->lora.quick_gelu = slots->quick_gelu;
+    ok = ok && check_inputs(in, slots->bias, error) &&
+         lora_check_branch(in, slots->scaling, slots->dropout, slots->quick_gelu, error) && lora_view_of(&in->input, &in->x, error) &&
+         lora_view_of(&in->weight, &in->w, error);
+    if (ok && slots->bias && in->bias.size[0] > 0) ok = lora_view_of(&in->bias, &in->bias_row, error);
     in->rows = in->x.rows;
     return ok;
 }
@@ -119,15 +127,19 @@ bool lora_take_forward(lora_inputs *in, const lora_linear_args *args, clipft_err
     return take_inputs(in, &slots, error);
 }
 
-static bool check_grad(const clipft_tensor *grad, const clipft_tensor *rank, const lora_inputs *in, clipft_view *dy, clipft_error *error)
+bool lora_check_grad(const clipft_tensor *grad, const lora_inputs *in, clipft_view *dy, clipft_error *error)
 {
     char shape[96];
-    if (grad->dtype != in->input.dtype || grad->ndim < 1 || !view_of(grad, dy, error) || dy->rows != in->rows || dy->cols != in->out)
+    if (grad->dtype != in->input.dtype || grad->ndim < 1 || !lora_view_of(grad, dy, error) || dy->rows != in->rows || dy->cols != in->out)
         return clipft_fail(error, CLIPFT_VALUE_ERROR, "grad must be [..., out], %lld rows of %lld, in the dtype of input, got shape %s",
                            (long long)in->rows, (long long)in->out, clipft_shape_text(grad, shape, sizeof shape));
-    if (!clipft_check_beside(grad, &in->input, error) || !clipft_check_beside(rank, &in->input, error) ||
-        !clipft_check_dtype(rank, clipft_dtype_float32(), "float32", error))
-        return false;
+    return clipft_check_beside(grad, &in->input, error);
+}
+
+bool lora_check_rank(const clipft_tensor *rank, const lora_inputs *in, clipft_error *error)
+{
+    char shape[96];
+    if (!clipft_check_beside(rank, &in->input, error) || !clipft_check_dtype(rank, clipft_dtype_float32(), "float32", error)) return false;
     if (rank->ndim == 2 && rank->size[0] == in->rows && rank->size[1] == in->padded && (in->rows < 2 || rank->stride[0] == in->padded) &&
         rank->stride[1] == 1)
         return true;
@@ -148,7 +160,7 @@ bool lora_take_backward(lora_inputs *in, lora_saved *saved, const lora_linear_ba
     bool ok = take_inputs(in, &slots, error);
     ok &= clipft_unbox(args->grad, "grad", &saved->grad, error);
     ok &= clipft_unbox(args->rank, "rank", &saved->rank, error);
-    return ok && check_grad(&saved->grad, &saved->rank, in, &saved->dy, error);
+    return ok && lora_check_grad(&saved->grad, in, &saved->dy, error) && lora_check_rank(&saved->rank, in, error);
 }
 
 void lora_free_saved(lora_saved *saved)
@@ -159,13 +171,18 @@ void lora_free_saved(lora_saved *saved)
 
 /* ---- results ---- */
 
-bool lora_make_output(const lora_inputs *in, clipft_tensor *output, clipft_view *y, clipft_tensor *rank, clipft_error *error)
+bool lora_make_result(const lora_inputs *in, clipft_tensor *output, clipft_view *y, clipft_error *error)
 {
     int64_t sizes[CLIPFT_MAX_DIM];
-    const int64_t rank_sizes[] = {in->rows, in->padded};
     memcpy(sizes, in->input.size, sizeof sizes);
     sizes[in->input.ndim - 1] = in->out;
-    return clipft_empty_view(&in->input, in->input.ndim, sizes, output, y, error) &&
+    return clipft_empty_view(&in->input, in->input.ndim, sizes, output, y, error);
+}
+
+bool lora_make_output(const lora_inputs *in, clipft_tensor *output, clipft_view *y, clipft_tensor *rank, clipft_error *error)
+{
+    const int64_t rank_sizes[] = {in->rows, in->padded};
+    return lora_make_result(in, output, y, error) &&
            clipft_empty_beside(&in->input, clipft_dtype_float32(), 2, rank_sizes, rank, error);
 }
 
@@ -175,7 +192,7 @@ bool lora_temporary(const lora_inputs *in, int64_t cols, clipft_tensor *tensor, 
     return clipft_empty_view(&in->input, 2, sizes, tensor, view, error);
 }
 
-static bool make_gradient(bool needed, const clipft_tensor *like, clipft_tensor *grad, clipft_view *view, clipft_error *error)
+bool lora_make_gradient(bool needed, const clipft_tensor *like, clipft_tensor *grad, clipft_view *view, clipft_error *error)
 {
     const int64_t none = 0;
     if (!needed) return clipft_empty_beside(like, like->dtype, 1, &none, grad, error);
@@ -187,12 +204,12 @@ bool lora_make_gradients(lora_gradients *g, const lora_inputs *in, const lora_li
     const bool need_input = clipft_unbox_bool(args->needs_input), need_weight = clipft_unbox_bool(args->needs_weight);
     const bool need_bias = clipft_unbox_bool(args->needs_bias), need_a = clipft_unbox_bool(args->needs_a);
     const int64_t u_sizes[] = {in->rows, in->padded}, bias_size[] = {need_bias ? in->out : 0};
-    if (!make_gradient(need_input, &in->input, &g->input, &g->d_x, error) ||
-        !make_gradient(need_weight, &in->weight, &g->weight, &g->d_w, error) ||
-        !make_gradient(need_a, &in->lora_a, &g->lora_a, &g->d_a, error) ||
-        !make_gradient(clipft_unbox_bool(args->needs_b), &in->lora_b, &g->lora_b, &g->d_b, error) ||
+    if (!lora_make_gradient(need_input, &in->input, &g->input, &g->d_x, error) ||
+        !lora_make_gradient(need_weight, &in->weight, &g->weight, &g->d_w, error) ||
+        !lora_make_gradient(need_a, &in->lora_a, &g->lora_a, &g->d_a, error) ||
+        !lora_make_gradient(clipft_unbox_bool(args->needs_b), &in->lora_b, &g->lora_b, &g->d_b, error) ||
         !clipft_empty_beside(&in->input, in->input.dtype, 1, bias_size, &g->bias, error) ||
-        (need_bias && !view_of(&g->bias, &g->d_bias, error)))
+        (need_bias && !lora_view_of(&g->bias, &g->d_bias, error)))
         return false;
     if ((need_input || need_a) && !clipft_empty_beside(&in->input, clipft_dtype_float32(), 2, u_sizes, &g->u, error)) return false;
     return !(need_weight && in->lora.quick_gelu) || lora_temporary(in, in->in, &g->activated, &g->act, error);

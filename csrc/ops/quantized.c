@@ -40,8 +40,8 @@ done:
 }
 CLIPFT_CPU_ENTRY(quantized_linear)
 
-/* What quantized_pack gave becomes a layer; beside itself where nothing else is there. */
-static bool check_packed(const clipft_tensor *t, const clipft_tensor *input, clipft_int8_layer *layer, clipft_error *error)
+/* Beside itself where nothing else is there. */
+bool int8_check_packed(const clipft_tensor *t, const clipft_tensor *input, clipft_int8_layer *layer, clipft_error *error)
 {
     clipft_int8_header header;
     if (!clipft_check_dtype(t, clipft_dtype_uint8(), "uint8", error) || !clipft_check_cpu(t, error) ||
@@ -57,7 +57,7 @@ static void run_quantized_chain(const quantized_chain_args *args, quantized_chai
 {
     int8_inputs in = {0};
     clipft_tensor output = {0};
-    if (int8_take_chain(&in, args, check_packed, error) && multiply(&in, &output, error)) results->result = clipft_box(&output);
+    if (int8_take_chain(&in, args, int8_check_packed, error) && multiply(&in, &output, error)) results->result = clipft_box(&output);
     clipft_release(&output);
     int8_inputs_free(&in);
 }
@@ -87,7 +87,7 @@ static void run_quantized_unpack(const quantized_unpack_args *args, quantized_un
     clipft_tensor packed, weight = {0};
     clipft_int8_layer layer = {0};
 
-    if (!clipft_unbox(args->packed, "packed", &packed, error) || !check_packed(&packed, &packed, &layer, error)) goto done;
+    if (!clipft_unbox(args->packed, "packed", &packed, error) || !int8_check_packed(&packed, &packed, &layer, error)) goto done;
     if (layer.out != sizes[0] || layer.in != sizes[1])
         clipft_fail(error, CLIPFT_VALUE_ERROR, "packed must be of [%lld, %lld], got [%lld, %lld]", (long long)sizes[0], (long long)sizes[1],
                     (long long)layer.out, (long long)layer.in);

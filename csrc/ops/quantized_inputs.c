@@ -41,7 +41,7 @@ static clipft_view vector_view(const clipft_tensor *t)
     return view;
 }
 
-static bool check_features(const clipft_tensor *input, int64_t in, clipft_error *error)
+bool int8_check_features(const clipft_tensor *input, int64_t in, clipft_error *error)
 {
     char shape[96];
     return input->size[input->ndim - 1] == in ||
@@ -49,8 +49,8 @@ static bool check_features(const clipft_tensor *input, int64_t in, clipft_error 
                        clipft_shape_text(input, shape, sizeof shape));
 }
 
-static bool check_layer(const int8_layer_tensors *t, const clipft_tensor *input, int64_t activation, clipft_int8_layer *layer,
-                        clipft_error *error)
+bool int8_check_layer(const int8_layer_tensors *t, const clipft_tensor *input, int64_t activation, clipft_int8_layer *layer,
+                      clipft_error *error)
 {
     if (!clipft_check_dtype(&t->scale, clipft_dtype_float32(), "float32", error) || !clipft_check_beside(&t->scale, input, error) ||
         !check_out(&t->scale, layer->out, error) || !check_vector(&t->bias, input, layer->out, error))
@@ -66,7 +66,7 @@ static bool check_layer(const int8_layer_tensors *t, const clipft_tensor *input,
 
 static bool check_rows(int8_inputs *in, clipft_error *error)
 {
-    if (!check_features(&in->input, in->chain.layers[0].in, error)) return false;
+    if (!int8_check_features(&in->input, in->chain.layers[0].in, error)) return false;
     if (!clipft_tensor_view(&in->input, &in->x))
         return clipft_fail(error, CLIPFT_VALUE_ERROR, "input must be contiguous where it has more than two dimensions");
     return true;
@@ -127,7 +127,7 @@ bool int8_take_linear(int8_inputs *in, const quantized_linear_args *args, clipft
     ok &= unbox_layer(in->layers, args->weight_int8, "weight_int8", args->weight_scale, args->bias, error);
     in->chain.count = 1;
     return ok && clipft_check_features(&in->input, error) && int8_check_plain(&in->layers[0].weight, &in->input, layer, error) &&
-           check_rows(in, error) && check_layer(in->layers, &in->input, clipft_unbox_int(args->activation), layer, error);
+           check_rows(in, error) && int8_check_layer(in->layers, &in->input, clipft_unbox_int(args->activation), layer, error);
 }
 
 static bool check_second(int8_inputs *in, int8_check_weight check, clipft_error *error)
@@ -137,7 +137,7 @@ static bool check_second(int8_inputs *in, int8_check_weight check, clipft_error 
     if (layers[1].in != layers[0].out)
         return clipft_fail(error, CLIPFT_VALUE_ERROR, "packed2 must take the first layer's %lld features, got %lld",
                            (long long)layers[0].out, (long long)layers[1].in);
-    return check_layer(&in->layers[1], &in->input, CLIPFT_NO_ACTIVATION, &layers[1], error);
+    return int8_check_layer(&in->layers[1], &in->input, CLIPFT_NO_ACTIVATION, &layers[1], error);
 }
 
 bool int8_take_chain(int8_inputs *in, const quantized_chain_args *args, int8_check_weight check, clipft_error *error)
@@ -151,7 +151,7 @@ bool int8_take_chain(int8_inputs *in, const quantized_chain_args *args, int8_che
     ok &= clipft_unbox(args->residual, "residual", &in->residual, error);
     chain->norm_eps = (float)clipft_unbox_float(args->norm_eps);
     if (!ok || !clipft_check_features(&in->input, error) || !check(&in->layers[0].weight, &in->input, &chain->layers[0], error) ||
-        !check_rows(in, error) || !check_layer(&in->layers[0], &in->input, clipft_unbox_int(args->activation), &chain->layers[0], error))
+        !check_rows(in, error) || !int8_check_layer(&in->layers[0], &in->input, clipft_unbox_int(args->activation), &chain->layers[0], error))
         return false;
     chain->count = in->layers[1].weight.size[0] > 0 ? 2 : 1;
     return (chain->count == 1 || check_second(in, check, error)) && check_surroundings(in, error);

@@ -19,6 +19,16 @@ typedef struct int8_inputs {
 /* Checks a weight, [out, in] int8 as it is saved or what a device made of it, and sets the layer's out and in. */
 typedef bool (*int8_check_weight)(const clipft_tensor *weight, const clipft_tensor *input, clipft_int8_layer *layer, clipft_error *error);
 
+/* What quantized_pack gave. */
+bool int8_check_packed(const clipft_tensor *packed, const clipft_tensor *input, clipft_int8_layer *layer, clipft_error *error);
+
+/* A layer's scale and bias, whose out is known; they become its views. */
+bool int8_check_layer(const int8_layer_tensors *tensors, const clipft_tensor *input, int64_t activation, clipft_int8_layer *layer,
+                      clipft_error *error);
+
+/* That the input has so many features. */
+bool int8_check_features(const clipft_tensor *input, int64_t in, clipft_error *error);
+
 bool int8_check_plain(const clipft_tensor *weight, const clipft_tensor *input, clipft_int8_layer *layer, clipft_error *error);
 
 /* The arguments of quantized_linear and of quantized_chain. Free them in any case. */

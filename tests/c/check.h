@@ -59,6 +59,7 @@ void test_lora_rows(void);
 void test_lora(void);
 void test_int8_rows(void);
 void test_int8(void);
+void test_int8_lora(void);
 void test_attention(void);
 
 #endif

@@ -25,25 +25,6 @@ typedef struct layer_data {
     uint8_t *packed;
 } layer_data;
 
-static clipft_view make_view(int64_t rows, int64_t cols, bool transposed, clipft_float_kind kind)
-{
-    const int64_t ld = transposed ? rows + 1 : cols + 3;
-    clipft_view v = {check_alloc((transposed ? cols : rows) * ld, 4), rows, cols, transposed ? 1 : ld, transposed ? ld : 1, kind};
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < cols; ++j) {
-            const float value = uniform() + 0.3F;
-            clipft_view_write(&v, i, j, 1, &value);
-        }
-    return v;
-}
-
-static double held(const clipft_view *v, int64_t i, int64_t j)
-{
-    float x;
-    clipft_view_read(v, i, j, 1, &x);
-    return (double)x;
-}
-
 static void pack(const int8_t *w, int64_t out, int64_t in, uint8_t *packed)
 {
     const clipft_int8_weights weights = {w, out, in, in, 1};
@@ -67,25 +48,6 @@ static void set_rows(const clipft_view *x)
                                                    : -INFINITY;
             clipft_view_write(x, i, j, 1, &value);
         }
-}
-
-/* Levels of a row by the definition; false where it holds what is not finite. */
-static bool row_levels(const clipft_view *x, int64_t i, double *level, double *scale)
-{
-    float low = 0.0F, high = 0.0F;
-    for (int64_t j = 0; j < x->cols; ++j) {
-        const float v = (float)held(x, i, j);
-        if (!isfinite(v)) return false;
-        low = fminf(low, v), high = fmaxf(high, v);
-    }
-    const float step = fmaxf(high / 127.0F - low / 127.0F, FLT_MIN), inverse = 1.0F / step;
-    const double zero = -nearbyint((double)(float)((double)low * (double)inverse));
-    for (int64_t j = 0; j < x->cols; ++j) {
-        const double q = nearbyint((double)(float)(held(x, i, j) * (double)inverse)) + zero;
-        level[j] = (q > 127 ? 127 : q < 0 ? 0 : q) - zero;
-    }
-    *scale = (double)step;
-    return true;
 }
 
 static void check_layer(const layer_case *c, const layer_data *d)

@@ -5,6 +5,7 @@
 #include "../../csrc/kernels/int8/int8.h"
 #include "check.h"
 
+#include <float.h>
 #include <string.h>
 
 static const double u = 0x1p-24;
@@ -15,6 +16,45 @@ static inline int pick(int low, int high) { return low + (int)((uniform() * 0.5F
 static inline void check_same(const void *got, const void *want, size_t bytes, const char *what, int64_t size)
 {
     check_near(memcmp(got, want, bytes) != 0, 0.0, 0.0, what, size);
+}
+
+/* A random matrix with room between its rows or, transposed, its columns. */
+static inline clipft_view make_view(int64_t rows, int64_t cols, bool transposed, clipft_float_kind kind)
+{
+    const int64_t ld = transposed ? rows + 1 : cols + 3;
+    clipft_view v = {check_alloc((transposed ? cols : rows) * ld, 4), rows, cols, transposed ? 1 : ld, transposed ? ld : 1, kind};
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; ++j) {
+            const float value = uniform() + 0.3F;
+            clipft_view_write(&v, i, j, 1, &value);
+        }
+    return v;
+}
+
+static inline double held(const clipft_view *v, int64_t i, int64_t j)
+{
+    float x;
+    clipft_view_read(v, i, j, 1, &x);
+    return (double)x;
+}
+
+/* Levels of a row by the definition; false where it holds what is not finite. */
+static inline bool row_levels(const clipft_view *x, int64_t i, double *level, double *scale)
+{
+    float low = 0.0F, high = 0.0F;
+    for (int64_t j = 0; j < x->cols; ++j) {
+        const float v = (float)held(x, i, j);
+        if (!isfinite(v)) return false;
+        low = fminf(low, v), high = fmaxf(high, v);
+    }
+    const float step = fmaxf(high / 127.0F - low / 127.0F, FLT_MIN), inverse = 1.0F / step;
+    const double zero = -nearbyint((double)(float)((double)low * (double)inverse));
+    for (int64_t j = 0; j < x->cols; ++j) {
+        const double q = nearbyint((double)(float)(held(x, i, j) * (double)inverse)) + zero;
+        level[j] = (q > 127 ? 127 : q < 0 ? 0 : q) - zero;
+    }
+    *scale = (double)step;
+    return true;
 }
 
 static inline double exponent_of_tanh(double v) { return sqrt(8.0 / acos(-1.0)) * (v + 0.044715 * v * v * v); }

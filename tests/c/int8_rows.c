@@ -82,6 +82,17 @@ static void test_packed_bytes(void)
     check_near(clipft_int8_packed(packed, sizeof packed, &parsed), 0.0, 0.0, "int8_packed of another layout", IN);
 }
 
+static void test_scale(int64_t n)
+{
+    float *x = floats(n), *factor = floats(n), *out = floats(n), *want = floats(n);
+    for (int64_t j = 0; j < n; ++j) x[j] = uniform(), factor[j] = uniform(), want[j] = x[j] * factor[j];
+    clipft_kernel_table.int8.row_scale(x, n, factor, out);
+    check_same(out, want, (size_t)n * sizeof *out, "row_scale", n);
+    clipft_kernel_table.int8.row_scale(x, n, factor, x);
+    check_same(x, want, (size_t)n * sizeof *x, "row_scale in place", n);
+    free(x), free(factor), free(out), free(want);
+}
+
 static void test_range(int64_t n, float spread, int64_t special, float value)
 {
     float *x = floats(n);
@@ -210,6 +221,7 @@ void test_int8_rows(void)
     for (int values = 0; values < VALUES; ++values) test_dot(dot->rows, 4, 8192, values);
     test_packed_bytes();
     for (int n = 0; n < COUNT(widths); ++n) {
+        test_scale(widths[n]);
         test_range(widths[n], 10.0F, 999, 0.0F);
         test_range(widths[n], 3e38F, widths[n] / 2, NAN);
         test_range(widths[n], 1e-40F, widths[n] - 1 < 0 ? 0 : widths[n] - 1, INFINITY);

@@ -44,6 +44,7 @@ int main(void)
         test_lora();
         test_int8_rows();
         test_int8();
+        test_int8_lora();
         test_attention();
         printf("isa %s: %d checks passed\n", clipft_isa_name((clipft_isa)isa), check_passed - before);
     }

@@ -118,6 +118,31 @@ def test_used_twice_in_one_graph(int8_isa: str) -> None:
         assert (got - want).norm() <= 2e-2 * want.norm()  # the second's input may be a level off
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_upstream_gradient_may_be_expanded_and_the_graph_retained(rank: int | None) -> None:
+    for shape in ((6, 8), (2, 3, 8)):
+        case = Int8LoraCase(shape, 5, rank)
+        x, *rest = case.tensors()
+        y = int8_lora_linear(x, case.weight(), *rest, 2.0)
+        (once,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        (thrice,) = torch.autograd.grad(y, x, torch.full_like(y, 3.0))
+        torch.testing.assert_close(thrice, 3 * once)
+
+
+@pytest.mark.parametrize("rows", [30, 430])  # few: channels are shared out; many: blocks of rows
+def test_results_do_not_depend_on_threads(rows: int, int8_isa: str) -> None:
+    case = Int8LoraCase((rows, 96), 150, 8, 0.2, True)
+    before = torch.get_num_threads()
+    want = ours(case)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            got = ours(case)
+            assert all(torch.equal(value, want[name]) for name, value in got.items())
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_gives_the_same(reentrant: bool) -> None:
     case = Int8LoraCase((3, 9, 20), 12, 3, 0.3, True)
@@ -136,6 +161,58 @@ def test_a_checkpoint_gives_the_same(reentrant: bool) -> None:
 
 
 # ---- torch's contracts ----
+
+
+def operands(case: Int8LoraCase) -> tuple[object, ...]:
+    """The op's arguments."""
+    weight, (x, bias, a, b) = case.weight(), case.tensors()
+    none = x.detach().new_empty(0)
+    tensors = (t if t is not None else none for t in (bias, a, b))
+    packings = weight._packed, weight._packed_t, weight.weight_scale
+    return (x, *packings, *tensors, torch.tensor(5), case.scaling, case.dropout, case.activation)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Int8LoraCase((6, 8), 5, 2, 0.3),
+        Int8LoraCase((2, 3, 8), 5, 17, activation=True, dtype=BF16, lora_dtype=F32),
+        Int8LoraCase((6, 8), 5, bias=False),
+        Int8LoraCase((2, 3, 8), 5, activation=True),
+    ],
+    ids=str,
+)
+def test_opcheck(case: Int8LoraCase) -> None:
+    args = operands(case)
+    torch.library.opcheck(torch.ops.clipft.int8_lora_linear.default, args)
+    x, _, packed_t, scale, _, a, b, seed, *numbers = (t.detach() if isinstance(t, Tensor) else t for t in args)
+    rank = torch.ops.clipft.int8_lora_linear(*args)[1].detach()
+    rest = packed_t, scale, a, b, seed, rank, case.shape[-1], *numbers
+    for needs in ((True, True, True, True), (True, False, False, False), (False, False, True, True)):
+        op = torch.ops.clipft.int8_lora_linear_backward.default
+        torch.library.opcheck(op, (case.upstream(), x, *rest, *needs))
+
+
+def test_second_derivative_is_refused() -> None:
+    case = Int8LoraCase((6, 8), 5, 2)
+    x, bias, a, b = case.tensors()
+    (grad,) = torch.autograd.grad(int8_lora_linear(x, case.weight(), bias, a, b).sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_the_bare_op_checks_what_it_gets() -> None:
+    x, packed, packed_t, *rest = operands(Int8LoraCase((6, 8), 5, 2))
+    op = torch.ops.clipft.int8_lora_linear
+    with pytest.raises(RuntimeError, match=r"packed_t must be of the transpose, \[8, 5\], got \[5, 8\]"):
+        op(x, packed, packed, *rest)
+    with pytest.raises(RuntimeError, match="packed must be what quantized_pack gave"):
+        op(x, packed[:-1], packed_t, *rest)
+    scale, bias, a, b, *rest = rest
+    with pytest.raises(RuntimeError, match="lora_a and lora_b must come together"):
+        op(x, packed, packed_t, scale, bias, a[:0, 0], b, *rest)
+    with pytest.raises(RuntimeError, match=r"weight_scale must be \[out\], \[5\], got shape \[4\]"):
+        op(x, packed, packed_t, scale[:4], bias, a, b, *rest)
 
 
 @pytest.mark.parametrize("rank", [None, 4])

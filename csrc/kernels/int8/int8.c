@@ -42,6 +42,7 @@ typedef struct int8_job {
     const clipft_view *x, *y;
     stage stages[CLIPFT_INT8_LAYERS];
     const float *norm_weight, *norm_bias; /* [in], NULL: no norm */
+    const float *factor;                  /* [in], NULL: none */
     workspace *spaces;                    /* [workers] */
     int64_t workers, block_rows;
 
@@ -53,6 +54,25 @@ typedef struct int8_job {
 
 /* ---- rows ---- */
 
+/* What a row of x passes before it is quantised. */
+static const float *prepare_row(const int8_job *job, const float *x, float *row)
+{
+    const int64_t n = job->x->cols;
+    if (job->norm_weight) {
+        clipft_kernel_table.int8.row_norm(x, n, job->norm_weight, job->norm_bias, job->chain->norm_eps, row);
+        x = row;
+    }
+    if (job->factor) {
+        clipft_kernel_table.int8.row_scale(x, n, job->factor, row);
+        x = row;
+    }
+    if (job->chain->quick_gelu) {
+        clipft_kernel_table.lora.row_quick_gelu(x, row, n);
+        x = row;
+    }
+    return x;
+}
+
 static const float *read_row(const int8_job *job, int at, const workspace *space, int64_t first, int64_t i, float *row)
 {
     const clipft_view *from = at > 0 ? &space->hidden : job->x;
@@ -62,9 +82,7 @@ static const float *read_row(const int8_job *job, int at, const workspace *space
         x = clipft_view_floats(from, index, 0);
     else
         clipft_view_read(from, index, 0, from->cols, row);
-    if (at > 0 || !job->norm_weight) return x;
-    clipft_kernel_table.int8.row_norm(x, from->cols, job->norm_weight, job->norm_bias, job->chain->norm_eps, row);
-    return row;
+    return at > 0 ? x : prepare_row(job, x, row);
 }
 
 /* Row i of the work space, row `first` + i of x; `row` has room for one. */
@@ -102,7 +120,8 @@ static void load_columns(const stage *s, int64_t col, int64_t n, columns *c)
 {
     const clipft_int8_layer *layer = s->layer;
     *c = (columns){0};
-    clipft_view_read(&layer->scale, 0, col, n, c->scale);
+    for (int64_t j = 0; !layer->scale.data && j < n; ++j) c->scale[j] = 1.0F;
+    if (layer->scale.data) clipft_view_read(&layer->scale, 0, col, n, c->scale);
     if (layer->bias.data) clipft_view_read(&layer->bias, 0, col, n, c->bias);
     memcpy(c->sum, clipft_int8_sums(layer->packed, layer->out, s->panel_bytes) + col * (int64_t)sizeof(int32_t),
            (size_t)n * sizeof(int32_t));
@@ -114,6 +133,23 @@ static float *piece(const clipft_view *view, int64_t row, int64_t col, float *co
     const bool plain = clipft_view_plain(view);
     *stride = plain ? view->row_stride : CLIPFT_INT8_COLS;
     return plain ? clipft_view_floats(view, row, col) : copy;
+}
+
+/* Adds the branch to results, whose first is at (row, col). */
+static void add_branch(const clipft_int8_branch *branch, const clipft_int8_finish *finish, int64_t row, int64_t col)
+{
+    const clipft_rank_tile tile = {.v = branch->v + row * branch->padded,
+                                   .panel = branch->panel + col,
+                                   .init = finish->out,
+                                   .out = finish->out,
+                                   .rows = finish->rows,
+                                   .cols = finish->cols,
+                                   .rank = branch->rank,
+                                   .padded = branch->padded,
+                                   .panel_stride = branch->panel_stride,
+                                   .init_stride = finish->out_stride,
+                                   .out_stride = finish->out_stride};
+    clipft_kernel_table.lora.rank_up(&tile);
 }
 
 /* Rows begin .. end - 1 of the work space times a group of channels. */
@@ -153,6 +189,7 @@ static void multiply(const int8_job *job, int at, const workspace *space, int64_
         tile.ahead_panels = group + 1 < s->groups && asked < GROUP ? 2 : 0;
         dot->multiply(&tile, sums);
         clipft_kernel_table.int8.finish(&finish, sums);
+        if (last && job->chain->branch.v) add_branch(&job->chain->branch, &finish, row0 + i, col);
         for (int64_t r = 0; finish.out == staged && r < tile.rows; ++r)
             clipft_view_write(y, row0 + i + r, col, cols, staged + r * CLIPFT_INT8_COLS);
     }
@@ -242,7 +279,9 @@ static sizes plan(int8_job *job, const clipft_host *host)
 /* Claims every piece: called before `arena` is allocated and once more after. */
 static void claim_all(int8_job *job, const sizes *z, clipft_arena *arena)
 {
-    const bool norm = job->chain->norm_weight.data;
+    const clipft_int8_chain *chain = job->chain;
+    const bool norm = chain->norm_weight.data, scaled = chain->factor.data;
+    float *factor = clipft_arena_claim(arena, scaled ? z->in : 0, sizeof(float));
     float *weight = clipft_arena_claim(arena, norm ? z->in : 0, sizeof(float)),
           *bias = clipft_arena_claim(arena, norm ? z->in : 0, sizeof(float));
     workspace *spaces = clipft_arena_claim(arena, job->workers, sizeof *spaces);
@@ -257,11 +296,17 @@ static void claim_all(int8_job *job, const sizes *z, clipft_arena *arena)
         if (spaces) spaces[worker] = w;
     }
     job->spaces = spaces;
-    if (!norm || !weight) return;
-    clipft_view_read(&job->chain->norm_weight, 0, 0, z->in, weight);
-    clipft_view_read(&job->chain->norm_bias, 0, 0, z->in, bias);
-    job->norm_weight = weight;
-    job->norm_bias = bias;
+    if (!spaces) return;
+    if (norm) {
+        clipft_view_read(&chain->norm_weight, 0, 0, z->in, weight);
+        clipft_view_read(&chain->norm_bias, 0, 0, z->in, bias);
+        job->norm_weight = weight;
+        job->norm_bias = bias;
+    }
+    if (scaled) {
+        clipft_view_read(&chain->factor, 0, 0, z->in, factor);
+        job->factor = factor;
+    }
 }
 
 bool clipft_int8_run(const clipft_int8_chain *chain, const clipft_host *host, const clipft_view *x, const clipft_view *y)

@@ -43,20 +43,30 @@ int64_t clipft_int8_panel_bytes(const clipft_int8_dot *dot, int64_t in);
 typedef struct clipft_int8_layer {
     const uint8_t *packed;
     int64_t out, in;
-    clipft_view scale; /* [1, out] */
+    clipft_view scale; /* [1, out], or without data: 1 */
     clipft_view bias;  /* [1, out] or without data */
     clipft_activation activation;
 } clipft_int8_layer;
 
 enum { CLIPFT_INT8_LAYERS = 2 };
 
-/* One layer or two in a row, and what stands before and behind them in a transformer's block. */
+/* A product of small rank, v panel, as kernels/lora makes its operands. */
+typedef struct clipft_int8_branch {
+    const float *v;     /* [rows, padded], or NULL: none */
+    const float *panel; /* [rank, out], rows panel_stride apart */
+    int64_t rank, padded, panel_stride;
+} clipft_int8_branch;
+
+/* One layer or two in a row, and what stands before and behind them in a transformer's block or in training. */
 typedef struct clipft_int8_chain {
     clipft_int8_layer layers[CLIPFT_INT8_LAYERS];
     int count;
     clipft_view norm_weight, norm_bias; /* [1, in] LayerNorm of the rows of x, or without data */
     float norm_eps;
-    clipft_view residual; /* [rows, out] added to the result, or without data */
+    clipft_view factor;        /* [1, in] by which the rows of x are multiplied, or without data */
+    bool quick_gelu;           /* which the rows of x pass */
+    clipft_view residual;      /* [rows, out] added to the result, or without data */
+    clipft_int8_branch branch; /* likewise; added last */
 } clipft_int8_chain;
 
 /* y [rows, out of the last layer] of x [rows, in]. False when memory ran out or the host failed. */

@@ -89,6 +89,9 @@ typedef struct clipft_int8_kernels {
     /* out[j] = (x[j] - mean) / sqrt(variance + eps) * weight[j] + bias[j], mean and (biased) variance those of x; out may be x. */
     void (*row_norm)(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *out);
 
+    /* out[j] = x[j] * factor[j], rounded: every ISA agrees; out may be x. */
+    void (*row_scale)(const float *x, int64_t n, const float *factor, float *out);
+
     /* Widens the range to hold x. Exact: every ISA agrees. */
     void (*row_range)(const float *x, int64_t n, clipft_range *range);
 

@@ -14,6 +14,11 @@ void clipft_int8_row_norm_ref(const float *x, int64_t n, const float *weight, co
     for (int64_t j = 0; j < n; ++j) out[j] = (float)(((double)x[j] - mean) * inverse) * weight[j] + bias[j];
 }
 
+void clipft_int8_row_scale_ref(const float *x, int64_t n, const float *factor, float *out)
+{
+    for (int64_t j = 0; j < n; ++j) out[j] = x[j] * factor[j];
+}
+
 void clipft_int8_row_range_ref(const float *x, int64_t n, clipft_range *range)
 {
     clipft_range r = *range;

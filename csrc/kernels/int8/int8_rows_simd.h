@@ -48,6 +48,13 @@ CLIPFT_TARGET void KERNEL(int8_row_norm)(const float *x, int64_t n, const float 
     }
 }
 
+CLIPFT_TARGET void KERNEL(int8_row_scale)(const float *x, int64_t n, const float *factor, float *out)
+{
+    int64_t j = 0;
+    for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) f32v_store(out + j, f32v_load(x + j) * f32v_load(factor + j));
+    if (j < n) store_part(out + j, n - j, load_part(x + j, n - j, 0.0F) * load_part(factor + j, n - j, 0.0F));
+}
+
 typedef struct ranges {
     f32v low, high, bad;
 } ranges;

@@ -107,7 +107,7 @@ static void drop_block(const clipft_dropout *dropout, const block_range *at, flo
 }
 
 /* Packed operands: [n, padded] for products into the rank, [rank, clipft_round_up(n)] for products out of it. */
-static void pack(clipft_view m, float scale, float *panel, int64_t stride)
+void clipft_lora_pack(clipft_view m, float scale, float *panel, int64_t stride)
 {
     clipft_view_pack(&m, panel, stride);
     for (int64_t k = 0; scale != 1.0F && k < m.rows * stride; ++k) panel[k] *= scale;
@@ -151,7 +151,7 @@ bool clipft_lora_down(const clipft_lora *lora, const clipft_host *host, const cl
     clipft_arena_reserve(&arena, x->cols * padded, sizeof(float));
     if (clipft_arena_allocate(&arena)) {
         down_job job = {lora, x, activated, clipft_arena_take(&arena, x->cols * padded, sizeof(float)), v, padded};
-        pack(clipft_view_transposed(lora->lora_a), 1.0F, job.panel, padded);
+        clipft_lora_pack(clipft_view_transposed(lora->lora_a), 1.0F, job.panel, padded);
         ok = host->parallel_for(0, x->rows, ROWS, down_rows, &job);
     }
     clipft_arena_free(&arena);
@@ -212,7 +212,7 @@ bool clipft_lora_up(const clipft_lora *lora, const clipft_host *host, const floa
     if (clipft_arena_allocate(&arena)) {
         up_job job = {.y = y, .v = v, .rank = rank, .padded = clipft_lora_padded(rank), .stride = stride};
         job.panel = clipft_arena_take(&arena, rank * stride, sizeof(float));
-        pack(clipft_view_transposed(lora->lora_b), lora->scale, job.panel, stride);
+        clipft_lora_pack(clipft_view_transposed(lora->lora_b), lora->scale, job.panel, stride);
         if (bias) {
             job.bias = clipft_arena_take(&arena, stride, sizeof(float));
             memset(job.bias, 0, (size_t)stride * sizeof *job.bias);
@@ -316,7 +316,7 @@ bool clipft_lora_gradient_up(const clipft_lora *lora, const clipft_host *host, c
     if (!clipft_arena_allocate(&arena)) goto done;
 
     job.panel = clipft_arena_take(&arena, panel, sizeof(float));
-    if (u) pack(lora->lora_b, lora->scale, job.panel, padded);
+    if (u) clipft_lora_pack(lora->lora_b, lora->scale, job.panel, padded);
     if (d_b->data) job.sums = clipft_arena_take(&arena, sums, sizeof(float));
     ok = host->parallel_for(0, job.parts, 1, gradient_up_parts, &job);
     if (ok && d_b->data) {
@@ -440,7 +440,7 @@ bool clipft_lora_gradient_down(const clipft_lora *lora, const clipft_host *host,
     if (!clipft_arena_allocate(&arena)) goto done;
 
     job.panel = clipft_arena_take(&arena, panel, sizeof(float));
-    if (d_x->data) pack(lora->lora_a, 1.0F, job.panel, stride);
+    if (d_x->data) clipft_lora_pack(lora->lora_a, 1.0F, job.panel, stride);
     if (d_a->data) job.sums = clipft_arena_take(&arena, sums, sizeof(float));
     job.zeros = clipft_arena_take(&arena, COLS, sizeof(float));
     memset(job.zeros, 0, COLS * sizeof *job.zeros);

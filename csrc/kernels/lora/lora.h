@@ -61,6 +61,9 @@ bool clipft_lora_gradient_up(const clipft_lora *lora, const clipft_host *host, c
 bool clipft_lora_gradient_down(const clipft_lora *lora, const clipft_host *host, const clipft_view *x, const float *u,
                                const clipft_view *d_a, const clipft_view *d_x, bool accumulate);
 
+/* The operand of a product out of the rank: panel[k][j] = scale * m[k][j], rows `stride` apart, zeros up to there. */
+void clipft_lora_pack(clipft_view m, float scale, float *panel, int64_t stride);
+
 /* sums[j] = sum_i m[i][j]. */
 bool clipft_column_sums(const clipft_host *host, const clipft_view *m, const clipft_view *sums);
 
