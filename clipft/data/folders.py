@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 
 from clipft.data.columns import CAPTION_COLUMNS, LABEL_COLUMNS
-from clipft.data.compact import Each, Paths
+from clipft.data.compact import Each, Paths, Texts
 from clipft.data.pictures import UNOPENED_ENDINGS, has_picture_content, picture_endings
 from clipft.data.reading import HIDDEN, NO_FILE, NO_REGULAR_FILE, UNREADABLE_KIND, BadRowError, Reading
 from clipft.data.rows import Picture
@@ -30,7 +30,7 @@ from clipft.data.slices import Address
 from clipft.data.splits import TABLE_ENDINGS, hidden
 from clipft.data.stored import canonical, features_of_parquet, holds_paths, read_saved
 from clipft.data.table_files import from_files, lists_pictures
-from clipft.data.tables import Pictures
+from clipft.data.tables import dataset_of_paths
 
 __all__ = ["Tree", "from_folder", "from_picture_files", "walk"]
 
@@ -232,10 +232,9 @@ def _from_pictures(tree: Tree, reading: Reading) -> datasets.Dataset:
     _refuse(tree, reading)
     _count("table beside the pictures", tree.tables, reading)
     _count(_OTHER, chain(tree.texts, tree.others), reading)
-    found, above = Pictures(reading), len(str(tree.folder / "x")) - 1
-    for picture in tree.pictures.texts:
-        found.add(picture, picture[above:], picture)
-    return found.dataset(str(tree.folder))
+    paths, above = tree.pictures.texts, len(str(tree.folder / "x")) - 1
+    reading.places = Each(paths)
+    return dataset_of_paths(paths, Texts(path[above:] for path in paths))
 
 
 def from_picture_files(files: Sequence[Path], where: str, reading: Reading) -> datasets.Dataset:
@@ -245,10 +244,11 @@ def from_picture_files(files: Sequence[Path], where: str, reading: Reading) -> d
         _sort_in(tree, file, kinds, file.is_file())
     _refuse(tree, reading)
     _count(_OTHER, tree.others, reading)
-    found = Pictures(reading)
-    for picture in tree.pictures.texts:
-        found.add(os.path.realpath(picture), picture, picture)
-    return found.dataset(where, tree.pictures.texts)
+    if not tree.pictures:
+        raise ValueError(f"{where}: expected at least one picture that can be used, found none")
+    names = tree.pictures.texts
+    reading.places = Each(names)
+    return dataset_of_paths(Texts(map(os.path.realpath, names)), names)
 
 
 def _holds_pictures(table: Path, reading: Reading) -> bool:

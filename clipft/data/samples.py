@@ -108,7 +108,7 @@ def _pictures_of(samples: Iterable[Sample], where: str, reading: Reading) -> dat
                     row = _row(part, reading)
                     found.add(_checked_picture(row, part.place), row["id"], part.place)
                     places.append(part.place)
-    return found.dataset(where, places)
+    return found.dataset(places, where)
 
 
 def _checked_picture(row: dict[str, Any], place: str) -> str:

@@ -149,7 +149,7 @@ def _read(source: str | Path, split: str | None, reading: Reading, purpose: str)
         if reading.pictures_only and path.suffix.lower() in {*picture_endings(), *UNOPENED_ENDINGS}:
             return from_picture_files([path], str(source), reading)
     every = reading.pictures_only and split is None and not (reading.named[0] or reading.id_column)
-    all_pictures = every and path.is_dir() and walk(path, Reading()).pictures
+    all_pictures = every and path.is_dir() and bool(walk(path, Reading()).pictures)  # not kept
     parts = sources_of_splits(path) if path.is_dir() and not all_pictures else None
     if parts is None:
         if split not in (None, "train"):

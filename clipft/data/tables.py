@@ -34,7 +34,7 @@ from clipft.data.rows import Picture
 from clipft.data.slices import shard_of
 from clipft.errors import short
 
-__all__ = ["Pictures", "add_row", "dataset_of_pictures", "from_table_rows", "safe_path"]
+__all__ = ["Pictures", "add_row", "dataset_of_paths", "dataset_of_pictures", "from_table_rows", "safe_path"]
 
 
 class Pictures:
@@ -54,21 +54,25 @@ class Pictures:
         self._ids.append(own)
         self._reading.so_far += 1
 
-    def dataset(self, where: str, places: Sequence[str] | None = None) -> datasets.Dataset:
-        """The data set of those that were added, and where they come from; default: the pictures themselves."""
+    def dataset(self, places: Sequence[str], where: str) -> datasets.Dataset:
+        """The data set of those that were added, and where they come from."""
         if not self._images:
             raise ValueError(f"{where}: expected at least one row that can be used, found none")
-        self._reading.places = Each(self._images if places is None else places)
-        images, ids = self._images.arrow(), self._ids.arrow()
-        stored = [
-            pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
-            for paths in images.chunks
-        ]
-        features = datasets.Features({"image": Picture(), "id": datasets.Value("string")})
-        table = pa.table([pa.chunked_array(stored), ids], schema=features.arrow_schema)
-        info = datasets.DatasetInfo(features=features)
-        # a fingerprint of its own, for which datasets would copy all of it
-        return datasets.Dataset(datasets.table.InMemoryTable(table), info, fingerprint=uuid4().hex[:16])
+        self._reading.places = Each(places)
+        return dataset_of_paths(self._images, self._ids)
+
+
+def dataset_of_paths(images: Texts, ids: Texts) -> datasets.Dataset:
+    """Pictures alone, by the paths of their files, without a copy of these."""
+    stored = [
+        pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
+        for paths in images.arrow().chunks
+    ]
+    features = datasets.Features({"image": Picture(), "id": datasets.Value("string")})
+    table = pa.table([pa.chunked_array(stored), ids.arrow()], schema=features.arrow_schema)
+    info = datasets.DatasetInfo(features=features)
+    # a fingerprint of its own, for which datasets would copy all of it
+    return datasets.Dataset(datasets.table.InMemoryTable(table), info, fingerprint=uuid4().hex[:16])
 
 
 def from_table_rows(rows: Iterable[tuple[Path, int, dict[str, Any]]], where: str, reading: Reading) -> datasets.Dataset:
@@ -96,7 +100,7 @@ def from_table_rows(rows: Iterable[tuple[Path, int, dict[str, Any]]], where: str
             else:
                 add_row(pictures, image, row, names[1:], place, reading.attributes)
     if reading.pictures_only:
-        return alone.dataset(where, places)
+        return alone.dataset(places, where)
     return dataset_of_pictures(pictures, names[1:], where, reading)
 
 
