@@ -17,9 +17,9 @@ import clipft
 
 pytest.importorskip("peft")
 
-from peft_models import LAYERS, assert_same_gradients, config, embeds, gradients, peft, randomised, tiny_batch
+from peft_models import LAYERS, adapted, assert_same_gradients, config, embeds, gradients, peft, randomised, tiny_batch
 
-from clipft.models.frozen import FrozenLinear, frozen_linears, rounding_errors, to_float
+from clipft.models.frozen import FrozenLinear, frozen_linears, rounding_errors, to_float, to_int8
 from clipft.models.saving import save_model
 
 
@@ -46,6 +46,14 @@ def test_gradients_are_near_those_of_the_float_base(batch: dict[str, Tensor], ta
     assert ours.keys() == theirs.keys()
     assert cosine(*(torch.cat([part.flatten() for part in own.values()]) for own in (ours, theirs))) > 0.99
     assert not torch.equal(embeds(model, batch), embeds(plain, batch))
+
+
+def test_a_variant_of_lora_computes_with_the_weight_that_the_codes_mean(batch: dict[str, Tensor]) -> None:
+    model, plain = (clipft.fuse(adapted(use_dora=True)) for _ in range(2))
+    to_int8(model)
+    assert cosine(embeds(model, batch), embeds(plain, batch)) > 0.999
+    ours, theirs = gradients(model, batch), gradients(plain, batch)
+    assert cosine(*(torch.cat([own[name].flatten() for name in theirs]) for own in (ours, theirs))) > 0.99
 
 
 def test_what_is_float_and_what_is_gone() -> None:
