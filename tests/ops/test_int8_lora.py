@@ -262,7 +262,7 @@ def test_without_kernels_plain_torch_and_why(rank: int | None, monkeypatch: pyte
     if rank is not None:
         x, *rest = case.tensors()
         dropped = int8_lora_linear(x, case.weight(), *rest, 2.0, dropout=0.5, training=True)
-        assert not torch.equal(dropped, want["output"])
+        assert not torch.allclose(dropped, want["output"], rtol=1e-2, atol=1e-2)
     monkeypatch.setenv("CLIPFT_STRICT", "1")
     with pytest.raises(NotImplementedError, match="as the test wants it"):
         ours(case)
