@@ -7,7 +7,6 @@ goes when the file itself is there.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ import numpy as np
 
 from clipft.data.digests import digest_of
 from clipft.data.slices import shard_of
-from clipft.files import drop_link, empty, locked, write_json, writing
+from clipft.errors import line_of
+from clipft.files import drop_link, empty, locked, read_json, write_json, writing
 from clipft.inference.encode import Array
 
 __all__ = ["SHARD", "Shards", "claimed", "digest_of_texts", "states"]
@@ -76,7 +76,10 @@ def _claim(parts: Path, work: dict[str, Any]) -> None:
     """Take the folder of shards, or find it to be of the same work."""
     file = parts / "work.json"
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            before = read_json(file)
+        except ValueError as error:
+            raise ValueError(f"{file}: damaged ({line_of(error)}); --restart begins again") from error
         other = [name for name, value in work.items() if before.get(name) != value]
         if other:
             raise ValueError(

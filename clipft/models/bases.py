@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from clipft.errors import short
 from clipft.files import read_json, unchanged, write_json
 from clipft.models.formats import (
     ADAPTER_CONFIG,
@@ -114,8 +115,20 @@ def recorded_base(folder: Path) -> Base | None:
         return None
     if not unchanged(folder, MODEL_MANIFEST, ADAPTER_WEIGHTS):
         return None
-    place = (folder / beside).resolve() if isinstance(beside, str) else None
-    return Base(weights, _trained(folder), place, recorded_sizes(folder))
+    return Base(weights, _trained(folder), _place_beside(folder, beside), recorded_sizes(folder))
+
+
+def _place_beside(folder: Path, beside: Any) -> Path | None:
+    if beside is None:
+        return None
+    try:
+        place = (folder / beside).resolve()
+        place.is_dir()
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # no name of a file
+        raise ValueError(
+            f"{folder / MODEL_MANIFEST}: expected folder under {_KEY} to be where the base lies, found {short(beside)}"
+        ) from error
+    return place
 
 
 def _trained(folder: Path) -> frozenset[str]:

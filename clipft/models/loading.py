@@ -328,7 +328,8 @@ def _load_base(folder: Path, kwargs: dict[str, Any]) -> tuple[str, Any, Any]:
             )
             continue
         if recorded is None or recorded.is_of(plain):
-            resize(model, processor, **recorded_sizes(folder))
+            with _named(str(folder), {}, str(folder / MODEL_MANIFEST)):
+                resize(model, processor, **recorded_sizes(folder))
             return place, model, processor
         failed = ValueError(
             f"{folder / MODEL_MANIFEST}: knows the base model that the adapter was trained on; {place!r} has other "

@@ -83,16 +83,21 @@ def _differences(checkpoints: Path, own: dict[str, Any]) -> list[str]:
         return [f"there is no {RUN}, which says whose they are"]
     odd = [_WORDS[name] for name in ("model", "adapter") if other.get(name) != own.get(name)]
     for part, rows in own["rows"].items():
-        then = (other.get("rows") or {}).get(part)
-        if then != rows:
-            before, now = ((parts or {}).get("count", 0) for parts in (then, rows))
+        then = _object(_object(other.get("rows")).get(part))
+        if then != _object(rows):
+            before, now = (parts.get("count", 0) for parts in (then, _object(rows)))
             how = "other pictures, captions or labels" if before == now else f"{before} then, {now} now"
             odd.append(f"the rows of {part} ({how})")
     if other.get("processes") != own["processes"]:
         odd.append(f"{_WORDS['processes']} ({other.get('processes')} then, {own['processes']} now)")
     defaults = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
-    then = other.get("settings") or {}
+    then = _object(other.get("settings"))
     for name, value in own["settings"].items():
         if (before := then.get(name, defaults.get(name))) != value:
             odd.append(f"{name} ({before} then, {value} now)")
     return odd
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """What stands in a file that anybody may have edited; none where it is something else."""
+    return value if isinstance(value, dict) else {}

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from clipft.data.digests import DIGEST
 from clipft.data.rows import class_names_of
+from clipft.errors import line_of, listed
 from clipft.files import writing
 from clipft.models.formats import SEEN_ROWS
 
@@ -45,11 +46,14 @@ class Seen:
             return cls()
         try:
             tables = load_file(path)
+            kinds = {name: (str(table.dtype), table.shape[1:]) for name, table in tables.items()}
+            if odd := [name for name, kind in kinds.items() if kind != ("uint8", (DIGEST,))]:
+                raise ValueError(f"expected digests of {DIGEST} bytes in {listed(odd)}")
             return cls(*(frozenset(row.tobytes() for row in tables[field.name]) for field in fields(cls)))
-        except (SafetensorError, KeyError, TypeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}: says what the model was trained and tested on, and cannot be read ({error}): remove it to "
-                "hold rows out anew"
+                f"{path}: says what the model was trained and tested on, and cannot be read ({line_of(error)}): remove "
+                "it to hold rows out anew"
             ) from error
 
     def save(self, folder: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -18,9 +19,11 @@ from fuzzing import fuzz
 from PIL import Image
 from tiny_clip import captioned, encoded, picture
 
+from clipft.data.inspection import read_mask
 from clipft.data.pictures import EncodedPicture, naming, open_picture, picture_formats, to_rgb
 from clipft.data.reading import Reading
 from clipft.data.sources import load_reading
+from clipft.data.text_tables import read_text_lines
 
 SECONDS = 1.0
 SKIP = pytest.mark.parametrize("skip", [False, True])
@@ -143,6 +146,39 @@ def test_saved_data_sets(tmp_path: Path, skip: bool) -> None:
             raise ValueError(f"{folder}/data-00000-of-00001.arrow: {error}") from error  # rows go by the folder
 
     fuzz(folder, named, lambda rows: None, SECONDS)
+
+
+def test_saved_splits(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    datasets.DatasetDict({"train": captioned(4), "test": captioned(2)}).save_to_disk(folder)
+
+    def named() -> int:
+        try:
+            return load(Path(f"{folder}:train"), False)
+        except ValueError as error:
+            if str(folder) not in str(error):
+                raise
+            raise ValueError(f"{folder}/dataset_dict.json: {str(error)[:500]}") from error  # splits go by the folder
+
+    fuzz(folder, named, lambda rows: None, SECONDS)
+
+
+def test_masks(tmp_path: Path) -> None:
+    plain = [saved(name) for name in ("PNG", "TIFF", "BMP")]
+    path = tmp_path / "0_mask.png"
+    fuzz_file(path, plain, lambda: read_mask(path).shape)
+
+
+def test_lines(tmp_path: Path) -> None:
+    """Of classes, or of queries."""
+    path = tmp_path / "classes.txt"
+    fuzz_file(path, ["red\nblé\n\nyellow\n".encode(coding) for coding in ("utf-8", "utf-8-sig")], lambda: lines(path))
+
+
+def lines(path: Path) -> int:
+    found = read_text_lines(path)
+    assert all(line.strip() == line and line for line in found)
+    return len(found)
 
 
 @SKIP
