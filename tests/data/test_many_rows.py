@@ -22,7 +22,7 @@ from clipft.data.sources import read_pairs
 from clipft.inference.encode import Encoder
 from clipft.inference.vectors import Description, VectorFile, embed_to_file
 
-ROWS, MOST = 8_000, 300  # bytes a row, the letters of its path and of its id among them
+ROWS, MOST = 8_000, 200  # bytes a row, the letters of its path and of its id among them
 AT_ONCE = 2 << 20  # bytes of rows that are looked at together
 
 

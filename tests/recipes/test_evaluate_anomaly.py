@@ -52,7 +52,10 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_numbers_are_those_of_the_scores_and_maps_of_anomaly(tiles: Path, base: Path, tmp_path: Path) -> None:
     result = run("evaluate", "--anomaly", "--model", base, "--data", tiles, "--output", tmp_path / "x/score.json")
     assert result.exit_code == 0, result.output
-    score = json.loads((tmp_path / "x/score.json").read_text())["anomaly"]
+    written = json.loads((tmp_path / "x/score.json").read_text())
+    score = written["anomaly"]
+    assert {option: own["read"] for option, own in written["reading"].items()} == {"data": 12, "masks": 8}
+    assert "Anomaly detection" in (tmp_path / "x/score.html").read_text()
     found = clipft.anomaly(base, tiles / "test", normal=tiles / "train/good")
     kinds = [Path(row.image).parent.name for row in found]
     labels, scores = np.array([kind != "good" for kind in kinds]), np.array([row.score for row in found])
@@ -70,6 +73,7 @@ def test_numbers_are_those_of_the_scores_and_maps_of_anomaly(tiles: Path, base: 
     assert score["pixel_auroc"] > 0.6
     assert (score["normal"], score["anomalies"], score["regions"]) == (4, 8, 8)
     assert [row["kind"] for row in score["per_kind"]] == list(KINDS)
+    assert {"image_auroc", "best_f1", "pixel_auroc", "aupro@30"} <= score["intervals"].keys()
     for name, (low, high) in score["intervals"].items():
         assert low <= score[name] <= high
     for kind in KINDS:
@@ -112,6 +116,7 @@ def test_what_does_not_fit_is_one_line(tiles: Path, base: Path, tmp_path: Path) 
     for wrong, message in (
         ([tiles, "--anomaly", "--probe-data", tiles], "--probe-data: expected nothing beside anomaly (--anomaly)"),
         ([tiles, "--normal", tiles], "--normal: expected anomaly=True (--anomaly) beside it"),
+        ([tiles, "--anomaly", "--normal-text", "a good tile"], "--anomaly-text: expected at least one text"),
         ([tiles / "test", "--anomaly"], "expected MVTec AD's layout"),
         ([tmp_path / "none", "--anomaly"], "--data: expected a folder in MVTec AD's layout"),
         ([bad, "--anomaly"], "crack/0_mask.png: expected 48 x 40 pixels as"),
