@@ -240,8 +240,9 @@ def fuzz(
         plain = max(plain, _cost(load)[0])
     start, count, faults, loaded = time.process_time(), 0, [], 0
     for what, (name, data) in cases(good, seed):
-        if time.process_time() - start > seconds or len(faults) > 20:
-            break
+        spent = time.process_time() - start
+        if spent > (seconds if 0 < loaded < count + (not refused) else 10 * seconds) or len(faults) > 20:
+            break  # a slow machine has few inputs in a second, perhaps none of a kind
         (folder / name).write_bytes(data)
         fault, came = _try(folder / name, load, equal, plain)
         if fault:
