@@ -46,8 +46,7 @@ static bool check_branch(layer_inputs *in, double scaling, double dropout, bool 
 {
     in->branch = !is_empty(&in->base.lora_a);
     in->base.lora.quick_gelu = quick_gelu;
-    if (!in->branch && !is_empty(&in->base.lora_b))
-        return clipft_fail(error, CLIPFT_VALUE_ERROR, "lora_a and lora_b must come together");
+    if (!in->branch && !is_empty(&in->base.lora_b)) return clipft_fail(error, CLIPFT_VALUE_ERROR, "lora_a and lora_b must come together");
     if (in->branch && (!lora_check_branch(&in->base, scaling, dropout, quick_gelu, error) ||
                        !lora_seed_dropout(&in->base.seed, &in->base.lora.dropout, dropout, error)))
         return false;
@@ -198,11 +197,11 @@ static void run_int8_lora_linear_backward(const int8_lora_linear_backward_args *
     gradients g = {0};
 
     if (!take_backward(&in, &saved, args, error) || !make_gradients(&g, &in, &saved.grad, args, error)) goto done;
-    if (in.base.rows == 0 ? no_rows(&g)
-                          : clipft_int8_lora_backward(&in.layer, &clipft_torch_host, &in.base.x, &saved.dy, saved.rank.data, g.u.data,
-                                                      &g.views))
-        *results = (int8_lora_linear_backward_results){clipft_box(&g.input), clipft_box(&g.bias), clipft_box(&g.lora_a),
-                                                       clipft_box(&g.lora_b)};
+    if (in.base.rows == 0
+            ? no_rows(&g)
+            : clipft_int8_lora_backward(&in.layer, &clipft_torch_host, &in.base.x, &saved.dy, saved.rank.data, g.u.data, &g.views))
+        *results =
+            (int8_lora_linear_backward_results){clipft_box(&g.input), clipft_box(&g.bias), clipft_box(&g.lora_a), clipft_box(&g.lora_b)};
     else
         clipft_fail(error, CLIPFT_RUNTIME_ERROR, "out of memory, or torch's threads failed");
 done:

@@ -104,7 +104,8 @@ static void run_lora_linear_backward(const lora_linear_backward_args *args, lora
     lora_gradients g = {0};
 
     if (lora_take_backward(&in, &saved, args, error) && clipft_check_cpu(&in.input, error) &&
-        lora_seed_dropout(&in.seed, &in.lora.dropout, clipft_unbox_float(args->dropout), error) && lora_make_gradients(&g, &in, args, error)) {
+        lora_seed_dropout(&in.seed, &in.lora.dropout, clipft_unbox_float(args->dropout), error) &&
+        lora_make_gradients(&g, &in, args, error)) {
         if (backward_products(&in, &g, &saved.dy, saved.rank.data))
             *results = lora_box_gradients(&g);
         else

@@ -95,9 +95,8 @@ static bool take_inputs(lora_inputs *in, const lora_slots *slots, clipft_error *
     ok &= clipft_unbox(slots->lora_a, "lora_a", &in->lora_a, error);
     ok &= clipft_unbox(slots->lora_b, "lora_b", &in->lora_b, error);
     ok &= clipft_unbox(slots->seed, "seed", &in->seed, error);
-    ok = ok && check_inputs(in, slots->bias, error) &&
-         lora_check_branch(in, slots->scaling, slots->dropout, slots->quick_gelu, error) && lora_view_of(&in->input, &in->x, error) &&
-         lora_view_of(&in->weight, &in->w, error);
+    ok = ok && check_inputs(in, slots->bias, error) && lora_check_branch(in, slots->scaling, slots->dropout, slots->quick_gelu, error) &&
+         lora_view_of(&in->input, &in->x, error) && lora_view_of(&in->weight, &in->w, error);
     if (ok && slots->bias && in->bias.size[0] > 0) ok = lora_view_of(&in->bias, &in->bias_row, error);
     in->rows = in->x.rows;
     return ok;
@@ -182,8 +181,7 @@ bool lora_make_result(const lora_inputs *in, clipft_tensor *output, clipft_view 
 bool lora_make_output(const lora_inputs *in, clipft_tensor *output, clipft_view *y, clipft_tensor *rank, clipft_error *error)
 {
     const int64_t rank_sizes[] = {in->rows, in->padded};
-    return lora_make_result(in, output, y, error) &&
-           clipft_empty_beside(&in->input, clipft_dtype_float32(), 2, rank_sizes, rank, error);
+    return lora_make_result(in, output, y, error) && clipft_empty_beside(&in->input, clipft_dtype_float32(), 2, rank_sizes, rank, error);
 }
 
 bool lora_temporary(const lora_inputs *in, int64_t cols, clipft_tensor *tensor, clipft_view *view, clipft_error *error)

@@ -151,7 +151,8 @@ bool int8_take_chain(int8_inputs *in, const quantized_chain_args *args, int8_che
     ok &= clipft_unbox(args->residual, "residual", &in->residual, error);
     chain->norm_eps = (float)clipft_unbox_float(args->norm_eps);
     if (!ok || !clipft_check_features(&in->input, error) || !check(&in->layers[0].weight, &in->input, &chain->layers[0], error) ||
-        !check_rows(in, error) || !int8_check_layer(&in->layers[0], &in->input, clipft_unbox_int(args->activation), &chain->layers[0], error))
+        !check_rows(in, error) ||
+        !int8_check_layer(&in->layers[0], &in->input, clipft_unbox_int(args->activation), &chain->layers[0], error))
         return false;
     chain->count = in->layers[1].weight.size[0] > 0 ? 2 : 1;
     return (chain->count == 1 || check_second(in, check, error)) && check_surroundings(in, error);
