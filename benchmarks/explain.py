@@ -234,6 +234,7 @@ def main() -> None:
             **priors(found),
             "random weights": score(others, found),
             "correlation": correlation(maps, others),
+            "correlation by chance": correlation(maps, [*others[1:], *others[:1]]),  # with another scene's
         }
         print(size, sizes[size], flush=True)
     found = scenes(VARIANT_SCENES, "medium", seed=1)
