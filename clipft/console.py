@@ -33,7 +33,7 @@ __all__ = ["PlainConsole", "bar", "console_of_run", "log_to_terminal", "show", "
 _TITLES = {"zero_shot": "zero-shot"}
 _CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "top5")
 _CLASSES = 50  # rows of the table of classes
-_ECE = "error: of probabilities against the share that is right (ECE)"
+_ECE = '"error" is that of probabilities against the share that is right (ECE)'
 _ANSWERS = ("answers from", "right", "coverage")
 
 
@@ -77,11 +77,21 @@ def log_to_terminal() -> None:
 # ---- tables ----
 
 
-def show(results: dict[str, dict[str, Any]], title: str, console: Console, *, classes: bool = True) -> None:
-    """Print the metrics, one column a stage (such as ``before`` and ``after``), and the classes of the last stage."""
+def show(
+    results: dict[str, dict[str, Any]],
+    title: str,
+    console: Console,
+    *,
+    gains: dict[str, dict[str, Any]] | None = None,
+    classes: bool = True,
+) -> None:
+    """Print the metrics, one column a stage (such as ``before`` and ``after``), and the classes of the last stage.
+
+    ``gains``: of the last stage over the first, as :func:`clipft.evaluation.scoring.gains` has them.
+    """
     console.print(f"\n{title}", highlight=False)
-    room = console.width >= 44 + 24 * len(results)  # a line for a metric, with intervals
-    console.print(_metrics_table(results, room or len(results) == 1))
+    room = console.width >= 44 + 24 * len(results) + 20 * bool(gains)  # a line for a metric, with intervals
+    console.print(_metrics_table(results, gains or {}, room or len(results) == 1))
     stage, last = list(results.items())[-1]
     if classes and (kind := by_class(last)):
         console.print(f"\nby class, {stage}" if len(results) > 1 else "\nby class", highlight=False)
@@ -111,8 +121,9 @@ def _per_kind_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _metrics_table(results: dict[str, dict[str, Any]], with_intervals: bool) -> Table:
+def _metrics_table(results: dict[str, dict[str, Any]], gains: dict[str, dict[str, Any]], with_intervals: bool) -> Table:
     stages = list(results)
+    sure = {_row(kind, name): one["interval"] for kind, part in gains.items() for name, one in part.items()}
     table = Table("metric")
     for heading in [*stages, *(["gain"] if len(stages) > 1 else [])]:
         table.add_column(heading.replace("_", "-"), justify="right")
@@ -120,9 +131,12 @@ def _metrics_table(results: dict[str, dict[str, Any]], with_intervals: bool) -> 
     for name in _flat(results[stages[0]]):
         values = [_flat(results[stage])[name] for stage in stages]
         cells = [number(name, value, intervals[stage].get(name)) for stage, value in zip(stages, values, strict=True)]
-        gains = [gain(name, values[-1] - values[0])] if len(values) > 1 else []
-        table.add_row(name, *cells, *gains)
-    table.caption = "in brackets: 95 % bootstrap interval over the pictures" if with_intervals else None
+        gained = [gain(name, values[-1] - values[0], sure.get(name))] if len(values) > 1 else []
+        table.add_row(name, *cells, *gained)
+    parts = ["in brackets: 95 % bootstrap interval over the pictures"] * with_intervals
+    if sure:
+        parts.append("a gain whose interval holds zero may be chance, and has no colour")
+    table.caption = "; ".join(parts) or None
     table.caption_justify = "left"
     return table
 
@@ -135,16 +149,18 @@ def _flat(result: dict[str, Any]) -> dict[str, float]:
             # of five classes all are in the top 5
             usual = _CLASSIFICATION if len(part["per_class"]) > 5 else _CLASSIFICATION[:-1]
             names = [name for name in (*usual, "auc") if name in part]
-        rows |= {f"{title_of(kind)} {name.replace('_', ' ')}": part[name] for name in names}
+        rows |= {_row(kind, name): part[name] for name in names}
     return rows
+
+
+def _row(kind: str, name: str) -> str:
+    return f"{title_of(kind)} {name.replace('_', ' ')}"
 
 
 def _intervals(result: dict[str, Any]) -> dict[str, list[float]]:
     """By the names of :func:`_flat`."""
     return {
-        f"{title_of(kind)} {name.replace('_', ' ')}": edges
-        for kind, part in result.items()
-        for name, edges in part.get("intervals", {}).items()
+        _row(kind, name): edges for kind, part in result.items() for name, edges in part.get("intervals", {}).items()
     }
 
 
@@ -155,11 +171,15 @@ def number(name: str, value: float, edges: list[float] | None = None) -> str:
     return f"{value:.{digits}f}{between}"
 
 
-def gain(name: str, value: float) -> Text:
-    """A difference of a metric, green where it is for the better."""
+def gain(name: str, value: float, interval: list[float] | None = None) -> Text:
+    """A difference of a metric with its interval, green where it is for the better, without a colour where it may be
+    chance.
+    """
+    digits = 1 if name.endswith("rank") else 3
     better = value < 0 if name.endswith("rank") else value > 0
-    colour = "green" if better else "red" if value else "default"
-    return Text(f"{value:+.{1 if name.endswith('rank') else 3}f}", colour)
+    chance = not value or (interval is not None and interval[0] <= 0 <= interval[1])
+    between = f" ({interval[0]:+.{digits}f} to {interval[1]:+.{digits}f})" if interval else ""
+    return Text(f"{value:+.{digits}f}{between}", "default" if chance else "green" if better else "red")
 
 
 def worst_classes(rows: list[dict[str, Any]], most: int) -> tuple[list[dict[str, Any]], str]:

@@ -26,7 +26,7 @@ from clipft.console import PlainConsole, console_of_run, log_to_terminal
 from clipft.errors import line_of, shown
 from clipft.files import check_folder
 from clipft.help import page_of
-from clipft.recipes.options import TrainOptions
+from clipft.recipes.options import TrainOptions, own_names
 
 __all__ = [
     "AnyModel",
@@ -70,9 +70,20 @@ def _usage_errors() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
+        _name_options_of_others(error)
         message = f"{error.format_message()} {_page(error)}"  # type: ignore[attr-defined]
         error.format_message = lambda: message  # type: ignore[attr-defined]
         raise
+
+
+def _name_options_of_others(error: Any) -> None:
+    """Of an option that is called so in transformers or peft, the command's own is the one that is meant."""
+    if not hasattr(error, "possibilities") or error.ctx is None:
+        return
+    name = error.option_name.lstrip("-").replace("-", "_")
+    known = {flag for parameter in error.ctx.command.params for flag in parameter.opts}
+    meant = [f"--{own.replace('_', '-')}" for own in (*_OPTIONS.get(name, ()), own_names().get(name, ""))]
+    error.possibilities = sorted(known.intersection(meant)) or error.possibilities
 
 
 def _page(error: BaseException) -> str:

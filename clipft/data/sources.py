@@ -7,6 +7,7 @@ be each other's negatives.
 
 from __future__ import annotations
 
+import difflib
 import glob
 import logging
 from collections.abc import Iterable, Sequence
@@ -37,6 +38,7 @@ from clipft.data.stored import canonical, select_rows
 from clipft.data.table_files import from_files, lists_pictures
 from clipft.data.text_tables import checked_encoding
 from clipft.environment import usable_cores
+from clipft.errors import line_of
 from clipft.files import check_file, expanded
 
 __all__ = ["load_pairs", "load_reading", "read_pairs"]
@@ -135,10 +137,9 @@ def _read(source: str | Path, split: str | None, reading: Reading, purpose: str)
     if Path(source).suffix.lower() == ".tar" and (path is None or path.is_file()):
         return from_samples(read_samples(shard_paths(str(source)), reading), str(source), reading)
     pattern = reading.pictures_only and any(sign in str(source) for sign in "*?[")
-    named = Path(source).suffix.lower() in TABLE_ENDINGS or str(source).startswith((".", "/", "~"))
-    if path is None and named and not pattern:
+    if path is None and _is_path(source) and not pattern:
         raise FileNotFoundError(
-            f"path_or_name: expected a file, a folder or a data set's name, there is no {str(source)!r}"
+            f"path_or_name: expected a file, a folder or a data set's name, there is no {str(source)!r}{_near(source)}"
         )
     if path is None and pattern:
         return _from_pattern(str(source), reading)
@@ -221,9 +222,34 @@ def _drop_unreadable(dataset: datasets.Dataset, reading: Reading) -> datasets.Da
 # ---- by name ----
 
 
+def _is_path(source: str | Path) -> bool:
+    """Whether it can be no data set's name on the hub, which is NAME or OWNER/NAME, or an address."""
+    text = str(source)
+    no_name = text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1 or " " in text
+    return Path(text).suffix.lower() in TABLE_ENDINGS or (no_name and "://" not in text)
+
+
+def _near(source: str | Path) -> str:
+    """What lies there and is called nearly so, for a message."""
+    path = expanded(source)
+    try:
+        beside = [own.name for own in path.parent.iterdir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.name, beside, n=1)
+    return f"; did you mean {str(path.parent / found[0])!r}?" if found else ""
+
+
 def _by_name(name: str, split: str | None, reading: Reading, purpose: str) -> datasets.Dataset:
-    if split is None:
-        names = datasets.get_dataset_split_names(name)
-        split = chosen_split(names, None, purpose, name)
-    reading.split = split
-    return canonical(datasets.load_dataset(name, split=split), name, None, reading)
+    try:
+        if split is None:
+            names = datasets.get_dataset_split_names(name)
+            split = chosen_split(names, None, purpose, name)
+        reading.split = split
+        dataset = datasets.load_dataset(name, split=split)
+    except OSError as error:  # of the network, or of a name that is not there
+        raise FileNotFoundError(
+            f"path_or_name: there is no file or folder {name!r} here{_near(name)}, and as a data set it does not come "
+            f"from the hub ({line_of(error)})"
+        ) from error
+    return canonical(dataset, name, None, reading)

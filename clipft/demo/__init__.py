@@ -146,9 +146,8 @@ def _table(title: str, stages: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     before, after, gained = (stages[name]["retrieval"] for name in ("before", "after", "gain"))
     for name in (name for name in before if "_R@" in name):
-        value, (low, high) = gained[name]["value"], gained[name]["interval"]
         cells = [f"{before[name]:.3f}", f"{after[name]:.3f}"]
-        gap = gain(name, value).append(f" ({low:+.2f} to {high:+.2f})")
+        gap = gain(name, **gained[name])
         scratch = [f"{stages['from_scratch']['retrieval'][name]:.3f}"] if "from_scratch" in stages else []
         table.add_row(name.replace("_", " "), *cells, gap, *scratch)
     return table

@@ -154,10 +154,13 @@ class Outcome:
             if self.swept.note:
                 console.print(f"WiSE-FT: {self.swept.note}", highlight=False)
             tuned = ("before", "fine_tuned", "after")
+        found = {stage: self.found[stage].to_json() for stage in tuned}
+        show(found, self.test_name, console, gains=gains(self.found["before"], self.found["after"]))
         if self.controls:
-            name = f"control set: {len(self.control.dataset)} pictures of {self.control_name}"
-            show({stage: self.controls[stage].to_json() for stage in tuned}, name, console, classes=False)
-        show({stage: self.found[stage].to_json() for stage in tuned}, self.test_name, console)
+            name = f"control set, what was forgotten: {len(self.control.dataset)} pictures of {self.control_name}"
+            controls = {stage: self.controls[stage].to_json() for stage in tuned}
+            lost = gains(self.controls["before"], self.controls["after"])
+            show(controls, name, console, gains=lost, classes=False)
         show_calibration({part: own.to_json() for part, own in self.probabilities.items()}, console)
 
 

@@ -51,9 +51,10 @@ def write_model_card(
         eval_results=_results(report, data),
     )
     use = (
+        "import clipft\nimport peft\n\n"
         f"base, processor = clipft.load({_string(base)})\nmodel = peft.PeftModel.from_pretrained(base, {_string(name)})"
         if adapter
-        else f"model, processor = clipft.load({_string(name)})  # or AutoModel.from_pretrained"
+        else f"import clipft\n\nmodel, processor = clipft.load({_string(name)})  # or AutoModel.from_pretrained"
     )
     parts = [
         f"---\n{card.to_yaml()}\n---",

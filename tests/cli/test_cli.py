@@ -216,6 +216,11 @@ def test_resume_of_an_adapter(base: Path, table: Path, tmp_path: Path) -> None:
         (["--model", "/no/model"], "--model: expected a folder or a model name, but there is no folder '/no/model'"),
         (["--data", "/no/data.csv"], "error: --data: expected a file, a folder or a data set's name, there is no"),
         (["--eval-data", "/no/data.csv"], "error: --eval-data: expected a file, a folder or a data set's name, there"),
+        (["--data", "no/such/data"], "a folder or a data set's name, there is no 'no/such/data'"),
+        (
+            ["--data", "no_such_data"],
+            "--data: there is no file or folder 'no_such_data' here, and as a data set it does",
+        ),
         (["--freeze", "all"], 'expected one of "none", "text"'),
         (["--metric", "f1"], "--metric: expected one of loss, image_to_text_R@1"),
         (["--random-resized-crop", "2"], "--random-resized-crop: expected a share"),
@@ -235,6 +240,25 @@ def test_user_errors_are_one_line_and_status_2(
     assert message in result.stderr
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_with_nearly_that_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    result = run("train", "--model", "demo", "--output", tmp_path / "run", "--data", tmp_path / "pictrues/")
+    assert result.exit_code == 2 and f"did you mean {str(tmp_path / 'pictures')!r}?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("of_others", "own"),
+    [
+        ("--learning-rate", "--lr"),
+        ("--num-train-epochs", "--epochs"),
+        ("--per-device-train-batch-size", "--batch-size"),
+    ],
+)
+def test_the_names_of_options_in_transformers_lead_to_our_own(of_others: str, own: str) -> None:
+    result = run("train", "--model", "demo", of_others, "1")
+    assert result.exit_code == 2 and f"(Possible options: {own})" in result.output
 
 
 def test_probe_data_is_read_as_the_options_say(base: Path, tmp_path: Path) -> None:

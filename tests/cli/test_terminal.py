@@ -21,7 +21,7 @@ from tiny_clip import class_folders, picture
 from typer.testing import CliRunner
 
 from clipft.cli import app
-from clipft.console import PlainConsole, show
+from clipft.console import PlainConsole, gain, show
 from clipft.errors import line_of, shown
 from clipft.report.model_card import write_model_card
 from clipft.report.sheet import Row, draw_sheet
@@ -74,6 +74,18 @@ def test_the_table_of_many_classes_has_the_worst() -> None:
     show({"score": {"zero_shot": part}}, "title", PlainConsole(file=said, width=80))
     lines = said.getvalue()
     assert "50 of 300 classes" in lines and " c1 " in lines and " c3 " not in lines and " c299 " not in lines
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_gain_comes_with_its_interval(width: int) -> None:
+    before, after = ({"retrieval": {"R@1": value, "intervals": {"R@1": [0, 1]}}} for value in (0.25, 0.75))
+    gains = {"retrieval": {"R@1": {"value": 0.5, "interval": [-0.125, 0.875]}}}
+    said = io.StringIO()
+    show({"before": before, "after": after}, "title", PlainConsole(file=said, width=width), gains=gains)
+    assert "+0.500 (-0.125 to +0.875)" in said.getvalue()
+    assert ("0.250 [0.000 - 1.000]" in said.getvalue()) == (width == 140)
+    for edges, colour in (([-0.1, 0.9], "default"), ([0.1, 0.9], "green"), ([-0.9, -0.1], "red")):
+        assert gain("R@1", edges[0] + edges[1], edges).style == colour
 
 
 def test_commands_show_names_as_they_are(base: Path, tmp_path: Path) -> None:
