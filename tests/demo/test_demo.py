@@ -82,7 +82,7 @@ def test_demo_gains_and_leaves_model_report_and_picture(tmp_path: Path, monkeypa
     assert results["old_style"].keys() == {"before", "after", "gain"}
     low, high = results["gain"]["retrieval"]["image_to_text_R@5"]["interval"]
     assert low < after["image_to_text_R@5"] - before["image_to_text_R@5"] < high
-    assert f"({low:+.2f} to {high:+.2f})" in printed.getvalue()
+    assert f"({low:+.3f} to {high:+.3f})" in printed.getvalue()
     assert "names the fine-tune did not see" in printed.getvalue()
     model, processor = clipft.load(tmp_path / "out")
     assert type(model) is CLIPModel
