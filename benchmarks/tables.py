@@ -351,16 +351,8 @@ def explain() -> str:
             shares = [row[who][measure] for who in ("clipft", "alone", "edges", "centre", "random weights")]
             correlation = part(row["correlation"]["mean_of_sizes"], 2) if measure == "auroc" else ""
             cells.append([f"{about}: {name}", *(part(share, 3) for share in shares), correlation])
-    head = (
-        "",
-        "all names",
-        "one at a time",
-        "blurred edges",
-        "middle",
-        "random weights",
-        "rank correlation with these",
-    )
-    return f"{machine(found)}, {found['scenes']} scenes of each kind:\n\n{table(head, cells, '---')}"
+    names = ("all names", "one at a time", "blurred edges", "middle", "random weights", "rank correlation with these")
+    return f"{machine(found)}, {found['scenes']} scenes of each kind:\n\n{table(('', *names), cells, '---')}"
 
 
 def explain_variants() -> str:
@@ -457,26 +449,11 @@ def predict() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "costs": costs,
-    "anomaly": anomaly,
-    "predict": predict,
-    "models": models,
-    "summary": summary,
-    "demo": demo,
-    "rates": rates,
-    "families": families,
-    "contrastive": contrastive,
-    "gpu_losses": gpu_losses,
-    "gpu_layers": gpu_layers,
-    "lora": lora,
-    "training": training,
-    "loader": loader,
-    "int8": int8,
-    "learning": learning,
-    "small_sets": small_sets,
-    "explain": explain,
-    "explain_variants": explain_variants,
-    "coreset": coreset,
+    drawn_by.__name__: drawn_by
+    for drawn_by in (
+        *(summary, contrastive, lora, training, loader, int8, gpu_losses, gpu_layers, predict, coreset),
+        *(learning, small_sets, demo, rates, explain, explain_variants, anomaly, families, models, costs),
+    )
 }
 
 
