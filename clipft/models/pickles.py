@@ -6,6 +6,7 @@ less, or more, than they say.
 
 from __future__ import annotations
 
+import codecs
 import mmap
 import re
 import zipfile
@@ -21,7 +22,13 @@ from clipft.files import check_file
 
 __all__ = ["read_pickle"]
 
-_ALLOCATING = (b"builtins\nbytearray\n", b"builtin__\nbytearray\n", b"ctorch\nTensor\n")  # in a pickle
+_ALLOCATING = (  # in a pickle
+    *(b"builtins\nbytearray\n", b"builtin__\nbytearray\n", b"ctorch\nTensor\n"),
+    b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n",
+)
+_ENCODE = b"c_codecs\nencode\n"  # as the bytes of numpy's numbers are written, by latin1
+_STRING = re.compile(rb"X(....)|U(.)", re.DOTALL)  # the opcodes of one
+_LONG = 1000  # bytes of a string beside the numbers of numpy's
 _SHARED = 2  # times the file's size: the most that tensors hold which have numbers in common, as tied tables have
 
 
@@ -79,8 +86,9 @@ def read_pickle(path: Path, same: str = "") -> dict[str, Tensor]:
 
 def _check_archive(path: Path, same: str) -> None:
     with zipfile.ZipFile(path) as archive:
-        if any(member.file_size > path.stat().st_size for member in archive.infolist()):  # torch packs nothing
-            raise _RefusedError("expected a file of torch.save; its members are larger than the file")
+        members, size = archive.infolist(), path.stat().st_size
+        if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > size for member in members):
+            raise _RefusedError("expected a file of torch.save, which compresses nothing; its members are compressed")
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise _RefusedError(f"a TorchScript archive is code, and clipft runs none{same}")
 
@@ -91,6 +99,31 @@ def _check_program(path: Path) -> None:
         for call in _ALLOCATING:
             if data.find(call) >= 0:
                 raise _RefusedError(f"expected tensors and plain values alone, found a {call.split()[-1].decode()}")
+        if data.find(_ENCODE) >= 0 and (odd := _swelling(_program(path) or data[:])):
+            raise _RefusedError(f"expected tensors and plain values alone, found {odd} to encode")
+
+
+def _program(path: Path) -> bytes:
+    """Of an archive the pickle, without the numbers."""
+    if not zipfile.is_zipfile(path):
+        return b""
+    with zipfile.ZipFile(path) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+
+
+def _swelling(program: bytes) -> str:
+    """By which ``encode``, called again and again, makes much of little: codecs that are not of text, long strings."""
+    for opcode in _STRING.finditer(program):
+        length = int.from_bytes(opcode[1] or opcode[2], "little")
+        text = program[opcode.end() : opcode.end() + min(length, _LONG)]
+        try:
+            if length > _LONG and len(text) == _LONG and text.decode():
+                return "a long string"
+            if length < _LONG and not codecs.lookup(text.decode("ascii"))._is_text_encoding:
+                return f"the codec {text.decode()}"
+        except (LookupError, ValueError):
+            continue
+    return ""
 
 
 class _RefusedError(Exception):

@@ -45,7 +45,7 @@ def test_checkpoints(kind: str, tmp_path: Path) -> None:
     [
         ({"a": Runs(bytearray, 1 << 30)}, zipfile.ZIP_STORED, "alone, found a bytearray"),
         ({"a": Runs(torch.Tensor, 1 << 32)}, zipfile.ZIP_STORED, "alone, found a Tensor"),
-        ({"a": "x" * (1 << 22)}, zipfile.ZIP_DEFLATED, "members are larger than the file"),
+        ({"a": "x" * (1 << 22)}, zipfile.ZIP_DEFLATED, "its members are compressed"),
         ({"a": Runs(print, "ran")}, zipfile.ZIP_STORED, "asks to run print"),
     ],
     ids=["bytes", "tensor", "packed", "call"],

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import _codecs
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fuzzing import Runs
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._utils import _rebuild_device_tensor_from_cpu_tensor as _rebuild
 
 import clipft
 
@@ -132,6 +136,9 @@ def test_tensors_get_memory_of_their_own(folder: Path, state: State) -> None:
         (lambda state: state.update(logit_scale=1.0), "whole tensors .*: logit_scale"),
         (lambda state: state.update(a=Runs(print, "ran")), "asks to run print, which clipft does not"),
         (lambda state: state.update(a=Runs(bytearray, 1 << 30)), "found a bytearray"),
+        (lambda state: state.update(a=Runs(_codecs.encode, b"ab", "hex")), "found the codec hex to encode"),
+        (lambda state: state.update(a=Runs(_codecs.encode, "a" * 10**6, "latin1")), "found a long string to encode"),
+        (lambda state: state.update(a=Runs(_rebuild, torch.ones(1), torch.float64, "cpu", False)), "found a _rebuild"),
         (lambda state: state.clear(), "expected a state dict"),
     ],
 )
@@ -142,6 +149,23 @@ def test_what_is_wrong_is_said(
     torch.save(state, folder / "pytorch_model.bin")
     refused(folder, "pytorch_model.bin", message)
     assert "ran" not in capsys.readouterr().out
+
+
+def test_numbers_of_numpy_beside_the_weights(folder: Path, state: State) -> None:
+    extra = {str(number): torch.zeros(1) for number in range(500)}  # storages with keys that are names of codecs: 437
+    torch.save({"state_dict": state, "best": np.float64(0.5), "extra": extra}, folder / "pytorch_model.bin")
+    assert torch.equal(clipft.load(folder)[0].logit_scale, state["logit_scale"])
+
+
+def test_members_are_not_compressed(folder: Path, state: State) -> None:
+    torch.save(state, folder / "good.bin")
+    with (
+        zipfile.ZipFile(folder / "good.bin") as good,
+        zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in good.namelist():
+            packed.writestr(name, good.read(name))
+    refused(folder, "pytorch_model.bin", "its members are compressed")
 
 
 def test_a_pickle_is_replaced_with_its_model(base: Path, folder: Path, state: State) -> None:
