@@ -9,6 +9,7 @@ write them; a sub-folder of pictures, with sub-folders of its own, for each clas
 from __future__ import annotations
 
 import os
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,6 +150,8 @@ def _sort_in(tree: Tree, file: Path, kinds: Mapping[str, str], regular: bool) ->
     ending = file.suffix.lower()
     kind = kinds.get(ending, "others")
     shown = os.fsencode(file).decode(errors="backslashreplace")
+    if regular and not ending and has_picture_content(file):
+        kind = "pictures"
     if kind == "others" and (hint := UNOPENED_ENDINGS.get(ending)):
         tree.add_fault(file, shown, f"{ending} is not opened: {hint}", f"{ending} ({hint})")
     elif not regular and kind != "others":
@@ -157,7 +160,7 @@ def _sort_in(tree: Tree, file: Path, kinds: Mapping[str, str], regular: bool) ->
     elif kind == "pictures" and shown != str(file):
         tree.add_fault(file, shown, "expected a name in UTF-8; rename it", NO_FILE)
     else:
-        getattr(tree, "pictures" if regular and not ending and has_picture_content(file) else kind).append(file)
+        getattr(tree, kind).append(file)
 
 
 # ---- what a folder is ----
@@ -178,13 +181,13 @@ def from_folder(folder: Path, reading: Reading) -> datasets.Dataset:
         return _from_tables(metadata, tree, reading)
     if samples := _samples(tree, reading):
         _pass_over(tree, "pictures", reading)
-        _refuse(tree, reading)
+        _refuse(tree, reading, last=True)
         return from_samples(samples, str(folder), reading)
     has_classes = len({tree.part(picture) for picture in tree.pictures} - {None}) > 1
     if has_classes:
         _pass_over(tree, "classes", reading)
     elif tree.shards:
-        _refuse(tree, reading)
+        _refuse(tree, reading, last=True)
         _count(_OTHER, chain(tree.pictures, tree.tables, tree.texts, tree.others), reading)
         return from_samples(read_samples(tree.shards, reading), str(folder), reading)
     is_table = tree.tables and not has_classes
@@ -210,10 +213,10 @@ def _pass_over(tree: Tree, what: str, reading: Reading) -> None:
     _count(_OTHER, tree.others, reading)
 
 
-def _refuse(tree: Tree, reading: Reading) -> None:
-    """The faults of a folder, each a bad row."""
+def _refuse(tree: Tree, reading: Reading, *, last: bool = False) -> None:
+    """The faults of a folder, each a bad row; ``last``: behind the good ones, which are not the folder's pictures."""
     for fault in tree.faults:
-        reading.so_far = fault.before
+        reading.so_far = sys.maxsize if last else fault.before
         with reading.row():
             raise fault.error
     reading.so_far = 0

@@ -66,7 +66,7 @@ def kept_rows(rows: Any, reading: Reading) -> KeptRows:
     faults: dict[int, tuple[str, str]] = {}
     for number, fault in enumerate(sorted(reading.faults, key=lambda fault: fault.row)):
         why = fault.message.removeprefix(f"{shown(fault.place)}: ")
-        faults[fault.row + number] = (reading.shortened(fault.place), why)
+        faults[min(fault.row, len(rows)) + number] = (reading.shortened(fault.place), why)
     return KeptRows(stored_pictures(rows), texts_of(rows, "id"), faults)
 
 

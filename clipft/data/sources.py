@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,7 @@ __all__ = ["load_pairs", "load_reading", "read_pairs"]
 
 _logger = logging.getLogger(__name__)
 _CHUNK = 256  # pictures in memory while they are looked at
+_LISTED = 10_000  # names beside one that is not there, that are compared with it
 
 
 def load_pairs(
@@ -233,7 +235,7 @@ def _near(source: str | Path) -> str:
     """What lies there and is called nearly so, for a message."""
     path = expanded(source)
     try:
-        beside = [own.name for own in path.parent.iterdir()]
+        beside = [own.name for own in itertools.islice(path.parent.iterdir(), _LISTED)]
     except OSError:
         return ""
     found = difflib.get_close_matches(path.name, beside, n=1)
@@ -247,7 +249,7 @@ def _by_name(name: str, split: str | None, reading: Reading, purpose: str) -> da
             split = chosen_split(names, None, purpose, name)
         reading.split = split
         dataset = datasets.load_dataset(name, split=split)
-    except OSError as error:  # of the network, or of a name that is not there
+    except (ConnectionError, FileNotFoundError) as error:  # of the network, or of a name that is not there
         raise FileNotFoundError(
             f"path_or_name: there is no file or folder {name!r} here{_near(name)}, and as a data set it does not come "
             f"from the hub ({line_of(error)})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from clipft.data.reading import BadRowError, Reading
 from clipft.data.sources import read_pairs
 
 
-def rows_of(source: Path | str) -> list[tuple[str, str]]:
+def rows_of(source: Path | str, image_column: str | None = None) -> list[tuple[str, str]]:
     """Of each row its name, and what is wrong with it."""
-    reading = Reading(skip=True, pictures_only=True)
+    reading = Reading(named=(image_column, None, None), skip=True, pictures_only=True)
     rows = kept_rows(read_pairs(source, None, reading, "all"), reading)
     for row in range(len(rows)):
         if rows.fault(row) is not None:
@@ -82,6 +83,20 @@ def test_pictures_of_folders_and_patterns(folder: Path) -> None:
     own = [("a.png", ""), ("b.heic", ".heic is not opened"), ("c.png", ""), ("d.png", "a link to nothing")]
     alike(rows_of(folder / "many"), [*own, *((f"below/{name}", why) for name, why in own)])
     alike(rows_of(str(below / "*")), [(str(below / name), why) for name, why in own])
+
+
+def test_what_cannot_be_opened_stands_behind_the_samples_of_a_folder(folder: Path) -> None:
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        tar.add(folder / "0.png", "x.png")
+    (folder / "3.heic").touch()
+    found = rows_of(folder, "png")
+    assert [(Path(name).name, bool(why)) for name, why in found] == [("x.png", False), ("3.heic", True)]
+
+
+def test_a_picture_without_an_ending_whose_name_is_not_utf8_is_named(folder: Path) -> None:
+    (folder / "0.png").rename(os.fsdecode(os.fsencode(folder) + b"/\xff"))
+    found = rows_of(folder)
+    assert [bool(why) for _, why in found].count(True) == 1 and any("\\xff" in name for name, _ in found)
 
 
 def test_samples_of_shards_and_what_of_them_is_damaged(folder: Path) -> None:
