@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clipft.families.registry import base_model
 from clipft.models.frozen import frozen_linears, to_float, tower_linears
@@ -35,7 +36,7 @@ def check_place(model: Any, *, compare: bool) -> None:
         return
     plain, _ = load(place)
     own, other = tower_linears(model), tower_linears(plain)
-    if own.keys() != other.keys() or any(not torch.equal(own[name].weight, other[name].weight) for name in own):
+    if own.keys() != other.keys() or any(not _same(own[name].weight, other[name].weight) for name in own):
         raise ValueError(f"frozen: int8 expects the model as it lies in {place}, this one has other weights, {_AGAIN}")
 
 
@@ -51,6 +52,11 @@ def restore_float(model: Any) -> None:
         to_float(model, {name: weights[name].weight for name in frozen_linears(model)})
     except (ValueError, KeyError) as error:
         raise ValueError(f"{place}: expected the weights that the adapter was trained on; {error}") from error
+
+
+def _same(own: Tensor, other: Tensor) -> bool:
+    """Also where the model was loaded in another dtype than it is stored in, or moved."""
+    return own.shape == other.shape and torch.equal(own, other.to(own))
 
 
 def _place(model: Any) -> str:

@@ -55,10 +55,10 @@ class FrozenLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """[out, in] float32, made anew of the codes, to read: for peft, which asks for a layer's dtype and device, and
-        computes with the weight in its variants. Writing to its ``data``, as a merge does, is refused."""
+        """[out, in] in ``float_dtype``, made anew of the codes, to read: for peft, which asks for a layer's dtype and
+        device, and computes with the weight in its variants. Writing to its ``data``, as a merge does, is refused."""
         codes, scale = self.codes.weight_int8.as_subclass(Tensor), self.codes.weight_scale
-        return (codes.float() * scale[:, None]).as_subclass(_Read)
+        return (codes.float() * scale[:, None]).to(self.float_dtype).as_subclass(_Read)
 
 
 class _Read(Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from clipft.data.collate import model_inputs
 from clipft.data.rows import PairRows
+from clipft.errors import line_of
 from clipft.models.float_base import restore_float
 from clipft.models.frozen import float_linears, rounding_errors, to_int8
 from clipft.recipes.options import TrainOptions
@@ -46,7 +48,7 @@ def frozen_in_int8(trainer: Any, console: Console) -> Iterator[dict[str, Any]]:
     model = trainer.model
     names = list(float_linears(model))
     errors = _errors(trainer)
-    harmed = {name: error for name, error in errors.items() if not error <= _MOST}
+    harmed = {name: errors.get(name) for name in names if not errors.get(name, math.inf) <= _MOST}
     to_int8(model, [name for name in names if name not in harmed])
     about: dict[str, Any] = {
         "layers": len(names) - len(harmed),
@@ -57,9 +59,20 @@ def frozen_in_int8(trainer: Any, console: Console) -> Iterator[dict[str, Any]]:
     about["note"] = _told(about)
     console.print(f"frozen: {about['note']}", highlight=False)
     for name, error in harmed.items():
-        console.print(f"frozen: {name} stays float: int8 would move its outputs by {error:.0%}", highlight=False)
-    yield about
-    restore_float(model)
+        why = "it was not called on these pictures" if error is None else f"int8 would move its outputs by {error:.0%}"
+        console.print(f"frozen: {name} stays float: {why}", highlight=False)
+    try:
+        yield about
+    finally:
+        _restore(trainer)
+
+
+def _restore(trainer: Any) -> None:
+    try:
+        restore_float(trainer.model)
+    except (OSError, ValueError) as error:
+        kept = f"the adapter as it was last saved is in the checkpoints in {trainer.args.output_dir}"
+        raise ValueError(f"{line_of(error)}; {kept}") from error
 
 
 def _told(about: dict[str, Any]) -> str:

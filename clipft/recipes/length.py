@@ -62,8 +62,10 @@ def length_of_run(arguments: CLIPTrainingArguments, pictures: int, *, asked: boo
 
 def _steps_an_epoch(arguments: CLIPTrainingArguments, pictures: int) -> int:
     """As Trainer counts them."""
-    rounded = math.floor if arguments.dataloader_drop_last else math.ceil
-    batches = rounded(math.ceil(pictures / arguments.world_size) / arguments.train_batch_size)
+    if arguments.dataloader_drop_last:
+        batches = pictures // arguments.train_batch_size // arguments.world_size
+    else:
+        batches = math.ceil(math.ceil(pictures / arguments.world_size) / arguments.train_batch_size)
     return max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import clipft
 
 pytest.importorskip("peft")
 
+from clipft.models.float_base import check_place
 from clipft.models.frozen import FrozenLinear
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "control_data": "none", "lora_r": 4, "frozen": "int8"}
@@ -103,3 +105,34 @@ def test_a_model_without_a_place_or_with_other_weights_is_refused(base: Path, co
     with pytest.raises(ValueError, match="frozen: int8 is for models that are whole on each process, not with fsdp"):
         train(str(base), colours, tmp_path / "run", training_args={"fsdp": True})
     assert train(clipft.load(base), colours, tmp_path / "run", epochs=1).after
+
+
+def test_an_interrupted_run_leaves_a_float_model(base: Path, colours: Path, tmp_path: Path) -> None:
+    model, processor = clipft.load(base)
+    with pytest.raises(KeyboardInterrupt):
+        train((model, processor), colours, tmp_path / "run", callbacks=[Killed()])
+    assert not any(isinstance(module, FrozenLinear) for module in model.modules())
+    half, _ = clipft.load(base, dtype=torch.bfloat16)
+    check_place(half, compare=True)  # the weights are those that lie there, rounded
+
+
+class Overwritten(TrainerCallback):
+    """Another model in the base's folder, as training ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, _ = tiny_clip()
+        with torch.no_grad():
+            model.vision_model.encoder.layers[0].mlp.fc1.weight += 1
+        model.save_pretrained(self.folder)
+
+
+def test_a_base_that_changes_meanwhile_loses_no_adapter(base: Path, colours: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=r"another weight .*; the adapter as it was last saved is in the checkpoints in"
+    ):
+        train(str(tmp_path / "base"), colours, tmp_path / "run", callbacks=[Overwritten(tmp_path / "base")])
+    assert list((tmp_path / "run").glob("checkpoints/checkpoint-*/adapter_model.safetensors"))
