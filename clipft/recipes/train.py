@@ -155,7 +155,7 @@ class _Training:
         console.print(f"what trains: {what_trains(clip)}", highlight=False)
         settings = self._settings(model, data)
         adapter, processes = peft_config and peft_config.to_dict(), self.arguments.world_size
-        planned = settings | {"epochs": length.epochs}
+        planned = settings | {"epochs": self.arguments.num_train_epochs}
         own = identity_of_run(planned, start, sets.identity, adapter=adapter, processes=processes)
         point = self._begin(trainer, own, sets.seen)
         scorer = functools.partial(
