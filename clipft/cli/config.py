@@ -12,7 +12,7 @@ import typer
 
 from clipft.errors import line_of, short
 from clipft.files import check_file
-from clipft.models.run_folder import read_yaml
+from clipft.models.safe_yaml import read_yaml
 from clipft.recipes.options import nearest
 
 __all__ = ["Config"]

@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from clipft.data.splits import existing
-from clipft.errors import line_of
 from clipft.files import read_json
 from clipft.models.formats import folder_of
+from clipft.models.safe_yaml import read_yaml
 
-__all__ = ["classes_of_run", "read_yaml", "templates_of_run"]
-
-_MOST_YAML = 1 << 20  # bytes; options take some hundreds
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values; of merged objects a few lines may hold millions."""
-
-    def flatten_mapping(self, node: Any) -> None:
-        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise yaml.YAMLError("expected objects that are written out, found one that is merged of others (<<)")
-        super().flatten_mapping(node)
-
-
-def read_yaml(text: str) -> Any:
-    """The value of a text, whoever wrote it.
-
-    Raises:
-        ValueError: it is no YAML, or far longer than options are.
-    """
-    if len(text) > _MOST_YAML:
-        raise ValueError(f"expected YAML of at most {_MOST_YAML >> 20} MB")
-    try:
-        return yaml.load(text, _Loader)
-    except Exception as error:  # its constructors raise IndexError, KeyError, AttributeError, RecursionError over words
-        raise ValueError(line_of(error)) from error
+__all__ = ["classes_of_run", "templates_of_run"]
 
 
 def classes_of_run(folder: str | Path) -> list[str] | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from clipft.models.run_folder import read_yaml
+from clipft.models.safe_yaml import read_yaml
 from clipft.recipes.options import TrainOptions, own_names
 from clipft.training.arguments import CLIPTrainingArguments
 from clipft.training.precision import bf16_speedup, fastest_precision
