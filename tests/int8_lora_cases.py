@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from lora_cases import laid_out
 from torch import Tensor
 
 from clipft import reference
@@ -51,7 +52,7 @@ class Int8LoraCase:
         """Input, bias, lora_a and lora_b as leaves that need gradients."""
         g = torch.Generator().manual_seed(7)
         lora, features = self.lora_dtype or self.dtype, self.shape[-1]
-        x = self._lay_out(torch.randn(self.shape, generator=g).to(self.dtype))
+        x = laid_out(torch.randn(self.shape, generator=g).to(self.dtype), self.layout)
         bias = torch.randn(self.out, generator=g).to(self.dtype) if self.bias else None
         a = b = None
         if self.rank is not None:
@@ -61,14 +62,6 @@ class Int8LoraCase:
 
     def upstream(self) -> Tensor:
         return torch.randn(*self.shape[:-1], self.out, generator=torch.Generator().manual_seed(8)).to(self.dtype)
-
-    def _lay_out(self, x: Tensor) -> Tensor:
-        if self.layout == "transposed":
-            return x.transpose(0, -1).contiguous().transpose(0, -1)
-        if self.layout == "strided":
-            wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan, dtype=x.dtype)
-            return wide[..., ::2].copy_(x)
-        return x[:1].expand(x.shape) if self.layout == "expanded" else x
 
 
 def ours(case: Int8LoraCase, tensors: list[Tensor | None] | None = None) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class LoraCase:
         g = torch.Generator().manual_seed(7)
         lora = self.lora_dtype or self.dtype
         fan_in = self.shape[-1]
-        x = self._lay_out(torch.randn(self.shape, generator=g).to(self.dtype))
+        x = laid_out(torch.randn(self.shape, generator=g).to(self.dtype), self.layout)
         weight = (torch.randn(self.out, fan_in, generator=g) / fan_in**0.5).to(self.dtype)
         bias = torch.randn(self.out, generator=g).to(self.dtype) if self.bias else None
         a = (torch.randn(self.rank, fan_in, generator=g) / fan_in**0.5).to(lora)
@@ -60,15 +60,16 @@ class LoraCase:
     def upstream(self) -> Tensor:
         return torch.randn(*self.shape[:-1], self.out, generator=torch.Generator().manual_seed(8)).to(self.dtype)
 
-    def _lay_out(self, x: Tensor) -> Tensor:
-        if self.layout == "transposed":
-            return x.transpose(0, -1).contiguous().transpose(0, -1)
-        if self.layout == "strided":
-            wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan, dtype=x.dtype)
-            return wide[..., ::2].copy_(x)
-        if self.layout == "expanded":
-            return x[:1].expand(x.shape)
-        return x
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided":
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan, dtype=x.dtype)
+        return wide[..., ::2].copy_(x)
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    return x
 
 
 def run(function: Callable[..., Tensor], case: LoraCase, tensors: list[Tensor | None], **kwargs) -> list[Tensor]:

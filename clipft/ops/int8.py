@@ -16,6 +16,7 @@ from clipft.ops.kernels import (
     check_tensors,
     dtype_name,
     has_kernel,
+    in_order,
     refuse_derivatives,
     shape_of,
 )
@@ -105,11 +106,6 @@ def plain_linear(
         check_floats(op, bias=bias)
     out = reference.quantized_linear(x.reshape(-1, x.shape[-1]), weight, scale, bias, activation)
     return out.to(x.dtype).view(*x.shape[:-1], -1)
-
-
-def in_order(x: Tensor) -> Tensor:
-    """With rows that the ops can walk through."""
-    return x.contiguous() if x.dim() > 2 else x
 
 
 # ---- checks that C cannot make ----

@@ -20,6 +20,8 @@ from clipft.ops.kernels import (
     check_number,
     check_tensors,
     exports_to_onnx,
+    in_order,
+    like_if,
     no_second_derivative,
     wants_plain,
     without_autocast,
@@ -139,7 +141,7 @@ def _linear(
     x, bias, branch = _checked(x, weight, bias, lora_a, lora_b, scaling, dropout)
     if wants_plain(x, *branch) or not int8.runs(_OP, x):
         return _plain(x, weight, bias, branch, scaling, active_dropout, activation)
-    x, none = int8.in_order(x), x.new_empty(0)
+    x, none = in_order(x), x.new_empty(0)
     some_bias = bias_or_empty(_OP, bias, weight.weight_scale, x)
     if not branch:
         active_dropout = 0.0
@@ -237,14 +239,11 @@ def _(
     needs_a: bool,
     needs_b: bool,
 ) -> Any:
-    def like(tensor: Tensor, needed: bool) -> Tensor:
-        return tensor.new_empty(tensor.shape if needed else (0,))
-
     return (
         grad.new_empty((*grad.shape[:-1], features) if needs_input else (0,)),
         grad.new_empty((scale.shape[0] if needs_bias else 0,), dtype=torch.float32),
-        like(lora_a, needs_a),
-        like(lora_b, needs_b),
+        like_if(needs_a, lora_a),
+        like_if(needs_b, lora_b),
     )
 
 
@@ -264,7 +263,7 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
     numbers = ctx.features, ctx.scaling, ctx.dropout, ctx.quick_gelu
     op = torch.ops.clipft.int8_lora_linear_backward
-    grads = call(op, int8.in_order(grad), grad.new_empty(0) if x is None else x, *rest, *numbers, *needs)
+    grads = call(op, in_order(grad), grad.new_empty(0) if x is None else x, *rest, *numbers, *needs)
     d_x, d_bias, d_a, d_b = (g if need else None for g, need in zip(grads, needs, strict=True))
     d_bias = None if d_bias is None else d_bias.to(ctx.bias_dtype)
     return d_x, None, None, None, d_bias, d_a, d_b, None, None, None, None

@@ -29,6 +29,8 @@ __all__ = [
     "dtype_name",
     "exports_to_onnx",
     "has_kernel",
+    "in_order",
+    "like_if",
     "no_second_derivative",
     "problem",
     "refuse_derivatives",
@@ -215,6 +217,16 @@ def bias_or_empty(op: str, bias: Tensor | None, weight: Tensor, x: Tensor) -> Te
     if bias.numel() == 0:
         raise ValueError(f"clipft.{op}: bias must be [out], {shape_of(weight)[:1]}, got shape {shape_of(bias)}")
     return bias
+
+
+def like_if(needed: bool, tensor: Tensor) -> Tensor:
+    """A gradient as the fakes of backward ops have it: of that tensor, empty where nobody asks for it."""
+    return tensor.new_empty(tensor.shape if needed else (0,))
+
+
+def in_order(x: Tensor) -> Tensor:
+    """With rows that the ops can walk through."""
+    return x.contiguous() if x.dim() > 2 else x
 
 
 def no_second_derivative(ctx: Any, *grads: Any) -> Any:

@@ -21,6 +21,8 @@ from clipft.ops.kernels import (
     check_number,
     check_tensors,
     has_kernel,
+    in_order,
+    like_if,
     no_second_derivative,
     wants_plain,
     without_autocast,
@@ -122,8 +124,7 @@ def _lora_linear(
     check_fraction(name, "dropout", dropout)
     if wants_plain(x, weight, some_bias, lora_a, lora_b) or not has_kernel(name, x, PLAIN, "lora"):
         return _plain(x, weight, bias, lora_a, lora_b, scaling, active_dropout, activation)
-    if x.dim() > 2:
-        x = x.contiguous()
+    x = in_order(x)
     seed = draw_seed(x) if active_dropout else torch.empty((), dtype=torch.int64, device=x.device)
     scaling, active_dropout = float(scaling), float(active_dropout)
     op = torch.ops.clipft.lora_linear
@@ -207,15 +208,12 @@ def _(
     needs_a: bool,
     needs_b: bool,
 ) -> Any:
-    def like(tensor: Tensor, needed: bool) -> Tensor:
-        return tensor.new_empty(tensor.shape if needed else (0,))
-
     return (
-        like(x, needs_input),
-        like(weight, needs_weight),
+        like_if(needs_input, x),
+        like_if(needs_weight, weight),
         x.new_empty((weight.shape[0] if needs_bias else 0,)),
-        like(lora_a, needs_a),
-        like(lora_b, needs_b),
+        like_if(needs_a, lora_a),
+        like_if(needs_b, lora_b),
     )
 
 
@@ -235,10 +233,8 @@ def _lora_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _lora_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:5]
-    if grad.dim() > 2:
-        grad = grad.contiguous()
     op = torch.ops.clipft.lora_linear_backward
-    grads = call(op, grad, *ctx.saved_tensors, ctx.scaling, ctx.dropout, ctx.quick_gelu, *needs)
+    grads = call(op, in_order(grad), *ctx.saved_tensors, ctx.scaling, ctx.dropout, ctx.quick_gelu, *needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 

@@ -17,6 +17,7 @@ from clipft.ops.kernels import (
     check_floats,
     check_tensors,
     exports_to_onnx,
+    in_order,
     refuse_derivatives,
 )
 from clipft.ops.losses import contrastive_loss, sigmoid_loss
@@ -153,12 +154,12 @@ class QuantizedLinear(PackedWeight):
         none = input.new_empty(0)
         return call(
             torch.ops.clipft.quantized_chain,
-            int8.in_order(input),
+            in_order(input),
             *((none, none, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)),
             *self._operands(none),
             code,
             *((none, none, none) if then is None else then._operands(none)),
-            none if residual is None else int8.in_order(residual),
+            none if residual is None else in_order(residual),
             name=_NAME,
         )
 
@@ -175,7 +176,7 @@ class QuantizedLinear(PackedWeight):
                 f"clipft.{_NAME}: torch.onnx.export has no operators for it; clipft.export_onnx(model, processor, "
                 "folder, int8=True) writes the float model as int8 ONNX, with the same weights"
             )
-        x = int8.in_order(x if norm is None else norm(x))
+        x = in_order(x if norm is None else norm(x))
         bias = bias_or_empty(_NAME, self.bias, self.weight_scale, x)
         x = torch.ops.clipft.quantized_linear(x, self._packed, self.weight_scale, bias, code)
         if then is not None:

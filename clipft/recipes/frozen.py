@@ -13,6 +13,7 @@ from rich.console import Console
 from clipft.data.collate import model_inputs
 from clipft.data.rows import PairRows
 from clipft.errors import line_of
+from clipft.inference.encode import evaluating
 from clipft.models.float_base import restore_float
 from clipft.models.frozen import float_linears, rounding_errors, to_int8
 from clipft.recipes.options import TrainOptions
@@ -89,10 +90,5 @@ def _errors(trainer: Any) -> dict[str, float]:
     count = min(len(rows), _PICTURES)
     batch = model_inputs(trainer.data_collator([rows[index * len(rows) // count] for index in range(count)]))
     inputs = {name: value.to(trainer.args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return rounding_errors(model, lambda: model(**inputs, return_logits=False))
-    finally:
-        model.train(training)
+    with evaluating(model):
+        return rounding_errors(model, lambda: model(**inputs, return_logits=False))
