@@ -5,6 +5,7 @@
 - ``<!-- api -->``: every public name, by package, for mkdocstrings.
 - ``<!-- notebook: NAME -->``: notebooks/NAME.ipynb, with its outputs.
 - ``<!-- plot: NAME -->``: an SVG of docs/plots.py, from the benchmarks' results.
+- From ``<!-- clone -->`` to ``<!-- /clone -->``: for who reads the file itself, and not on the site.
 - A block of shell followed by one of Python becomes two tabs.
 - Pages of the root (CHANGELOG and the like) are pages of the site; links to other files there become their names.
 - Pages in how-to/ and notes/ that mkdocs.yml does not name come into the menu by themselves.
@@ -98,6 +99,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = markdown.replace("<!-- api -->", _api()) if "<!-- api -->" in markdown else markdown
     markdown = re.sub(r"<!-- notebook: (\S+) -->", lambda found: _notebook(found[1]), markdown)
     markdown = re.sub(r"<!-- plot: (\S+) -->", lambda found: _plot(found[1]), markdown)
+    markdown = re.sub(r"<!-- clone -->.*?<!-- /clone -->\n", "", markdown, flags=re.DOTALL)
     markdown = re.sub(r"^<!-- fragment: .*? -->\n", "", markdown, flags=re.MULTILINE)
     external.update(re.findall(r"\]\((https?://[^)\s]+)\)", markdown))
     here = posixpath.dirname(page.file.src_uri)

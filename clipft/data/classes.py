@@ -28,7 +28,7 @@ _WORDLESS = (
     r"n\d{8}",  # of WordNet, as ImageNet's folders
     r"(?:\d{2,}[._-]|\d+\.|\d+ - )\s*\w.*",  # numbered: 001.Black_footed_Albatross
     r"(?:[A-Z][a-z]+){2,}",  # AnnualCrop
-    r"(?i:class|label|category|cat|type|c|id)[ _-]?\d+",
+    r"(?i:class|cls|label|category|cat|type|c|id)[ _-]?\d+",
 )
 _SAYS_NOTHING = re.compile("|".join(_WORDLESS), re.DOTALL)
 

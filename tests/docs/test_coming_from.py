@@ -44,6 +44,10 @@ def test_our_command_lines_parse():
     for code in (code for section in SECTIONS for code in column(section, 1) if re.match(r"--[\w-]+ [^=]+$", code)):
         if not code.startswith(tuple(TORCHRUN)):
             group.commands["train"].make_context("clipft train", [*base, *shlex.split(code)])
+    whole = [code for section in SECTIONS for code in column(section, 1) if re.match(r"clipft \w+ --model ", code)]
+    assert len(whole) > 3
+    for _, name, *words in map(shlex.split, whole):
+        group.commands[name].make_context(f"clipft {name}", words)
 
 
 def test_their_trainers_arguments_are_arguments():
