@@ -153,6 +153,16 @@ def test_other_device_code_is_refused(tmp_path: Path) -> None:
     assert "device code cannot be read" in problem()
 
 
+def test_an_extension_without_the_ops_that_the_python_code_knows_says_to_build_again() -> None:
+    """A source tree that was updated and not built again."""
+    older = "import sys, types, torch, clipft; sys.modules['clipft._C'] = types.ModuleType('clipft._C'); "
+    done = python(older + "clipft.contrastive_loss")
+    assert done.returncode != 0 and re.search(
+        r"ImportError: clipft's C extension is older than .* \(operator clipft::\w+ does not exist.*Build it again:",
+        done.stderr,
+    )
+
+
 def test_import_twice() -> None:
     sys.modules.pop("clipft._C")
     again = importlib.import_module("clipft._C")
