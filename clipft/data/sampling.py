@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from clipft.data.rows import MISSING, class_names_of, class_targets, column_name
 
 __all__ = [
     "UNEVEN",
+    "AllButLast",
     "ClassBalancedSampler",
     "EpochSampler",
     "HardNegativeSampler",
@@ -50,6 +52,19 @@ class EpochSampler(Sampler[tuple[int, int]]):
             self.length, generator=torch.Generator().manual_seed(mix_seed(self.seed, epoch, "order"))
         )
         return ((epoch, index) for index in order.tolist())
+
+
+class AllButLast(Sampler[Any]):
+    """A sampler's rows but for the last, in every epoch another, which would be a batch of its own."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows) - 1
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.rows, len(self))
 
 
 def mix_seed(*parts: Any) -> int:

@@ -23,6 +23,7 @@ class PairLoss:
             (image_embeds [N, D], text_embeds [N, D], logit_scale, and logit_bias if it needs one, labels=, group=, and
             label_smoothing= if it smooths) -> 0-d loss.
         needs_bias: whether the model must have a ``logit_bias``.
+        needs_others: whether a pair alone has no loss, which is told from the batch's others.
         smooths: whether its targets are distributions, which ``label_smoothing_factor`` can smooth.
         float64: the same in plain torch, where the function does not take float64, for models that compute in it.
     """
@@ -30,6 +31,7 @@ class PairLoss:
     name: str
     function: str | Callable[..., Any]
     needs_bias: bool = False
+    needs_others: bool = False
     smooths: bool = False
     float64: str | None = None
 
@@ -48,7 +50,11 @@ LOSSES = {
     loss.name: loss
     for loss in (
         PairLoss(
-            "contrastive", "clipft.ops:contrastive_loss", smooths=True, float64="clipft.reference:contrastive_loss"
+            "contrastive",
+            "clipft.ops:contrastive_loss",
+            needs_others=True,
+            smooths=True,
+            float64="clipft.reference:contrastive_loss",
         ),
         PairLoss("sigmoid", "clipft.ops:sigmoid_loss", needs_bias=True, float64="clipft.reference:sigmoid_loss"),
     )

@@ -38,15 +38,18 @@ class Length:
         return {name: value for name, value in asdict(self).items() if value != ""}
 
 
-def length_of_run(arguments: CLIPTrainingArguments, pictures: int, *, asked: bool) -> Length:
+def length_of_run(
+    arguments: CLIPTrainingArguments, pictures: int, *, asked: bool, each_epoch: int | None = None
+) -> Length:
     """As the arguments have it, or longer.
 
     Args:
         arguments: of the run; ``max_steps``, where it is set, decides.
         pictures: that it trains on.
         asked: whether the arguments' epochs are somebody's wish.
+        each_epoch: of the pictures, where an epoch leaves one out.
     """
-    each = _steps_an_epoch(arguments, pictures)
+    each = _steps_an_epoch(arguments, pictures if each_epoch is None else each_epoch)
     usual = arguments.num_train_epochs
     if arguments.max_steps > 0:
         return Length(pictures, each, arguments.max_steps / each, arguments.max_steps)

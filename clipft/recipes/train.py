@@ -43,6 +43,7 @@ from clipft.recipes.sets import HELD_OUT, Sets, sets_of_run
 from clipft.recipes.sources import Sources, name_of
 from clipft.training.arguments import default_learning_rate
 from clipft.training.progress import ProgressReport
+from clipft.training.row_loading import rows_of_epoch
 from clipft.training.trainer import CLIPTrainer
 from clipft.training.wise_ft import WeightLine
 
@@ -150,7 +151,7 @@ class _Training:
         usual = default_learning_rate(base, lora=adapted)
         self.arguments.learning_rate = usual if options.lr is None else options.lr
         self.arguments.class_balanced = self._drawn_by_class(sets.train)
-        length = self._length(len(sets.train))
+        length = self._length(clip, len(sets.train))
         trainer = self._trainer(clip, processor, sets, length, callbacks)
         console.print(f"what trains: {what_trains(clip)}", highlight=False)
         settings = self._settings(model, data)
@@ -260,9 +261,11 @@ class _Training:
         )
         return True
 
-    def _length(self, pictures: int) -> Length:
+    def _length(self, clip: Any, pictures: int) -> Length:
         """Of the run; where nobody asked, few pictures come round more often."""
-        length = length_of_run(self.arguments, pictures, asked=self.options.epochs is not None)
+        each_epoch = rows_of_epoch(self.arguments, clip, pictures, own_loss=self.own_loss is not None)
+        asked = self.options.epochs is not None
+        length = length_of_run(self.arguments, pictures, asked=asked, each_epoch=each_epoch)
         if length.note:
             self.arguments.num_train_epochs = length.epochs
             self.console.print(length.note, highlight=False)

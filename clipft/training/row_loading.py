@@ -16,6 +16,7 @@ from clipft.data.collate import CLIPDataCollator, FrozenFeatures
 from clipft.data.objects import as_rows
 from clipft.data.rows import PairRows, column_names
 from clipft.data.sampling import (
+    AllButLast,
     ClassBalancedSampler,
     EpochSampler,
     HardNegativeSampler,
@@ -25,12 +26,12 @@ from clipft.data.sampling import (
 from clipft.data.transforms import AUGMENTATION_OPTIONS, Augmentation, augmentation_set
 from clipft.families.registry import family_of, family_of_processor
 from clipft.inference.encode import unified
-from clipft.training.arguments import CLIPTrainingArguments
+from clipft.training.arguments import CLIPTrainingArguments, loss_of
 from clipft.training.checkpoints import StagedCheckpoints
 from clipft.training.feature_cache import FrozenTowers, frozen_towers
 from clipft.training.head_training import HeadTraining
 
-__all__ = ["RowLoading", "given_rows", "own_collator"]
+__all__ = ["RowLoading", "given_rows", "own_collator", "rows_of_epoch"]
 
 _FEW_EPOCHS = 5
 
@@ -40,6 +41,7 @@ class RowLoading(StagedCheckpoints):
 
     args: CLIPTrainingArguments
     _heads: HeadTraining | None = None
+    _own_loss: Callable[[Tensor, Tensor, dict[str, Any]], Tensor] | None = None
 
     # ---- loaders ----
 
@@ -104,6 +106,11 @@ class RowLoading(StagedCheckpoints):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        sampler = self._sampler(rows)
+        fewer = rows_of_epoch(self.args, self.model, len(rows), own_loss=self._own_loss is not None) < len(rows)
+        return AllButLast(sampler) if fewer else sampler
+
+    def _sampler(self, rows: Any) -> Any:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
 
         def epoch() -> int:
@@ -145,6 +152,15 @@ def given_rows(data: Any) -> Any:
     if isinstance(data, dict):
         return {name: as_rows(own) for name, own in data.items()}
     return None if data is None else as_rows(data)
+
+
+def rows_of_epoch(args: CLIPTrainingArguments, model: Any, rows: int, *, own_loss: bool = False) -> int:
+    """So many of the rows an epoch trains on: all, but for one that would be a batch of its own where the loss, of
+    pairs that are told apart, is then 0 whatever the model says. (Of several processes none has a pair to itself.)
+    """
+    alone = args.world_size == 1 and rows > args.train_batch_size and rows % args.train_batch_size == 1
+    of_pairs = args.head == "none" and not args.attributes and not own_loss
+    return rows - 1 if alone and of_pairs and loss_of(args, model).needs_others else rows
 
 
 # ---- the collator ----

@@ -57,7 +57,8 @@ class CLIPTrainer(RowLoading):
     or are torchvision's, lists of (picture, text), and subsets of these. Evaluation gives ``eval_loss`` and
     ``eval_image_to_text_R@1`` and so on; ``predict`` gives embeddings, (image [N, D], text [N, D]). With ``args.head``
     these are ``eval_accuracy`` and so on, and logits [N, C]. Several processes (``torchrun``) use each other's pairs as
-    negatives. The model is fused (:func:`clipft.fuse`) and stays so; :func:`clipft.unfuse` undoes it.
+    negatives. Where a last batch would be one pair, whose contrastive loss is 0, an epoch leaves it out, each another.
+    The model is fused (:func:`clipft.fuse`) and stays so; :func:`clipft.unfuse` undoes it.
     Weights that train become float32 if they are stored in less; ``args.bf16`` and ``args.fp16`` compute in less.
 
     ``loss``: a function in place of the loss that ``args`` names: (image_embeds [N, D], text_embeds [N, D], batch) ->

@@ -89,6 +89,13 @@ def test_few_pictures_come_round_until_there_are_enough_steps(longer: tuple[Path
 
 
 @pytest.mark.usefixtures("few_steps")
+def test_a_step_of_one_pair_is_none(base: Path, colours: Path, tmp_path: Path) -> None:
+    watch = Watch()
+    said = train(base, colours, tmp_path, watch, batch_size=31)
+    assert WHY in said and watch.planned == (7, 7.0) and watch.steps == 7
+
+
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize(
     ("options", "planned"), [({"epochs": 2}, (2, 2)), ({"training_args": {"max_steps": 3}}, (3, 5.0))]
 )

@@ -55,6 +55,36 @@ def test_equal_captions_are_positives_and_smoothing_is_the_losss(tmp_path: Path)
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
 
 
+def test_a_pair_that_would_be_a_batch_of_its_own_is_left_out_where_it_teaches_nothing(tmp_path: Path) -> None:
+    """Each epoch another; what a head says of one picture is something."""
+    seen: list[set[str]] = []
+
+    class Watch(TrainerCallback):
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(set())
+
+    trainer = trainer_of(tmp_path, captioned(9), num_train_epochs=4, callbacks=[Watch()])
+    trainer.model.register_forward_pre_hook(
+        lambda _, __, inputs: seen[-1].update(map(str, inputs["pixel_values"].flatten(1).sum(1).tolist())),
+        with_kwargs=True,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4 and min(losses(trainer)) > 0
+    assert [len(pictures) for pictures in seen] == [8] * 4 and len(set.union(*seen)) == 9
+    others = (
+        trainer_of(tmp_path, labelled(9), head="text"),
+        clipft.CLIPTrainer(
+            trainer.model,
+            arguments(tmp_path),
+            loss=lambda images, texts, batch: (images - texts).square().sum(),
+            train_dataset=captioned(9),
+            processing_class=trainer.processing_class,
+        ),
+        trainer_of(tmp_path, captioned(10)),
+    )
+    assert [len(other.get_train_dataloader()) for other in others] == [2, 2, 2]
+
+
 def test_training_learns_and_never_builds_logits(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, captioned(16), captioned(16), num_train_epochs=12, learning_rate=3e-3)
     shapes = []
