@@ -68,6 +68,12 @@ TIERS = {
         "vector": "__m512i",
         "instruction": "_mm512_dpbusd_epi32(a, b, c)",
     },
+    "amx": {
+        **X86_64,
+        "target": "amx-tile,amx-int8",
+        "vector": "int",
+        "instruction": "(_tile_release(), a + b + c)",
+    },
     "neon_dot": {**AARCH64, "target": "dotprod", "instruction": f"vdotq_s32(a, {BYTES})"},
     "neon_i8mm": {**AARCH64, "target": "i8mm", "instruction": f"vmmlaq_s32(a, {BYTES})"},
 }

@@ -1,14 +1,16 @@
 #include "cpu.h"
 
-static const char *const names[CLIPFT_ISA_COUNT] = {"ref", "neon", "neon_dot", "neon_i8mm", "avx2", "avx_vnni", "avx512", "avx512_vnni"};
+static const char *const names[CLIPFT_ISA_COUNT] = {"ref",      "neon",   "neon_dot",    "neon_i8mm", "avx2",
+                                                    "avx_vnni", "avx512", "avx512_vnni", "amx"};
 
 const char *clipft_isa_name(clipft_isa isa) { return names[isa]; }
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-/* XCR0 bits that the operating system sets when it saves the registers: XMM | YMM, and opmask | ZMM_Hi256 | Hi16_ZMM beside them. */
-enum { XCR0_AVX = 0x06, XCR0_AVX512 = 0xe6 };
+/* XCR0 bits that the operating system sets when it saves the registers: XMM | YMM, opmask | ZMM_Hi256 | Hi16_ZMM beside them, and
+ * TILECFG | TILEDATA. */
+enum { XCR0_AVX = 0x06, XCR0_AVX512 = 0xe6, XCR0_AMX = 0x60000 };
 
 static unsigned xcr0(void)
 {
@@ -17,9 +19,9 @@ static unsigned xcr0(void)
     return low;
 }
 
-/* EAX, EBX and ECX of a sub-leaf of leaf 7: zero where the CPU lacks it. */
+/* Of a sub-leaf of leaf 7: zero where the CPU lacks it. */
 typedef struct features {
-    unsigned eax, ebx, ecx;
+    unsigned eax, ebx, ecx, edx;
 } features;
 
 static features leaf7(unsigned subleaf)
@@ -27,7 +29,7 @@ static features leaf7(unsigned subleaf)
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || a < subleaf) return (features){0};
     if (!__get_cpuid_count(7, subleaf, &a, &b, &c, &d)) return (features){0};
-    return (features){a, b, c};
+    return (features){a, b, c, d};
 }
 
 static bool has_avx2(void)
@@ -44,6 +46,26 @@ static bool has_avx512(void)
     return has_avx2() && (xcr0() & XCR0_AVX512) == XCR0_AVX512 && (leaf7(0).ebx & needed) == needed;
 }
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* The tiles are 8 KiB more to save a thread, which Linux (5.16 and later) wants to be asked for, once a process; forks have it too. */
+static bool may_use_tiles(void)
+{
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA */
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#else
+static bool may_use_tiles(void) { return false; }
+#endif
+
+static bool has_amx(void)
+{
+    const unsigned needed = 1U << 24 | 1U << 25; /* leaf 7, EDX: AMX-TILE, AMX-INT8 */
+    return has_avx512() && (xcr0() & XCR0_AMX) == XCR0_AMX && (leaf7(0).edx & needed) == needed && may_use_tiles();
+}
+
 bool clipft_cpu_is_amd(void)
 {
     unsigned a, b = 0, c = 0, d = 0;
@@ -57,6 +79,7 @@ bool clipft_cpu_has(clipft_isa isa)
     if (isa == CLIPFT_ISA_AVX2) return has_avx2();
     if (isa == CLIPFT_ISA_AVX_VNNI) return has_avx2() && (leaf7(1).eax & AVX_VNNI);
     if (isa == CLIPFT_ISA_AVX512) return has_avx512();
+    if (isa == CLIPFT_ISA_AMX) return has_amx();
     return isa == CLIPFT_ISA_AVX512_VNNI && has_avx512() && (leaf7(0).ecx & bit_AVX512VNNI);
 }
 #elif defined(__aarch64__)

@@ -14,6 +14,7 @@ typedef enum clipft_isa {
     CLIPFT_ISA_AVX_VNNI,    /* and the int8 dot products of AVX-VNNI */
     CLIPFT_ISA_AVX512,      /* AVX-512 F, BW, DQ, VL */
     CLIPFT_ISA_AVX512_VNNI, /* and the int8 dot products of AVX-512 VNNI */
+    CLIPFT_ISA_AMX,         /* and the int8 tiles of AMX, which Linux hands out */
     CLIPFT_ISA_COUNT
 } clipft_isa;
 

@@ -130,9 +130,10 @@ static int usable_isa(const char *name, PyObject *error)
                      clipft_isa_name(clipft_dispatch_best()));
         return -1;
     }
-    PyErr_Format(error,
-                 "clipft: unknown instruction set \"%s\"; expected ref, neon, neon_dot, neon_i8mm, avx2, avx_vnni, avx512 or avx512_vnni",
-                 name);
+    PyErr_Format(
+        error,
+        "clipft: unknown instruction set \"%s\"; expected ref, neon, neon_dot, neon_i8mm, avx2, avx_vnni, avx512, avx512_vnni or amx",
+        name);
     return -1;
 }
 

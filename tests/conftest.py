@@ -20,8 +20,8 @@ os.environ["PYTHONSAFEPATH"] = (
 if TYPE_CHECKING:
     from emulated_cuda import EmulatedCuda
 
-ALL_ISAS = ("ref", "neon", "neon_dot", "neon_i8mm", "avx2", "avx_vnni", "avx512", "avx512_vnni")
-INT8_ONLY = {"neon_dot": "neon", "neon_i8mm": "neon", "avx_vnni": "avx2", "avx512_vnni": "avx512"}
+ALL_ISAS = ("ref", "neon", "neon_dot", "neon_i8mm", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
+INT8_ONLY = {"neon_dot": "neon", "neon_i8mm": "neon", "avx_vnni": "avx2", "avx512_vnni": "avx512", "amx": "avx512"}
 
 
 def pytest_report_header() -> list[str]:

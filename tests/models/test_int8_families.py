@@ -62,7 +62,7 @@ def near(model: Any, plain: Any, least: float = 0.995) -> None:
 # ---- what becomes int8 ----
 
 
-def test_every_product_becomes_int8_and_the_model_stays(plain: Any, int8_isa: str) -> None:
+def test_every_product_becomes_int8_and_the_model_stays(plain: Any) -> None:
     before = copy.deepcopy(plain.state_dict())
     quantized = clipft.quantize(plain)
     assert isinstance(quantized, type(plain)) and not quantized.training and quantized is not plain

@@ -50,7 +50,7 @@ def near(model: CLIPModel, plain: CLIPModel, batch: dict[str, Tensor], least: fl
 # ---- what becomes int8 ----
 
 
-def test_every_linear_layer_becomes_int8_and_the_model_stays(batch: dict[str, Tensor], int8_isa: str) -> None:
+def test_every_linear_layer_becomes_int8_and_the_model_stays(batch: dict[str, Tensor]) -> None:
     plain = tiny_model()
     before = copy.deepcopy(plain.state_dict())
     quantized = clipft.quantize(plain)

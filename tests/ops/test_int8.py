@@ -147,7 +147,7 @@ def test_what_stands_around_a_layer_is_checked() -> None:
 # ---- torch's contracts ----
 
 
-def test_opcheck(int8_isa: str) -> None:
+def test_opcheck() -> None:
     x, weight, scale, bias, _ = Int8Case(6, 37, 21).arguments()
     packed = torch.ops.clipft.quantized_pack(weight)
     assert packed.shape == (64 + 32 * (40 + 4),)

@@ -14,7 +14,7 @@ typedef struct clipft_range {
 } clipft_range;
 
 /* Weights lie in panels of CLIPFT_INT8_PANEL output channels. A tile takes CLIPFT_INT8_COLS channels and CLIPFT_INT8_ROWS rows at most. */
-enum { CLIPFT_INT8_PANEL = 16, CLIPFT_INT8_COLS = 64, CLIPFT_INT8_ROWS = 16 };
+enum { CLIPFT_INT8_PANEL = 16, CLIPFT_INT8_COLS = 64, CLIPFT_INT8_ROWS = 32 };
 
 /* Rows of a tile at best where an ISA has no reason for others: whole tiles of 4 and of 6. */
 enum { CLIPFT_INT8_DOT_ROWS = 12 };
