@@ -98,14 +98,16 @@ def int8_lora_linear(
 
     Returns:
         [..., out] in the dtype of ``input``. A row that holds a NaN or an infinity comes out NaN, forward and backward;
-        other rows do not notice. Sums are exact integers, the same on every CPU. Under autocast ``input`` and ``bias``
-        are cast to its dtype; ``lora_a`` and ``lora_b`` stay as they are.
+        other rows do not notice. What float16 does not hold is infinite, as the float layer's. Sums are exact
+        integers, the same on every CPU. Under autocast ``input`` and ``bias`` are cast to its dtype; ``lora_a`` and
+        ``lora_b`` stay as they are.
 
     Raises:
         TypeError: a dtype that is not supported, or that does not fit the input's.
         ValueError: a shape, device or ``dropout`` that does not fit.
-        NotImplementedError: within ``torch.onnx.export``, or with ``CLIPFT_STRICT=1`` on a device that is no CPU.
-            There, without it, plain torch computes the same, and says so.
+        NotImplementedError: within ``torch.onnx.export``; a derivative by ``input`` in forward mode; or with
+            ``CLIPFT_STRICT=1`` on a device that is no CPU. There, without it, plain torch computes the same, and says
+            so.
     """
     return _linear(input, weight, bias, lora_a, lora_b, scaling, dropout if training else 0.0, dropout, False)
 
@@ -139,7 +141,7 @@ def _linear(
     activation: bool,
 ) -> Tensor:
     x, bias, branch = _checked(x, weight, bias, lora_a, lora_b, scaling, dropout)
-    if wants_plain(x, *branch) or not int8.runs(_OP, x):
+    if wants_plain(x, *branch, *([] if bias is None else [bias])) or not int8.runs(_OP, x):
         return _plain(x, weight, bias, branch, scaling, active_dropout, activation)
     x, none = in_order(x), x.new_empty(0)
     some_bias = bias_or_empty(_OP, bias, weight.weight_scale, x)

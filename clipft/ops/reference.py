@@ -166,6 +166,10 @@ class _Int8Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return int8_input_gradient(grad, *ctx.saved_tensors).to(ctx.dtype), None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("clipft.int8_lora_linear: the input has no derivative in forward mode, only backward")
+
 
 def int8_lora_linear(
     input: Tensor,  # noqa: A002

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from int8_lora_cases import BF16, CASES, F16, F32, Int8LoraCase, assert_within, ours
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import clipft.ops
@@ -279,6 +280,35 @@ def test_gradients_of_torch_func() -> None:
     leaf = x.clone().requires_grad_()
     loss(leaf).backward()
     torch.testing.assert_close(torch.func.grad(loss)(x), leaf.grad, rtol=1e-2, atol=1e-2)
+
+
+def test_forward_mode_is_refused_for_the_input_and_right_for_the_rest() -> None:
+    case = Int8LoraCase((6, 16), 12, 4)
+    x, *rest = (t.detach() for t in case.tensors())
+    weight = case.weight()
+    with pytest.raises(NotImplementedError, match="int8_lora_linear: the input has no derivative in forward mode"):
+        torch.func.jvp(lambda x: int8_lora_linear(x, weight, *rest, 2.0), (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+        int8_lora_linear(forward_ad.make_dual(x, x), weight, *rest, 2.0)
+    bias, a, b = rest
+    for branch in ((), (a, b, 2.0)):
+        _, moved = torch.func.jvp(lambda bias, own=branch: int8_lora_linear(x, weight, bias, *own), (bias,), (bias,))
+        torch.testing.assert_close(moved, bias.expand(6, 12))
+        with forward_ad.dual_level():
+            y = int8_lora_linear(x, weight, forward_ad.make_dual(bias, bias), *branch)
+            torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, bias.expand(6, 12))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_what_float16_does_not_hold_is_infinite_as_in_float(rank: int | None, int8_isa: str) -> None:
+    x = torch.ones(4, 8, dtype=F16, requires_grad=True)
+    weight = torch.full((16, 8), 8.0)
+    branch = (torch.zeros(2, 8, dtype=F16), torch.zeros(16, 2, dtype=F16)) if rank else ()
+    dy = torch.full((4, 16), 1000.0, dtype=F16)
+    dy[1] /= 2  # 64,000, the others twice that
+    (got,) = torch.autograd.grad(int8_lora_linear(x, Int8Weight.from_weight(weight), None, *branch), x, dy)
+    (want,) = torch.autograd.grad(F.linear(x, weight.half()), x, dy)
+    assert torch.equal(got, want) and got.isinf().sum() == 3 * 8
 
 
 # ---- the weight ----
