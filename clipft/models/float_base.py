@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from clipft.errors import line_of
 from clipft.families.registry import base_model
-from clipft.models.frozen import frozen_linears, to_float, tower_linears
+from clipft.models.frozen import float_state, frozen_linears, to_float, tower_linears
 from clipft.models.loading import load
 
-__all__ = ["check_place", "restore_float"]
+__all__ = ["check_place", "restore_float", "state_in_float"]
+
+Result = TypeVar("Result")
 
 _AGAIN = (
     "whose float weights are read again when it has trained: save it with model.save_pretrained(FOLDER) and "
@@ -44,14 +48,23 @@ def restore_float(model: Any) -> None:
     """Let what :func:`clipft.models.frozen.to_int8` made int8 be float again, in place.
 
     Raises:
-        OSError, ValueError: the weights are not where they were, or are others.
+        ValueError: the weights are not where they were, or are others.
     """
+    _with_weights(model, to_float)
+
+
+def state_in_float(model: Any) -> dict[str, Tensor]:
+    """What :func:`restore_float` would leave in a model without adapters, which stays as it is. It raises the same."""
+    return _with_weights(model, float_state)
+
+
+def _with_weights(model: Any, use: Callable[[Any, dict[str, Tensor]], Result]) -> Result:
     place = _place(model)
-    weights = tower_linears(load(place)[0])
     try:
-        to_float(model, {name: weights[name].weight for name in frozen_linears(model)})
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{place}: expected the weights that the adapter was trained on; {error}") from error
+        linears = tower_linears(load(place)[0])
+        return use(model, {name: linears[name].weight for name in frozen_linears(model)})
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{place}: expected the weights that training began with; {line_of(error)}") from error
 
 
 def _same(own: Tensor, other: Tensor) -> bool:

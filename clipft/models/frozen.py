@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from clipft.families.registry import base_model, family_of
 from clipft.ops.int8 import quantize_weight, quantized_linear
@@ -23,6 +24,7 @@ __all__ = [
     "FrozenLinear",
     "check_float_base",
     "float_linears",
+    "float_state",
     "frozen_linears",
     "rounding_errors",
     "to_float",
@@ -33,9 +35,10 @@ __all__ = [
 FROZEN = ("float", "int8")  # what is frozen may compute in
 _ROWS = 512  # of a layer's input that errors are measured on
 _WRITTEN = (
-    "the model's frozen layers are int8 codes, which an adapter cannot be merged into and which are not saved: save "
+    "model: its frozen layers are int8 codes, which an adapter cannot be merged into and which are not saved: save "
     "the adapter with model.save_pretrained(FOLDER), and clipft.load(FOLDER) merges it into the float base"
 )
+_INITIALISED = "; an adapter whose initialisation changes its base (pissa, olora, ...) is for a float one"
 
 
 class FrozenLinear(nn.Linear):
@@ -60,6 +63,14 @@ class FrozenLinear(nn.Linear):
         codes, scale = self.codes.weight_int8.as_subclass(Tensor), self.codes.weight_scale
         return (codes.float() * scale[:, None]).to(self.float_dtype).as_subclass(_Read)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Of a float model's state too, whose weight has to be the one that the codes were made of."""
+        weight = state_dict.pop(f"{prefix}weight", None)
+        if weight is not None:
+            _checked(prefix.removesuffix("."), self, weight)
+            state_dict.update(self.codes.state_dict(prefix=f"{prefix}codes."))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class _Read(Tensor):
     """A layer's weight, which is not where it would be written to."""
@@ -69,11 +80,11 @@ class _Read(Tensor):
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        raise ValueError(_WRITTEN)
+        raise ValueError(_WRITTEN + _INITIALISED)
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise ValueError(_WRITTEN)
+        raise ValueError(_WRITTEN + _INITIALISED)
 
 
 # ---- which layers ----
@@ -95,10 +106,22 @@ def tower_linears(model: Any) -> dict[str, nn.Linear]:
 
 
 def float_linears(model: Any) -> dict[str, nn.Linear]:
-    """Of :func:`tower_linears` what may become int8: nothing in it trains."""
+    """Of :func:`tower_linears` what may become int8: nothing in it trains.
+
+    Raises:
+        ValueError: an adapter is of a layer's weight instead of the layer, so that it needs that in float.
+    """
+    linears = tower_linears(model)
+    names = {linear: name for name, linear in linears.items()}
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if hasattr(module, "parameter_name") and base in names:
+            raise ValueError(
+                f"target_parameters: expected target_modules; in int8 {names[base]} has no float weight to adapt"
+            )
     return {
         name: linear
-        for name, linear in tower_linears(model).items()
+        for name, linear in linears.items()
         if type(linear) is nn.Linear and not any(parameter.requires_grad for parameter in linear.parameters())
     }
 
@@ -115,7 +138,7 @@ def check_float_base(model: nn.Module) -> None:
         ValueError: one is.
     """
     if any(isinstance(module, FrozenLinear) for module in model.modules()):
-        raise ValueError(f"model: {_WRITTEN}")
+        raise ValueError(_WRITTEN)
 
 
 # ---- what rounding does ----
@@ -166,6 +189,7 @@ def to_int8(model: Any, names: Iterable[str] | None = None) -> None:
         del linear.weight
         linear.__class__ = FrozenLinear
         linear.codes, linear.float_dtype = codes, kept
+    _keep_from_ddp(model)
 
 
 def to_float(model: Any, weights: Mapping[str, Tensor]) -> None:
@@ -178,16 +202,40 @@ def to_float(model: Any, weights: Mapping[str, Tensor]) -> None:
         ValueError: one that they were not made of; no layer has changed then.
     """
     layers = frozen_linears(model)
-    floats = {name: weights[name].detach().to(layer.codes.weight_scale.device) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        if not _made_of(layer, floats[name].to(layer.float_dtype)):
-            raise ValueError(f"{name} has another weight than the one that it was trained on")
+    floats = {name: _checked(name, layer, weights[name]) for name, layer in layers.items()}
     for name, layer in layers.items():
         linear = cast(Any, layer)
-        weight = floats.pop(name).to(layer.float_dtype)
         del linear.codes, linear.float_dtype
         linear.__class__ = nn.Linear
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.weight = nn.Parameter(floats.pop(name), requires_grad=False)
+        linear._parameters["bias"] = linear._parameters.pop("bias")  # after the weight, as optimisers number them
+    _keep_from_ddp(model)
+
+
+def _keep_from_ddp(model: nn.Module) -> None:
+    """Codes do not change, and each process has packed them for its own CPU: DistributedDataParallel, which would send
+    those of the first to the others before each pass, leaves them alone."""
+    ours = [name for name, module in model.named_modules() if isinstance(module, Int8Weight)]
+    buffers = [f"{name}.{buffer}" for name in ours for buffer, _ in model.get_submodule(name).named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+
+
+def float_state(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The ``state_dict`` that a model without adapters would have in float. Arguments and errors are those of
+    :func:`to_float`.
+    """
+    layers = frozen_linears(model)
+    codes = tuple(f"{name}.codes." for name in layers)
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(codes)}
+    return own | {f"{name}.weight": _checked(name, layer, weights[name]) for name, layer in layers.items()}
+
+
+def _checked(name: str, layer: FrozenLinear, weight: Tensor) -> Tensor:
+    """The weight in its layer's dtype and place."""
+    weight = weight.detach().to(layer.codes.weight_scale.device, layer.float_dtype)
+    if not _made_of(layer, weight):
+        raise ValueError(f"{name}: expected the weight that its int8 codes were made of, got another")
+    return weight
 
 
 def _made_of(layer: FrozenLinear, weight: Tensor) -> bool:

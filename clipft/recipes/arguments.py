@@ -106,8 +106,6 @@ def arguments_of(options: TrainOptions, folder: Path, heads: Heads, console: Con
         values["caption_templates"] = list(options.template)
     if options.gradient_checkpointing:  # transformers warns of False too
         values["gradient_checkpointing"] = True
-    if options.frozen == "int8":  # codes are buffers, and no buffer changes: processes need not tell each other
-        values["ddp_broadcast_buffers"] = False
     if options.early_stopping_patience:
         best = {"load_best_model_at_end": True, "metric_for_best_model": f"eval_{heads.metric}"}
         values |= {"eval_strategy": "epoch", **best}

@@ -12,13 +12,14 @@ from rich.console import Console
 
 from clipft.data.collate import model_inputs
 from clipft.data.rows import PairRows
-from clipft.errors import line_of
+from clipft.errors import line_of, listed
 from clipft.inference.encode import evaluating
-from clipft.models.float_base import restore_float
+from clipft.models.float_base import check_place, restore_float
 from clipft.models.frozen import float_linears, rounding_errors, to_int8
 from clipft.recipes.options import TrainOptions
+from clipft.training.checkpoints import kept_checkpoints
 
-__all__ = ["check_frozen", "frozen_in_int8"]
+__all__ = ["check_frozen", "check_layers", "frozen_in_int8"]
 
 _PICTURES = 32  # that the errors of rounding are measured on
 _MOST = 0.1  # of what a layer's outputs vary by
@@ -32,13 +33,37 @@ def check_frozen(options: TrainOptions, arguments: Any, *, adapted: bool) -> Non
     """
     if options.frozen == "float":
         return
-    if not adapted:
+    if not adapted and options.freeze == "none":
         raise ValueError(
-            "frozen: int8 is for runs with an adapter, lora_r or peft_config, which leaves the linear layers frozen"
+            "frozen: int8 is for what does not train: expected freeze, or an adapter (lora_r or peft_config), which "
+            "leaves the linear layers frozen, got neither"
         )
     for name in ("fsdp", "deepspeed"):
         if getattr(arguments, name):
             raise ValueError(f"frozen: int8 is for models that are whole on each process, not with {name}")
+
+
+def check_layers(options: TrainOptions, model: Any, peft_config: Any) -> None:
+    """That there are layers to be int8, whose weights are still those of the model that was given.
+
+    Raises:
+        ValueError: there are none, or the adapter has changed them.
+    """
+    if options.frozen == "float":
+        return
+    if not float_linears(model):
+        raise ValueError(
+            f"frozen: expected linear layers that do not train, for int8; freeze {options.freeze!r} leaves none"
+        )
+    if peft_config is None:
+        return
+    try:
+        check_place(model, compare=True)
+    except ValueError as error:
+        raise ValueError(
+            "peft_config: expected, with frozen int8, an adapter that leaves its base as it is, whose float weights "
+            "are read again when it has trained; this one writes to them as it begins (init_lora_weights)"
+        ) from error
 
 
 @contextmanager
@@ -57,11 +82,13 @@ def frozen_in_int8(trainer: Any, console: Console) -> Iterator[dict[str, Any]]:
         "largest_error": max((error for error in errors.values() if error <= _MOST), default=0.0),
         "float_layers": harmed,
     }
-    about["note"] = _told(about)
+    about["note"] = _told(about, adapted=hasattr(model, "peft_config"))
     console.print(f"frozen: {about['note']}", highlight=False)
     for name, error in harmed.items():
-        why = "it was not called on these pictures" if error is None else f"int8 would move its outputs by {error:.0%}"
-        console.print(f"frozen: {name} stays float: {why}", highlight=False)
+        if error is not None:
+            console.print(f"frozen: {name} stays float: int8 would move its outputs by {error:.0%}", highlight=False)
+    if idle := [name for name, error in harmed.items() if error is None]:
+        console.print(f"frozen: {listed(idle)} stay float: this run does not call them", highlight=False)
     try:
         yield about
     finally:
@@ -71,24 +98,25 @@ def frozen_in_int8(trainer: Any, console: Console) -> Iterator[dict[str, Any]]:
 def _restore(trainer: Any) -> None:
     try:
         restore_float(trainer.model)
-    except (OSError, ValueError) as error:
-        kept = f"the adapter as it was last saved is in the checkpoints in {trainer.args.output_dir}"
-        raise ValueError(f"{line_of(error)}; {kept}") from error
+    except ValueError as error:
+        raise ValueError(f"{line_of(error)}; {kept_checkpoints(trainer.args.output_dir)}") from error
 
 
-def _told(about: dict[str, Any]) -> str:
+def _told(about: dict[str, Any], *, adapted: bool) -> str:
     """In words."""
+    what, after = ("the adapter", ", and merged, on the float base") if adapted else ("the rest", " and saved in float")
     return (
-        f"{about['layers']} of {about['of']} frozen linear layers computed in int8 while the adapter trained (errors "
-        f"of their outputs: {about['largest_error']:.1%} at most); it is scored, and merged, on the float base"
+        f"{about['layers']} of {about['of']} frozen linear layers computed in int8 while {what} trained (errors of "
+        f"their outputs: {about['largest_error']:.1%} at most); it is scored{after}"
     )
 
 
 def _errors(trainer: Any) -> dict[str, float]:
     """Of each layer, on rows of the training set."""
-    model, rows = trainer.model, PairRows(trainer.train_dataset, trainer.args.caption_templates)
+    model, args = trainer.model, trainer.args
+    rows = PairRows(trainer.train_dataset, args.caption_templates, captions=args.head == "none")
     count = min(len(rows), _PICTURES)
     batch = model_inputs(trainer.data_collator([rows[index * len(rows) // count] for index in range(count)]))
-    inputs = {name: value.to(trainer.args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    inputs = {name: value.to(args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     with evaluating(model):
         return rounding_errors(model, lambda: model(**inputs, return_logits=False))

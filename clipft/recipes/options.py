@@ -212,8 +212,8 @@ class TrainOptions(ScoringOptions):
     )
     frozen: str = option(
         "float",
-        "int8: the linear layers beneath an adapter compute in int8 while it trains; it is scored, and merged, on the "
-        "float model.",
+        "int8: linear layers that do not train, beneath an adapter or by --freeze, compute in int8; what is scored, "
+        "merged and saved is float.",
         BATCHES,
         choices=("float", "int8"),
     )

@@ -33,7 +33,7 @@ from clipft.models.lora import add_lora, import_peft, merged_base
 from clipft.models.resize import resize
 from clipft.recipes.arguments import Heads, arguments_of, heads_asked_for
 from clipft.recipes.checkpoint_owner import claim, identity_of_run, resume_point
-from clipft.recipes.frozen import check_frozen, frozen_in_int8
+from clipft.recipes.frozen import check_frozen, check_layers, frozen_in_int8
 from clipft.recipes.hold_out import Seen
 from clipft.recipes.length import FewRounds, Length, length_of_run
 from clipft.recipes.options import TrainOptions, options_from
@@ -148,6 +148,7 @@ class _Training:
         start = encoder_of(base, processor, options.batch_size).identity()
         resize(base, processor, image_size=options.image_size, max_tokens=options.max_tokens)
         clip = self._what_trains(base, peft_config)
+        check_layers(options, clip, peft_config)
         usual = default_learning_rate(base, lora=adapted)
         self.arguments.learning_rate = usual if options.lr is None else options.lr
         self.arguments.class_balanced = self._drawn_by_class(sets.train)
@@ -178,6 +179,7 @@ class _Training:
         )
         held_out = functools.partial(scorer, sets.validation, class_names=sets.classes)
         self._train(trainer, point, outcome, clip, held_out)
+        trainer.accelerator.wait_for_everyone()  # who still reads the base, which may lie where the model is saved
         if trainer.is_world_process_zero():
             save_run(self.folder, clip, processor, outcome, trainer.state.log_history, settings, sets.seen)
             outcome.show(console)

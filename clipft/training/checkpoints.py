@@ -24,7 +24,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from clipft.errors import line_of
 from clipft.files import check_set, drop_link, read_json, write_json, write_manifest
 from clipft.models.bases import record_sizes
+from clipft.models.float_base import state_in_float
 from clipft.models.formats import ADAPTER_CONFIG, MODEL_MANIFEST
+from clipft.models.frozen import frozen_linears
 
 __all__ = ["StagedCheckpoints", "check_checkpoint", "kept_checkpoints", "last_checkpoint"]
 
@@ -110,6 +112,12 @@ class StagedCheckpoints(Trainer):
             if (folder / ADAPTER_CONFIG).is_file():
                 record_sizes(self.model, folder)
             write_json(folder / _LOSS, {"loss": loss, "last_logged": self._globalstep_last_logged})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As in Trainer; layers that are int8 meanwhile are saved in float."""
+        if state_dict is None and not hasattr(self.model, "peft_config") and frozen_linears(self.model):
+            state_dict = state_in_float(self.model)
+        super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)

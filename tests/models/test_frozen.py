@@ -18,8 +18,10 @@ import clipft
 pytest.importorskip("peft")
 
 from peft_models import LAYERS, adapted, assert_same_gradients, config, embeds, gradients, peft, randomised, tiny_batch
+from ranks import run_ranks
+from scripts import import_paths
 
-from clipft.models.frozen import FrozenLinear, frozen_linears, rounding_errors, to_float, to_int8
+from clipft.models.frozen import FrozenLinear, float_state, frozen_linears, rounding_errors, to_float, to_int8
 from clipft.models.saving import save_model
 
 
@@ -119,13 +121,84 @@ def test_a_merge_is_refused_with_what_to_do(tmp_path: Path) -> None:
         lambda model: model.merge_adapter(safe_merge=True),
         clipft.quantize,
         lambda model: save_model(model, None, tmp_path),
-        lambda model: model.add_adapter("other", config(init_lora_weights="olora")),
     ):
         with pytest.raises(ValueError, match=r"save the adapter with model.save_pretrained\(FOLDER\), and clipft.load"):
             act(tuned())
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="frozen: expected float or int8, got 'int4'"):
         clipft.add_lora(tiny_model(), frozen="int4")
+
+
+@pytest.mark.parametrize("start", ["olora", "pissa"])
+def test_an_adapter_that_would_change_its_base_is_refused(start: str) -> None:
+    with pytest.raises(ValueError, match=r"an adapter whose initialisation changes its base \(pissa, olora, \.\.\.\)"):
+        tuned().add_adapter("other", config(init_lora_weights=start))
+
+
+def test_an_adapter_of_a_parameter_is_refused() -> None:
+    model = peft.get_peft_model(tiny_model(), config(target_modules=["q_proj"], target_parameters=["fc1.weight"]))
+    with pytest.raises(ValueError, match=r"target_parameters: .*text_model.*mlp.fc1 has no float weight"):
+        to_int8(model)
+    assert not frozen_linears(model)
+
+
+# ---- without an adapter ----
+
+
+def test_gradients_pass_through_frozen_layers(batch: dict[str, Tensor]) -> None:
+    models = tiny_model(), tiny_model()
+    for model in models:
+        clipft.freeze(clipft.fuse(model), "towers")
+        for part in (model.vision_model.embeddings, model.text_model.embeddings, model.text_model.encoder.layers[1]):
+            part.requires_grad_(True)
+    to_int8(models[0])
+    assert len(frozen_linears(models[0])) == LAYERS - 6
+    ours, theirs = (gradients(model, batch) for model in models)
+    assert ours.keys() == theirs.keys()
+    assert cosine(*(torch.cat([own[name].flatten() for name in theirs]) for own in (ours, theirs))) > 0.99
+
+
+def test_a_float_state_is_taken_where_the_codes_were_made_of_it(batch: dict[str, Tensor]) -> None:
+    plain, model = tiny_model(), tiny_model().requires_grad_(False)
+    order = [name for name, _ in plain.named_parameters()]
+    to_int8(model)
+    want = embeds(model, batch)
+    state = {name: value.clone() for name, value in plain.state_dict().items()}
+    assert not any(model.load_state_dict(state))
+    assert torch.equal(embeds(model, batch), want)
+    weights = {name: plain.get_submodule(name).weight for name in frozen_linears(model)}
+    saved = float_state(model, weights)
+    assert saved.keys() == state.keys() and all(torch.equal(saved[name], value) for name, value in state.items())
+    state["text_model.encoder.layers.1.mlp.fc1.weight"][3, 5] += 1.0
+    with pytest.raises(
+        ValueError, match=r"text_model.encoder.layers.1.mlp.fc1: expected the weight that its int8 codes"
+    ):
+        model.load_state_dict(state, strict=False)
+    to_float(model, weights)
+    assert [name for name, _ in model.named_parameters()] == order
+
+
+CODES_OF_EACH_RANK = """
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from peft_models import gradients, tiny_batch
+from ranks import leave
+from tiny_clip import tiny_model
+import clipft
+from clipft.models.frozen import frozen_linears
+
+dist.init_process_group("gloo")
+model = clipft.add_lora(tiny_model(dist.get_rank()), r=4, frozen="int8")  # as if packed for another CPU
+codes = [buffer for layer in frozen_linears(model).values() for buffer in layer.codes.buffers()]
+before = [buffer.clone() for buffer in codes]
+gradients(DistributedDataParallel(model), tiny_batch())
+assert codes and all(map(torch.equal, codes, before))
+leave()
+"""
+
+
+def test_processes_do_not_send_each_other_codes() -> None:
+    run_ranks(f"import sys\nsys.path[:0] = {import_paths(__file__)!r}\n{CODES_OF_EACH_RANK}")
 
 
 def test_copies_and_pickles(batch: dict[str, Tensor]) -> None:
@@ -140,7 +213,9 @@ def test_float_weights_come_back_to_the_bit(dtype: torch.dtype) -> None:
     weights = {name: module.weight for name, module in modules if type(module) is nn.Linear}
     model = tuned(tiny_model().to(dtype))
     other = weights | {"text_model.encoder.layers.1.mlp.fc1": weights["text_model.encoder.layers.0.mlp.fc1"]}
-    with pytest.raises(ValueError, match=r"text_model.encoder.layers.1.mlp.fc1 has another weight than the one"):
+    with pytest.raises(
+        ValueError, match=r"text_model.encoder.layers.1.mlp.fc1: expected the weight that its int8 codes"
+    ):
         to_float(model, other)
     assert len(frozen_linears(model)) == LAYERS
     to_float(model, weights)
