@@ -241,5 +241,6 @@ def _checked(name: str, layer: FrozenLinear, weight: Tensor) -> Tensor:
 def _made_of(layer: FrozenLinear, weight: Tensor) -> bool:
     if weight.shape != (layer.out_features, layer.in_features) or not torch.isfinite(weight).all():
         return False
-    own, other = layer.codes.state_dict(), Int8Weight.from_weight(weight).state_dict()
-    return all(torch.equal(tensor, other[name]) for name, tensor in own.items())
+    codes, scale = quantize_weight(weight)
+    own = layer.codes.weight_int8.as_subclass(Tensor)
+    return torch.equal(own, codes) and torch.equal(layer.codes.weight_scale, scale)
