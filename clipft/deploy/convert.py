@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from clipft.files import locked
 from clipft.models.formats import folder_of
-from clipft.models.loading import load
+from clipft.models.loading import given_model
 from clipft.models.saving import save_model, save_open_clip
 
 __all__ = ["convert"]
@@ -17,8 +17,8 @@ def convert(model: Any, output: str | Path, *, to: Literal["open_clip", "hf"]) -
     """The same weights and the same preprocessing, under the names of another library.
 
     Args:
-        model: what :func:`clipft.load` takes, or ``(model, processor)``: a float ``CLIPModel``,
-            ``MetaClip2Model``, ``SiglipModel`` or ``OpenCLIPModel``.
+        model: what :func:`clipft.load` takes, ``(model, processor)`` or a :class:`clipft.recipes.run.Run`: a float
+            ``CLIPModel``, ``MetaClip2Model``, ``SiglipModel`` or ``OpenCLIPModel``.
         output: a folder, other than the model's own. With ``to="open_clip"``
             ``open_clip.create_model_and_transforms("local-dir:OUTPUT")`` loads it, with ``"hf"`` transformers does.
         to: whose layout to write.
@@ -30,8 +30,8 @@ def convert(model: Any, output: str | Path, *, to: Literal["open_clip", "hf"]) -
     if to not in ("open_clip", "hf"):
         raise ValueError(f"to: expected 'open_clip' or 'hf', got {to!r}")
     folder = Path(output)
-    if not isinstance(model, tuple) and folder_of(model).resolve() == folder.resolve():
+    if isinstance(model, (str, Path)) and folder_of(model).resolve() == folder.resolve():
         raise ValueError(f"output: expected a folder other than the model's own, got {output}")
     with locked(folder):
-        own, processor = model if isinstance(model, tuple) else load(model)
+        own, processor = given_model(model)
         (save_open_clip if to == "open_clip" else save_model)(own, processor, folder)

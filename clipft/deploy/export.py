@@ -41,6 +41,7 @@ from clipft.models.calibrated import model_calibrations
 from clipft.models.formats import MODEL_MANIFEST, ONNX_MODELS
 from clipft.models.heads import LABEL, heads_of
 from clipft.models.int8 import QuantizedModel
+from clipft.models.loading import given_model
 from clipft.models.run_folder import classes_of_run
 from clipft.ops.nn import QuantizedLinear
 
@@ -57,8 +58,8 @@ _MODEL_FILES = ("image_encoder", "text_encoder")
 
 def export_onnx(
     model: Any,
-    processor: CLIPProcessor,
-    directory: str | Path,
+    processor: CLIPProcessor | None = None,
+    directory: str | Path | None = None,
     *,
     int8: bool = False,
     data: Any = None,
@@ -77,8 +78,9 @@ def export_onnx(
     SigLIP reads captions padded to their full length: its text encoder takes ``input_ids`` of this L alone.
 
     Args:
-        model: a float model, fused or not, or a peft model of one, whose adapters are merged in. Not changed.
-        processor: the model's, as :func:`clipft.load` gives it.
+        model: what :func:`clipft.load` takes, ``(model, processor)``, a :class:`clipft.recipes.run.Run`, or a float
+            model, fused or not, or a peft model of one, whose adapters are merged in. Not changed.
+        processor: of a model that comes without its own.
         directory: may exist; an earlier export is replaced, int8 encoders included, other files stay.
         int8: write ``image_encoder.int8.onnx`` and ``text_encoder.int8.onnx`` too: :func:`clipft.quantize`'s linear
             layers in ONNX's integer operators, with the same weights.
@@ -102,7 +104,12 @@ def export_onnx(
             Nothing is left in ``directory`` then.
     """
     _check(min_cosine)
+    if directory is None:
+        raise TypeError("directory: expected a folder to write into, by this name: directory=...")
+    model, processor = given_model(model, processor)
     plain = plain_model(model, False, "onnx").float()  # the encoders take and give float32
+    if processor is None:
+        raise ValueError("processor: expected the model's processor, as clipft.load gives both, got None")
     if int8 and not family_of(plain).int8:
         raise ValueError(f"int8: expected {model_names('int8')}, got a {type(plain).__name__}")
     pictures, captions, described = pictures_and_captions(data, _PAIRS)

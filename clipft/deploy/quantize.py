@@ -22,6 +22,7 @@ from clipft.families.family import Family
 from clipft.families.registry import family_of, find_family, model_names
 from clipft.models.fusing import unfuse
 from clipft.models.int8 import QKV, QuantizedModel, install, sources_of
+from clipft.models.loading import given_model
 from clipft.models.lora import merged_base
 from clipft.models.rounding import patch_layer, quantize_layer
 from clipft.ops.nn import QuantizedLinear
@@ -49,14 +50,15 @@ def quantize(
     data is needed for that.
 
     Args:
-        model: of any family but SigLIP 2 NaFlex, fused or not, or a peft model of one, whose adapters are merged
-            first; on the CPU.
+        model: what :func:`clipft.load` takes, ``(model, processor)``, a :class:`clipft.recipes.run.Run`, or a model; of
+            any family but SigLIP 2 NaFlex, fused or not, or a peft model of one, whose adapters are merged first; on
+            the CPU.
         skip: layers to leave in float, by whole parts of their names: ``"visual_projection"``, ``"fc2"``,
             ``"vision_model.encoder.layers.0"``.
         inplace: take the model's own modules instead of a copy; what is left of ``model`` is the result.
         data: a data set (as from :func:`clipft.load_pairs`) to measure the errors on; default: 32 of the embedded
             pictures, with their captions where ``processor`` is given and random tokens where not.
-        processor: the model's; needed with ``data``.
+        processor: of a model that comes without its own; needed with ``data``.
         calibrate: from the same pictures, search the range of each channel's weights (clipping) and move scale from
             inputs to weights (SmoothQuant, Xiao et al. 2023, across the norm before a layer), each kept only where it
             lowers the layer's error on rows that the search did not see.
@@ -74,6 +76,7 @@ def quantize(
         ValueError: a ``Siglip2Model``, which is NaFlex, ``skip`` that names nothing, ``data`` without ``processor``,
             weights with NaN or Inf.
     """
+    model, processor = given_model(model, processor)
     plain = plain_model(model, inplace, "int8")
     family, size = family_of(plain), _bytes(plain)
     family.split_layers(plain)

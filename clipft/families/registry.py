@@ -61,7 +61,8 @@ def check_model(model: Any) -> Family:
     check_in_torch(model)
     family = find_family(type(model))
     if family is None:
-        raise TypeError(f"model: expected {model_names()}, got {type(model).__qualname__}")
+        hint = f" {model!r}; clipft.load gives a model of a name" if isinstance(model, str) else ""
+        raise TypeError(f"model: expected {model_names()}, got {type(model).__qualname__}{hint}")
     return family.of(model)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from clipft.data.rows import DEFAULT_TEMPLATES, check_class_names, class_text
 from clipft.families.registry import base_model, check_model
 from clipft.inference.classifier import ZERO_SHOT, Calibration, Classifier
-from clipft.inference.encode import class_vectors, embed, encoder_of
+from clipft.inference.encode import class_vectors, embed, encoder_of, load_any
 from clipft.models.calibrated import model_calibrations
 from clipft.models.formats import HEADS_KEY
 from clipft.models.heads import LABEL, ClassificationHead, attach_head, heads_of
+from clipft.models.loading import given_model
 from clipft.models.run_folder import templates_of_run
 
 __all__ = [
@@ -131,8 +132,8 @@ def add_head(
 
 def classify(
     model: Any,
-    processor: Any,
-    images: Any,
+    processor: Any = None,
+    images: Any = None,
     *,
     head: str = LABEL,
     batch_size: int = 64,
@@ -141,9 +142,9 @@ def classify(
     """Probabilities of a head's classes: the softmax of its logits over the temperature that the model was saved with.
 
     Args:
-        model: with heads (:func:`add_head`, a run of ``CLIPTrainer``, or loaded from one), or a
-            :class:`clipft.OnnxCLIP` of one.
-        processor: its processor; None with ``OnnxCLIP``.
+        model: as :func:`clipft.embed` takes it, with heads (:func:`add_head`, a run of ``CLIPTrainer``, or loaded from
+            one).
+        processor: of a model in torch that comes without its own.
         images: PIL pictures, paths, or a data set with the column ``image``.
         head: the head's name.
         batch_size, num_workers: pictures at a time; processes that load them.
@@ -155,6 +156,7 @@ def classify(
     Raises:
         ValueError: there is no such head.
     """
+    model, processor = given_model(model, processor, load_any)
     found = classifiers_of(model)
     if head not in found:
         raise ValueError(

@@ -36,7 +36,7 @@ from clipft.errors import line_of
 from clipft.families.registry import base_model, family_of
 from clipft.files import expanded, settle
 from clipft.models.formats import ONNX_INFO
-from clipft.models.loading import load
+from clipft.models.loading import given_model, load
 
 __all__ = [
     "Encoder",
@@ -84,9 +84,10 @@ def embed(
     """Vectors of pictures or of texts.
 
     Args:
-        model: a ``CLIPModel``, in float or int8, or one of another family, a peft model of one, or a
-            :class:`clipft.OnnxCLIP`.
-        processor: the model's; None with ``OnnxCLIP``.
+        model: a folder (one of :func:`clipft.export_onnx` too), a hub name, ``"demo"``, ``(model, processor)``, a
+            :class:`clipft.recipes.run.Run`; or with ``processor`` a ``CLIPModel``, in float or int8, or one of another
+            family, a peft model of one, or a :class:`clipft.OnnxCLIP`.
+        processor: of a model in torch that comes without its own; None with ``OnnxCLIP``.
         images: PIL pictures, paths, or a data set as :class:`clipft.CLIPTrainer` takes it; of pairs their pictures.
         texts: strings. One of the two is given.
         batch_size, num_workers: pictures or texts at a time; processes that load pictures.
@@ -101,6 +102,7 @@ def embed(
     """
     if (images is None) == (texts is None):
         raise ValueError("images, texts: expected one of the two")
+    model, processor = given_model(model, processor, load_any)
     encoder = encoder_of(model, processor, batch_size)
     if texts is not None:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
@@ -164,7 +166,7 @@ def encoder_of(model: Any, processor: Any, batch_size: int) -> Encoder:
         )
 
     if processor is None:
-        raise ValueError("processor: expected the model's processor, got None")
+        raise ValueError("processor: expected the model's processor, as clipft.load gives both, got None")
 
     def images(pictures: Sequence[Any]) -> Array:
         inputs = stack_pictures(processor.image_processor, [torch.as_tensor(picture) for picture in pictures])

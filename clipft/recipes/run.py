@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipft.families.registry import check_in_torch
-from clipft.models.loading import load
+from clipft.models.loading import given_model
 from clipft.recipes.sources import name_of
 from clipft.report.html import body_of
 
@@ -61,9 +61,12 @@ def loaded(model: Any) -> tuple[Any, Any]:
         TypeError: encoders in ONNX.
     """
     check_in_torch(model)
-    if isinstance(model, Run):
-        return model.model, model.processor
-    return model if isinstance(model, tuple) else load(model)
+    found, processor = given_model(model)
+    if processor is None:
+        raise TypeError(
+            f"model: expected a folder, a name, a run or (model, processor), got {type(model).__name__} alone"
+        )
+    return found, processor
 
 
 def model_name(model: Any) -> str:

@@ -26,6 +26,7 @@ import clipft
 from clipft.cli import app
 from clipft.deploy.export import export_onnx
 from clipft.evaluation.resampling import Resampled
+from clipft.models.loading import given_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("clipft/help/*.md"))]
@@ -172,9 +173,9 @@ def quick(monkeypatch, exported):
     monkeypatch.setattr("clipft.recipes.length.LEAST_STEPS", 1)
     monkeypatch.setattr("clipft.recipes.outcome.control_drawings", lambda: captioned(4))
 
-    def export(model, processor, output, **options):
-        inspect.signature(export_onnx).bind(model, processor, output, **options)
-        shutil.copytree(exported[0], output, dirs_exist_ok=True)
+    def export(model, processor=None, directory=None, **options):
+        inspect.signature(export_onnx).bind(*given_model(model, processor), directory, **options)
+        shutil.copytree(exported[0], directory, dirs_exist_ok=True)
         return exported[1]
 
     monkeypatch.setattr(clipft, "export_onnx", export, raising=False)

@@ -328,11 +328,11 @@ def test_from_training_to_the_same_answers_everywhere(base: Path, colours: Path,
     clipft.train(
         str(base), str(colours), run, head="text", epochs=2, batch_size=8, lr=1e-3, control_data="none", seed=0
     )
-    model, processor = clipft.load(run)
-    quantized = clipft.quantize(model, processor=processor)
+    _, processor = clipft.load(run)
+    quantized = clipft.quantize(run)
     quantized.save_pretrained(tmp_path / "int8")
     processor.save_pretrained(tmp_path / "int8")
-    parity = clipft.export_onnx(model, processor, tmp_path / "onnx")
+    parity = clipft.export_onnx(run, directory=tmp_path / "onnx")
     assert parity["fp32"]["same_class"] == {"label": 1.0, "zero_shot": 1.0}
     wanted = list(clipft.predict(run, new, top=2))
     alike(clipft.predict(tmp_path / "int8", new, top=2), wanted, 0.05)
