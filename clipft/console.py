@@ -10,6 +10,8 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -28,7 +30,16 @@ from rich.text import Text
 
 from clipft.errors import shown
 
-__all__ = ["PlainConsole", "bar", "console_of_run", "log_to_terminal", "show", "show_calibration", "worst_classes"]
+__all__ = [
+    "PlainConsole",
+    "bar",
+    "console_of_run",
+    "log_to_terminal",
+    "show",
+    "show_calibration",
+    "without_bars",
+    "worst_classes",
+]
 
 _TITLES = {"zero_shot": "zero-shot"}
 _CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "top5")
@@ -261,6 +272,28 @@ class _Rate(ProgressColumn):
         """Empty until it is known."""
         speed = task.completed / task.finished_time if task.finished_time else task.speed
         return Text(f"{speed:.0f} {self._name}" if speed else "")
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the bars of transformers and datasets (weights loaded and written, rows read), of which a verb says what
+    matters itself; those that were on are on again after it.
+    """
+    import datasets
+    from transformers.utils import logging
+
+    switches = (
+        (not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars),
+        (logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar),
+    )
+    try:
+        for _, off, _ in switches:
+            off()
+        yield
+    finally:
+        for was_on, _, on in switches:
+            if was_on:
+                on()
 
 
 class _NotebookProgress(Progress):

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipft.console import bar, console_of_run
+from clipft.console import bar, console_of_run, without_bars
 from clipft.data.kept import KeptRows
 from clipft.data.pictures import UNREADABLE, naming, open_picture, picture_endings
 from clipft.data.rows import read_row
@@ -70,6 +70,7 @@ class Anomalies(list[PictureAnomaly]):
         return pa.Table.from_pylist([{name: getattr(row, name) for name in _SCHEMA.names} for row in self], _SCHEMA)
 
 
+@without_bars()
 def anomaly(
     model: Any,
     data: Any,

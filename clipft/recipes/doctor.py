@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from clipft.console import console_of_run
+from clipft.console import console_of_run, without_bars
 from clipft.data.captions import shortened
 from clipft.data.classes import read_class_names, renamed, says_nothing
 from clipft.data.collate import most_tokens, unify_captions
@@ -56,6 +56,7 @@ _IMBALANCE = 10.0  # largest over smallest class
 _DARK = 0.125  # share of the 16-bit range below which a picture's levels are lost
 
 
+@without_bars()
 def doctor(
     data: Any,
     *,

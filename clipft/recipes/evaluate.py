@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from clipft.console import console_of_run, show, show_calibration
+from clipft.console import console_of_run, show, show_calibration, without_bars
 from clipft.data.classes import share_of_classes
 from clipft.environment import environment
 from clipft.evaluation.scoring import Found, Scorer, calibrated
@@ -29,6 +29,7 @@ from clipft.report.html import html_page
 __all__ = ["evaluate"]
 
 
+@without_bars()
 def evaluate(
     model: Any,
     data: Any,

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from clipft.console import bar, console_of_run
+from clipft.console import bar, console_of_run, without_bars
 from clipft.data.pictures import in_order, open_picture
 from clipft.files import check_output, write_json, writing
 from clipft.inference.explain import BACKGROUND, Explanation, Locator, Maps, check_model
@@ -53,6 +53,7 @@ class Explanations(list[Explanation]):
         return file.getvalue()
 
 
+@without_bars()
 def explain(
     model: Any,
     images: Any,

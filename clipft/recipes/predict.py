@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.text import Text
 
-from clipft.console import bar, console_of_run
+from clipft.console import bar, console_of_run, without_bars
 from clipft.data.classes import checked_classes
 from clipft.data.compact import Lazy
 from clipft.data.kept import KeptRows
@@ -42,6 +42,7 @@ __all__ = ["predict"]
 _SHOWN = 20  # classes that the last lines count
 
 
+@without_bars()
 def predict(
     model: Any,
     data: Any,

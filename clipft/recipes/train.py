@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from clipft.console import console_of_run
+from clipft.console import console_of_run, without_bars
 from clipft.data.rows import class_targets
 from clipft.data.sampling import classes_are_uneven
 from clipft.evaluation.scoring import Scorer
@@ -50,6 +50,7 @@ from clipft.training.wise_ft import WeightLine
 __all__ = ["HELD_OUT", "Run", "train"]
 
 
+@without_bars()
 def train(
     model: Any,
     data: Any,

@@ -13,6 +13,7 @@ import yaml
 from commands import run
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
 import clipft
 from clipft.data.drawings import control_drawings
@@ -59,7 +60,9 @@ def both_doors(model: Path | str, data: Path, folder: Path, options: dict[str, A
     assert done.before == reports[1]["before"] and done.gains == reports[1]["gain"] and done.history
 
 
-def test_a_run_shows_its_report_and_goes_on(base: Path, colours: Path) -> None:
+def test_a_run_shows_its_report_and_goes_on(base: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without transformers' bars, which are on as Python starts, and on again afterwards."""
+    enable_progress_bar()
     first = clipft.train(str(base), str(colours), **QUICK)
     page = first._repr_html_()
     assert first.folder.is_dir() and "Results" in page and "</div>" in page
@@ -67,6 +70,7 @@ def test_a_run_shows_its_report_and_goes_on(base: Path, colours: Path) -> None:
     assert clipft.evaluate(first, str(colours))["zero_shot"]["accuracy"] >= 0.0
     second = clipft.train(first, str(colours), **QUICK)
     assert second.before["zero_shot"]["accuracy"] == first.after["zero_shot"]["accuracy"]
+    assert "%|" not in capsys.readouterr().err and is_progress_bar_enabled()
     folder = second.folder
     del second
     assert not folder.exists()  # it lives as long as its run
