@@ -142,7 +142,8 @@ class CLIPDataCollator:
             picture = self._plain(row["image"]) if "image" in row else None
             return picture, captions[0] if captions else None
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.manual_seed(mix_seed(self.seed, *row["draw"]))
+            # torch.manual_seed would seed GPUs too, whose dropout would follow the pictures
+            torch.default_generator.manual_seed(mix_seed(self.seed, *row["draw"]))
             choice = int(torch.randint(len(captions), ())) if captions else 0
             picture = self._random(row["image"]) if "image" in row else None
             return picture, captions[choice] if captions else None

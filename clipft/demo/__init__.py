@@ -102,7 +102,7 @@ def random_weights(config: Any) -> Any:
     from transformers import CLIPModel
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return CLIPModel(config)
 
 

@@ -319,7 +319,9 @@ def test_draws_depend_on_seed_epoch_and_index_alone(processor) -> None:
     assert not torch.equal(batches(0), batches(0, seed=4))
 
 
-def test_drawing_leaves_the_global_generator_alone(processor) -> None:
+def test_drawing_leaves_the_global_generators_alone(processor, monkeypatch) -> None:
+    for gpu in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(gpu, "manual_seed_all", lambda seed: pytest.fail("dropout on a GPU draws from it"))
     collate = clipft.CLIPDataCollator(processor, augmentation=Augmentation(horizontal_flip=0.5))
     state = torch.get_rng_state()
     collate([PairRows(captioned(2))[0, 1]])
