@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -31,6 +32,11 @@ def pytest_report_header() -> list[str]:
         f"clipft: kernels run on {', '.join(_C.isas())}; not on this machine: {', '.join(absent)}",
         f"CLIPFT_DATA: {data}",
     ]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: it is left out of each collection of garbage, of which a Trainer begins with one."""
+    gc.freeze()
 
 
 @pytest.fixture(params=[name for name in _C.isas() if name not in INT8_ONLY])

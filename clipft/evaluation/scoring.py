@@ -51,16 +51,21 @@ class Found:
         """Classes where there are classes, else captions."""
         return next(iter(self.parts.values()))
 
+    @functools.cached_property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The numbers by part: a run's reports, tables and gains all show them."""
+        return {name: part.metrics() for name, part in self.parts.items()}
+
     def to_json(self) -> dict[str, Any]:
         """The numbers for report.json, each with its interval under ``intervals``."""
-        return {name: {**part.metrics(), "intervals": part.intervals()} for name, part in self.parts.items()}
+        return {name: {**self.metrics[name], "intervals": part.intervals()} for name, part in self.parts.items()}
 
 
 def gains(before: Found, after: Found) -> dict[str, dict[str, Any]]:
     """after - before of every number: ``value``, and ``interval``, 95 %, over the same resamples of the pictures."""
     found: dict[str, dict[str, Any]] = {}
     for name, part in after.parts.items():
-        first, last = before.parts[name].metrics(), part.metrics()
+        first, last = before.metrics[name], after.metrics[name]
         one, other = before.parts[name].resampled(), part.resampled()
         found[name] = {
             metric: {"value": last[metric] - first[metric], "interval": interval(other[metric] - one[metric])}
