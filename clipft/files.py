@@ -52,6 +52,7 @@ _MOST_JSON = 64 << 20  # bytes; a description of this length is none
 _STAGING, _COMMITTED, _PLAN = ".clipft-staging", ".clipft-committed", ".plan.json"
 _SMALL = 1 << 20  # bytes of a file that is worth a digest only to tell that it was edited
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_LONGEST = 255, 1024  # bytes of a name, and of one with the folders that it is in
 _FILES = "files"  # key of a manifest: {name: [size, digest]}
 _logger = logging.getLogger(__name__)
 
@@ -323,8 +324,9 @@ def set_of(folder: Path, manifest: str) -> dict[str, list[Any]] | None:
     """Sizes and digests of a set's files by name; None without a manifest, as of 0.1, or with one that is damaged."""
     try:
         files = read_json(folder / manifest)[_FILES]
-        if any(b"\0" in name.encode() for name in files):  # no file is called so, nor with half a character
-            return None
+        for name in map(str.encode, files):  # no file is called so, nor with half a character
+            if b"\0" in name or len(name) > _LONGEST[1] or max(map(len, name.split(b"/"))) > _LONGEST[0]:
+                return None
         return {str(name): [int(size), str(digest)] for name, (size, digest) in files.items()}
     except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError):
         return None

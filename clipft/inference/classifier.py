@@ -20,6 +20,7 @@ from clipft.models.calibrated import ZERO_SHOT, Calibration, calibrations_of
 __all__ = ["ZERO_SHOT", "Calibration", "Classifier", "calibrations_of"]
 
 Array = NDArray[np.float32]
+_LARGEST = 1e30  # sums of 10^4 such, over the least temperature, are still a float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Classifier:
         templates: of zero-shot classes the texts, with ``{}`` for the class, that the vectors are of.
 
     Raises:
-        ValueError: names and weights do not fit together, or a class is there twice.
+        ValueError: names and weights do not fit together, a class is there twice, or logits would be no numbers.
     """
 
     names: Sequence[str]
@@ -51,6 +52,9 @@ class Classifier:
             raise ValueError(f"weights: expected a vector for each of {len(names)} classes, got {list(weights.shape)}")
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise ValueError(f"names: expected each class once, got {', '.join(twice[:5])} more than once")
+        largest = float(np.abs(weights).max(initial=0.0)) * abs(self.scale)
+        if not largest <= _LARGEST:
+            raise ValueError(f"weights, scale: expected products of at most {_LARGEST:g}, got up to {largest:g}")
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "weights", weights)
         if not self.calibration.holds_for(names, self.templates):

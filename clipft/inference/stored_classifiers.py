@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clipft.errors import line_of, short
+from clipft.errors import line_of, short, shown
 from clipft.inference.classifier import Calibration, Classifier
 from clipft.inference.npy import load_npy
 from clipft.models.formats import ONNX_CLASSES
@@ -63,7 +63,10 @@ def read_classifiers(
     found, start = {}, 0
     for entry in entries:
         name, classes, templates = entry["name"], entry["classes"], entry.get("templates", ())
-        own = Classifier(classes, vectors[start : start + len(classes)], float(entry["scale"]), templates=templates)
+        try:
+            own = Classifier(classes, vectors[start : start + len(classes)], entry["scale"], templates=templates)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{where} and {path}: {shown(name)}: {error}: export it again") from error
         found[name] = own.calibrated(calibrations.get(name))
         start += len(classes)
     return found

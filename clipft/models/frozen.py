@@ -214,10 +214,11 @@ def to_float(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 def _keep_from_ddp(model: nn.Module) -> None:
     """Codes do not change, and each process has packed them for its own CPU: DistributedDataParallel, which would send
-    those of the first to the others before each pass, leaves them alone."""
+    those of the first to the others before each pass, leaves them alone, beside what it was told to before."""
     ours = [name for name, module in model.named_modules() if isinstance(module, Int8Weight)]
     buffers = [f"{name}.{buffer}" for name in ours for buffer, _ in model.get_submodule(name).named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+    others: list[str] = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list({*others, *buffers}))
 
 
 def float_state(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

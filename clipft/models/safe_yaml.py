@@ -10,7 +10,7 @@ from clipft.errors import line_of
 
 __all__ = ["read_yaml"]
 
-_MOST_YAML = 1 << 20  # bytes; options take some hundreds
+_MOST_YAML = 1 << 16  # characters, which take most of a second; options have some hundreds
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,7 +29,7 @@ def read_yaml(text: str) -> Any:
         ValueError: it is no YAML, or far longer than options are.
     """
     if len(text) > _MOST_YAML:
-        raise ValueError(f"expected YAML of at most {_MOST_YAML >> 20} MB")
+        raise ValueError(f"expected YAML of at most {_MOST_YAML >> 10} thousand characters")
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # its constructors raise IndexError, KeyError, AttributeError, RecursionError over words

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_clip import tiny_model
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPModel
 
 import clipft
@@ -199,6 +200,15 @@ leave()
 
 def test_processes_do_not_send_each_other_codes() -> None:
     run_ranks(f"import sys\nsys.path[:0] = {import_paths(__file__)!r}\n{CODES_OF_EACH_RANK}")
+
+
+def test_what_a_user_keeps_from_ddp_is_kept_from_it_still() -> None:
+    model = tiny_model()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["logit_scale"])
+    to_int8(model)
+    ignored = set(model._ddp_params_and_buffers_to_ignore)
+    assert ignored - {"logit_scale"} == {name for name, _ in model.named_buffers() if ".codes." in name}
+    assert "logit_scale" in ignored
 
 
 def test_copies_and_pickles(batch: dict[str, Tensor]) -> None:

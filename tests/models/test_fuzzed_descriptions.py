@@ -47,6 +47,21 @@ def test_a_name_is_no_line_of_its_own(tmp_path: Path) -> None:
         check_set(tmp_path, "files.json")
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "é" * 128, "folder/" * 200 + "x"])
+def test_a_manifest_with_a_name_that_no_file_has_is_damaged(name: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "files.json", {"files": {name: [1, "digest"]}})
+    check_set(tmp_path, "files.json")
+
+
+@pytest.mark.parametrize("value", [1e39, 1e308, 10**400])
+def test_a_scale_that_makes_no_numbers_is_refused(value: float, tmp_path: Path) -> None:
+    own = Classifier(["a", "b"], np.eye(2, DIM, dtype=np.float32), 5.0)
+    stored = write_classifiers({"label": own}, tmp_path)
+    stored[0]["scale"] = value
+    with pytest.raises(ValueError, match=r"info\.json and .*class_vectors\.npy: label: .*export it again"):
+        read_classifiers(stored, tmp_path, DIM, {}, "info.json")
+
+
 def test_options_of_a_run(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("epochs: 3\nlr: 1e-3\ntemplate:\n- a photo of {}\nnote: {a: [1, 2]}\n")
