@@ -58,13 +58,14 @@ def loaded(model: Any) -> tuple[Any, Any]:
     """Model and processor of a folder, a name, a run, or of themselves.
 
     Raises:
-        TypeError: encoders in ONNX.
+        TypeError: encoders in ONNX, or a model without its processor.
     """
-    check_in_torch(model)
     found, processor = given_model(model)
+    check_in_torch(found)
     if processor is None:
         raise TypeError(
-            f"model: expected a folder, a name, a run or (model, processor), got {type(model).__name__} alone"
+            f"model: expected a folder, a name, a run or (model, processor), got {type(found).__name__} without a "
+            "processor"
         )
     return found, processor
 
