@@ -237,7 +237,7 @@ def fuzz(
     for name, data in [(name, data) for name, own in good.items() for data in own][: None if forms else 1]:
         (folder / name).write_bytes(data)
         equal(load())
-        plain = max(plain, _cost(load)[0])
+        plain = max(plain, *(_cost(load)[0] for _ in range(3)))  # a machine may be quick at times
     start, count, faults, loaded = time.process_time(), 0, [], 0
     for what, (name, data) in cases(good, seed):
         spent = time.process_time() - start
