@@ -103,7 +103,8 @@ def shards_of(index: Path) -> list[str]:
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: expected a weight_map, from the names of tensors to those of files")
     for name in names.values():
-        if Path(name).name != name or "\\" in name or not name.endswith(f".{kind}"):
+        no_file = Path(name).name != name or "\\" in name or len(name.encode(errors="replace")) > 255
+        if no_file or not name.endswith(f".{kind}"):
             raise ValueError(f"{index}: expected names of .{kind} files in its own folder, found {short(name)}")
     if not isinstance(metadata, dict):
         raise ValueError(f"{index}: expected metadata to be an object, found a {type(metadata).__name__}")
