@@ -3,13 +3,12 @@
 A file is written in a staging folder beside it, then renamed. A *set*, files that belong together, is staged likewise,
 and a manifest with sizes and digests is written last. Renaming the staging folder to its committed name is the point of
 no return: what is left to do then (siblings of the set before go, files move into place, the manifest last) can be done
-again, and whoever finds a committed folder does so (:func:`settle`). Locks are the kernel's and go with their process.
+again, and whoever finds a committed folder does so (:func:`settle`).
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -17,7 +16,6 @@ import os
 import re
 import shutil
 import stat
-import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clipft.errors import line_of, listed, shown
+from clipft.locks import STAGING, held_folder
 
 __all__ = [
     "check_file",
@@ -36,6 +35,7 @@ __all__ = [
     "empty",
     "expanded",
     "locked",
+    "may_be_a_file",
     "note_changes",
     "read_json",
     "replace_set",
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 _MOST_JSON = 64 << 20  # bytes; a description of this length is none
-_STAGING, _COMMITTED, _PLAN = ".clipft-staging", ".clipft-committed", ".plan.json"
+_COMMITTED, _PLAN = ".clipft-committed", ".plan.json"
 _SMALL = 1 << 20  # bytes of a file that is worth a digest only to tell that it was edited
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _LONGEST = 255, 1024  # bytes of a name, and of one with the folders that it is in
@@ -62,6 +62,15 @@ _logger = logging.getLogger(__name__)
 def expanded(path: str | Path) -> Path:
     """With the home that a ~ stands for; where there is no such user it stays, and names no file."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  (Path's own ends in a RuntimeError)
+
+
+def may_be_a_file(name: str) -> bool:
+    """Whether a file in a folder, or in folders within it, can be called so; of others the system's errors are long."""
+    try:
+        own = name.encode()
+    except UnicodeEncodeError:  # half a character
+        return False
+    return b"\0" not in own and len(own) <= _LONGEST[1] and max(map(len, own.split(b"/"))) <= _LONGEST[0]
 
 
 def check_file(path: Path) -> int:
@@ -222,7 +231,7 @@ def settle(folder: Path, tag: str | None = None) -> None:
     if committed.is_symlink() or not committed.is_dir():
         return
     try:
-        with suppress(FileNotFoundError), _held_folder(committed, wait=True):  # not found: somebody else has done it
+        with suppress(FileNotFoundError), held_folder(committed, wait=True):  # not found: somebody else has done it
             _finish(folder, committed, tag)
     except ValueError as error:
         raise ValueError(f"{error}; remove {committed}, which clipft has not written like this") from error
@@ -324,9 +333,8 @@ def set_of(folder: Path, manifest: str) -> dict[str, list[Any]] | None:
     """Sizes and digests of a set's files by name; None without a manifest, as of 0.1, or with one that is damaged."""
     try:
         files = read_json(folder / manifest)[_FILES]
-        for name in map(str.encode, files):  # no file is called so, nor with half a character
-            if b"\0" in name or len(name) > _LONGEST[1] or max(map(len, name.split(b"/"))) > _LONGEST[0]:
-                return None
+        if not all(map(may_be_a_file, files)):
+            return None
         return {str(name): [int(size), str(digest)] for name, (size, digest) in files.items()}
     except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError):
         return None
@@ -398,9 +406,6 @@ def empty(folder: Path) -> None:
 
 # ---- locks ----
 
-_held: dict[int, tuple[tuple[int, int], int]] = {}  # by handle: which folder, and the thread
-_without_locks: set[int] = set()  # devices
-
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
@@ -412,7 +417,7 @@ def locked(folder: Path) -> Iterator[None]:
         OSError: there cannot be such a folder, or nothing can be written into it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with _held_folder(folder, wait=False, make=True):
+    with held_folder(folder, wait=False, make=True):
         try:
             check_folder(folder)
             yield
@@ -425,9 +430,9 @@ def locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def _staged(folder: Path, name: str, *, wait: bool) -> Iterator[Path]:
     """An empty folder, without what a killed process left in it; gone at the end unless it has been renamed."""
-    staging = folder / f"{_STAGING}{name}"
+    staging = folder / f"{STAGING}{name}"
     drop_link(staging)
-    with _held_folder(staging, wait=wait, make=True):
+    with held_folder(staging, wait=wait, make=True):
         empty(staging)
         identity = staging.stat().st_ino
         try:
@@ -435,68 +440,3 @@ def _staged(folder: Path, name: str, *, wait: bool) -> Iterator[Path]:
         finally:
             if staging.exists() and staging.stat().st_ino == identity:
                 shutil.rmtree(staging)
-
-
-@contextmanager
-def _held_folder(folder: Path, *, wait: bool, make: bool = False) -> Iterator[None]:
-    """The lock alone. A thread may take one that it has."""
-    handle = None
-    while handle is None:
-        if make:
-            _make(folder)
-        try:
-            handle = _lock(folder, wait)
-        except FileNotFoundError:  # gone between two lines
-            if not make:
-                raise
-    try:
-        yield
-    finally:
-        if handle >= 0:
-            del _held[handle]
-            os.close(handle)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        found = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
-        raise NotADirectoryError(f"{folder}: expected a folder, {found} is none") from error
-
-
-def _lock(folder: Path, wait: bool) -> int:
-    """A handle to close, or -1 where this thread has the lock."""
-    handle = os.open(folder, os.O_RDONLY)
-    status = os.fstat(handle)
-    own = (status.st_dev, status.st_ino), threading.get_ident()
-    if own in _held.values():
-        os.close(handle)
-        return -1
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(handle)
-        raise BlockingIOError(
-            f"{folder.parent if folder.name.startswith(_STAGING) else folder}: another process is writing into this "
-            "folder: wait until it has ended, or take another folder"
-        ) from None
-    except OSError as error:  # some network file systems have no locks
-        if status.st_dev not in _without_locks:
-            _without_locks.add(status.st_dev)
-            _logger.warning("%s: cannot be locked (%s); see to it that nobody else writes there", folder, error)
-    if not folder.exists() or folder.stat().st_ino != status.st_ino:
-        os.close(handle)
-        raise FileNotFoundError(folder)
-    _held[handle] = own
-    return handle
-
-
-def _forget_locks() -> None:
-    """In a process that was forked, as a loader's: it may outlive the one that holds them."""
-    for handle in _held:
-        os.close(handle)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_forget_locks)

@@ -204,7 +204,7 @@ def test_a_lock_may_be_taken_again_and_leaves_no_folder(tmp_path: Path) -> None:
         put(tmp_path / "c", a="1")
         child = os.fork()
         if not child:
-            from clipft.files import _held
+            from clipft.locks import _held
 
             os._exit(len(_held))
         assert os.waitpid(child, 0)[1] == 0

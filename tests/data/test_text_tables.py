@@ -367,10 +367,12 @@ def test_saved_splits_stay_in_their_folder(folder: Path) -> None:
     saved.save_to_disk(folder / "saved")
     assert (len(clipft.load_pairs(folder / "saved")), len(clipft.load_pairs(f"{folder}/saved:test"))) == (3, 2)
     state = json.loads((folder / "saved" / "train" / "state.json").read_text())
-    state["_data_files"][0]["filename"] = "../test/" + state["_data_files"][0]["filename"]
-    (folder / "saved" / "train" / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="names files outside of it"):
-        clipft.load_pairs(folder / "saved")
+    own = state["_data_files"][0]["filename"]
+    for name in (f"../test/{own}", "é" * 200):  # 400 bytes, which no file's name has
+        state["_data_files"][0]["filename"] = name
+        (folder / "saved" / "train" / "state.json").write_text(json.dumps(state))
+        with pytest.raises(ValueError, match="names files outside of it"):
+            clipft.load_pairs(folder / "saved")
     (folder / "saved" / "dataset_dict.json").write_text('{"splits": ["../x"]}')
     with pytest.raises(ValueError, match="names splits outside of its folder"):
         clipft.load_pairs(folder / "saved")
