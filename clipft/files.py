@@ -19,7 +19,7 @@ import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from clipft.errors import line_of, listed, shown
@@ -34,6 +34,7 @@ __all__ = [
     "drop_link",
     "empty",
     "expanded",
+    "is_own_name",
     "locked",
     "may_be_a_file",
     "note_changes",
@@ -71,6 +72,11 @@ def may_be_a_file(name: str) -> bool:
     except UnicodeEncodeError:  # half a character
         return False
     return b"\0" not in own and len(own) <= _LONGEST[1] and max(map(len, own.split(b"/"))) <= _LONGEST[0]
+
+
+def is_own_name(name: str) -> bool:
+    """Whether it is that of a file right in a folder: of no other folder, nor of the folder itself ("", "..")."""
+    return PurePath(name).name == name not in ("", "..") and "\\" not in name and may_be_a_file(name)
 
 
 def check_file(path: Path) -> int:

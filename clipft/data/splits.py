@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import datasets
 
-from clipft.files import expanded, read_json
+from clipft.errors import short
+from clipft.files import expanded, is_own_name, read_json
 
 __all__ = [
     "TABLE_ENDINGS",
@@ -114,8 +115,8 @@ def _saved_splits(folder: Path) -> list[str]:
         names = [str(name) for name in read_json(folder / "dataset_dict.json")["splits"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'dataset_dict.json'}: expected the names of splits ({error})") from error
-    if any(PurePath(name).name != name for name in names):
-        raise ValueError(f"{folder / 'dataset_dict.json'}: names splits outside of its folder, {names}")
+    if not all(map(is_own_name, names)):
+        raise ValueError(f"{folder / 'dataset_dict.json'}: names splits outside of its folder, {short(names)}")
     return names
 
 

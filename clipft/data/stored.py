@@ -10,7 +10,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, cast
 
 import datasets
@@ -35,7 +35,7 @@ from clipft.data.reading import BadRowError, Reading
 from clipft.data.rows import Picture
 from clipft.data.tables import safe_path
 from clipft.errors import line_of, short
-from clipft.files import check_file, may_be_a_file, read_json
+from clipft.files import check_file, is_own_name, read_json
 
 __all__ = [
     "canonical",
@@ -118,7 +118,7 @@ def read_saved(folder: Path) -> datasets.Dataset:
     state, _ = read_json(Path(where)), read_json(folder / "dataset_info.json")
     try:
         names = [str(entry["filename"]) for entry in state["_data_files"]]
-        if any(PurePath(name).name != name or not may_be_a_file(name) for name in names):
+        if not all(map(is_own_name, names)):
             raise ValueError(f"names files outside of its folder, {short(names)}")
         if missing := [name for name in names if not (folder / name).exists()]:
             raise ValueError(f"names {missing[0]!r}, which is missing")

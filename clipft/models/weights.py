@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clipft.errors import line_of, listed, short
-from clipft.files import check_file, may_be_a_file, read_json
+from clipft.files import check_file, is_own_name, read_json
 from clipft.models.formats import FLOAT_WEIGHTS
 from clipft.models.pickles import read_pickle
 
@@ -103,8 +103,7 @@ def shards_of(index: Path) -> list[str]:
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: expected a weight_map, from the names of tensors to those of files")
     for name in names.values():
-        plain = Path(name).name == name and "\\" not in name and may_be_a_file(name)
-        if not plain or not name.endswith(f".{kind}"):
+        if not is_own_name(name) or not name.endswith(f".{kind}"):
             raise ValueError(f"{index}: expected names of .{kind} files in its own folder, found {short(name)}")
     if not isinstance(metadata, dict):
         raise ValueError(f"{index}: expected metadata to be an object, found a {type(metadata).__name__}")

@@ -368,14 +368,15 @@ def test_saved_splits_stay_in_their_folder(folder: Path) -> None:
     assert (len(clipft.load_pairs(folder / "saved")), len(clipft.load_pairs(f"{folder}/saved:test"))) == (3, 2)
     state = json.loads((folder / "saved" / "train" / "state.json").read_text())
     own = state["_data_files"][0]["filename"]
-    for name in (f"../test/{own}", "é" * 200):  # 400 bytes, which no file's name has
+    for name in (f"../test/{own}", "..", "", "é" * 200):  # 400 bytes, which no file's name has
         state["_data_files"][0]["filename"] = name
         (folder / "saved" / "train" / "state.json").write_text(json.dumps(state))
         with pytest.raises(ValueError, match="names files outside of it"):
             clipft.load_pairs(folder / "saved")
-    (folder / "saved" / "dataset_dict.json").write_text('{"splits": ["../x"]}')
-    with pytest.raises(ValueError, match="names splits outside of its folder"):
-        clipft.load_pairs(folder / "saved")
+    for name in ("../x", ".."):
+        (folder / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+        with pytest.raises(ValueError, match="names splits outside of its folder"):
+            clipft.load_pairs(folder / "saved")
 
 
 def test_each_line_of_a_row_is_looked_at(tmp_path: Path) -> None:
