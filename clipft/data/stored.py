@@ -128,7 +128,12 @@ def read_saved(folder: Path) -> datasets.Dataset:
             with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
                 stream.read_all().validate(full=True)  # offsets that lie would read beyond it
         where = f"{folder}: {', '.join([*names[:1], 'state.json', 'dataset_info.json'])}"
-        return datasets.Dataset.load_from_disk(str(folder))
+        dataset = None  # of no files: an empty set is saved so
+        if names:
+            dataset = datasets.Dataset.load_from_disk(str(folder)).with_format(None)  # its state may hide columns
+        if not dataset:
+            raise ValueError("expected at least one row, found none")
+        return dataset
     except Exception as error:  # whatever a damaged file makes pyarrow and datasets raise
         raise ValueError(f"{where}: expected a data set that save_to_disk wrote ({line_of(error)})") from error
 

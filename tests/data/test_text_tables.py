@@ -368,11 +368,17 @@ def test_saved_splits_stay_in_their_folder(folder: Path) -> None:
     assert (len(clipft.load_pairs(folder / "saved")), len(clipft.load_pairs(f"{folder}/saved:test"))) == (3, 2)
     state = json.loads((folder / "saved" / "train" / "state.json").read_text())
     own = state["_data_files"][0]["filename"]
+    hidden = json.dumps(state | {"_format_type": "numpy", "_format_columns": ["image"]})
     for name in (f"../test/{own}", "..", "", "é" * 200):  # 400 bytes, which no file's name has
         state["_data_files"][0]["filename"] = name
         (folder / "saved" / "train" / "state.json").write_text(json.dumps(state))
         with pytest.raises(ValueError, match="names files outside of it"):
             clipft.load_pairs(folder / "saved")
+    (folder / "saved" / "train" / "state.json").write_text(hidden)
+    assert clipft.load_pairs(f"{folder}/saved:train")[0].keys() >= {"image", "caption"}
+    saved["train"].select([]).save_to_disk(folder / "none")
+    with pytest.raises(ValueError, match=r"none: state\.json.*expected at least one row, found none"):
+        clipft.load_pairs(folder / "none")
     for name in ("../x", ".."):
         (folder / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
         with pytest.raises(ValueError, match="names splits outside of its folder"):
