@@ -131,13 +131,14 @@ def frozen_linears(model: Any) -> dict[str, FrozenLinear]:
     return {name: linear for name, linear in tower_linears(model).items() if isinstance(linear, FrozenLinear)}
 
 
-def check_float_base(model: nn.Module) -> None:
-    """That no layer is int8.
+def check_float_base(model: Any) -> None:
+    """That no layer is int8. What only saves itself as a model does has none.
 
     Raises:
         ValueError: one is.
     """
-    if any(isinstance(module, FrozenLinear) for module in model.modules()):
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if any(isinstance(module, FrozenLinear) for module in modules):
         raise ValueError(_WRITTEN)
 
 
