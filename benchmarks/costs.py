@@ -30,7 +30,7 @@ from transformers import CLIPConfig, CLIPModel
 import clipft
 
 NAMES = tuple(f"openai/clip-vit-{name}" for name in ("base-patch32", "base-patch16", "large-patch14"))
-METHODS = ("towers", "lora", "full")
+METHODS = ("towers", "lora", "int8", "full")  # int8: LoRA on such a base
 ROWS = tuple((name, method) for name in NAMES for method in METHODS)
 
 
@@ -49,8 +49,9 @@ def build(name: str, method: str, processor: Any) -> Any:
     special = {key: getattr(processor.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = MODELS[name][1]
     model = CLIPModel(CLIPConfig(**{**config, "text_config": config.get("text_config", {}) | special}))
-    if method == "lora":
-        return clipft.add_lora(model, r=16, alpha=32, dropout=0.1)
+    if method in ("lora", "int8"):
+        base = "int8" if method == "int8" else "float"
+        return clipft.add_lora(model, r=16, alpha=32, dropout=0.1, frozen=base)
     return clipft.freeze(model, {"full": "none", "towers": "towers"}[method])
 
 

@@ -1,7 +1,10 @@
 """LoRA fine-tuning of CLIP: the frozen model, peft, and clipft, in float32 on one machine.
 
     python benchmarks/lora.py [--models vit-b-32 vit-l-14] [--batch 16] [--repeats 7] [--skip-layers] [--skip-memory]
-    python benchmarks/lora.py --frozen  # clipft's float base against its int8 base, whole steps alone
+    python benchmarks/lora.py --frozen  # whole steps on clipft's int8 base, beside its float base, peft, and peft's own
+        int8 bases: bitsandbytes' and torchao's, where they are installed
+    ... --isa avx2  # clipft's instruction set; torch's own goes by the environment, as ATEN_CPU_CAPABILITY=avx2
+        MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 
 A step is forward + backward of the model's contrastive loss, r = 16 on q, k, v, out, fc1 and fc2, random weights and
 inputs. The frozen step has no adapter and no trainable weight; the outputs of its embeddings require gradients, so that
@@ -14,13 +17,17 @@ vision tower, forward + backward.
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import interleave, machine, memory, ratio, reset_peak_memory, save, summary
+from common import interleave, machine, memory, place, ratio, reset_peak_memory, save, summary
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from rich.console import Console
@@ -29,16 +36,24 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 import clipft
+from clipft import _C
 from clipft.models.frozen import to_int8
 from clipft.models.lora_layers import FusedLoraLinear
 
+LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # torch's instruction set
 RANK, ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 CAPTION = 16
 BARS = {0.0: 1.07, 0.1: 1.11}  # of the frozen ViT-B/32 step at batch 16
 MEMORY_BAR = 1.05
 COMPETITORS = ("frozen", "peft p=0", "peft p=0.1", "clipft p=0", "clipft p=0.1")
-FROZEN = ("frozen", "clipft p=0.1", "clipft int8 p=0.1")
+INT8 = {
+    "bitsandbytes": "peft bitsandbytes p=0.1",
+    "torchao": "peft torchao p=0.1",
+}  # a package, and what it is timed as
+FROZEN = ("frozen", "peft p=0.1", *INT8.values(), "clipft p=0.1", "clipft int8 p=0.1")
+FROZEN_BARS = {"avx2": 0.68, "avx512_vnni": 0.52, "amx": 0.52}  # of the frozen ViT-B/32 step at batch 16
+FROZEN_MEMORY_BAR = 0.80  # model and step, of the float base's
 LARGE = {
     "vision_config": {
         "hidden_size": 1024,
@@ -67,12 +82,31 @@ def build(model_name: str, competitor: str) -> nn.Module:
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, lora_dropout=float(p), init_lora_weights=False
     )
+    if kind in ("peft bitsandbytes", "peft torchao"):
+        to_peers_int8(model, kind)
     wrapped = get_peft_model(model, config).train()
     if kind == "clipft int8":
         to_int8(wrapped)
     if kind.startswith("clipft"):
         clipft.fuse(wrapped)
     return wrapped
+
+
+def to_peers_int8(model: nn.Module, kind: str) -> None:
+    """The layers that the adapter goes to, as peft's documentation has their weights: int8, a scale a channel."""
+    named = {name: layer for name, layer in model.named_modules() if name.rpartition(".")[2] in TARGETS}
+    if kind == "peft torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig(version=2), filter_fn=lambda layer, name: name in named)
+        return
+    import bitsandbytes
+
+    for name, layer in named.items():
+        int8 = bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
+        int8.load_state_dict(layer.state_dict())
+        model.set_submodule(name, int8.to("cpu"))
+    model.is_loaded_in_8bit = True
 
 
 def batch_of(model_name: str, batch: int) -> dict[str, Tensor]:
@@ -112,11 +146,15 @@ def measure_steps(model_name: str, batch: int, repeats: int, competitors: tuple[
     }
     if "clipft int8 p=0.1" in seconds:
         row["int8_of_float"] = ratio(seconds["clipft int8 p=0.1"], seconds["clipft p=0.1"])
+    runs.clear()
+    models.clear()
+    gc.collect()  # modules know each other; the processes that come need the memory
     return row
 
 
 def peak_memory(model_name: str, batch: int, name: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--memory", name, "--models", model_name, "--batch", str(batch)]
+    command += ["--isa", _C.isa()]
     words = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return {"step_mb": float(words[-3]), "process_mb": float(words[-2]), "whole_mb": float(words[-1])}
 
@@ -184,8 +222,10 @@ def measure_layer(rows: int, n_in: int, n_out: int, repeats: int) -> dict[str, A
 # ---- report ----
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    return [f"{found['median']:.3f} ({found['min']:.3f})" for found in row["of_frozen"].values()]
+def cells(row: dict[str, Any], names: list[str]) -> list[str]:
+    """Of each competitor; one that was not run has none."""
+    found = row["of_frozen"]
+    return [f"{found[name]['median']:.3f} ({found[name]['min']:.3f})" if name in found else "" for name in names]
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
@@ -200,16 +240,42 @@ def tables(results: dict[str, Any]) -> list[Table]:
     layers.add_column("operations", justify="right")
     for row in results["layers"]:
         milliseconds = f"{1e3 * row['seconds']['frozen']['median_s']:.1f}"
-        layers.add_row(f"{row['model']} {row['layer']}", milliseconds, *cells(row), f"{row['limit']:.3f}")
+        layers.add_row(f"{row['model']} {row['layer']}", milliseconds, *cells(row, names), f"{row['limit']:.3f}")
     for row in results["steps"]:
         milliseconds = f"{1e3 * row['seconds']['frozen']['median_s']:.0f}"
-        steps.add_row(f"{row['model']}, batch {row['batch']}", milliseconds, *cells(row))
+        steps.add_row(f"{row['model']}, batch {row['batch']}", milliseconds, *cells(row, names))
         if "memory" in row:
             for kind, title in (("step_mb", "peak memory"), ("whole_mb", "with the model")):
                 frozen = row["memory"]["frozen"][kind]
-                shares = [f"{row['memory'][name][kind] / frozen:.3f}" for name in names]
+                shares = [
+                    f"{row['memory'][name][kind] / frozen:.3f}" if name in row["memory"] else "" for name in names
+                ]
                 steps.add_row(f"  {title}", f"{frozen:.0f} MiB", *shares)
     return [layers, steps] if results["layers"] else [steps]
+
+
+def of_others(name: str, about: dict[str, Any], models: list[str]) -> dict[str, list[Any]]:
+    """What an earlier run on the same machine, with the same versions, left of models that are not measured now."""
+    path = place(name, about["machine"])
+    found = json.loads(path.read_text()) if path.exists() else {}
+    same = all(found.get(key) == value for key, value in about.items())
+    return {
+        kind: [row for row in found[kind] if row["model"] not in models] if same else [] for kind in ("layers", "steps")
+    }
+
+
+def missed_frozen_bars(results: dict[str, Any]) -> list[str]:
+    missed, bar = [], FROZEN_BARS.get(results["machine"]["isa"], 1.0)
+    for row in results["steps"]:
+        if row["batch"] != {"vit-b-32": 16, "vit-l-14": 4}[row["model"]]:
+            continue
+        if (got := row["of_frozen"]["clipft int8 p=0.1"]["median"]) > bar:
+            missed.append(f"{row['model']}: {got:.3f} of the frozen step, bar {bar}")
+        if "memory" in row:
+            share = row["memory"]["clipft int8 p=0.1"]["whole_mb"] / row["memory"]["clipft p=0.1"]["whole_mb"]
+            if share > FROZEN_MEMORY_BAR:
+                missed.append(f"{row['model']}: {share:.3f} of the float base's memory, bar {FROZEN_MEMORY_BAR}")
+    return missed
 
 
 def missed_bars(results: dict[str, Any]) -> list[str]:
@@ -236,15 +302,23 @@ def main() -> int:
     parser.add_argument("--skip-layers", action="store_true")
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--frozen", action="store_true")
+    parser.add_argument("--isa", choices=_C.isas())
     parser.add_argument("--memory", choices=(*COMPETITORS, *FROZEN), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.isa:
+        _C.set_isa(options.isa)
     if options.memory:
         print_peak_memory(options.models[0], options.batch, options.memory)
         return 0
-    results: dict[str, Any] = {"machine": machine(), "layers": [], "steps": []}
+    limits = {name: os.environ[name] for name in LIMITS if name in os.environ}
+    about = {"machine": machine(), "limits": limits}
+    name = "lora-frozen" if options.frozen else "lora"
+    results: dict[str, Any] = {**about, **of_others(name, about, options.models)}
+    absent = [name for package, name in INT8.items() if importlib.util.find_spec(package) is None]
     for model_name in options.models:
+        large = tuple(INT8.values()) if model_name == "vit-l-14" else ()  # six of them take over 20 GB
         batch = options.batch or (4 if model_name == "vit-l-14" else 16)
-        competitors = FROZEN if options.frozen else COMPETITORS
+        competitors = tuple(name for name in FROZEN if name not in (*absent, *large)) if options.frozen else COMPETITORS
         if not options.skip_layers and not options.frozen:
             for layer, shape in layer_shapes(model_name, batch).items():
                 row = measure_layer(*shape, options.repeats)
@@ -253,11 +327,12 @@ def main() -> int:
         if not options.skip_memory:
             row["memory"] = {name: peak_memory(model_name, batch, name) for name in competitors}
         results["steps"].append(row)
+        path = save(name, results)
     console = Console(width=130)
     for table in tables(results):
         console.print(table)
-    console.print(f"written to {save('lora-frozen' if options.frozen else 'lora', results)}")
-    missed = [] if options.frozen else missed_bars(results)
+    console.print(f"written to {path}")
+    missed = (missed_frozen_bars if options.frozen else missed_bars)(results)
     for line in missed:
         console.print(f"[red]missed:[/red] {line}")
     return 1 if missed else 0

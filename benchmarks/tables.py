@@ -13,71 +13,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-ZEN4 = "amd-epyc-family-25-model-17-avx512_vnni"
-ZEN3 = "amd-epyc-family-25-model-1-avx2"
-NAMES = {
-    "AMD EPYC (family 25, model 17)": "AMD EPYC (Zen 4)",
-    "AMD EPYC (family 25, model 1)": "AMD EPYC (Zen 3)",
-    "avx2": "AVX2",
-    "avx512": "AVX-512",
-    "avx512_vnni": "AVX-512 VNNI",
-}
+from cells import NAMES, ROOT, XEON, ZEN3, ZEN4, machine, part, ratios, results, significant, size, span, table
+from learning_tables import demo, learning, learning_frozen, rates, small_sets
+
 MARKED = re.compile(r"^<!-- table: (\S+) -->\n.*?^<!-- /table -->$", re.DOTALL | re.MULTILINE)
-
-
-# ---- what the tables share ----
-
-
-def results(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    return found
-
-
-def machine(found: dict[str, Any]) -> str:
-    """What it was measured on, as a line above the table."""
-    about = found["machine"]
-    torch = f"torch {about['versions']['torch']}"
-    if "gpu" in about:
-        return f"{about['gpu']}, CUDA {about['cuda']}, {torch}"
-    cpu, isa = (NAMES.get(about[key], about[key]) for key in ("cpu", "isa"))
-    threads = about["threads"]
-    return f"{cpu}, {isa}, {threads} thread{'s' * (threads > 1)}, {torch}"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]], first: str = "---:") -> str:
-    head = list(head)
-    lines = [head, [first, *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(re.sub(" +", " ", f"| {' | '.join(line)} |") for line in lines)
-
-
-def ratios(row: dict[str, Any], peers: Iterable[str], of: str = "ratio") -> list[str]:
-    return [f"{row[of][peer]['median']:.2f}" for peer in peers]
-
-
-def size(mib: float) -> str:
-    return f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
-
-
-def significant(value: float, digits: int) -> str:
-    return f"{float(f'{value:.{digits}g}'):g}"
-
-
-def part(share: float, digits: int) -> str:
-    """Below 1, without the 0."""
-    return f"{share:.{digits}f}".replace("0.", ".", 1)
-
-
-def span(shares: Iterable[float]) -> str:
-    shares = list(shares)
-    return f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
 
 
 # ---- the tables ----
@@ -155,9 +101,35 @@ def lora() -> str:
     return f"{machine(found)}:\n\n{table(head, cells, '---')}"
 
 
+def frozen() -> str:
+    found = {isa: results(f"lora-frozen-{XEON}-{isa}") for isa in ("amx", "avx512_vnni", "avx2")}
+    runs = []
+    for isa, model in (("amx", ""), ("amx", "vit-l-14-"), ("avx512_vnni", ""), ("avx2", "")):
+        row = next(row for row in results(f"training-{model}{XEON}-{isa}")["rows"] if row["scenario"] == "int8")
+        name = "ViT-L/14" if model else "ViT-B/32"
+        runs.append(f"{name} with {NAMES[isa]} {part(1 / row['gain']['median'], 2)}")
+    peers = ("frozen", "clipft p=0.1", "peft p=0.1", "peft bitsandbytes p=0.1", "peft torchao p=0.1")
+    cells = []
+    for isa, one in found.items():
+        for row in sorted(one["steps"], key=lambda row: -row["batch"]):
+            name = row["model"].replace("vit-b-32", "ViT-B/32").replace("vit-l-14", "ViT-L/14")
+            time = {who: ratio["median"] for who, ratio in row["of_frozen"].items()} | {"frozen": 1.0}
+            memory = {who: share["whole_mb"] for who, share in row["memory"].items()}
+            own = "clipft int8 p=0.1"
+            times = [f"{time[own] / time[peer]:.2f}" if peer in time else "" for peer in peers]
+            memories = [f"{memory[own] / memory[peer]:.2f}" for peer in ("clipft p=0.1", "peft p=0.1")]
+            cells.append([f"{name}, batch {row['batch']}, {NAMES[isa]}", *times, *memories])
+    head = ("", "time / the frozen model", "/ LoRA on the float base", "/ peft", "/ peft, bitsandbytes int8")
+    head += ("/ peft, torchao int8", "memory / LoRA on the float base", "/ peft")
+    return f"{machine(found['amx']).replace(', AMX', '')}:\n\n{table(head, cells, '---')}\n\n" + fill(
+        f"Whole runs, from JPEG files, take of the time of `Trainer` with peft: {'; '.join(runs)}.", 118
+    )
+
+
 TRAINED = {
     "full": "everything",
     "lora": "LoRA, r = 16, dropout 0.1, every linear layer",
+    "int8": "the same on an int8 base (`--frozen int8`)",
     "text": "the image tower (`--freeze text`)",
     "towers": "the projections (`--freeze towers`), after the first epoch",
 }
@@ -219,7 +191,8 @@ def summary() -> str:
     loss = {row["kind"]: row for row in results(f"contrastive-{ZEN4}")["rows"] if row["n"] == 8192}["contrastive"]
     adapter = next(row for row in results("lora-amd-epyc-family-25-model-17-avx512")["steps"] if row["batch"] == 16)
     steps = {row["scenario"]: 1 / row["gain"]["median"] for row in results(f"training-{ZEN4}")["rows"]}
-    pictures = results(f"loader-{ZEN4}")["sets"]["640 x 480"]["as in use"]["pictures_per_second"]
+    step = results(f"lora-frozen-{XEON}-avx512_vnni")["steps"][0]
+    int8 = 1 / results(f"training-{XEON}-avx512_vnni")["rows"][0]["gain"]["median"]
     tower = next(row for row in results(f"quantized-{ZEN4}")["towers"] if row["batch"] == 1)["speedup_of_clipft"]
     gpu = {(row["kind"], row["n"]): row for row in results(GPU)["rows"]}["contrastive", 32768]
     memory = {who: one["step_mb"] for who, one in adapter["memory"].items()}
@@ -240,10 +213,16 @@ def summary() -> str:
         ),
         ("a pair in training, from its JPEG file", "transformers' `Trainer`", steps["full"], None),
         ("the same with LoRA", "`Trainer` and peft", steps["lora"], None),
-        ("a 640 x 480 JPEG to pixels", "its processor", pictures["processor"] / pictures["clipft"], None),
         ("one picture through ViT-B/32 in int8", "float32", 1 / tower["float32"]["median"], None),
         ("the same", "ONNX Runtime int8", 1 / tower["onnxruntime"]["median"], None),
         ("the same", "OpenVINO int8", 1 / tower["openvino"]["median"], None),
+        (
+            "on a Xeon, one thread: a LoRA step with `--frozen int8`",
+            "peft",
+            step["of_frozen"]["clipft int8 p=0.1"]["median"] / step["of_frozen"]["peft p=0.1"]["median"],
+            step["memory"]["clipft int8 p=0.1"]["whole_mb"] / step["memory"]["peft p=0.1"]["whole_mb"],
+        ),
+        ("a pair in training with it, from its JPEG file", "`Trainer` and peft", int8, None),
         ("on an H200: the loss, N = 32768", "transformers, eager", *of_loss(gpu, "eager")),
         ("the same", "`torch.compile`", *of_loss(gpu, "compiled")),
     ]
@@ -252,101 +231,11 @@ def summary() -> str:
     return table(head, cells, "---").replace("| --- | ---: |", "| --- | --- |", 1)
 
 
-def demo() -> str:
-    found = results("demo")
-    before, after, scratch = (found[stage]["retrieval"] for stage in ("before", "after", "from_scratch"))
-    old = {stage: found["old_style"][stage]["retrieval"] for stage in ("before", "after", "gain")}
-
-    def both(scores: dict[str, Any], way: str) -> str:
-        return " / ".join(f"{scores[f'{way}_R@{k}']:.3f}".lstrip("0") for k in (1, 5))
-
-    def gained(gains: dict[str, Any], way: str) -> str:
-        gain = gains[f"{way}_R@5"]
-        return f"{part(gain['value'], 2)} ({' - '.join(part(end, 2) for end in gain['interval'])})"
-
-    cells = [
-        [
-            f"{way.replace('_', ' ')}, R@1 / R@5",
-            *(both(scores, way) for scores in (before, after)),
-            gained(found["gain"]["retrieval"], way),
-            both(scratch, way),
-        ]
-        for way in ("image_to_text", "text_to_image")
-    ]
-    way = "image_to_text"
-    names = "the old style (Noto, same names), image to text, R@1 / R@5"
-    cells.append([names, *(both(old[stage], way) for stage in ("before", "after")), gained(old["gain"], way), ""])
-    head = ("310 drawings of names the fine-tune did not see", "before", "after")
-    return table((*head, "gain in R@5, 95 % interval", "from scratch, same steps"), cells, "---")
-
-
-def rates() -> str:
-    """As the code sets them, for models of these sizes."""
-    import torch
-
-    from clipft.training.arguments import default_learning_rate
-
-    sizes = {"the demo's model": 2.8e6, "ViT-B/32, ViT-B/16": 1.5e8, "SigLIP base": 2.0e8, "ViT-L/14": 4.3e8}
-    cells = []
-    for name, count in sizes.items():
-        model = torch.nn.Linear(int(count), 1, bias=False, device="meta")
-        both = (default_learning_rate(model, lora=lora) for lora in (False, True))
-        cells.append([name, f"{count / 1e6:.3g} million", *(f"{rate:.1e}".replace("e-0", "e-") for rate in both)])
-    return table(("model", "parameters", "weights themselves", "LoRA"), cells, "---").replace(".0e", "e")
-
-
-def learning() -> str:
-    what = {
-        "chest_xray": "400 radiographs, 2 classes",
-        "clothing": "600 product photographs, 10 classes",
-        "elpv": "2223 solar cells, 2 classes",
-    }
-    sets = {name: results(f"learning-{name}-{ZEN4}") for name in what}
-    about = {machine(found) for found in sets.values()}
-
-    def cell(score: dict[str, Any]) -> str:
-        low, high = (part(end, 2) for end in score["interval"])
-        return f"{part(score['balanced_accuracy'], 3)} ({low} - {high})"
-
-    cells = [
-        [
-            f"{what[name]}, {found['epochs']} epochs",
-            part(found["start"]["balanced_accuracy"], 3),
-            *(cell(found[stage]) for stage in ("fine-tuned", "scratch", "HOG + LR", "over scratch")),
-        ]
-        for name, found in sets.items()
-    ]
-    head = ("", "start", "fine-tuned", "from scratch", "HOG + LR", "gain over scratch")
-    return f"{'; '.join(sorted(about))}:\n\n{table(head, cells, '---')}"
-
-
-def small_sets() -> str:
-    from clipft.recipes.options import LEAST_STEPS
-
-    found = results(f"small-sets-{ZEN3}")
-    own = [row for row in found["summary"] if (row["method"], row["batch"]) == ("model", 32)]
-    rows = {(row["set"], row["size"], row["least"]): row for row in own}
-    sets = {"chest_xray": "radiographs", "clothing": "clothing", "elpv": "solar cells"}
-    cells = []
-    for size in sorted({row["size"] for row in own}, key=lambda size: (size == "whole", len(size), size)):
-        both = [[rows.get((name, size, least)) for least in (0, LEAST_STEPS)] for name in sets]
-        means = (" → ".join(part(row["balanced_accuracy"], 2) for row in pair) if all(pair) else "" for pair in both)
-        gain = rows["all", size, LEAST_STEPS]["gain"]
-        low, high = (signed(end, 2) for end in gain["interval"])
-        over = f"{signed(gain['balanced_accuracy'], 2)} ({low} to {high}), {gain['pairs']} pairs"
-        cells.append(["all" if size == "whole" else f"{size} a class", *means, over])
-    return f"{machine(found)}:\n\n{table(('pictures', *sets.values(), 'gain, 95 % interval'), cells, '---')}"
-
-
-def signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("0.", ".", 1)
-
-
 def explain() -> str:
     found = results(f"explain-{ZEN3}")
     cells = []
-    for size, row in found["sizes"].items():
-        about = f"{row['drawings']} {size} drawings a scene"
+    for drawn_at, row in found["sizes"].items():
+        about = f"{row['drawings']} {drawn_at} drawings a scene"
         for measure, name in (("auroc", "area"), ("pointing", "pointing")):
             shares = [row[who][measure] for who in ("clipft", "alone", "edges", "centre", "random weights")]
             correlation = part(row["correlation"]["mean_of_sizes"], 2) if measure == "auroc" else ""
@@ -395,7 +284,7 @@ LICENCES = {"openai": "MIT", "google": "Apache-2.0"}  # of who says so plainly
 
 
 def models() -> str:
-    found = results("models-amd-epyc-family-25-model-1-avx2")
+    found = results(f"models-{XEON}-amx")
     cells = [
         [
             f"`{row['model']}`",
@@ -451,8 +340,9 @@ def predict() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     drawn_by.__name__: drawn_by
     for drawn_by in (
-        *(summary, contrastive, lora, training, loader, int8, gpu_losses, gpu_layers, predict, coreset),
-        *(learning, small_sets, demo, rates, explain, explain_variants, anomaly, families, models, costs),
+        *(summary, contrastive, lora, frozen, training, loader, int8, gpu_losses, gpu_layers, predict, coreset),
+        *(learning, learning_frozen, small_sets, demo, rates),
+        *(explain, explain_variants, anomaly, families, models, costs),
     )
 }
 

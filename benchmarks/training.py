@@ -1,14 +1,16 @@
 """Pairs a second of whole training runs: ``CLIPTrainer`` against Hugging Face's ``Trainer`` with peft.
 
     pip install peft
-    python benchmarks/training.py [--batch 16] [--steps 6] [--repeats 3] [--scenarios full lora text towers]
+    python benchmarks/training.py [--batch 16] [--steps 6] [--repeats 3] [--scenarios full lora text towers int8]
+        [--model vit-l-14] [--isa avx2]
 
-ViT-B/32 with random weights, JPEG files of 256 px, captions of 6 to 16 tokens, float32, AdamW, no loader workers. The
-peer goes as its documentation shows (transformers' examples/pytorch/contrastive-image-text/run_clip.py: torchvision's
-transforms, captions padded to the model's 77 tokens, ``return_loss=True``; peft's LoraConfig on every linear layer of
-the towers, r = 16, dropout 0.1). Both see the same files and captions. A run is ``steps`` optimiser steps over as many
-batches, in turn with the other's; the first step of each is left out. For frozen towers the outputs that clipft keeps
-are computed before the clock starts: the time is that of every epoch after the first.
+ViT-B/32 or ViT-L/14 with random weights, JPEG files of 256 px, captions of 6 to 16 tokens, float32, AdamW, no loader
+workers. The peer goes as its documentation shows (transformers' examples/pytorch/contrastive-image-text/run_clip.py:
+torchvision's transforms, captions padded to the model's 77 tokens, ``return_loss=True``; peft's LoraConfig on every
+linear layer of the towers, r = 16, dropout 0.1). Both see the same files and captions. A run is ``steps`` optimiser
+steps over as many batches, in turn with the other's; the first step of each is left out. For frozen towers the outputs
+that clipft keeps are computed before the clock starts: the time is that of every epoch after the first. "int8" is
+"lora" on an int8 base, of clipft's alone. For another instruction set than the machine's best see ``lora.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import datasets
 import numpy as np
 import torch
 from common import machine, ratio, save, summary
+from lora import CONFIGS
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from rich.console import Console
@@ -39,10 +42,13 @@ from transformers import (
 )
 
 import clipft
+from clipft import _C
 
 SIZE, TOKENS, RANK = 224, 77, 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 BARS = {"full": 1.35, "lora": 2.1, "text": 1.25, "towers": 20.0}
+INT8_BARS = {"avx2": 3.4, "avx512_vnni": 4.2, "amx": 4.2}
+SCENARIOS = (*BARS, "int8")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -70,15 +76,17 @@ def make_processor() -> CLIPProcessor:
     return CLIPProcessor(CLIPImageProcessor(), tokenizer)
 
 
-def make_model(scenario: str, processor: Any, peer: bool) -> Any:
+def make_model(scenario: str, processor: Any, peer: bool, name: str) -> Any:
     torch.manual_seed(0)
     special = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model: Any = CLIPModel(CLIPConfig(text_config=special))
-    if scenario == "lora" and peer:
+    config = CONFIGS[name]
+    model: Any = CLIPModel(CLIPConfig(**{**config, "text_config": config.get("text_config", {}) | special}))
+    if scenario in ("lora", "int8") and peer:
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.1, target_modules=TARGETS)
         return get_peft_model(model, config)
-    if scenario == "lora":
-        return clipft.add_lora(model, r=RANK, alpha=2 * RANK, dropout=0.1)
+    if scenario in ("lora", "int8"):
+        base = "int8" if scenario == "int8" else "float"
+        return clipft.add_lora(model, r=RANK, alpha=2 * RANK, dropout=0.1, frozen=base)
     return clipft.freeze(model, {"full": "none", "text": "text", "towers": "towers"}[scenario])
 
 
@@ -138,7 +146,7 @@ def peer_trainer(model: Any, data: datasets.Dataset, processor: Any, arguments: 
 
 def run(scenario: str, peer: bool, data: datasets.Dataset, processor: Any, folder: Path, args: Any) -> float:
     """Pairs a second."""
-    model = make_model(scenario, processor, peer)
+    model = make_model(scenario, processor, peer, args.model)
     shared = options(folder, args.batch, args.steps)
     trainer: Trainer
     if peer:
@@ -166,11 +174,12 @@ def measure(scenario: str, args: argparse.Namespace) -> dict[str, Any]:
                 rate = run(scenario, competitor == "hf", data, processor, folder, args)
                 seconds[competitor].append(1.0 / rate)
     gain = ratio(seconds["hf"], seconds["clipft"])
-    return {"scenario": scenario, **{k: summary(v) for k, v in seconds.items()}, "gain": gain, "bar": BARS[scenario]}
+    bar = INT8_BARS.get(_C.isa(), 1.0) if scenario == "int8" else BARS[scenario]
+    return {"scenario": scenario, **{k: summary(v) for k, v in seconds.items()}, "gain": gain, "bar": bar}
 
 
 def show(rows: list[dict[str, Any]], args: argparse.Namespace, console: Console) -> None:
-    table = Table("", title=f"ViT-B/32, batch {args.batch}: pairs a second (median)")
+    table = Table("", title=f"{args.model}, batch {args.batch}: pairs a second (median)")
     for heading in ("clipft", "Trainer + peft", "gain (median; minimum times)", "bar"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -186,13 +195,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--scenarios", nargs="+", choices=list(BARS), default=list(BARS))
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=SCENARIOS)
+    parser.add_argument("--model", choices=list(CONFIGS), default="vit-b-32")
+    parser.add_argument("--isa", choices=_C.isas())
     args = parser.parse_args()
+    if args.isa:
+        _C.set_isa(args.isa)
     console = Console()
     rows = [measure(scenario, args) for scenario in args.scenarios]
     show(rows, args, console)
-    settings = {"batch": args.batch, "steps": args.steps, "repeats": args.repeats}
-    console.print(f"written to {save('training', {'machine': machine(), 'settings': settings, 'rows': rows})}")
+    settings = {"model": args.model, "batch": args.batch, "steps": args.steps, "repeats": args.repeats}
+    name = "training" if args.model == "vit-b-32" else f"training-{args.model}"
+    console.print(f"written to {save(name, {'machine': machine(), 'settings': settings, 'rows': rows})}")
     for row in rows:
         if row["gain"]["median"] < row["bar"]:
             console.print(f"missed: {row['scenario']}: {row['gain']['median']:.2f}, bar {row['bar']}")

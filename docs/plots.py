@@ -6,9 +6,10 @@ assets/site.css, so that they follow the page's scheme. Needs no package but mar
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
@@ -23,11 +24,12 @@ USUAL = (0.2, 2.0)  # what an axis of ratios shows at least, so that pictures ca
 
 
 def _tables() -> Any:
-    spec = importlib.util.spec_from_file_location("tables", Path(__file__).parents[1] / "benchmarks" / "tables.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("tables")
+    finally:
+        sys.path.remove(folder)
 
 
 TABLES = _tables()

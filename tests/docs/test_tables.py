@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-assert spec and spec.loader
-tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tables)
-
+sys.path.insert(0, str(ROOT / "benchmarks"))
+tables = importlib.import_module("tables")
+sys.path.pop(0)
 
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
 
