@@ -21,7 +21,7 @@ from clipft.ops.kernels import (
     shape_of,
 )
 
-__all__ = ["quantize_weight", "quantized_linear"]
+__all__ = ["quantize_and_pack", "quantize_weight", "quantized_linear"]
 
 MAX_IN, _MAX_OUT = 131072, 1 << 24  # CLIPFT_INT8_MAX_IN and _OUT in csrc/kernels/int8/int8.h
 _HEADER = 64  # clipft_int8_header there
@@ -89,6 +89,18 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = wide.abs().amax(dim=1) / 127.0
     scale = torch.where(scale > 0, scale.clamp_min(torch.finfo(torch.float32).tiny), torch.ones_like(scale))
     return (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def quantize_and_pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a float32 weight on a CPU, [out, in], the packings of its codes and of their transpose, and the scales, [out]
+    float32: those of :func:`quantize_weight`, in one op, for layers whose weights change at every step.
+
+    Raises:
+        TypeError: not float32. ValueError: not [out, in], or NaN or Inf in it.
+    """
+    check_tensors("quantized_weight", weight=weight)
+    packed, packed_t, scale = call(torch.ops.clipft.quantized_weight, weight.detach().contiguous())
+    return packed, packed_t, scale
 
 
 def runs(op: str, x: Tensor, *code: str) -> bool:
@@ -171,12 +183,22 @@ def check_surroundings(op: str, x: Tensor, norm: Any, residual: Any, features: i
 # ---- fake kernels; no gradient ----
 
 
+def _packed_size(out: int, features: int) -> int:
+    panels = (out + _PANEL - 1) // _PANEL
+    return _HEADER + panels * _PANEL * ((features + 3) // 4 * 4 + 4)
+
+
 @torch.library.register_fake("clipft::quantized_pack")
 def _(weight: Tensor) -> Tensor:
+    return weight.new_empty((_packed_size(*weight.shape),), dtype=torch.uint8)
+
+
+@torch.library.register_fake("clipft::quantized_weight")
+def _(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out, features = weight.shape
-    panels = (out + _PANEL - 1) // _PANEL
-    size = _HEADER + panels * _PANEL * ((features + 3) // 4 * 4 + 4)
-    return weight.new_empty((size,), dtype=torch.uint8)
+    sizes = _packed_size(out, features), _packed_size(features, out)
+    packed, packed_t = (weight.new_empty((size,), dtype=torch.uint8) for size in sizes)
+    return packed, packed_t, weight.new_empty((out,))
 
 
 @torch.library.register_fake("clipft::quantized_unpack")

@@ -1,7 +1,9 @@
 /* quantized_linear: y = act(x W^T + b) with int8 weights as they are saved; quantized_chain: one or two layers packed by quantized_pack,
- * with the norm before and the residual behind them; quantized_unpack: what was packed, [out, in]. The work is kernels/int8/int8.h. */
+ * with the norm before and the residual behind them; quantized_unpack: what was packed, [out, in]; quantized_weight: float weights as
+ * codes, packed as they are and transposed, for a layer that trains. The work is kernels/int8/int8.h. */
 #include "quantized_inputs.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 /* Everything checked: the product into a new tensor. */
@@ -100,3 +102,65 @@ done:
     clipft_release(&packed);
 }
 CLIPFT_CPU_ENTRY(quantized_unpack)
+
+/* ---- float weights ---- */
+
+typedef struct weight_results {
+    clipft_tensor codes, packed, packed_t, scale;
+} weight_results;
+
+static void free_results(weight_results *r)
+{
+    clipft_release(&r->codes);
+    clipft_release(&r->packed);
+    clipft_release(&r->packed_t);
+    clipft_release(&r->scale);
+}
+
+static bool check_weight(const clipft_tensor *t, clipft_view *w, clipft_error *error)
+{
+    char shape[96];
+    if (!clipft_check_dtype(t, clipft_dtype_float32(), "float32", error) || !clipft_check_cpu(t, error)) return false;
+    if (t->ndim != 2 || t->size[0] <= 0 || t->size[1] <= 0 || t->size[0] > CLIPFT_INT8_MAX_IN || t->size[1] > CLIPFT_INT8_MAX_IN)
+        return clipft_fail(error, CLIPFT_VALUE_ERROR, "weight must be [out, in], each 1 to %d, got shape %s", CLIPFT_INT8_MAX_IN,
+                           clipft_shape_text(t, shape, sizeof shape));
+    if (!clipft_tensor_view(t, w) || w->col_stride != 1) return clipft_fail(error, CLIPFT_VALUE_ERROR, "weight must be contiguous");
+    return true;
+}
+
+static bool make_results(const clipft_tensor *weight, weight_results *r, clipft_error *error)
+{
+    const int64_t out = weight->size[0], in = weight->size[1];
+    const int64_t size = clipft_int8_packed_size(out, in), size_of_t = clipft_int8_packed_size(in, out);
+    return clipft_empty(clipft_dtype_int8(), 2, weight->size, &r->codes, error) &&
+           clipft_empty(clipft_dtype_uint8(), 1, &size, &r->packed, error) &&
+           clipft_empty(clipft_dtype_uint8(), 1, &size_of_t, &r->packed_t, error) &&
+           clipft_empty(clipft_dtype_float32(), 1, &out, &r->scale, error);
+}
+
+static bool quantize(const clipft_view *w, weight_results *r, clipft_error *error)
+{
+    const float *scale = r->scale.data;
+    if (!clipft_int8_quantize(&clipft_torch_host, w, r->codes.data, r->scale.data))
+        return clipft_fail(error, CLIPFT_RUNTIME_ERROR, "torch's threads failed");
+    for (int64_t j = 0; j < w->rows; ++j)
+        if (isnan(scale[j])) return clipft_fail(error, CLIPFT_VALUE_ERROR, "weight must be finite, got NaN or Inf in it");
+    const clipft_int8_weights codes = {r->codes.data, w->rows, w->cols, w->cols, 1},
+                              transposed = {r->codes.data, w->cols, w->rows, 1, w->cols};
+    return (clipft_int8_pack(&clipft_torch_host, &codes, r->packed.data) &&
+            clipft_int8_pack(&clipft_torch_host, &transposed, r->packed_t.data)) ||
+           clipft_fail(error, CLIPFT_RUNTIME_ERROR, "torch's threads failed");
+}
+
+static void run_quantized_weight(const quantized_weight_args *args, quantized_weight_results *results, clipft_error *error)
+{
+    clipft_tensor weight;
+    weight_results r = {0};
+    clipft_view w;
+    if (clipft_unbox(args->weight, "weight", &weight, error) && check_weight(&weight, &w, error) && make_results(&weight, &r, error) &&
+        quantize(&w, &r, error))
+        *results = (quantized_weight_results){clipft_box(&r.packed), clipft_box(&r.packed_t), clipft_box(&r.scale)};
+    free_results(&r);
+    clipft_release(&weight);
+}
+CLIPFT_CPU_ENTRY(quantized_weight)

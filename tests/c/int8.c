@@ -138,6 +138,44 @@ static void test_chain(int64_t rows, clipft_float_kind kind, int count, bool nor
     free(scale.data), free(added.data);
 }
 
+/* Packed as a transpose, element by element what a copy of the transpose is. */
+static void test_transposed(int64_t out, int64_t in)
+{
+    const int64_t size = clipft_int8_packed_size(in, out);
+    int8_t *w = check_alloc(out * in, 1), *copy = check_alloc(out * in, 1), *apart = check_alloc(2 * out * in, 1);
+    uint8_t *packed[3];
+    for (int64_t j = 0; j < out; ++j)
+        for (int64_t k = 0; k < in; ++k) w[j * in + k] = copy[k * out + j] = apart[2 * (j * in + k)] = (int8_t)pick(-128, 127);
+    const clipft_int8_weights views[] = {{copy, in, out, out, 1}, {w, in, out, 1, in}, {apart, in, out, 2, 2 * in}};
+    for (int k = 0; k < 3; ++k) {
+        packed[k] = check_alloc(size, 1);
+        clipft_int8_pack(&check_host, &views[k], packed[k]);
+        check_same(packed[k], packed[0], (size_t)size, "int8_pack of a transpose", in);
+    }
+    free(w), free(copy), free(apart), free(packed[0]), free(packed[1]), free(packed[2]);
+}
+
+/* Channel 1 is zero, 2 denormal, 3 huge, 4 holds what is not finite. */
+static void test_quantize(int64_t out, int64_t in)
+{
+    const clipft_view w = make_view(out, in, false, CLIPFT_FLOAT32);
+    int8_t *codes = check_alloc(out * in, 1);
+    float *scale = floats(out);
+    for (int64_t j = 1; j < out && j < 4; ++j)
+        for (int64_t k = 0; k < in; ++k) *clipft_view_floats(&w, j, k) *= j == 1 ? 0.0F : j == 2 ? 1e-42F : 2e38F;
+    if (out > 4) *clipft_view_floats(&w, 4, in / 2) = in % 2 ? NAN : -INFINITY;
+    check_near(clipft_int8_quantize(&check_host, &w, codes, scale), 1.0, 0.0, "int8_quantize", in);
+    for (int64_t j = 0; j < out; ++j) {
+        float largest = 0.0F;
+        for (int64_t k = 0; k < in; ++k) largest = fmaxf(largest, fabsf(*clipft_view_floats(&w, j, k)));
+        const float step = largest / 127.0F, want = step > 0.0F ? fmaxf(step, FLT_MIN) : 1.0F;
+        check_near((double)scale[j], j == 4 ? NAN : (double)want, 0.0, "int8_quantize's scale", in);
+        for (int64_t k = 0; k < in && j != 4; ++k)
+            check_near(codes[j * in + k], nearbyint((double)(*clipft_view_floats(&w, j, k) / want)), 0.0, "int8_quantize's codes", in);
+    }
+    free(w.data), free(codes), free(scale);
+}
+
 /* Sums as large as they get: in the middle they pass what 16 bits hold, and zero * column sum wraps. */
 static void test_extremes(void)
 {
@@ -238,6 +276,7 @@ void test_int8(void)
         test_chain(200, k & 8 ? CLIPFT_BFLOAT16 : CLIPFT_FLOAT32, 1 + (k & 1), k & 2, k & 4);
         test_chain(9, k & 8 ? CLIPFT_BFLOAT16 : CLIPFT_FLOAT32, 1 + (k & 1), k & 2, k & 4);
     }
+    for (int64_t n = 1; n < 70; n += 11) test_transposed(n, 34), test_transposed(34, n), test_quantize(n, 34), test_quantize(17, n);
     test_extremes();
     test_other_slot(9);
     test_other_slot(200);

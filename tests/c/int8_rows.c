@@ -126,6 +126,18 @@ static void test_quantize(int64_t n, float inverse, int32_t zero)
     free(x), free(got), free(want);
 }
 
+/* Among the values are exact halves, which go to even. */
+static void test_codes(int64_t n, float scale)
+{
+    float *x = calloc((size_t)n + 1, sizeof *x);
+    if (!x) abort();
+    int8_t *got = check_alloc(n, 1);
+    for (int64_t j = 0; j < n; ++j) x[j] = (j % 3 ? uniform() * 127.0F : (float)pick(-254, 254) * 0.5F) * scale;
+    clipft_kernel_table.int8.row_codes(x, n, scale, got);
+    for (int64_t j = 0; j < n; ++j) check_near(got[j], nearbyint((double)(x[j] / scale)), 0.0, "row_codes", n);
+    free(x), free(got);
+}
+
 /* Every second time with a residual, which the results then replace. */
 static void test_finish(int64_t rows, int64_t cols, clipft_activation activation, float spread)
 {
@@ -228,6 +240,9 @@ void test_int8_rows(void)
         test_quantize(widths[n], 1.0F, 64);
         test_quantize(widths[n], 3.1415926F, 0);
         test_quantize(widths[n], 1.0e-30F, 127);
+        test_codes(widths[n], 1.0F);
+        test_codes(widths[n], 0.0131F);
+        test_codes(widths[n], FLT_MIN);
         test_norm(widths[n] + 1, 0.0F, 1e-5F);
         test_norm(widths[n] + 1, 20.0F, 1e-5F);
         for (int a = 0; a < CLIPFT_ACTIVATIONS; ++a) {

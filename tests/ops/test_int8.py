@@ -25,13 +25,13 @@ from int8_cases import (
     check_surroundings,
     check_zero_huge_and_tiny_rows,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 import clipft
 import clipft.ops  # registers the fake kernels that opcheck runs
 from clipft import _C
 from clipft.nn import QuantizedLinear
-from clipft.ops.int8 import quantize_weight
+from clipft.ops.int8 import quantize_and_pack, quantize_weight
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -158,6 +158,36 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.clipft.quantized_chain.default, alone)
     whole = (x, x[0], x[1], 1e-5, packed, scale, bias, 1, more, scale[:5], none, x[:, :5].contiguous())
     torch.library.opcheck(torch.ops.clipft.quantized_chain.default, whole)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (37, 21), (48, 64), (130, 257)], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e37, 1e-38, 1e-44])
+def test_a_float_weight_is_quantised_and_packed_in_one_op(shape: tuple[int, int], size: float, int8_isa: str) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * size
+    weight[len(weight) // 2] = 0.0
+    codes, scale = quantize_weight(weight)
+    pack = torch.ops.clipft.quantized_pack
+    for given in (weight, weight.t().contiguous().t(), nn.Parameter(weight)):
+        got = quantize_and_pack(given)
+        assert torch.equal(got[2], scale) and not got[2].requires_grad
+        assert torch.equal(got[0], pack(codes)) and torch.equal(got[1], pack(codes.t().contiguous()))
+    assert torch.equal(pack(codes.t()), pack(codes.t().contiguous()))
+
+
+def test_a_float_weight_that_does_not_do() -> None:
+    for weight, error, words in (
+        ([1.0], TypeError, "weight must be a tensor, got list"),
+        (torch.ones(3, 2, dtype=torch.float64), TypeError, "weight must be float32, got float64"),
+        (torch.ones(3), ValueError, r"weight must be \[out, in\], each 1 to 131072, got shape \[3\]"),
+        (torch.ones(0, 3), ValueError, r"weight must be \[out, in\], each 1 to 131072, got shape \[0, 3\]"),
+        (torch.tensor([[1.0, float("nan")], [1.0, 2.0]]), ValueError, "weight must be finite, got NaN or Inf in it"),
+        (torch.tensor([[1.0, 2.0], [-float("inf"), 2.0]]), ValueError, "weight must be finite, got NaN or Inf in it"),
+    ):
+        with pytest.raises(error, match=f"clipft.quantized_weight: {words}"):
+            quantize_and_pack(weight)  # type: ignore[arg-type]
+    torch.library.opcheck(torch.ops.clipft.quantized_weight.default, (torch.randn(37, 21),))
+    with pytest.raises(RuntimeError, match="weight must be contiguous"):
+        torch.ops.clipft.quantized_weight(torch.ones(3, 2).t())
 
 
 def make_layer(activation: str | None = "quick_gelu", bias: bool = True) -> tuple[torch.nn.Linear, QuantizedLinear]:

@@ -29,6 +29,10 @@ int64_t clipft_int8_packed_size(int64_t out, int64_t in);
 /* Packs the weights. False when the host failed. */
 bool clipft_int8_pack(const clipft_host *host, const clipft_int8_weights *w, uint8_t *packed);
 
+/* Codes [out, in], contiguous, of float32 weights [out, in] with column stride 1, and each channel's scale: its largest magnitude / 127,
+ * but not denormal; 1 of a channel of zeros; NaN of one that holds a NaN or an infinity. False when the host failed. */
+bool clipft_int8_quantize(const clipft_host *host, const clipft_view *w, int8_t *codes, float *scale);
+
 /* The weights of such a whole, which clipft_int8_packed took: [out, in], contiguous. False when the host failed. */
 bool clipft_int8_unpack(const clipft_host *host, const uint8_t *packed, int8_t *w);
 

@@ -99,6 +99,10 @@ typedef struct clipft_int8_kernels {
      * every ISA agrees bit for bit. |x[j] * inverse| < 2^21. */
     void (*row_quantize)(const float *x, int64_t n, float inverse, int32_t zero, uint8_t *q);
 
+    /* q[j] = round(x[j] / scale), the quotient rounded to float32 and then to an integer, both to nearest even: every ISA agrees bit for
+     * bit. |x[j] / scale| < 127.5. */
+    void (*row_codes)(const float *x, int64_t n, float scale, int8_t *q);
+
     const clipft_int8_dot *dot;
 
     /* out[i][j] = activation((sums[i][j] - row_zero[i] * col_sum[j]) * col_scale[j] * row_scale[i] + bias[j]) + residual[i][j], the bracket

@@ -24,19 +24,54 @@ const uint8_t *clipft_int8_sums(const uint8_t *packed, int64_t out, int64_t pane
     return packed + sizeof(clipft_int8_header) + panels_of(out) * panel_bytes;
 }
 
-void clipft_int8_pack_quads(const clipft_int8_weights *weights, int8_t *panel, int32_t *sums)
+/* Channels whose weights lie side by side: a quad at a time. */
+static void pack_rows(const clipft_int8_weights *weights, int8_t *panel, int32_t *sums)
 {
     const clipft_int8_weights w = *weights; /* which a byte that is written might be a part of */
     for (int64_t c = 0; c < w.out; ++c) {
         const int8_t *row = w.data + c * w.row_stride;
         int32_t sum = 0;
-        for (int64_t k = 0; k < w.in; ++k) {
-            const int8_t value = row[k * w.col_stride];
-            panel[k / 4 * 4 * CLIPFT_INT8_PANEL + 4 * c + k % 4] = value;
-            sum += value;
-        }
+        int64_t k = 0;
+        for (; k < w.in; ++k) sum += row[k];
+        for (k = 0; k + 4 <= w.in; k += 4) memcpy(panel + k * CLIPFT_INT8_PANEL + 4 * c, row + k, 4);
+        for (; k < w.in; ++k) panel[k / 4 * 4 * CLIPFT_INT8_PANEL + 4 * c + k % 4] = row[k];
         sums[c] += sum;
     }
+}
+
+/* A whole panel of channels that lie side by side, as those of a transpose do: four of their rows become a line of quads. */
+static void pack_columns(const clipft_int8_weights *weights, int8_t *panel, int32_t *sums)
+{
+    const clipft_int8_weights w = *weights;
+    int32_t sum[CLIPFT_INT8_PANEL] = {0};
+    for (int64_t k = 0; k < w.in; k += 4) {
+        int8_t rows[4][CLIPFT_INT8_PANEL] = {0}, line[4 * CLIPFT_INT8_PANEL];
+        for (int64_t d = 0; d < 4 && k + d < w.in; ++d) memcpy(rows[d], w.data + (k + d) * w.col_stride, sizeof rows[d]);
+        for (int c = 0; c < CLIPFT_INT8_PANEL; ++c)
+            for (int d = 0; d < 4; ++d) line[4 * c + d] = rows[d][c];
+        for (int c = 0; c < CLIPFT_INT8_PANEL; ++c) sum[c] += rows[0][c] + rows[1][c] + rows[2][c] + rows[3][c];
+        memcpy(panel + k * CLIPFT_INT8_PANEL, line, sizeof line);
+    }
+    for (int c = 0; c < CLIPFT_INT8_PANEL; ++c) sums[c] += sum[c];
+}
+
+void clipft_int8_pack_quads(const clipft_int8_weights *weights, int8_t *panel, int32_t *sums)
+{
+    const clipft_int8_weights w = *weights;
+    if (w.col_stride == 1) {
+        pack_rows(&w, panel, sums);
+        return;
+    }
+    if (w.row_stride == 1 && w.out == CLIPFT_INT8_PANEL) {
+        pack_columns(&w, panel, sums);
+        return;
+    }
+    for (int64_t c = 0; c < w.out; ++c)
+        for (int64_t k = 0; k < w.in; ++k) {
+            const int8_t value = w.data[c * w.row_stride + k * w.col_stride];
+            panel[k / 4 * 4 * CLIPFT_INT8_PANEL + 4 * c + k % 4] = value;
+            sums[c] += value;
+        }
 }
 
 void clipft_int8_unpack_quads(const int8_t *panel, int64_t channels, int64_t in, int8_t *w)

@@ -38,6 +38,11 @@ void clipft_int8_row_quantize_ref(const float *x, int64_t n, float inverse, int3
     }
 }
 
+void clipft_int8_row_codes_ref(const float *x, int64_t n, float scale, int8_t *q)
+{
+    for (int64_t j = 0; j < n; ++j) q[j] = (int8_t)nearbyintf(x[j] / scale);
+}
+
 static void clipft_int8_multiply_ref(const clipft_int8_tile *tile, int32_t *sums)
 {
     const clipft_int8_tile t = *tile;

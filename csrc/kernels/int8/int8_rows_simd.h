@@ -5,6 +5,7 @@
 #include <stddef.h>
 
 typedef uint8_t u8v __attribute__((vector_size(CLIPFT_LANES)));
+typedef int8_t i8v __attribute__((vector_size(CLIPFT_LANES)));
 
 /* Keeps a product from being fused with the sum that it goes into, which would spare it a rounding: ISAs have to agree. */
 SIMD f32v rounded(f32v product)
@@ -100,6 +101,25 @@ CLIPFT_TARGET void KERNEL(int8_row_quantize)(const float *x, int64_t n, float in
     if (j < n) {
         const u8v level = quantize_step(load_part(x + j, n - j, 0.0F), inverse, zero);
         memcpy(q + j, &level, (size_t)(n - j));
+    }
+}
+
+SIMD i8v code_step(f32v x, float scale)
+{
+    const f32v shifted = x / scale + 12582912.0F; /* as above */
+    return __builtin_convertvector((i32v)shifted - 0x4b400000, i8v);
+}
+
+CLIPFT_TARGET void KERNEL(int8_row_codes)(const float *x, int64_t n, float scale, int8_t *q)
+{
+    int64_t j = 0;
+    for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) {
+        const i8v codes = code_step(f32v_load(x + j), scale);
+        memcpy(q + j, &codes, sizeof codes);
+    }
+    if (j < n) {
+        const i8v codes = code_step(load_part(x + j, n - j, 0.0F), scale);
+        memcpy(q + j, &codes, (size_t)(n - j));
     }
 }
 
