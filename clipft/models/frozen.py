@@ -145,9 +145,14 @@ def check_float_base(model: Any) -> None:
 # ---- what rounding does ----
 
 
-def rounding_errors(model: Any, run: Callable[[], Any]) -> dict[str, float]:
-    """Of each of :func:`float_linears` that is called within ``run``: the root of the mean squared error of its outputs
-    in int8, over what they vary by.
+def rounding_errors(
+    model: Any, run: Callable[[], Any], linears: Mapping[str, nn.Linear] | None = None
+) -> dict[str, float]:
+    """Of each of these layers, or of :func:`float_linears`, that is called within ``run``: the root of the mean squared
+    error of its outputs in int8, over what they vary by.
+
+    Raises:
+        ValueError: a weight that is NaN or Inf.
     """
     errors: dict[str, float] = {}
 
@@ -155,18 +160,25 @@ def rounding_errors(model: Any, run: Callable[[], Any]) -> dict[str, float]:
         x = args[0].detach().reshape(-1, linear.in_features)
         x = x[torch.linspace(0, len(x) - 1, min(len(x), _ROWS)).long()].float()
         weight = linear.weight.detach().float()
-        want, got = F.linear(x, weight), quantized_linear(x, *quantize_weight(weight))
+        want, got = F.linear(x, weight), quantized_linear(x, *_quantized(name, weight))
         error = float((got - want).norm() / (want - want.mean(dim=0)).norm().clamp_min(1e-30))
         errors[name] = max(error, errors.get(name, 0.0))
 
-    linears = float_linears(model).items()
-    hooks = [linear.register_forward_pre_hook(partial(measure, name)) for name, linear in linears]
+    measured = (float_linears(model) if linears is None else linears).items()
+    hooks = [linear.register_forward_pre_hook(partial(measure, name)) for name, linear in measured]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
     return errors
+
+
+def _quantized(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return quantize_weight(weight)
+    except ValueError as error:
+        raise ValueError(f"model: {name}: {error}") from error
 
 
 # ---- there and back ----

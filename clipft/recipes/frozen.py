@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from clipft.data.collate import model_inputs
 from clipft.data.rows import PairRows
@@ -19,7 +20,7 @@ from clipft.models.frozen import float_linears, rounding_errors, to_int8
 from clipft.recipes.options import TrainOptions
 from clipft.training.checkpoints import kept_checkpoints
 
-__all__ = ["check_frozen", "check_layers", "frozen_in_int8"]
+__all__ = ["check_frozen", "check_layers", "frozen_in_int8", "layers_in_int8", "say_layers"]
 
 _PICTURES = 32  # that the errors of rounding are measured on
 _MOST = 0.1  # of what a layer's outputs vary by
@@ -71,24 +72,11 @@ def frozen_in_int8(trainer: Any, console: Console) -> Iterator[dict[str, Any]]:
     """Within, the frozen layers of the trainer's model are int8, but for those that it would harm; afterwards they are
     float again, read from where the model came. Gives what the report says of it.
     """
-    model = trainer.model
-    names = list(float_linears(model))
-    errors = _errors(trainer)
-    harmed = {name: errors.get(name) for name in names if not errors.get(name, math.inf) <= _MOST}
-    to_int8(model, [name for name in names if name not in harmed])
-    about: dict[str, Any] = {
-        "layers": len(names) - len(harmed),
-        "of": len(names),
-        "largest_error": max((error for error in errors.values() if error <= _MOST), default=0.0),
-        "float_layers": harmed,
-    }
-    about["note"] = _told(about, adapted=hasattr(model, "peft_config"))
-    console.print(f"frozen: {about['note']}", highlight=False)
-    for name, error in harmed.items():
-        if error is not None:
-            console.print(f"frozen: {name} stays float: int8 would move its outputs by {error:.0%}", highlight=False)
-    if idle := [name for name, error in harmed.items() if error is None]:
-        console.print(f"frozen: {listed(idle)} stay float: this run does not call them", highlight=False)
+    linears = float_linears(trainer.model)
+    about = layers_in_int8(trainer, linears)
+    to_int8(trainer.model, [name for name in linears if name not in about["float_layers"]])
+    about["note"] = _told(about, adapted=hasattr(trainer.model, "peft_config"))
+    say_layers("frozen", about, console)
     try:
         yield about
     finally:
@@ -111,7 +99,34 @@ def _told(about: dict[str, Any], *, adapted: bool) -> str:
     )
 
 
-def _errors(trainer: Any) -> dict[str, float]:
+# ---- of frozen layers, and of those that train ----
+
+
+def layers_in_int8(trainer: Any, linears: Mapping[str, nn.Linear]) -> dict[str, Any]:
+    """What the report says of layers that are to be int8: how many will be, and which int8 would harm, by its errors on
+    rows of the training set."""
+    errors = _errors(trainer, linears)
+    harmed = {name: errors.get(name) for name in linears if not errors.get(name, math.inf) <= _MOST}
+    return {
+        "layers": len(linears) - len(harmed),
+        "of": len(linears),
+        "largest_error": max((error for error in errors.values() if error <= _MOST), default=0.0),
+        "float_layers": harmed,
+    }
+
+
+def say_layers(option: str, about: dict[str, Any], console: Console) -> None:
+    """The note, and which layers stay float, and why."""
+    console.print(f"{option}: {about['note']}", highlight=False)
+    harmed = about["float_layers"]
+    for name, error in harmed.items():
+        if error is not None:
+            console.print(f"{option}: {name} stays float: int8 would move its outputs by {error:.0%}", highlight=False)
+    if idle := [name for name, error in harmed.items() if error is None]:
+        console.print(f"{option}: {listed(idle)} stay float: this run does not call them", highlight=False)
+
+
+def _errors(trainer: Any, linears: Mapping[str, nn.Linear]) -> dict[str, float]:
     """Of each layer, on rows of the training set."""
     model, args = trainer.model, trainer.args
     rows = PairRows(trainer.train_dataset, args.caption_templates, captions=args.head == "none")
@@ -119,4 +134,4 @@ def _errors(trainer: Any) -> dict[str, float]:
     batch = model_inputs(trainer.data_collator([rows[index * len(rows) // count] for index in range(count)]))
     inputs = {name: value.to(args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     with evaluating(model):
-        return rounding_errors(model, lambda: model(**inputs, return_logits=False))
+        return rounding_errors(model, lambda: model(**inputs, return_logits=False), linears)

@@ -244,3 +244,8 @@ def test_errors_of_rounding_tell_columns_that_stand_out(batch: dict[str, Tensor]
     worse = rounding_errors(model, lambda: model(**batch))
     assert [name for name, error in worse.items() if error > 0.1] == ["text_model.encoder.layers.1.mlp.fc1"]
     assert not any(module._forward_pre_hooks for module in model.modules())
+    with torch.no_grad():
+        model.vision_model.encoder.layers[0].self_attn.k_proj.weight[1, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"model: vision_model.*layers.0.self_attn.k_proj: .*weight must be finite"):
+        rounding_errors(model, lambda: model(**batch))
+    assert not any(module._forward_pre_hooks for module in model.modules())
