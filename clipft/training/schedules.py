@@ -139,7 +139,8 @@ class WeightAverage(TrainerCallback):
     def _trained(self) -> dict[str, Tensor]:
         """As the run begins; a layer that waits (:class:`GradualUnfreezing`) is among them."""
         parameters = self.model().named_parameters()
-        return {name: p.data for name, p in parameters if (name in self.average if self.average else p.requires_grad)}
+        average = self.average
+        return {name: p.detach() for name, p in parameters if (name in average if average else p.requires_grad)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start from the weights as they are, unless a checkpoint was loaded."""
