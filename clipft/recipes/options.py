@@ -262,9 +262,10 @@ class TrainOptions(ScoringOptions):
     )
     precision: str = option(
         "fp32",
-        "Mixed precision: auto takes bf16 where it measures faster; fp16 needs a GPU.",
+        "Mixed precision: auto takes bf16 where it measures faster; fp16 needs a GPU. int8, on a CPU: linear layers "
+        "that train compute forward and their input's gradient in int8; weights and what is scored are float32.",
         BATCHES,
-        choices=("auto", "fp32", "bf16", "fp16"),
+        choices=("auto", "fp32", "bf16", "fp16", "int8"),
     )
     class_balanced: bool | None = option(
         None,

@@ -85,6 +85,7 @@ class Outcome:
     swept: Any = None
     probabilities: dict[str, Any] = field(default_factory=dict)
     frozen: dict[str, Any] | None = None  # which layers were int8 while it trained
+    precision: dict[str, Any] | None = None  # likewise, of those that trained
 
     def measure(self, stage: str) -> None:
         """Score the model as it is now."""
@@ -115,6 +116,8 @@ class Outcome:
             report["wise_ft"] = self.swept.to_json()
         if self.frozen is not None:
             report["frozen"] = self.frozen
+        if self.precision is not None:
+            report["precision"] = self.precision
         report["test"] = {"data": self.test_name, "pictures": len(self.test.dataset)}
         report["length"] = self.length.to_json()
         report["reading"] = self.sources.to_json()

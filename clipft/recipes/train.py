@@ -41,6 +41,7 @@ from clipft.recipes.outcome import Outcome, check_places_of_run, check_report_to
 from clipft.recipes.run import Run, loaded, model_name
 from clipft.recipes.sets import HELD_OUT, Sets, sets_of_run
 from clipft.recipes.sources import Sources, name_of
+from clipft.recipes.switchback import check_precision, check_trained_layers, trained_in_int8
 from clipft.training.arguments import default_learning_rate
 from clipft.training.progress import ProgressReport
 from clipft.training.row_loading import rows_of_epoch
@@ -100,7 +101,9 @@ def train(
     folder = expanded(temporary.name if output is None and temporary else str(output))
     with _lock_of_run(folder):
         arguments = arguments_of(settings, folder, heads, console)
-        check_frozen(settings, arguments, adapted=settings.lora_r is not None or peft_config is not None)
+        adapted = settings.lora_r is not None or peft_config is not None
+        check_frozen(settings, arguments, adapted=adapted)
+        check_precision(settings, arguments, adapted=adapted)
         training = _Training(settings, folder, heads, arguments, console, own_loss)
         return training.run(model, data, callbacks, peft_config, temporary)
 
@@ -150,6 +153,7 @@ class _Training:
         resize(base, processor, image_size=options.image_size, max_tokens=options.max_tokens)
         clip = self._what_trains(base, peft_config)
         check_layers(options, clip, peft_config)
+        check_trained_layers(options, clip)
         usual = default_learning_rate(base, lora=adapted)
         self.arguments.learning_rate = usual if options.lr is None else options.lr
         self.arguments.class_balanced = self._drawn_by_class(sets.train)
@@ -205,7 +209,9 @@ class _Training:
         options, console = self.options, self.console
         outcome.measure("before")
         line = WeightLine(clip) if options.wise_ft else None
-        with frozen_in_int8(trainer, console) if options.frozen == "int8" else nullcontext() as outcome.frozen:
+        frozen = frozen_in_int8(trainer, console) if options.frozen == "int8" else nullcontext()
+        trained = trained_in_int8(trainer, console) if options.precision == "int8" else nullcontext()
+        with frozen as outcome.frozen, trained as outcome.precision:
             trainer.train(resume_from_checkpoint=point)
         if options.early_stopping_patience:
             console.print(f"kept the model of step {trainer.state.best_global_step} of {trainer.state.global_step}")

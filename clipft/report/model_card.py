@@ -64,8 +64,7 @@ def write_model_card(
         f"On {report['test']['pictures']} test pictures; in brackets 95 % bootstrap intervals over the pictures.",
         _table(report),
     ]
-    if "frozen" in report:
-        parts.append(f"{report['frozen']['note']}.")
+    parts += [f"{report[name]['note']}." for name in ("frozen", "precision") if name in report]
     if "control" in report:
         control = report["control"]
         about = f"On {_plain(_name(control['data']))} ({control['pictures']} pictures), which it was not tuned on:"

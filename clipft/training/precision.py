@@ -1,5 +1,5 @@
-"""float32 masters of what trains; what mixed precision gains on this machine, measured: bfloat16 without instructions
-for it is slower than float32; and cuDNN's choice of kernels.
+"""float32 masters of what trains; what mixed precision and int8 gain on this machine, measured: bfloat16 without
+instructions for it is slower than float32; and cuDNN's choice of kernels.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from clipft.models.switchback import SwitchBackLinear
+
 __all__ = [
     "bf16_speedup",
     "cudnn_benchmark",
     "fastest_precision",
     "hold_masters",
+    "int8_speedup",
     "warn_of_slow_bf16",
+    "warn_of_slow_int8",
     "weights_kept",
     "wide_copy",
 ]
@@ -73,7 +77,16 @@ def fastest_precision(device: str) -> str:
 def bf16_speedup(device: str) -> float:
     """Time of a linear layer's forward and backward pass in float32 over that under bfloat16 autocast: the median of
     three ratios."""
-    return statistics.median(_step(device, False) / _step(device, True) for _ in range(_RUNS))
+    linear = nn.Linear(_IN, _OUT, device=device)
+    return statistics.median(_step(linear) / _step(linear, autocast=True) for _ in range(_RUNS))
+
+
+@cache
+def int8_speedup() -> float:
+    """Time of a linear layer that trains, forward and backward pass in float32, over that of one in int8, on this CPU:
+    the median of three ratios."""
+    plain, int8 = nn.Linear(_IN, _OUT), SwitchBackLinear(_IN, _OUT)
+    return statistics.median(_step(plain) / _step(int8) for _ in range(_RUNS))
 
 
 def warn_of_slow_bf16(device: str) -> None:
@@ -86,11 +99,22 @@ def warn_of_slow_bf16(device: str) -> None:
         )
 
 
-def _step(device: str, autocast: bool) -> float:
-    layer = torch.nn.Linear(_IN, _OUT, device=device)
+def warn_of_slow_int8() -> None:
+    """Where this CPU gains little by int8 in layers that train."""
+    if (gain := int8_speedup()) < _WORTH:
+        _logger.warning(
+            "precision: int8 takes %.2f of float32's time on this CPU (a linear layer, measured now): a run "
+            "is not much faster here, if at all",
+            1.0 / gain,
+        )
+
+
+def _step(layer: nn.Linear, *, autocast: bool = False) -> float:
+    device = layer.weight.device.type
     x = torch.ones(_ROWS, _IN, device=device, requires_grad=True)
     seconds = []
     for _ in range(2):  # the first of each finds its kernels
+        layer.eval().train()  # no codes of the pass before, as after an optimiser's step
         start = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             y = layer(x)
