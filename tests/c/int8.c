@@ -253,6 +253,7 @@ static void test_other_slot(int64_t rows)
     for (int k = 0; k < 2; ++k) {
         clipft_int8_header header;
         clipft_kernel_table.int8.dot = slots[k];
+        test_transposed(37, 70);
         const int64_t size = clipft_int8_packed_size(OUT, IN);
         uint8_t *packed = check_alloc(size, 1);
         pack(w, OUT, IN, packed);

@@ -86,22 +86,34 @@ typedef struct pack_job {
     uint8_t *packed;
 } pack_job;
 
+/* Of a transpose, whose panels share cache lines, so much depth of all panels at a time as the L1 cache holds the lines of. */
+static int64_t step_of(const pack_job *job)
+{
+    enum { STEP = 32 };
+    return job->dot->layout == CLIPFT_INT8_QUADS && job->w->row_stride == 1 ? STEP : job->w->in;
+}
+
 static void pack_panels(int64_t begin, int64_t end, void *ctx)
 {
     const pack_job *job = ctx;
     const clipft_int8_weights *w = job->w;
-    const int64_t bytes = clipft_int8_panel_bytes(job->dot, w->in);
+    const int64_t bytes = clipft_int8_panel_bytes(job->dot, w->in), step = step_of(job);
     uint8_t *all_sums = job->packed + (clipft_int8_sums(job->packed, w->out, bytes) - job->packed);
-    for (int64_t panel = begin; panel < end; ++panel) {
-        int8_t *to = (int8_t *)job->packed + sizeof(clipft_int8_header) + panel * bytes;
-        const int64_t first = panel * CLIPFT_INT8_PANEL;
-        const clipft_int8_weights channels = {w->data + first * w->row_stride, clipft_min(CLIPFT_INT8_PANEL, w->out - first), w->in,
-                                              w->row_stride, w->col_stride};
-        int32_t sums[CLIPFT_INT8_PANEL] = {0};
-        memset(to, 0, (size_t)bytes);
-        job->dot->pack(&channels, to, sums);
-        memcpy(all_sums + panel * (int64_t)sizeof sums, sums, sizeof sums);
-    }
+    int8_t *panels = (int8_t *)job->packed + sizeof(clipft_int8_header);
+    int32_t sums[CLIPFT_INT8_PANEL];
+    memset(panels + begin * bytes, 0, (size_t)((end - begin) * bytes));
+    memset(all_sums + begin * (int64_t)sizeof sums, 0, (size_t)(end - begin) * sizeof sums);
+    for (int64_t k = 0; k < w->in; k += step)
+        for (int64_t panel = begin; panel < end; ++panel) {
+            const int64_t first = panel * CLIPFT_INT8_PANEL;
+            const clipft_int8_weights part = {w->data + first * w->row_stride + k * w->col_stride,
+                                              clipft_min(CLIPFT_INT8_PANEL, w->out - first), clipft_min(step, w->in - k), w->row_stride,
+                                              w->col_stride};
+            uint8_t *own = all_sums + panel * (int64_t)sizeof sums;
+            memcpy(sums, own, sizeof sums);
+            job->dot->pack(&part, panels + panel * bytes + k * CLIPFT_INT8_PANEL, sums);
+            memcpy(own, sums, sizeof sums);
+        }
 }
 
 bool clipft_int8_pack(const clipft_host *host, const clipft_int8_weights *w, uint8_t *packed)
