@@ -221,18 +221,27 @@ def gap(values: dict[str, list[float]]) -> dict[str, float]:
 
 
 def bounded(value: float, variance: float, freedom: int) -> dict[str, float]:
-    least = value - float(student.ppf(0.95, freedom)) * variance**0.5
+    least = float(value - student.ppf(0.95, freedom) * variance**0.5)
     return {"mean": value, "variance": variance, "at_least": least}
 
 
 def over_all(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean over sets."""
+    """The mean over sets; and the bound that all pairs of runs give if their splits are taken as independent."""
     found: dict[str, Any] = {"loss": float(np.mean([row["loss"] for row in rows]))}
     for what in ("gap", "gap_on_int8"):
         means, variances = ([row[what][key] for row in rows] for key in ("mean", "variance"))
         freedom = sum(len(row["runs"]) - 1 for row in rows)
         found[what] = bounded(float(np.mean(means)), sum(variances) / len(rows) ** 2, freedom)
+        gaps = np.concatenate([gaps_of(row, on_int8=what == "gap_on_int8") for row in rows])
+        found[what]["pairs"] = len(gaps)
+        found[what]["at_least_paired"] = bounded(gaps.mean(), gaps.var(ddof=1) / len(gaps), len(gaps) - 1)["at_least"]
     return found
+
+
+def gaps_of(row: dict[str, Any], *, on_int8: bool) -> np.ndarray[Any, Any]:
+    """int8 - float of each run."""
+    key = "on_int8" if on_int8 else row["metric"]
+    return np.array([run["int8"][key] - run["float"][key] for run in row["runs"]])
 
 
 def show_frozen(rows: list[dict[str, Any]], console: Console) -> None:
