@@ -55,6 +55,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def torch_limits() -> dict[str, str]:
+    """What the environment holds torch's instruction set to."""
+    names = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def cpu_model() -> str:
     """The kernel's name for the CPU, with family and model, since cloud machines shorten the name."""
     fields: dict[str, str] = {}

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from common import kept, machine, memory, save, summary
 from models import MODELS
-from training import Clock, make_data, make_processor, options
-from transformers import CLIPConfig, CLIPModel
+from training import Clock, make_clip, make_data, make_processor, options
 
 import clipft
 
@@ -46,9 +45,7 @@ class Steps(Clock):
 
 def build(name: str, method: str, processor: Any) -> Any:
     torch.manual_seed(0)
-    special = {key: getattr(processor.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = MODELS[name][1]
-    model = CLIPModel(CLIPConfig(**{**config, "text_config": config.get("text_config", {}) | special}))
+    model = make_clip(MODELS[name][1], processor)
     if method in ("lora", "int8"):
         base = "int8" if method == "int8" else "float"
         return clipft.add_lora(model, r=16, alpha=32, dropout=0.1, frozen=base)

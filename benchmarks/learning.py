@@ -136,12 +136,16 @@ def measure(name: str, data: Path, seed: int, temporary: Path) -> dict[str, Any]
     return {"seed": seed} | dict(zip(STAGES, scores, strict=True))
 
 
+def variance(values: Any) -> float:
+    """Of the mean over splits, by Nadeau and Bengio."""
+    return float(np.var(values, ddof=1) * (1 / len(values) + HELD_OUT / (1 - HELD_OUT)))
+
+
 def mean(values: list[float]) -> Score:
     """Over splits, with Nadeau and Bengio's interval; none for one split."""
     found: Score = {"balanced_accuracy": float(np.mean(values))}
     if len(values) > 1:
-        variance = np.var(values, ddof=1) * (1 / len(values) + HELD_OUT / (1 - HELD_OUT))
-        reach = float(student.ppf(0.975, len(values) - 1) * variance**0.5)
+        reach = float(student.ppf(0.975, len(values) - 1) * variance(values) ** 0.5)
         found["interval"] = [found["balanced_accuracy"] - reach, min(found["balanced_accuracy"] + reach, 1.0)]
     return found
 
@@ -204,25 +208,26 @@ def summary_frozen(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means, and int8 - float paired by seed, on either base."""
     metric = metric_of(name)
     values = {what: [run[what][metric] for run in runs] for what in ("start", "float", "int8")}
-    on = {what: [run[what]["on_int8"] for run in runs] for what in ("float", "int8")}
     row = {"set": name, "metric": metric, "epochs": FROZEN_EPOCHS[name]}
     row |= {what: float(np.mean(own)) for what, own in values.items()}
-    row |= {"gap": gap(values), "gap_on_int8": gap(on)}
+    row |= {what: gap(gaps_of(runs, key)) for what, key in (("gap", metric), ("gap_on_int8", "on_int8"))}
     row["loss"] = float(np.mean([run["int8"]["loss"] / run["float"]["loss"] for run in runs]))
     return row | {"runs": runs}
 
 
-def gap(values: dict[str, list[float]]) -> dict[str, float]:
-    """int8 - float, and its variance by Nadeau and Bengio."""
-    gaps = np.subtract(values["int8"], values["float"])
-    factor = 1 / len(gaps) + HELD_OUT / (1 - HELD_OUT)
-    variance = float(np.var(gaps, ddof=1)) * factor if len(gaps) > 1 else float("nan")
-    return bounded(float(gaps.mean()), variance, len(gaps) - 1)
+def gaps_of(runs: list[dict[str, Any]], key: str) -> np.ndarray[Any, Any]:
+    """int8 - float of each run."""
+    return np.array([run["int8"][key] - run["float"][key] for run in runs])
 
 
-def bounded(value: float, variance: float, freedom: int) -> dict[str, float]:
-    least = float(value - student.ppf(0.95, freedom) * variance**0.5)
-    return {"mean": value, "variance": variance, "at_least": least}
+def gap(gaps: np.ndarray[Any, Any]) -> dict[str, float]:
+    return bounded(float(gaps.mean()), variance(gaps) if len(gaps) > 1 else float("nan"), len(gaps) - 1)
+
+
+def bounded(value: float, spread: float, freedom: int) -> dict[str, float]:
+    """``spread``: the value's variance."""
+    least = float(value - student.ppf(0.95, freedom) * spread**0.5)
+    return {"mean": value, "variance": spread, "at_least": least}
 
 
 def over_all(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -232,16 +237,10 @@ def over_all(rows: list[dict[str, Any]]) -> dict[str, Any]:
         means, variances = ([row[what][key] for row in rows] for key in ("mean", "variance"))
         freedom = sum(len(row["runs"]) - 1 for row in rows)
         found[what] = bounded(float(np.mean(means)), sum(variances) / len(rows) ** 2, freedom)
-        gaps = np.concatenate([gaps_of(row, on_int8=what == "gap_on_int8") for row in rows])
+        gaps = np.concatenate([gaps_of(row["runs"], row["metric"] if what == "gap" else "on_int8") for row in rows])
         found[what]["pairs"] = len(gaps)
         found[what]["at_least_paired"] = bounded(gaps.mean(), gaps.var(ddof=1) / len(gaps), len(gaps) - 1)["at_least"]
     return found
-
-
-def gaps_of(row: dict[str, Any], *, on_int8: bool) -> np.ndarray[Any, Any]:
-    """int8 - float of each run."""
-    key = "on_int8" if on_int8 else row["metric"]
-    return np.array([run["int8"][key] - run["float"][key] for run in row["runs"]])
 
 
 def show_frozen(rows: list[dict[str, Any]], console: Console) -> None:

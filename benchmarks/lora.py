@@ -20,14 +20,13 @@ import argparse
 import gc
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import interleave, machine, memory, place, ratio, reset_peak_memory, save, summary
+from common import interleave, machine, memory, place, ratio, reset_peak_memory, save, summary, torch_limits
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from rich.console import Console
@@ -40,17 +39,13 @@ from clipft import _C
 from clipft.models.frozen import to_int8
 from clipft.models.lora_layers import FusedLoraLinear
 
-LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # torch's instruction set
 RANK, ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 CAPTION = 16
 BARS = {0.0: 1.07, 0.1: 1.11}  # of the frozen ViT-B/32 step at batch 16
 MEMORY_BAR = 1.05
 COMPETITORS = ("frozen", "peft p=0", "peft p=0.1", "clipft p=0", "clipft p=0.1")
-INT8 = {
-    "bitsandbytes": "peft bitsandbytes p=0.1",
-    "torchao": "peft torchao p=0.1",
-}  # a package, and what it is timed as
+INT8 = {"bitsandbytes": "peft bitsandbytes p=0.1", "torchao": "peft torchao p=0.1"}  # by package
 FROZEN = ("frozen", "peft p=0.1", *INT8.values(), "clipft p=0.1", "clipft int8 p=0.1")
 FROZEN_BARS = {"avx2": 0.68, "avx512_vnni": 0.52, "amx": 0.52}  # of the frozen ViT-B/32 step at batch 16
 FROZEN_MEMORY_BAR = 0.80  # model and step, of the float base's
@@ -310,8 +305,7 @@ def main() -> int:
     if options.memory:
         print_peak_memory(options.models[0], options.batch, options.memory)
         return 0
-    limits = {name: os.environ[name] for name in LIMITS if name in os.environ}
-    about = {"machine": machine(), "limits": limits}
+    about = {"machine": machine(), "limits": torch_limits()}
     name = "lora-frozen" if options.frozen else "lora"
     results: dict[str, Any] = {**about, **of_others(name, about, options.models)}
     absent = [name for package, name in INT8.items() if importlib.util.find_spec(package) is None]

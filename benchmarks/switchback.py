@@ -27,7 +27,8 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import interleave, machine, ratio, save, summary
+from common import interleave, machine, ratio, save, summary, torch_limits
+from lora import batch_of
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
@@ -38,21 +39,10 @@ from clipft.models.switchback import to_float_linears, to_switchback, trained_li
 from clipft.ops.int8 import quantize_and_pack
 
 BAR = 1.3
-CAPTION = 16
 EPOCHS = 5
-LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
 
 # ---- steps ----
-
-
-def batch_of(batch: int, config: CLIPConfig) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(1)
-    size = config.vision_config.image_size
-    ids = torch.randint(1, 40000, (batch, CAPTION), generator=g)
-    ids[:, -1] = config.text_config.eos_token_id or 49407
-    pixels = torch.randn(batch, 3, size, size, generator=g)
-    return {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Tensor]) -> None:
@@ -75,7 +65,7 @@ def quantise_seconds(model: nn.Module) -> float:
 def measure(batch: int, repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = clipft.fuse(CLIPModel(CLIPConfig())).train()
-    inputs = batch_of(batch, model.config)
+    inputs = batch_of("vit-b-32", batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def int8() -> None:
@@ -148,14 +138,13 @@ def main() -> None:
         measure_learning(args.seeds, Console())
         return
     row = measure(args.batch, args.repeats)
-    limits = {name: os.environ[name] for name in LIMITS if name in os.environ}
     console = Console()
     for name, found in row["seconds"].items():
         console.print(f"{name}: {found['median_s']:.3f} s (least {found['min_s']:.3f})")
     console.print(f"quantise: {row['quantise_s']:.3f} s")
     gain = row["gain"]
     console.print(f"{_C.isa()}: {gain['median']:.2f} times as fast (of the minima {gain['min']:.2f}), bar {BAR}")
-    results = {"machine": machine(), "limits": limits, "repeats": args.repeats, "bar": BAR, "steps": [row]}
+    results = {"machine": machine(), "limits": torch_limits(), "repeats": args.repeats, "bar": BAR, "steps": [row]}
     console.print(f"written to {save('switchback', results)}")
 
 

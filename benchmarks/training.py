@@ -76,11 +76,15 @@ def make_processor() -> CLIPProcessor:
     return CLIPProcessor(CLIPImageProcessor(), tokenizer)
 
 
+def make_clip(config: dict[str, Any], processor: Any) -> CLIPModel:
+    """Random weights, and the tokenizer's special tokens."""
+    special = {key: getattr(processor.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return CLIPModel(CLIPConfig(**{**config, "text_config": config.get("text_config", {}) | special}))
+
+
 def make_model(scenario: str, processor: Any, peer: bool, name: str) -> Any:
     torch.manual_seed(0)
-    special = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = CONFIGS[name]
-    model: Any = CLIPModel(CLIPConfig(**{**config, "text_config": config.get("text_config", {}) | special}))
+    model: Any = make_clip(CONFIGS[name], processor)
     if scenario in ("lora", "int8") and peer:
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.1, target_modules=TARGETS)
         return get_peft_model(model, config)

@@ -128,12 +128,10 @@ def read_saved(folder: Path) -> datasets.Dataset:
             with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
                 stream.read_all().validate(full=True)  # offsets that lie would read beyond it
         where = f"{folder}: {', '.join([*names[:1], 'state.json', 'dataset_info.json'])}"
-        dataset = None  # of no files: an empty set is saved so
-        if names:
-            dataset = datasets.Dataset.load_from_disk(str(folder)).with_format(None)  # its state may hide columns
+        dataset = datasets.Dataset.load_from_disk(str(folder)) if names else ()  # an empty set is saved as no files
         if not dataset:
             raise ValueError("expected at least one row, found none")
-        return dataset
+        return dataset.with_format(None)  # its state may hide columns
     except Exception as error:  # whatever a damaged file makes pyarrow and datasets raise
         raise ValueError(f"{where}: expected a data set that save_to_disk wrote ({line_of(error)})") from error
 

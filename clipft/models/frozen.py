@@ -6,7 +6,8 @@ trains stay. The gradients are those of the model that runs forward (SwitchBack,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ __all__ = [
     "float_linears",
     "float_state",
     "frozen_linears",
+    "naming_layer",
     "rounding_errors",
     "to_float",
     "to_int8",
@@ -160,7 +162,9 @@ def rounding_errors(
         x = args[0].detach().reshape(-1, linear.in_features)
         x = x[torch.linspace(0, len(x) - 1, min(len(x), _ROWS)).long()].float()
         weight = linear.weight.detach().float()
-        want, got = F.linear(x, weight), quantized_linear(x, *_quantized(name, weight))
+        with naming_layer(name):
+            codes = quantize_weight(weight)
+        want, got = F.linear(x, weight), quantized_linear(x, *codes)
         error = float((got - want).norm() / (want - want.mean(dim=0)).norm().clamp_min(1e-30))
         errors[name] = max(error, errors.get(name, 0.0))
 
@@ -174,9 +178,11 @@ def rounding_errors(
     return errors
 
 
-def _quantized(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+@contextmanager
+def naming_layer(name: str) -> Iterator[None]:
+    """An error of its weight, as NaN is, names it."""
     try:
-        return quantize_weight(weight)
+        yield
     except ValueError as error:
         raise ValueError(f"model: {name}: {error}") from error
 
@@ -194,10 +200,8 @@ def to_int8(model: Any, names: Iterable[str] | None = None) -> None:
     linears = float_linears(model)
     for name in linears if names is None else names:
         linear: Any = linears[name]
-        try:
+        with naming_layer(name):
             codes = Int8Weight.from_weight(linear.weight.detach())
-        except ValueError as error:
-            raise ValueError(f"model: {name}: {error}") from error
         kept = linear.weight.dtype
         del linear.weight
         linear.__class__ = FrozenLinear

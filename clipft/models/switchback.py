@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from clipft.models.frozen import tower_linears
+from clipft.models.frozen import naming_layer, tower_linears
 from clipft.ops.int8 import quantize_and_pack
 from clipft.ops.kernels import bias_or_empty, call, check_tensors, dtype_name, in_order
 
@@ -91,10 +91,8 @@ class SwitchBackLinear(nn.Linear):
         weight = self.weight
         version = weight.data_ptr(), weight._version, _steps
         if self._codes is None or self._codes.version != version:
-            try:
+            with naming_layer(self.layer_name):
                 made = quantize_and_pack(weight)
-            except ValueError as error:
-                raise ValueError(f"model: {self.layer_name}: {error}") from error
             self._codes = _Codes(*made, weight.detach(), version)
         return self._codes
 

@@ -20,7 +20,7 @@ from clipft.models.frozen import float_linears, rounding_errors, to_int8
 from clipft.recipes.options import TrainOptions
 from clipft.training.checkpoints import kept_checkpoints
 
-__all__ = ["check_frozen", "check_layers", "frozen_in_int8", "layers_in_int8", "say_layers"]
+__all__ = ["check_frozen", "check_layers", "check_whole", "frozen_in_int8", "layers_in_int8", "say_layers"]
 
 _PICTURES = 32  # that the errors of rounding are measured on
 _MOST = 0.1  # of what a layer's outputs vary by
@@ -39,9 +39,7 @@ def check_frozen(options: TrainOptions, arguments: Any, *, adapted: bool) -> Non
             "frozen: int8 is for what does not train: expected freeze, or an adapter (lora_r or peft_config), which "
             "leaves the linear layers frozen, got neither"
         )
-    for name in ("fsdp", "deepspeed"):
-        if getattr(arguments, name):
-            raise ValueError(f"frozen: int8 is for models that are whole on each process, not with {name}")
+    check_whole("frozen", arguments)
 
 
 def check_layers(options: TrainOptions, model: Any, peft_config: Any) -> None:
@@ -100,6 +98,17 @@ def _told(about: dict[str, Any], *, adapted: bool) -> str:
 
 
 # ---- of frozen layers, and of those that train ----
+
+
+def check_whole(option: str, arguments: Any) -> None:
+    """That each process has the model whole, for this option's int8.
+
+    Raises:
+        ValueError: it is sharded.
+    """
+    for name in ("fsdp", "deepspeed"):
+        if getattr(arguments, name):
+            raise ValueError(f"{option}: int8 is for models that are whole on each process, not with {name}")
 
 
 def layers_in_int8(trainer: Any, linears: Mapping[str, nn.Linear]) -> dict[str, Any]:

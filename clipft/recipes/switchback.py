@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from clipft.models.switchback import to_float_linears, to_switchback, trained_linears
-from clipft.recipes.frozen import layers_in_int8, say_layers
+from clipft.recipes.frozen import check_whole, layers_in_int8, say_layers
 from clipft.recipes.options import TrainOptions
 from clipft.training.precision import warn_of_slow_int8
 
@@ -28,9 +28,7 @@ def check_precision(options: TrainOptions, arguments: Any, *, adapted: bool) -> 
         return
     if adapted:
         raise ValueError(f"precision: int8 is for linear layers that train, and beneath an adapter none do: {_FROZEN}")
-    for name in ("fsdp", "deepspeed"):
-        if getattr(arguments, name):
-            raise ValueError(f"precision: int8 is for models that are whole on each process, not with {name}")
+    check_whole("precision", arguments)
     for name in ("bf16", "fp16"):
         if getattr(arguments, name):
             raise ValueError(f"precision: int8 is float32 outside of int8 products, not with {name}")
