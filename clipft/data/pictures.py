@@ -79,6 +79,7 @@ _TURNS = {
 _HOLDS_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _SLOW_CODECS = ("dds_rgb", "fits_gzip")  # written in Python, a loop over the pixels that the head claims
 _MOST_OF_A_BYTE = 64  # pixels that such a codec may claim a byte of the file
+_LARGE, _MOST_OF_A_BYTE_IF_LARGE = 2**24, 1024  # more pixels than the first: so many a byte, unless a limit is given
 _PNG, _PNG_METADATA = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _LONGEST = 16  # times its crop that a picture's long side may have
 _BICUBIC = 3  # PIL's number
@@ -356,10 +357,17 @@ class EncodedPicture:
 def _look(data: bytes, look: Callable[[Image.Image], Found]) -> Found:
     with Image.open(BytesIO(data), formats=picture_formats()) as picture:
         _check_pixels(*picture.size)
-        codecs = {tile[0] for tile in getattr(picture, "tile", ())}
-        if codecs & set(_SLOW_CODECS) and picture.width * picture.height > _MOST_OF_A_BYTE * len(data):
-            raise ValueError(f"{picture.width} x {picture.height} pixels in {len(data)} bytes")
+        _check_claim(picture, len(data))
         return look(picture)
+
+
+def _check_claim(picture: Image.Image, size: int) -> None:
+    """That a file of so many bytes can show the pixels that its head claims: what a decoder fills may be all memory."""
+    pixels, said = picture.width * picture.height, f"{picture.width} x {picture.height} pixels in {size} bytes"
+    if pixels > _MOST_OF_A_BYTE * size and {tile[0] for tile in getattr(picture, "tile", ())} & set(_SLOW_CODECS):
+        raise ValueError(said)
+    if pixels > max(_LARGE, _MOST_OF_A_BYTE_IF_LARGE * size) and _PIXELS_VARIABLE not in os.environ:
+        raise ValueError(f"{said}: it shows next to nothing; give max_pixels (--max-pixels) if it is meant")
 
 
 def _without_metadata(data: bytes) -> bytes | None:

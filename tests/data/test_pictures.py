@@ -123,6 +123,23 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
 # ---- how large ----
 
 
+def test_a_large_picture_of_next_to_nothing_is_refused_unless_it_is_meant(unlimited: None) -> None:
+    packed = io.BytesIO()
+    Image.new("1", (5000, 4000), 1).save(packed, "TIFF", compression="group4")
+    blank = EncodedPicture(packed.getvalue(), "x")
+    with pytest.raises(UnreadablePictureError, match=r"x: .*\(5000 x 4000 pixels in \d+ bytes: it shows next to nothing"):
+        blank.decode()
+    limit_pixels(5000 * 4000)
+    assert blank.decode().size == (5000, 4000)
+
+
+def test_a_large_picture_of_something_is_read() -> None:
+    packed, lines = io.BytesIO(), np.zeros((4000, 5000), np.uint8)
+    lines[::64] = np.random.default_rng(0).integers(0, 256, 5000)
+    Image.fromarray(lines).save(packed, "PNG")
+    assert EncodedPicture(packed.getvalue(), "x").decode().size == (5000, 4000)
+
+
 def test_many_pixels_are_refused_by_the_head(unlimited: None, tmp_path: Path) -> None:
     large = png_of_size(13000, 13000)
     with pytest.raises(UnreadablePictureError, match=r"x: .*\(13000 x 13000 pixels, more than max_pixels"):
