@@ -69,7 +69,7 @@ def gpu_losses() -> str:
     tiled = " and ".join(size(m) for m in (clip["memory_mb"]["memeff"], siglip["memory_mb"]["siglip-kernel"]))
     return (
         f"{machine(found)}, {clip['dtype']}, D = {clip['dim']}:\n\n{table(head, cells)}\n\n"
-        f"`torch.compile` keeps N x N matrices ({whole} at N = 32768), memeff and siglip-kernel none ({tiled})."
+        f"`torch.compile` keeps N x N matrices ({whole} at N = 32768), memeff and siglip-kernel none\n({tiled})."
     )
 
 

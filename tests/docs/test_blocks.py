@@ -27,6 +27,7 @@ from clipft.cli import app
 from clipft.deploy.export import export_onnx
 from clipft.evaluation.resampling import Resampled
 from clipft.models.loading import given_model
+from clipft.recipes.length import length_of_run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("clipft/help/*.md"))]
@@ -165,12 +166,17 @@ def workspace(tmp_path_factory, exported):
     return folder
 
 
+def two_epochs(arguments, *args, **options):
+    arguments.num_train_epochs = min(arguments.num_train_epochs, 2)
+    return length_of_run(arguments, *args, **{**options, "asked": True})
+
+
 @pytest.fixture
 def quick(monkeypatch, exported):
-    """Control set, resamples, steps and the ONNX export, which other tests take whole, cost nothing here."""
+    """Control set, resamples, epochs and the ONNX export, which other tests take whole, cost nothing here."""
     drawing = Resampled._drawing
     monkeypatch.setattr(Resampled, "_drawing", lambda self, resamples, seed: drawing(self, min(resamples, 20), seed))
-    monkeypatch.setattr("clipft.recipes.length.LEAST_STEPS", 1)
+    monkeypatch.setattr("clipft.recipes.train.length_of_run", two_epochs)
     monkeypatch.setattr("clipft.recipes.outcome.control_drawings", lambda: captioned(4))
 
     def export(model, processor=None, directory=None, **options):
