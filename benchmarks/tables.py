@@ -302,7 +302,7 @@ def models() -> str:
 
 
 def costs() -> str:
-    found = results(f"costs-{ZEN3}")
+    found = results(f"costs-{XEON}-amx")
     trains = TRAINED | {"towers": "the projections (`--freeze towers`): the towers, once"}
     cells = [
         [
