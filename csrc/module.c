@@ -1,5 +1,5 @@
-/* clipft._C: importing it finds LibTorch in the process and registers the ops under torch.ops.clipft. The module itself only tells which
- * kernels run.
+/* clipft._C: importing it finds LibTorch in the process and registers the ops under torch.ops.clipft. The module itself tells which
+ * kernels run, and trims the heap.
  *
  * It holds no Python object. The registration lives as long as the process, as torch's own do, and happens once however often the module is
  * imported. */
@@ -12,6 +12,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #if defined(__APPLE__)
 #define LIBTORCH "libtorch_cpu.dylib"
@@ -195,6 +198,16 @@ static PyObject *py_cuda_problem(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* What was freed goes back to the system: glibc keeps what lies below the last block in use. */
+static PyObject *py_trim_heap(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+    Py_RETURN_NONE;
+}
+
 static int module_exec(PyObject *module)
 {
     static bool registered;
@@ -214,6 +227,7 @@ static PyMethodDef methods[] = {
     {"isas", py_isas, METH_NOARGS, "isas() -> list[str]: the instruction sets that this machine supports, weakest first."},
     {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): use another instruction set. For tests; not while an op runs."},
     {"kernels", py_kernels, METH_NOARGS, "kernels() -> dict[str, str]: for each kernel the instruction set it runs on."},
+    {"trim_heap", py_trim_heap, METH_NOARGS, "trim_heap(): give memory that was freed back to the system, where its C library can."},
     {"cuda_problem", py_cuda_problem, METH_VARARGS,
      "cuda_problem(index, name=None) -> str | None: None if that GPU can run the kernels of cuda/<name>.cu, or all, which are then "
      "compiled "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +251,36 @@ def test_errors_of_rounding_tell_columns_that_stand_out(batch: dict[str, Tensor]
     with pytest.raises(ValueError, match=r"model: vision_model.*layers.0.self_attn.k_proj: .*weight must be finite"):
         rounding_errors(model, lambda: model(**batch))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_memory_of_float_weights_is_given_back():
+    """To the system, not to the heap that they lay on."""
+    code = """
+import re, clipft
+from pathlib import Path
+from clipft.models.frozen import float_linears, to_int8
+from transformers import CLIPConfig, CLIPModel
+
+def resident():
+    return 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+tower = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 3, "num_attention_heads": 8}
+vision, text = {**tower, "image_size": 32, "patch_size": 16}, {**tower, "vocab_size": 64}
+config = CLIPConfig(vision_config=vision, text_config=text)
+model = CLIPModel(config).requires_grad_(False)
+size = sum(layer.weight.nbytes for layer in float_linears(model).values())
+before = resident()
+to_int8(model)
+print((before - resident()) / size)
+model = CLIPModel(config)
+clipft.quantize(model)  # loads what it needs
+clipft._C.trim_heap()
+before = resident()
+quantized = clipft.quantize(model)
+print((resident() - before) / size)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    given_back, added = map(float, done.stdout.split())
+    assert given_back > 0.4  # two packings of the codes are .52 of the weights
+    assert added < 0.4  # one and the int8 rest are .27, and the float model stays
