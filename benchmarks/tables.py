@@ -289,14 +289,14 @@ def models() -> str:
         [
             f"`{row['model']}`",
             f"{row['parameters'] / 1e6:.0f} million",
-            f"{row['pixels']} / {row['patch']}",
+            f"{row['pixels']}/{row['patch']}",
             str(row["tokens"]),
             *(significant(1000 * row["seconds"][who]["min_s"], 2) for who in ("float32", "int8")),
             LICENCES.get(row["model"].split("/")[0], ""),
         ]
         for row in found["rows"]
     ]
-    head = ("model", "parameters", "pixels / patch", "tokens", "ms a picture", "in int8", "licence")
+    head = ("model", "parameters", "pixels/patch", "tokens", "ms a picture", "in int8", "licence")
     about = f"{machine(found)}, random weights, the least of {found['settings']['repeats']} runs"
     return f"{about}:\n\n{table(head, cells, '---')}"
 
