@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import fill
 from typing import Any
 
-from cells import XEON, ZEN3, ZEN4, machine, part, results, signed, table
+from cells import XEON, ZEN4, machine, part, results, signed, table
 
 
 def demo() -> str:
@@ -110,7 +110,7 @@ def learning_frozen() -> str:
 def small_sets() -> str:
     from clipft.recipes.options import LEAST_STEPS
 
-    found = results(f"small-sets-{ZEN3}")
+    found = results(f"small-sets-{XEON}-amx")
     own = [row for row in found["summary"] if (row["method"], row["batch"]) == ("model", 32)]
     rows = {(row["set"], row["size"], row["least"]): row for row in own}
     sets = {"chest_xray": "radiographs", "clothing": "clothing", "elpv": "solar cells"}
