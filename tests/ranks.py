@@ -33,8 +33,9 @@ def run_ranks(code: str, *arguments: object, count: int = 2, seconds: float = 24
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count} if count > 1 else {}
         ranks.append(Script(code, *arguments, **shared, **{name: str(value) for name, value in own.items()}))
     processes, end = [rank.process for rank in ranks], time.monotonic() + seconds
-    while any(one.is_alive() for one in processes) and all(one.exitcode in (None, 0) for one in processes):
-        if not wait([one.sentinel for one in processes if one.is_alive()], max(end - time.monotonic(), 0)):
+    while all(one.exitcode in (None, 0) for one in processes):
+        alive = [one.sentinel for one in processes if one.is_alive()]
+        if not alive or not wait(alive, max(end - time.monotonic(), 0)):  # of none it would wait all the time
             break
     codes = [one.exitcode for one in processes]
     said = "\n".join(rank.finish(0).stderr[-4000:] for rank in ranks)
