@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clipft import _C
+import clipft._C
 from clipft.data.drawings import decode, on_white, read_pictures
 from clipft.data.rows import PairRows
 from clipft.families.family import Family
@@ -96,7 +96,7 @@ def quantize(
         **described,
         "bytes": {"float": size, "int8": _bytes(quantized)},
     }
-    _C.trim_heap()  # of float weights, and of what the measured pictures took on their way
+    clipft._C.trim_heap()  # of float weights, and of what the measured pictures took on their way
     return quantized
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipft import _C
+import clipft._C
 from clipft.families.registry import base_model, family_of
 from clipft.ops.int8 import quantize_weight, quantized_linear
 from clipft.ops.int8_lora import Int8Weight, int8_lora_linear
@@ -207,7 +207,7 @@ def to_int8(model: Any, names: Iterable[str] | None = None) -> None:
         del linear.weight
         linear.__class__ = FrozenLinear
         linear.codes, linear.float_dtype = codes, kept
-    _C.trim_heap()  # blocks of the size of a weight lie between others on it
+    clipft._C.trim_heap()  # blocks of the size of a weight lie between others on it
     _keep_from_ddp(model)
 
 
