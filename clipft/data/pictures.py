@@ -79,7 +79,7 @@ _TURNS = {
 _HOLDS_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _SLOW_CODECS = ("dds_rgb", "fits_gzip")  # written in Python, a loop over the pixels that the head claims
 _MOST_OF_A_BYTE = 64  # pixels that such a codec may claim a byte of the file
-_LARGE, _MOST_OF_A_BYTE_IF_LARGE = 2**24, 1024  # more pixels than the first: so many a byte, unless a limit is given
+_LARGE, _SWELLS = 2**24, 1024  # pixels; times its file that a picture of more takes, unless a limit is given
 _PNG, _PNG_METADATA = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _LONGEST = 16  # times its crop that a picture's long side may have
 _BICUBIC = 3  # PIL's number
@@ -366,7 +366,8 @@ def _check_claim(picture: Image.Image, size: int) -> None:
     pixels, said = picture.width * picture.height, f"{picture.width} x {picture.height} pixels in {size} bytes"
     if pixels > _MOST_OF_A_BYTE * size and {tile[0] for tile in getattr(picture, "tile", ())} & set(_SLOW_CODECS):
         raise ValueError(said)
-    if pixels > max(_LARGE, _MOST_OF_A_BYTE_IF_LARGE * size) and _PIXELS_VARIABLE not in os.environ:
+    taken = pixels * (1 if picture.mode in ("1", "L", "P") else 4)
+    if pixels > _LARGE and taken > _SWELLS * size and _PIXELS_VARIABLE not in os.environ:
         raise ValueError(f"{said}: it shows next to nothing; give max_pixels (--max-pixels) if it is meant")
 
 

@@ -123,9 +123,10 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
 # ---- how large ----
 
 
-def test_a_large_picture_of_next_to_nothing_is_refused_unless_it_is_meant(unlimited: None) -> None:
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_a_large_picture_of_next_to_nothing_is_refused_unless_it_is_meant(unlimited: None, mode: str) -> None:
     packed = io.BytesIO()
-    Image.new("1", (5000, 4000), 1).save(packed, "TIFF", compression="group4")
+    Image.new(mode, (5000, 4000)).save(packed, "PNG")
     blank = EncodedPicture(packed.getvalue(), "x")
     with pytest.raises(UnreadablePictureError, match=r"x: .*\(5000 x 4000 pixels in \d+ bytes: it shows next"):
         blank.decode()
