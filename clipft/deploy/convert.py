@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from clipft.files import locked
 from clipft.models.formats import folder_of
-from clipft.models.loading import given_model
+from clipft.models.given import given_model
 from clipft.models.saving import save_model, save_open_clip
 
 __all__ = ["convert"]

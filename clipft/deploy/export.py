@@ -39,9 +39,9 @@ from clipft.inference.onnx_clip import INFO, OnnxCLIP, tokenizer_of
 from clipft.inference.stored_classifiers import write_classifiers
 from clipft.models.calibrated import model_calibrations
 from clipft.models.formats import MODEL_MANIFEST, ONNX_MODELS
+from clipft.models.given import given_model
 from clipft.models.heads import LABEL, heads_of
 from clipft.models.int8 import QuantizedModel
-from clipft.models.loading import given_model
 from clipft.models.run_folder import classes_of_run
 from clipft.ops.nn import QuantizedLinear
 

@@ -22,8 +22,8 @@ from clipft.data.rows import PairRows
 from clipft.families.family import Family
 from clipft.families.registry import family_of, find_family, model_names
 from clipft.models.fusing import unfuse
+from clipft.models.given import given_model
 from clipft.models.int8 import QKV, QuantizedModel, install, sources_of
-from clipft.models.loading import given_model
 from clipft.models.lora import merged_base
 from clipft.models.rounding import patch_layer, quantize_layer
 from clipft.ops.nn import QuantizedLinear

@@ -14,8 +14,8 @@ from clipft.inference.classifier import ZERO_SHOT, Calibration, Classifier
 from clipft.inference.encode import class_vectors, embed, encoder_of, load_any
 from clipft.models.calibrated import model_calibrations
 from clipft.models.formats import HEADS_KEY
+from clipft.models.given import given_model
 from clipft.models.heads import LABEL, ClassificationHead, attach_head, heads_of
-from clipft.models.loading import given_model
 from clipft.models.run_folder import templates_of_run
 
 __all__ = [

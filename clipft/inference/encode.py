@@ -36,7 +36,8 @@ from clipft.errors import line_of
 from clipft.families.registry import base_model, family_of
 from clipft.files import expanded, settle
 from clipft.models.formats import ONNX_INFO
-from clipft.models.loading import given_model, load
+from clipft.models.given import given_model
+from clipft.models.loading import load
 
 __all__ = [
     "Encoder",

@@ -6,7 +6,7 @@ The only module that knows every kind of folder.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ from clipft.models.resize import resize
 from clipft.models.sentence_transformers import folder_of_clip, place_of_clip
 from clipft.models.weights import check_shapes, check_whole, shards_of, stored_weights
 
-__all__ = ["given_model", "load", "load_merged", "settle_model"]
+__all__ = ["load", "load_merged", "settle_model"]
 
 _READ = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")  # what is opened in a folder
 _LINE = 1000  # characters of a message; some hold what a file holds
@@ -110,34 +110,6 @@ def load(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         model, processor = _load(place, kwargs)
     # what peft writes down for an adapter's base holds after cd
     model.name_or_path = str(folder.absolute()) if folder.is_dir() else source
-    return model, processor
-
-
-def given_model(
-    model: Any, processor: Any = None, load_name: Callable[[str | Path], tuple[Any, Any]] = load
-) -> tuple[Any, Any]:
-    """A model and its processor, of whatever a public function is given for them.
-
-    Args:
-        model: a folder or name, which ``load_name`` takes, ``(model, processor)``, a run, or the model itself.
-        processor: of a model itself; of the others it takes the place of their own.
-        load_name: :func:`load`, or one that knows ONNX folders too.
-
-    Raises:
-        TypeError: ``processor`` is something else, as where what comes after it is not given by its name.
-    """
-    if processor is not None and not hasattr(processor, "image_processor"):
-        raise TypeError(
-            f"processor: expected a model's processor or None, got {processor!r:.80}; what comes after it goes by its "
-            "name, as in images=[...]"
-        )
-    if isinstance(model, (str, Path)):
-        model = load_name(model)
-    elif hasattr(model, "model") and hasattr(model, "processor"):
-        model = model.model, model.processor
-    if isinstance(model, tuple):
-        model, own = model
-        processor = own if processor is None else processor
     return model, processor
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipft.families.registry import check_in_torch
-from clipft.models.loading import given_model
+from clipft.models.given import given_model
 from clipft.recipes.sources import name_of
 from clipft.report.html import body_of
 

@@ -26,7 +26,7 @@ import clipft
 from clipft.cli import app
 from clipft.deploy.export import export_onnx
 from clipft.evaluation.resampling import Resampled
-from clipft.models.loading import given_model
+from clipft.models.given import given_model
 from clipft.recipes.length import length_of_run
 
 ROOT = Path(__file__).parents[2]

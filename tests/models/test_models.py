@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import import_paths
 from tiny_clip import LENGTH, SIZE, check_gradients, tiny_clip, tiny_model, tiny_tokenizer
 from transformers import CLIPModel, CLIPVisionModel
 
@@ -49,6 +50,14 @@ def test_import_is_lazy_and_names_exist() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = clipft.nonsense
+
+
+def test_a_model_itself_needs_no_torchvision() -> None:
+    """Loading does, whose processors are torchvision's."""
+    code = f"import sys; sys.modules['torchvision'] = None; sys.path[:0] = {import_paths(__file__)!r}\n" + (
+        "import clipft; from tiny_clip import tiny_model\nclipft.quantize(clipft.fuse(tiny_model()))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- load ----
