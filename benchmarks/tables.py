@@ -288,7 +288,7 @@ def models() -> str:
     cells = [
         [
             f"`{row['model']}`",
-            f"{row['parameters'] / 1e6:.0f} million",
+            f"{row['parameters'] / 1e6:.0f}",
             f"{row['pixels']}/{row['patch']}",
             str(row["tokens"]),
             *(significant(1000 * row["seconds"][who]["min_s"], 2) for who in ("float32", "int8")),
@@ -296,7 +296,7 @@ def models() -> str:
         ]
         for row in found["rows"]
     ]
-    head = ("model", "parameters", "pixels/patch", "tokens", "ms a picture", "in int8", "licence")
+    head = ("model", "million parameters", "pixels / patch", "tokens", "ms a picture", "in int8", "licence")
     about = f"{machine(found)}, random weights, the least of {found['settings']['repeats']} runs"
     return f"{about}:\n\n{table(head, cells, '---')}"
 
