@@ -203,7 +203,9 @@ static PyObject *py_trim_heap(PyObject *self, PyObject *unused)
 {
     (void)self, (void)unused;
 #ifdef __GLIBC__
+    PyThreadState *thread = PyEval_SaveThread();
     malloc_trim(0);
+    PyEval_RestoreThread(thread);
 #endif
     Py_RETURN_NONE;
 }

@@ -161,7 +161,7 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     Raises:
         UnreadablePictureError: it cannot be read, or is a JPEG, which is not black where it should be.
     """
-    file = EncodedPicture(read_file(path), str(path))
+    file = EncodedPicture(read_file(path), str(path), mask=True)
     with naming(str(path)):
         if file.opened(lambda picture: picture.format) in ("JPEG", "MPO"):
             raise ValueError("a JPEG has no sharp edges: save masks as .png")

@@ -79,7 +79,8 @@ _TURNS = {
 _HOLDS_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _SLOW_CODECS = ("dds_rgb", "fits_gzip")  # written in Python, a loop over the pixels that the head claims
 _MOST_OF_A_BYTE = 64  # pixels that such a codec may claim a byte of the file
-_LARGE, _SWELLS = 2**24, 1024  # pixels; times its file that a picture of more takes, unless a limit is given
+_LARGE, _SWELLS = 40_000_000, 1024  # pixels; times its file that a picture of more takes, unless a limit is given
+_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # of a decoded pixel; of other modes 4
 _PNG, _PNG_METADATA = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _LONGEST = 16  # times its crop that a picture's long side may have
 _BICUBIC = 3  # PIL's number
@@ -305,10 +306,12 @@ class EncodedPicture:
     Attributes:
         data: the file.
         name: says in errors which picture this is.
+        mask: that it may show next to nothing, however large it is.
     """
 
     data: bytes
     name: str
+    mask: bool = False
 
     def size(self) -> tuple[int, int]:
         """Width and height of the upright picture, from the file's head."""
@@ -343,7 +346,7 @@ class EncodedPicture:
         """
         with naming(self.name):
             try:
-                return _look(self.data, look)
+                return _look(self.data, look, self.mask)
             except Exception as error:
                 hint = next((hint for mark, hint in _CONTENTS.items() if mark in self.data[2:12]), None)
                 if hint and isinstance(error, UnidentifiedImageError):
@@ -351,23 +354,23 @@ class EncodedPicture:
                 rest = _without_metadata(self.data)
                 if rest is None:
                     raise
-                return _look(rest, look)
+                return _look(rest, look, self.mask)
 
 
-def _look(data: bytes, look: Callable[[Image.Image], Found]) -> Found:
+def _look(data: bytes, look: Callable[[Image.Image], Found], mask: bool) -> Found:
     with Image.open(BytesIO(data), formats=picture_formats()) as picture:
         _check_pixels(*picture.size)
-        _check_claim(picture, len(data))
+        _check_claim(picture, len(data), mask)
         return look(picture)
 
 
-def _check_claim(picture: Image.Image, size: int) -> None:
+def _check_claim(picture: Image.Image, size: int, mask: bool) -> None:
     """That a file of so many bytes can show the pixels that its head claims: what a decoder fills may be all memory."""
     pixels, said = picture.width * picture.height, f"{picture.width} x {picture.height} pixels in {size} bytes"
     if pixels > _MOST_OF_A_BYTE * size and {tile[0] for tile in getattr(picture, "tile", ())} & set(_SLOW_CODECS):
         raise ValueError(said)
-    taken = pixels * (1 if picture.mode in ("1", "L", "P") else 4)
-    if pixels > _LARGE and taken > _SWELLS * size and _PIXELS_VARIABLE not in os.environ:
+    swells = pixels > _LARGE and pixels * _BYTES.get(picture.mode, 4) > _SWELLS * size
+    if swells and not mask and not os.environ.get(_PIXELS_VARIABLE, "").isdecimal():
         raise ValueError(f"{said}: it shows next to nothing; give max_pixels (--max-pixels) if it is meant")
 
 

@@ -79,6 +79,7 @@ def quantize(
     """
     model, processor = given_model(model, processor)
     plain = plain_model(model, inplace, "int8")
+    del model  # one that was loaded here has no other owner
     family, size = family_of(plain), _bytes(plain)
     family.split_layers(plain)
     names, skipped = _layers_of(plain), [skip] if isinstance(skip, str) else list(skip)

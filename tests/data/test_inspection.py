@@ -189,3 +189,11 @@ def test_black_is_normal_in_every_mode(tmp_path: Path, mode: str) -> None:
         picture = picture.convert(mode)
     picture.save(tmp_path / "mask.png")
     assert (read_mask(tmp_path / "mask.png") == (pixels > 0)).all()
+
+
+def test_a_large_mask_shows_next_to_nothing(tmp_path: Path) -> None:
+    """Where a picture would be refused for it."""
+    mask = np.zeros((6000, 8000), np.uint8)
+    mask[17, 11] = 255
+    Image.fromarray(mask).convert("1").save(tmp_path / "x.png")
+    assert np.argwhere(read_mask(tmp_path / "x.png")).tolist() == [[17, 11]]
