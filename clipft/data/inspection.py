@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ImageChops
 
 from clipft.data.compact import Each
 from clipft.data.folders import Tree, walk
@@ -161,15 +163,14 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     Raises:
         UnreadablePictureError: it cannot be read, or is a JPEG, which is not black where it should be.
     """
-    file = EncodedPicture(read_file(path), str(path), mask=True)
+    file = EncodedPicture(read_file(path), str(path))
     with naming(str(path)):
         if file.opened(lambda picture: picture.format) in ("JPEG", "MPO"):
             raise ValueError("a JPEG has no sharp edges: save masks as .png")
     picture = file.decode()
     if picture.mode not in ("1", "L", "I", "F") and not picture.mode.startswith("I;16"):
-        picture = picture.convert("RGB")
-    pixels = np.asarray(picture).reshape(picture.height, picture.width, -1)
-    return np.asarray(pixels.any(-1))
+        picture = reduce(ImageChops.lighter, picture.convert("RGB").split())
+    return np.asarray(picture) != 0
 
 
 def _masks_in(folder: Path, reading: Reading) -> dict[Path, Path]:

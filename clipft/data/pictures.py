@@ -306,12 +306,10 @@ class EncodedPicture:
     Attributes:
         data: the file.
         name: says in errors which picture this is.
-        mask: that it may show next to nothing, however large it is.
     """
 
     data: bytes
     name: str
-    mask: bool = False
 
     def size(self) -> tuple[int, int]:
         """Width and height of the upright picture, from the file's head."""
@@ -346,7 +344,7 @@ class EncodedPicture:
         """
         with naming(self.name):
             try:
-                return _look(self.data, look, self.mask)
+                return _look(self.data, look)
             except Exception as error:
                 hint = next((hint for mark, hint in _CONTENTS.items() if mark in self.data[2:12]), None)
                 if hint and isinstance(error, UnidentifiedImageError):
@@ -354,23 +352,23 @@ class EncodedPicture:
                 rest = _without_metadata(self.data)
                 if rest is None:
                     raise
-                return _look(rest, look, self.mask)
+                return _look(rest, look)
 
 
-def _look(data: bytes, look: Callable[[Image.Image], Found], mask: bool) -> Found:
+def _look(data: bytes, look: Callable[[Image.Image], Found]) -> Found:
     with Image.open(BytesIO(data), formats=picture_formats()) as picture:
         _check_pixels(*picture.size)
-        _check_claim(picture, len(data), mask)
+        _check_claim(picture, len(data))
         return look(picture)
 
 
-def _check_claim(picture: Image.Image, size: int, mask: bool) -> None:
+def _check_claim(picture: Image.Image, size: int) -> None:
     """That a file of so many bytes can show the pixels that its head claims: what a decoder fills may be all memory."""
     pixels, said = picture.width * picture.height, f"{picture.width} x {picture.height} pixels in {size} bytes"
     if pixels > _MOST_OF_A_BYTE * size and {tile[0] for tile in getattr(picture, "tile", ())} & set(_SLOW_CODECS):
         raise ValueError(said)
     swells = pixels > _LARGE and pixels * _BYTES.get(picture.mode, 4) > _SWELLS * size
-    if swells and not mask and not os.environ.get(_PIXELS_VARIABLE, "").isdecimal():
+    if swells and not os.environ.get(_PIXELS_VARIABLE, "").isdecimal():
         raise ValueError(f"{said}: it shows next to nothing; give max_pixels (--max-pixels) if it is meant")
 
 

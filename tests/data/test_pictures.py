@@ -130,7 +130,6 @@ def test_a_large_picture_of_next_to_nothing_is_refused_unless_it_is_meant(unlimi
     blank = EncodedPicture(packed.getvalue(), "x")
     with pytest.raises(UnreadablePictureError, match=r"x: .*\(8000 x 6000 pixels in \d+ bytes: it shows next"):
         blank.decode()
-    assert EncodedPicture(blank.data, "x", mask=True).size() == (8000, 6000)
     limit_pixels(8000 * 6000)
     assert blank.size() == (8000, 6000)
 
