@@ -1,6 +1,7 @@
 """The ops in plain torch: the public name of ``clipft.ops.reference``."""
 
 from clipft.ops.reference import (
+    attend,
     attention,
     contrastive_loss,
     contrastive_targets,
@@ -15,6 +16,7 @@ from clipft.ops.reference import (
 )
 
 __all__ = [
+    "attend",
     "attention",
     "contrastive_loss",
     "contrastive_targets",

@@ -7,7 +7,7 @@ Importing it registers the fake kernels and gradients of ``torch.ops.clipft.*``.
 from clipft._moved import getattr_of
 
 try:
-    from clipft.ops.attention import attention
+    from clipft.ops.attention import attend, attention
     from clipft.ops.gelu import quick_gelu
     from clipft.ops.int8 import quantize_weight, quantized_linear
     from clipft.ops.int8_lora import int8_lora_linear, quick_gelu_int8_lora_linear
@@ -22,6 +22,7 @@ except RuntimeError as error:
     ) from error
 
 __all__ = [
+    "attend",
     "attention",
     "contrastive_loss",
     "dropout_mask",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "attend",
     "attention",
     "contrastive_loss",
     "dropout_mask",
@@ -87,13 +88,18 @@ def lora_linear(
 
 def attention(qkv: Tensor, heads: int, scale: float, causal: bool = False, queries: int | None = None) -> Tensor:
     """[batch, length, 3 * heads * dim] -> [batch, queries, heads * dim], with the matrix of weights of every head."""
-    batch, length, width = qkv.shape
-    query, key, value = qkv.view(batch, length, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
-    logits = scale * query[:, :, :queries] @ key.transpose(2, 3)
+    query, key, value = qkv.chunk(3, dim=2)
+    return attend(query[:, :queries], key, value, heads, scale, causal)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, causal: bool = False) -> Tensor:
+    """[batch, queries, heads * dim], and [batch, length, heads * dim] twice -> the shape of ``query``, likewise."""
+    q, k, v = (x.unflatten(2, (heads, x.shape[2] // heads)).transpose(1, 2) for x in (query, key, value))
+    logits = scale * q @ k.mT
     if causal:
-        later = torch.ones(logits.shape[2:], dtype=torch.bool, device=qkv.device).triu(1)
+        later = torch.ones(logits.shape[2:], dtype=torch.bool, device=query.device).triu(1)
         logits = logits.masked_fill(later, float("-inf"))
-    return (logits.softmax(dim=3) @ value).transpose(1, 2).reshape(batch, -1, width // 3)
+    return (logits.softmax(dim=3) @ v).transpose(1, 2).reshape(query.shape)
 
 
 def quick_gelu(input: Tensor) -> Tensor:  # noqa: A002

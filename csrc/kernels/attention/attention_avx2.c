@@ -3,6 +3,8 @@
 #define ATTEND_ROWS 4
 #define ATTEND_PANELS 1
 #include "attention_simd.h"
+
+#include "attention_grad_simd.h"
 #else
 typedef int clipft_not_x86_64; /* ISO C forbids an empty file */
 #endif

@@ -6,7 +6,7 @@
 #include "../common/simd.h"
 #include "../table.h"
 
-enum { COLS = CLIPFT_ATTEND_COLS, PANEL = 16, PANEL_VECS = PANEL / CLIPFT_LANES, TILE_VECS = ATTEND_PANELS * PANEL_VECS };
+enum { COLS = CLIPFT_ATTEND_COLS, PANEL = CLIPFT_ATTEND_PANEL, PANEL_VECS = PANEL / CLIPFT_LANES, TILE_VECS = ATTEND_PANELS * PANEL_VECS };
 
 _Static_assert(ATTEND_ROWS <= CLIPFT_ATTEND_ROWS, "scores have room for a tile's rows");
 
@@ -19,15 +19,16 @@ typedef struct attend_rows {
     float inverse[ATTEND_ROWS]; /* of the sums of exponentials */
 } attend_rows;
 
-/* acc += a b: a [n, depth] rows a_stride apart, b [depth, COLS]. */
-SIMD void multiply(const int n, const int vecs, const float *a, int64_t a_stride, const float *b, int64_t depth, f32v acc[][TILE_VECS])
+/* acc += a b: a [n, depth], whose element (i, k) lies at a[i * a_row + k * a_step], b [depth, vecs], rows b_row apart. */
+SIMD void multiply(const int n, const int vecs, const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t b_row, int64_t depth,
+                   f32v acc[][TILE_VECS])
 {
-    for (int64_t k = 0; k < depth; ++k, ++a, b += COLS) {
+    for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_row) {
         f32v row[TILE_VECS];
         UNROLL for (int v = 0; v < vecs; ++v) row[v] = f32v_load(b + v * CLIPFT_LANES);
         UNROLL for (int i = 0; i < n; ++i)
         {
-            const f32v one = f32v_set(a[i * a_stride]);
+            const f32v one = f32v_set(a[i * a_row]);
             UNROLL for (int v = 0; v < vecs; ++v) acc[i][v] += one * row[v];
         }
     }
@@ -42,13 +43,13 @@ SIMD void score_tile(const int n, const int panels, const attend_rows *r, int64_
     float *scores = t->scores + col;
     f32v acc[ATTEND_ROWS][TILE_VECS];
     UNROLL for (int i = 0; i < n; ++i) UNROLL for (int v = 0; v < vecs; ++v) acc[i][v] = f32v_set(0.0F);
-    multiply(n, vecs, t->q + r->first * t->q_stride, t->q_stride, t->keys + col / COLS * COLS * t->dim + col % COLS, t->dim, acc);
+    multiply(n, vecs, t->q + r->first * t->q_stride, t->q_stride, 1, t->keys + col / COLS * COLS * t->dim + col % COLS, COLS, t->dim, acc);
     UNROLL for (int i = 0; i < n; ++i) UNROLL for (int v = 0; v < vecs; ++v)
-        f32v_store(scores + i * r->stride + v * CLIPFT_LANES, acc[i][v] * t->scale);
+        f32v_store(scores + i * r->stride + v * CLIPFT_LANES, acc[i][v]);
 }
 
-/* exp(x - max) in place of the `seen` scores of a row, zeros up to the next vector; returns their sum. */
-SIMD float softmax_row(float *x, int64_t seen)
+/* exp(scale * (x - max)) in place of the `seen` products of a row, zeros up to the next vector; returns their sum. */
+SIMD float softmax_row(float *x, float scale, int64_t seen)
 {
     const int64_t whole = seen / CLIPFT_LANES * CLIPFT_LANES;
     const i32v beyond = i32v_iota() >= (int32_t)(seen - whole);
@@ -57,12 +58,12 @@ SIMD float softmax_row(float *x, int64_t seen)
     if (whole < seen) max = f32v_max(f32v_select(beyond, max, f32v_load(x + whole)), max);
     const float shift = f32v_max_lane(max);
     for (int64_t j = 0; j < whole; j += CLIPFT_LANES) {
-        const f32v e = f32v_exp(f32v_load(x + j) - shift);
+        const f32v e = f32v_exp((f32v_load(x + j) - shift) * scale);
         f32v_store(x + j, e);
         sum += e;
     }
     if (whole < seen) {
-        const f32v e = f32v_zero_where(beyond, f32v_exp(f32v_load(x + whole) - shift));
+        const f32v e = f32v_zero_where(beyond, f32v_exp((f32v_load(x + whole) - shift) * scale));
         f32v_store(x + whole, e);
         sum += e;
     }
@@ -78,9 +79,10 @@ SIMD void value_tile(const int n, const int panels, const attend_rows *r, int64_
     const float *values = t->values + col / COLS * COLS * t->length + col % COLS;
     f32v acc[ATTEND_ROWS][TILE_VECS];
     UNROLL for (int i = 0; i < n; ++i) UNROLL for (int v = 0; v < vecs; ++v) acc[i][v] = f32v_set(0.0F);
-    multiply(n, vecs, t->scores, r->stride, values, r->seen, acc);
+    multiply(n, vecs, t->scores, r->stride, 1, values, COLS, r->seen, acc);
     if (r->step) /* not as weights of zero, which a NaN among the values would not respect */
-        for (int i = 1; i < n; ++i) multiply(1, vecs, t->scores + i * r->stride + r->seen, r->stride, values + r->seen * COLS, i, acc + i);
+        for (int i = 1; i < n; ++i)
+            multiply(1, vecs, t->scores + i * r->stride + r->seen, r->stride, 1, values + r->seen * COLS, COLS, i, acc + i);
     UNROLL for (int i = 0; i < n; ++i) UNROLL for (int v = 0; v < vecs; ++v)
     {
         const int64_t at = col + v * CLIPFT_LANES, left = t->dim - at;
@@ -116,7 +118,7 @@ SIMD void attend_tile(const int n, const clipft_attend *t, int64_t first)
                      .step = t->causal,
                      .stride = (t->length + COLS - 1) / COLS * COLS};
     EACH_TILE(score_tile, n, &r, (r.seen + r.step * (n - 1) + PANEL - 1) / PANEL);
-    for (int i = 0; i < n; ++i) r.inverse[i] = 1.0F / softmax_row(t->scores + i * r.stride, r.seen + i * r.step);
+    for (int i = 0; i < n; ++i) r.inverse[i] = 1.0F / softmax_row(t->scores + i * r.stride, t->scale, r.seen + i * r.step);
     EACH_TILE(value_tile, n, &r, (t->dim + PANEL - 1) / PANEL);
 }
 
