@@ -1,7 +1,8 @@
 """What ``clipft.fuse`` makes of models: the classes that their instances are taken over by.
 
 A model's fused class has its family's ``forward``: it computes the loss with clipft's op and leaves the matrix of
-logits out unless it is asked for. quick_gelu is one op. Layers that a family takes over stand with the family.
+logits out unless it is asked for. quick_gelu and attention are an op each. Layers that a family takes over stand with
+the family.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 
 from clipft.families.clip import CLIP
 from clipft.families.family import Family
+from clipft.families.forward import stand_in
 from clipft.families.registry import FAMILIES
 from clipft.families.siglip import SIGLIP
 from clipft.families.siglip2 import SIGLIP2
-from clipft.ops import quick_gelu
-from clipft.ops.kernels import FLOATS, MAX_DIM, problem
+from clipft.ops import attend, quick_gelu
+from clipft.ops.kernels import FLOATS, MAX_DIM, autocasts, problem, wants_plain
 
-__all__ = ["FusedQuickGELU", "fuse_activations", "fused_class"]
+__all__ = ["FusedAttention", "FusedQuickGELU", "fuse_activations", "fuse_attention", "fused_class"]
 
 
 # ---- models ----
@@ -83,3 +86,54 @@ def fuse_activations(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is QuickGELUActivation:
             module.__class__ = FusedQuickGELU
+
+
+# ---- attention ----
+
+
+class FusedAttention(nn.Module):
+    """The self-attention of Hugging Face's layers on ``clipft.ops.attend``, where that takes over from torch's (the
+    "sdpa" that transformers chooses). Stands before the class of a layer's own. Made by :func:`clipft.fuse` only.
+    """
+
+    config: Any
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    out_proj: nn.Module
+    num_heads: int
+    scale: float
+    dropout: float
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the plain class's: [B, L, D] -> [B, L, D] and the attention weights, if its function gives any."""
+        if attention_mask is not None or kwargs.get("output_attentions") or not self._runs_here(hidden_states):
+            plain: tuple[Tensor, Tensor | None] = super().forward(hidden_states, attention_mask, **kwargs)
+            return plain
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        output = attend(query, key, value, self.num_heads, scale=self.scale, causal=bool(kwargs.get("is_causal")))
+        return self.out_proj(output), None
+
+    def _runs_here(self, states: Tensor) -> bool:
+        """In float32 on a CPU, which is what it is faster at, without dropout of weights; an exporter could not
+        translate it."""
+        return (
+            self.config._attn_implementation == "sdpa"
+            and states.device.type == "cpu"
+            and states.dtype == torch.float32
+            and not (self.training and self.dropout)
+            and not torch.compiler.is_exporting()
+            and not autocasts(states.device)
+            and not wants_plain(states)
+        )
+
+
+def fuse_attention(model: nn.Module) -> None:
+    """Take over the self-attention of the layers of a family's model, where it is Hugging Face's own."""
+    for name, module in model.named_modules():
+        plain: Any = type(module)
+        own = plain.__module__.startswith("transformers.models.") and not isinstance(module, FusedAttention)
+        if own and name.endswith(".self_attn"):
+            module.__class__ = stand_in(FusedAttention, plain)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from clipft.families.registry import FAMILIES, base_model, find_family, model_names
-from clipft.models.fused import fuse_activations, fused_class
+from clipft.models.fused import fuse_activations, fuse_attention, fused_class
 
 __all__ = ["check_float", "fuse", "unfuse"]
 
@@ -21,7 +21,8 @@ def fuse(model: Any) -> Any:
 
     - A ``CLIPModel``, also the one inside a peft model, gets its loss from ``clipft.contrastive_loss``: with
       ``return_loss=True`` the output holds ``loss``, ``image_embeds`` and ``text_embeds``, and logits and the image
-      tower's ``last_hidden_state`` only with ``return_logits=True``. Its ``quick_gelu`` activations become one op each.
+      tower's ``last_hidden_state`` only with ``return_logits=True``. Its ``quick_gelu`` activations become one op each,
+      and so does attention, in float32 on a CPU and without a mask, where transformers would choose torch's "sdpa".
     - A ``MetaClip2Model`` or ``ChineseCLIPModel`` likewise, and a ``SiglipModel`` or ``Siglip2Model`` from
       ``clipft.sigmoid_loss``.
     - The ``lora.Linear`` layers of a peft model, of a ``CLIPModel`` or any other, run ``clipft.lora_linear``. All that
@@ -50,6 +51,7 @@ def fuse(model: Any) -> Any:
     fuse_activations(model)
     if family is not None:
         family.fuse_layers(clip)
+        fuse_attention(clip)
     if with_lora:
         from clipft.models.lora_layers import fuse_lora
 

@@ -1,0 +1,170 @@
+"""The attention of fused models: clipft's op where it runs, the plain class's own function everywhere else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny_siglip
+import torch
+from tiny_clip import SIZE, check_gradients, tiny_model
+from tiny_families import tiny_family
+from torch import Tensor, nn
+
+import clipft
+from clipft.ops import attend
+
+LAYERS = 3  # a tower
+
+
+def clip_batch(count: int = 6) -> dict[str, Tensor]:
+    """Captions of one length, which need no mask."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (count, 9), generator=generator)
+    ids[:, -1] = tiny_model().config.text_config.eos_token_id
+    return {"pixel_values": torch.randn(count, 3, SIZE, SIZE, generator=generator), "input_ids": ids}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each was causal."""
+    seen: list[bool] = []
+
+    def counted(*args: Any, causal: bool, **kwargs: Any) -> Tensor:
+        seen.append(causal)
+        return attend(*args, causal=causal, **kwargs)
+
+    monkeypatch.setattr("clipft.models.fused.attend", counted)
+    return seen
+
+
+IDS = torch.arange(54).view(6, 9)
+MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
+    "clip": lambda: (tiny_model(), clip_batch()),
+    "metaclip_2": lambda: (
+        tiny_family("metaclip_2")[0],
+        clip_batch() | {"input_ids": torch.arange(54).view(6, 9) % 40},
+    ),
+    "chinese_clip": lambda: (tiny_family("chinese_clip")[0], clip_batch() | {"input_ids": torch.arange(54).view(6, 9)}),
+    "siglip": lambda: (tiny_siglip.tiny_model("siglip"), tiny_siglip.tiny_inputs("siglip")),
+}
+# of both towers, but an image tower's last layer computes the class token alone, and BERT's are of another kind
+EXPECTED = {"clip": 2 * LAYERS - 1, "metaclip_2": 2 * LAYERS - 1, "chinese_clip": LAYERS - 1}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_loss_and_gradients_are_those_of_transformers(kind: str, calls: list[bool]) -> None:
+    plain, batch = MODELS[kind]()
+    fused, exact = clipft.fuse(copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    losses = {}
+    for name, model in (("plain", plain), ("fused", fused), ("exact", exact)):
+        wide = {key: x.to(next(model.parameters()).dtype) if x.is_floating_point() else x for key, x in batch.items()}
+        losses[name] = model(**wide, return_loss=True).loss
+        losses[name].backward()
+    torch.testing.assert_close(losses["fused"], losses["plain"])
+    check_gradients(fused, plain, exact)
+    assert len(calls) == EXPECTED.get(kind, len(calls)) > 0
+    assert sum(calls) == (LAYERS if kind in ("clip", "metaclip_2") else 0)  # their texts attend to what came before
+
+
+def test_under_lora_and_checkpointing(calls: list[bool]) -> None:
+    pytest.importorskip("peft")
+    batch, results = clip_batch(), []
+    for way in ("fused", "checkpoints", "unfused"):
+        torch.manual_seed(0)
+        model = clipft.add_lora(tiny_model(), r=4, dropout=0.0).train()
+        if way == "checkpoints":
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        (clipft.unfuse(model) if way == "unfused" else model)(**batch, return_loss=True).loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.grad.any()})
+    fused, checkpoints, unfused = results
+    assert fused.keys() == checkpoints.keys() == unfused.keys()
+    for name, grad in fused.items():
+        assert torch.equal(grad, checkpoints[name])
+        torch.testing.assert_close(grad, unfused[name], rtol=1e-4, atol=1e-6)
+    assert len(calls) == 3 * (2 * LAYERS - 1)  # of the checkpoints twice
+
+
+@pytest.mark.parametrize("how", ["eager", "mask", "half", "autocast", "dropout", "torch.func"])
+def test_what_the_op_does_not_cover_is_left_to_transformers(how: str, calls: list[bool]) -> None:
+    plain, batch = tiny_model(), clip_batch()
+    if how == "eager":
+        plain.set_attn_implementation("eager")
+    elif how == "mask":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"]).index_fill_(1, torch.tensor([8]), 0)
+    elif how == "half":
+        plain, batch["pixel_values"] = plain.bfloat16(), batch["pixel_values"].bfloat16()
+    elif how == "dropout":
+        for tower in (plain.vision_model, plain.text_model):
+            for layer in tower.encoder.layers:
+                layer.self_attn.dropout = 0.5
+        plain.train()
+
+    def embeddings(model: Any) -> Tensor:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            return torch.cat([model(**batch).text_embeds, model(**batch).image_embeds]).float()
+
+    want, fused = embeddings(plain), clipft.fuse(copy.deepcopy(plain))
+    if how == "torch.func":
+        weight = {"logit_scale": fused.logit_scale.detach()}
+        torch.func.grad(lambda w: torch.func.functional_call(fused, w, kwargs=batch).logits_per_image.sum())(weight)
+        assert not calls
+        return
+    got = embeddings(fused)
+    if how == "mask":
+        assert calls and not any(calls)  # pictures have none
+    else:
+        assert not calls
+    torch.testing.assert_close(got, want, rtol=0.0, atol=1e-2 if how in ("half", "autocast") else 1e-5)
+
+
+def test_dropout_is_for_training_alone(calls: list[bool]) -> None:
+    model = clipft.fuse(tiny_model())
+    for layer in model.vision_model.encoder.layers:
+        layer.self_attn.dropout = 0.5
+    model(pixel_values=clip_batch()["pixel_values"], return_logits=False)
+    assert len(calls) == LAYERS - 1
+
+
+def test_attentions_that_are_asked_for_come(calls: list[bool]) -> None:
+    model, batch = tiny_model(), clip_batch()
+    model.set_attn_implementation("eager")
+    plain = model.vision_model(batch["pixel_values"], output_attentions=True).attentions
+    got = clipft.fuse(model).vision_model(batch["pixel_values"], output_attentions=True).attentions
+    assert len(got) == LAYERS and not calls
+    for one, other in zip(got, plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_hooks_on_projections_run(calls: list[bool]) -> None:
+    model, seen = clipft.fuse(tiny_model()), []
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        layer = model.text_model.encoder.layers[0].self_attn
+        layer.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    model(**clip_batch(), return_loss=True)
+    assert seen == ["q_proj", "k_proj", "v_proj", "out_proj"] and calls
+
+
+def test_unfuse_and_classes_of_the_users_own() -> None:
+    model = tiny_model()
+    first, second = (layer.self_attn for layer in model.text_model.encoder.layers[:2])
+    own = type("Own", (type(first),), {})
+    second.__class__ = own
+    plain = type(first)
+    clipft.fuse(model)
+    assert type(first) is not plain and isinstance(first, plain) and type(first).__name__ == plain.__name__
+    assert type(second) is own
+    clipft.unfuse(model)
+    assert type(first) is plain and type(second) is own
+
+
+def test_compiled(calls: list[bool]) -> None:
+    layer = clipft.fuse(tiny_model()).vision_model.encoder.layers[0].self_attn
+    states = torch.randn(2, 17, 32, requires_grad=True)
+    want, got = layer(states)[0], torch.compile(layer, fullgraph=True)(states)[0]
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(result.square().sum(), states)[0] for result in (want, got)]
+    torch.testing.assert_close(*grads)
