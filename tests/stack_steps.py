@@ -20,7 +20,8 @@ import torch
 from commands import run
 from peft import PeftModel
 from PIL import Image
-from tiny_clip import class_folders, picture, tiny_clip
+from tiny_clip import SIZE, class_folders, picture, tiny_clip
+from tiny_families import tiny_family
 from tiny_siglip import tiny_siglip
 from tiny_trainer import arguments, same
 from transformers import AutoProcessor, CLIPModel, TrainerCallback
@@ -136,6 +137,15 @@ def train_a_siglip(folder: Path) -> None:
     for part in (model, processor):
         part.save_pretrained(folder / "siglip")
     clipft.train(folder / "siglip", folder / "data", folder / "siglip-run", **QUICK)
+
+
+@step
+def fuse_other_families(folder: Path) -> None:
+    for kind in ("metaclip_2", "chinese_clip"):
+        model, pixels = tiny_family(kind)[0], torch.randn(2, 3, SIZE, SIZE)
+        plain = model.get_image_features(pixel_values=pixels).pooler_output
+        fused = clipft.fuse(model).get_image_features(pixel_values=pixels).pooler_output
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
 
 
 @step

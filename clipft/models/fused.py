@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clipft.families.clip import CLIP
 from clipft.families.family import Family
@@ -101,33 +103,43 @@ class FusedAttention(nn.Module):
     k_proj: nn.Module
     v_proj: nn.Module
     out_proj: nn.Module
-    num_heads: int
+    head_dim: int
     scale: float
     dropout: float
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """As the plain class's: [B, L, D] -> [B, L, D] and the attention weights, if its function gives any."""
-        if attention_mask is not None or kwargs.get("output_attentions") or not self._runs_here(hidden_states):
-            plain: tuple[Tensor, Tensor | None] = super().forward(hidden_states, attention_mask, **kwargs)
+    def forward(self, hidden_states: Tensor, *mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As the plain class's: [B, L, D] -> [B, L, D] and the attention weights, if its function gives any.
+        Chinese-CLIP's of transformers 5.4 takes no mask."""
+        causal = kwargs.get("is_causal")
+        more = (*mask, *map(kwargs.get, ("attention_mask", "position_bias", "softcap")))
+        asked = kwargs.get("output_attentions") or (causal and _ignores_causal(self))
+        if asked or any(one is not None for one in more) or not _fits(self, hidden_states):
+            plain: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *mask, **kwargs)
             return plain
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        output = attend(query, key, value, self.num_heads, scale=self.scale, causal=bool(kwargs.get("is_causal")))
+        causal = getattr(self, "is_causal", True) if causal is None else causal  # as sdpa_attention_forward has it
+        output = attend(query, key, value, query.shape[2] // self.head_dim, scale=self.scale, causal=bool(causal))
         return self.out_proj(output), None
 
-    def _runs_here(self, states: Tensor) -> bool:
-        """In float32 on a CPU, which is what it is faster at, without dropout of weights; an exporter could not
-        translate it."""
-        return (
-            self.config._attn_implementation == "sdpa"
-            and states.device.type == "cpu"
-            and states.dtype == torch.float32
-            and not (self.training and self.dropout)
-            and not torch.compiler.is_exporting()
-            and not autocasts(states.device)
-            and not wants_plain(states)
-        )
+
+def _ignores_causal(attention: FusedAttention) -> bool:
+    """SigLIP's hands on nothing that it is given."""
+    return ".siglip" in type(attention).__module__
+
+
+def _fits(attention: FusedAttention, states: Tensor) -> bool:
+    """In float32 on a CPU, which is what the op is faster at, in place of transformers' own "sdpa" and not of a user's,
+    and without dropout of weights; an exporter could not translate it."""
+    attend_of = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
+    return (
+        attend_of is sdpa_attention_forward
+        and states.device.type == "cpu"
+        and states.dtype == torch.float32
+        and not (attention.training and attention.dropout)
+        and not torch.compiler.is_exporting()
+        and not autocasts(states.device)
+        and not wants_plain(states)
+    )
 
 
 def fuse_attention(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ Parameters, names and hooks stay, only ``forward`` changes.
 from __future__ import annotations
 
 import sys
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -62,10 +63,15 @@ def fuse(model: Any) -> Any:
 def unfuse(model: Any) -> Any:
     """Undo :func:`fuse`: the same object, its modules of their own classes again. What is not fused stays as it is."""
     for module in model.modules():
-        plain = getattr(type(module), "_clipft_stands_in_for", None)
+        fused = type(module)
+        plain = getattr(fused, "_clipft_stands_in_for", None)
         if plain is not None:
             module.__class__ = plain
             _drop_wrapped_forward(module)
+            if (
+                getattr(vars(module).get("_old_forward"), "__func__", None) is fused.forward
+            ):  # accelerate's hooks call it
+                module._old_forward = MethodType(plain.forward, module)
     return model
 
 

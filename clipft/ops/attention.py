@@ -65,7 +65,7 @@ def attend(
     Returns:
         [batch, queries, heads * dim] in the dtype of ``query``, computed in float32. A NaN reaches the queries that
         attend to it, no other picture and no other head; in the backward pass, which computes the weights again rather
-        than keep them, all gradients of its head.
+        than keep them, it may reach all gradients of its head.
 
     Raises:
         TypeError: a dtype that is not supported.

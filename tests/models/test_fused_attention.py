@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import tiny_siglip
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_clip import SIZE, check_gradients, tiny_model
 from tiny_families import tiny_family
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import clipft
 from clipft.ops import attend
@@ -159,6 +161,94 @@ def test_unfuse_and_classes_of_the_users_own() -> None:
     assert type(second) is own
     clipft.unfuse(model)
     assert type(first) is plain and type(second) is own
+
+
+def test_heads_are_as_wide_as_the_plain_classs(calls: list[bool]) -> None:
+    """Of a layer whose heads were pruned."""
+    model = tiny_model()
+    for layer in model.vision_model.encoder.layers:
+        attention = layer.self_attn
+        for name in ("q_proj", "k_proj", "v_proj"):
+            whole = attention.get_submodule(name)
+            part = nn.Linear(32, attention.head_dim)
+            part.load_state_dict({key: x[: attention.head_dim] for key, x in whole.state_dict().items()})
+            setattr(attention, name, part)
+        attention.out_proj = nn.Linear(attention.head_dim, 32)
+    pixels = clip_batch()["pixel_values"]
+    want = model.get_image_features(pixels).pooler_output
+    clipft.fuse(model)
+    torch.testing.assert_close(model.get_image_features(pixels).pooler_output, want)
+    assert len(calls) == LAYERS
+    torch.testing.assert_close(
+        model(pixel_values=pixels, return_logits=False).image_embeds, want / want.norm(dim=1)[:, None]
+    )
+
+
+def test_causality_is_the_plain_classs(calls: list[bool]) -> None:
+    states = torch.randn(2, 9, 32)
+    for given, attribute in (({}, True), ({}, False), ({"is_causal": True}, False), ({"is_causal": False}, True)):
+        model = tiny_model()
+        attention = model.text_model.encoder.layers[0].self_attn
+        attention.is_causal = attribute
+        want = attention(states, **given)[0]
+        clipft.fuse(model)
+        torch.testing.assert_close(attention(states, **given)[0], want)
+    assert calls == [True, False, True, False]
+    siglip, ids = tiny_siglip.tiny_model("siglip"), tiny_siglip.tiny_inputs("siglip")["input_ids"]
+    want = siglip.text_model(input_ids=ids, is_causal=True).pooler_output
+    torch.testing.assert_close(clipft.fuse(siglip).text_model(input_ids=ids, is_causal=True).pooler_output, want)
+
+
+def test_a_users_own_sdpa_and_what_it_takes_beside(calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = clipft.fuse(tiny_model()).vision_model.encoder.layers[0].self_attn
+    states, seen = torch.randn(2, 9, 32), []
+    with pytest.raises(ValueError, match="softcap"):
+        attention(states, softcap=1.0)
+
+    def own(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        seen.append(query.shape)
+        return value.transpose(1, 2).contiguous(), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", own)
+    attention(states)
+    assert seen == [(2, 2, 9, 16)] and not calls
+
+
+def test_a_plain_class_that_takes_no_mask(calls: list[bool]) -> None:
+    """Chinese-CLIP's of transformers 5.4."""
+    model = tiny_model()
+    attention = model.vision_model.encoder.layers[0].self_attn
+    plain = type(attention)
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        return plain.forward(self, hidden_states, **kwargs)
+
+    attention.__class__ = type("NoMask", (plain,), {"forward": forward, "__module__": plain.__module__})
+    model.set_attn_implementation("eager")
+    states = torch.randn(2, 9, 32)
+    want = attention(states)[0]
+    clipft.fuse(model)
+    torch.testing.assert_close(attention(states)[0], want)
+    assert not calls
+
+
+def test_unfuse_under_accelerates_hooks() -> None:
+    model = clipft.fuse(tiny_model())
+    attention, seen = model.vision_model.encoder.layers[0].self_attn, []
+
+    class Hook(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            seen.append(type(module).__module__)
+            return args, kwargs
+
+    add_hook_to_module(attention, Hook())
+    states = torch.randn(2, 9, 32)
+    want = attention(states)[0]
+    clipft.unfuse(model)
+    torch.testing.assert_close(attention(states)[0], want)
+    assert len(seen) == 2
 
 
 def test_compiled(calls: list[bool]) -> None:

@@ -40,7 +40,8 @@ typedef struct clipft_attention_kernels {
      * among other keys and values reaches it. */
     void (*attend)(const clipft_attend *head);
     /* The gradients of attend's operands: dv = p^T grad, ds = scale p (grad v^T - its mean under p), dq = ds k, dk = ds^T q, where p are
-     * the weights that rows of attend's result are means by (Dao et al. 2022, arXiv:2205.14135, algorithm 4). A NaN reaches all of them. */
+     * the weights that rows of attend's result are means by (Dao et al. 2022, arXiv:2205.14135, algorithm 4). A NaN may reach all of them.
+     */
     void (*attend_grad)(const clipft_attend_grad *head);
 } clipft_attention_kernels;
 
