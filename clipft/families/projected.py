@@ -102,7 +102,7 @@ def _attend_from_first(attention: Any, states: Tensor, **kwargs: Any) -> Tensor:
     """The first row of ``attention(states)``: [B, L, D] -> [B, 1, D]."""
     queries = attention.q_proj(states[:, :1])
     heads = [
-        projected.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+        projected.view(len(states), -1, projected.shape[2] // attention.head_dim, attention.head_dim).transpose(1, 2)
         for projected in (queries, attention.k_proj(states), attention.v_proj(states))
     ]
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
