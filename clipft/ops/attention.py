@@ -87,13 +87,10 @@ def attend(
 
 def _in_order(x: Tensor) -> Tensor:
     """With rows that C can walk through: a part of a wider projection's has them."""
-    if x.dim() != 3 or (x.stride(2) == 1 and (x.shape[0] == 1 or x.shape[1] == 1 or _follow(x))):
-        return x
-    return x.contiguous()
-
-
-def _follow(x: Tensor) -> bool:
-    return x.stride(0) == x.shape[1] * x.stride(1)
+    if x.dim() != 3:
+        return x  # which C refuses
+    together = 1 in x.shape[:2] or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if together and x.stride(2) == 1 else x.contiguous()
 
 
 def _check_heads(heads: int) -> None:
