@@ -184,8 +184,8 @@ def check_surroundings(op: str, x: Tensor, norm: Any, residual: Any, features: i
 
 
 def _packed_size(out: int, features: int) -> int:
-    panels = (out + _PANEL - 1) // _PANEL
-    return _HEADER + panels * _PANEL * ((features + 3) // 4 * 4 + 4)
+    panels, depth = (out + _PANEL - 1) // _PANEL, (features + 3) // 4 * 4
+    return _HEADER + panels * (_PANEL * (depth + 4) + (depth + 63) // 64)
 
 
 @torch.library.register_fake("clipft::quantized_pack")

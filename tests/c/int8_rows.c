@@ -4,13 +4,21 @@
 
 #include "../../csrc/kernels/common/sizes.h"
 
-enum { RANDOM, LARGEST, SMALLEST, ALTERNATING, VALUES };
+enum { RANDOM, LARGEST, SMALLEST, ALTERNATING, BRIM, VALUES };
 
-static void fill_tile(uint8_t *x, int64_t n, int8_t *w, int64_t m, int values)
+/* BRIM: four weights whose products with 127 just fit in 16 bits, here and there one that is too much. */
+static int weight(int64_t k, int values)
+{
+    if (values == RANDOM) return pick(-128, 127);
+    if (values == BRIM) return (k % 4 < 2 ? 1 : -1) * (64 + (int)(k % 2) + (pick(0, 299) == 0));
+    return values == LARGEST ? 127 : values == SMALLEST || k % 2 ? -128 : 127;
+}
+
+static void fill_tile(uint8_t *x, int64_t n, int8_t *w, int64_t channels, int64_t depth, int values)
 {
     for (int64_t k = 0; k < n; ++k) x[k] = (uint8_t)(values == RANDOM ? pick(0, 127) : 127);
-    for (int64_t k = 0; k < m; ++k)
-        w[k] = (int8_t)(values == RANDOM ? pick(-128, 127) : values == LARGEST ? 127 : values == SMALLEST || k % 2 ? -128 : 127);
+    for (int64_t c = 0; c < channels; ++c)
+        for (int64_t k = 0; k < depth; ++k) w[c * depth + k] = (int8_t)weight(k, values);
 }
 
 /* Channels as they are saved, packed by the slot itself, so that this knows nothing of its layout. */
@@ -18,18 +26,32 @@ static void test_dot(int64_t rows, int64_t panels, int64_t depth, int values)
 {
     const clipft_int8_dot *dot = clipft_kernel_table.int8.dot;
     const int64_t stride = depth + 5, bytes = depth * CLIPFT_INT8_PANEL, w_stride = bytes + 64;
+    const int64_t marks_bytes = clipft_int8_panel_marks(bytes), marks_stride = marks_bytes + 3;
     const int64_t channels = panels * CLIPFT_INT8_PANEL, x_size = rows > 0 ? (rows - 1) * stride + depth : 0;
     const size_t sums_bytes = (size_t)(rows * CLIPFT_INT8_COLS) * sizeof(int32_t);
     uint8_t *x = check_alloc(x_size, 1);
     int8_t *w = check_alloc(channels * depth, 1), *packed = check_alloc((panels - 1) * w_stride + bytes, 1);
     int32_t *sums = check_alloc(rows * CLIPFT_INT8_COLS, sizeof *sums), *want = check_alloc(rows * CLIPFT_INT8_COLS, sizeof *want);
-    const clipft_int8_tile tile = {x, packed, stride, w_stride, rows, panels, depth, packed, rows % 3};
-    fill_tile(x, x_size, w, channels * depth, values);
+    uint8_t *marks = check_alloc((panels - 1) * marks_stride + marks_bytes, 1);
+    const clipft_int8_tile tile = {.x = x,
+                                   .w = packed,
+                                   .x_stride = stride,
+                                   .w_stride = w_stride,
+                                   .rows = rows,
+                                   .panels = panels,
+                                   .depth = depth,
+                                   .marks = marks,
+                                   .marks_stride = marks_stride,
+                                   .ahead = packed,
+                                   .ahead_panels = rows % 3};
+    fill_tile(x, x_size, w, channels, depth, values);
     for (int64_t p = 0; p < panels; ++p) {
         const clipft_int8_weights part = {w + p * bytes, CLIPFT_INT8_PANEL, depth, depth, 1};
         int32_t got[CLIPFT_INT8_PANEL] = {0};
         memset(packed + p * w_stride, 0, (size_t)bytes);
+        memset(marks + p * marks_stride, 0, (size_t)marks_bytes);
         dot->pack(&part, packed + p * w_stride, got);
+        if (dot->mark) dot->mark(packed + p * w_stride, depth, marks + p * marks_stride);
         for (int64_t c = 0; c < CLIPFT_INT8_PANEL; ++c) {
             int32_t sum = 0;
             for (int64_t k = 0; k < depth; ++k) sum += part.data[c * depth + k];
@@ -48,7 +70,7 @@ static void test_dot(int64_t rows, int64_t panels, int64_t depth, int values)
             want[i * CLIPFT_INT8_COLS + c] = sum;
         }
     check_same(sums, want, sums_bytes, "int8_dot", depth);
-    free(x), free(w), free(packed), free(sums), free(want);
+    free(x), free(w), free(packed), free(marks), free(sums), free(want);
 }
 
 /* What lies on users' disks and in their caches: the bytes of the layout, panel by panel. */
@@ -56,7 +78,7 @@ static void test_packed_bytes(void)
 {
     enum { OUT = 17, IN = 6, DEPTH = 8, BYTES = DEPTH * CLIPFT_INT8_PANEL };
     int8_t w[OUT * IN];
-    uint8_t packed[64 + 2 * (BYTES + 4 * CLIPFT_INT8_PANEL)];
+    uint8_t packed[64 + 2 * (BYTES + 4 * CLIPFT_INT8_PANEL + 1)];
     int64_t header[8];
     for (int k = 0; k < OUT * IN; ++k) w[k] = (int8_t)(k * 7 - 100);
     const clipft_int8_weights weights = {w, OUT, IN, IN, 1};
@@ -230,7 +252,8 @@ void test_int8_rows(void)
         for (int h = 0; h < COUNT(heights); ++h)
             for (int64_t panels = 1; panels <= 4; ++panels)
                 test_dot(heights[h], panels, clipft_round_up(depths[d], dot->depth), (d + h + (int)panels) % VALUES);
-    for (int values = 0; values < VALUES; ++values) test_dot(dot->rows, 4, 8192, values);
+    for (int values = 0; values < VALUES; ++values)
+        test_dot(dot->rows, 4, 8192, values), test_dot(dot->rows - 1, 3, 2048 + 2 * dot->depth, values);
     test_packed_bytes();
     for (int n = 0; n < COUNT(widths); ++n) {
         test_scale(widths[n]);

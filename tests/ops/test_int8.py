@@ -150,7 +150,7 @@ def test_what_stands_around_a_layer_is_checked() -> None:
 def test_opcheck() -> None:
     x, weight, scale, bias, _ = Int8Case(6, 37, 21).arguments()
     packed = torch.ops.clipft.quantized_pack(weight)
-    assert packed.shape == (64 + 32 * (40 + 4),)
+    assert packed.shape == (64 + 32 * (40 + 4) + 2,)
     torch.library.opcheck(torch.ops.clipft.quantized_pack.default, (weight,))
     torch.library.opcheck(torch.ops.clipft.quantized_linear.default, (x, weight, scale, bias, 1))
     none, more = x.new_empty(0), torch.ops.clipft.quantized_pack(weight[:5, :21].contiguous())

@@ -168,9 +168,11 @@ static void multiply(const int8_job *job, int at, const workspace *space, int64_
                              .x_stride = s->stride,
                              .w_stride = panel,
                              .panels = clipft_divide_up(cols, CLIPFT_INT8_PANEL),
-                             .depth = s->depth};
+                             .depth = s->depth,
+                             .marks_stride = clipft_int8_panel_marks(panel)};
     clipft_int8_finish finish = {.col_scale = c.scale, .col_sum = c.sum, .bias = c.bias, .cols = cols, .activation = s->layer->activation};
     load_columns(s, col, cols, &c);
+    tile.marks = clipft_int8_marks(s->layer->packed, s->layer->out, panel) + group * GROUP * tile.marks_stride;
     int64_t asked = 0; /* panels of the next group */
     for (int64_t i = begin; i < end; i += chunk, asked += 2) {
         tile.x = space->q + i * s->stride;

@@ -18,7 +18,7 @@
 enum { CLIPFT_INT8_MAX_IN = 131072, CLIPFT_INT8_MAX_OUT = 1 << 24 };
 
 /* What stands before packed weights, which are panels in the layout of the dot products in use (clipft_int8_dot), [out / 16 rounded up],
- * and then [out rounded up] int32 sums over in. */
+ * then [out rounded up] int32 sums over in, and then the panels' marks, a bit to 8 of a panel's depth in whole bytes. */
 typedef struct clipft_int8_header {
     int64_t magic, out, in, layout, unused[4]; /* 64 bytes keep the weights aligned */
 } clipft_int8_header;
@@ -42,7 +42,9 @@ bool clipft_int8_packed(const uint8_t *packed, int64_t size, clipft_int8_header 
 /* What lies in such a whole, and the bytes between its panels. */
 const int8_t *clipft_int8_panels(const uint8_t *packed);
 const uint8_t *clipft_int8_sums(const uint8_t *packed, int64_t out, int64_t panel_bytes); /* int32, perhaps not aligned */
+const uint8_t *clipft_int8_marks(const uint8_t *packed, int64_t out, int64_t panel_bytes);
 int64_t clipft_int8_panel_bytes(const clipft_int8_dot *dot, int64_t in);
+int64_t clipft_int8_panel_marks(int64_t panel_bytes); /* bytes of a panel's marks */
 
 typedef struct clipft_int8_layer {
     const uint8_t *packed;

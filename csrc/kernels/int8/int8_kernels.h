@@ -25,7 +25,9 @@ typedef struct clipft_int8_tile {
     const int8_t *w;  /* [panels] as packed, w_stride apart */
     int64_t x_stride, w_stride;
     int64_t rows, panels, depth; /* depth a multiple of the slot's */
-    const int8_t *ahead;         /* panels that are multiplied next, w_stride apart: asked for meanwhile */
+    const uint8_t *marks;        /* of panels, marks_stride apart */
+    int64_t marks_stride;
+    const int8_t *ahead; /* panels that are multiplied next, w_stride apart: asked for meanwhile */
     int64_t ahead_panels;
 } clipft_int8_tile;
 
@@ -50,6 +52,9 @@ typedef struct clipft_int8_dot {
 
     /* The other way: a panel's `channels`, [channels, in], rows `in` apart. */
     void (*unpack)(const int8_t *panel, int64_t channels, int64_t in, int8_t *w);
+
+    /* Marks, in zeros, what multiply may do otherwise with a panel: depths 8 i to 8 i + 7 in bit i. NULL: nothing. */
+    void (*mark)(const int8_t *panel, int64_t depth, uint8_t *marks);
 
     /* sums[i][j] = sum_k x[i][k] * w[j][k], rows CLIPFT_INT8_COLS apart. Exact. */
     void (*multiply)(const clipft_int8_tile *tile, int32_t *sums);

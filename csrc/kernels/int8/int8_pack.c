@@ -5,16 +5,18 @@
 
 #include <string.h>
 
-enum { MAGIC = 0x38746e69 /* "int8" */ };
+enum { MAGIC = 0x38746e69 /* "int8" */, SUM_BYTES = CLIPFT_INT8_PANEL * sizeof(int32_t) };
 
 static int64_t panels_of(int64_t out) { return clipft_divide_up(out, CLIPFT_INT8_PANEL); }
 
 int64_t clipft_int8_panel_bytes(const clipft_int8_dot *dot, int64_t in) { return clipft_round_up(in, dot->depth) * CLIPFT_INT8_PANEL; }
 
+int64_t clipft_int8_panel_marks(int64_t panel_bytes) { return clipft_divide_up(panel_bytes / CLIPFT_INT8_PANEL, 64); }
+
 int64_t clipft_int8_packed_size(int64_t out, int64_t in)
 {
-    const int64_t panel_bytes = clipft_int8_panel_bytes(clipft_kernel_table.int8.dot, in);
-    return (int64_t)sizeof(clipft_int8_header) + panels_of(out) * (panel_bytes + CLIPFT_INT8_PANEL * (int64_t)sizeof(int32_t));
+    const int64_t bytes = clipft_int8_panel_bytes(clipft_kernel_table.int8.dot, in);
+    return (int64_t)sizeof(clipft_int8_header) + panels_of(out) * (bytes + SUM_BYTES + clipft_int8_panel_marks(bytes));
 }
 
 const int8_t *clipft_int8_panels(const uint8_t *packed) { return (const int8_t *)packed + sizeof(clipft_int8_header); }
@@ -22,6 +24,11 @@ const int8_t *clipft_int8_panels(const uint8_t *packed) { return (const int8_t *
 const uint8_t *clipft_int8_sums(const uint8_t *packed, int64_t out, int64_t panel_bytes)
 {
     return packed + sizeof(clipft_int8_header) + panels_of(out) * panel_bytes;
+}
+
+const uint8_t *clipft_int8_marks(const uint8_t *packed, int64_t out, int64_t panel_bytes)
+{
+    return clipft_int8_sums(packed, out, panel_bytes) + panels_of(out) * SUM_BYTES;
 }
 
 /* Channels whose weights lie side by side: a quad at a time. */
@@ -97,23 +104,27 @@ static void pack_panels(int64_t begin, int64_t end, void *ctx)
 {
     const pack_job *job = ctx;
     const clipft_int8_weights *w = job->w;
-    const int64_t bytes = clipft_int8_panel_bytes(job->dot, w->in), step = step_of(job);
+    const int64_t bytes = clipft_int8_panel_bytes(job->dot, w->in), step = step_of(job), marked = clipft_int8_panel_marks(bytes);
     uint8_t *all_sums = job->packed + (clipft_int8_sums(job->packed, w->out, bytes) - job->packed);
+    uint8_t *marks = job->packed + (clipft_int8_marks(job->packed, w->out, bytes) - job->packed);
     int8_t *panels = (int8_t *)job->packed + sizeof(clipft_int8_header);
     int32_t sums[CLIPFT_INT8_PANEL];
     memset(panels + begin * bytes, 0, (size_t)((end - begin) * bytes));
-    memset(all_sums + begin * (int64_t)sizeof sums, 0, (size_t)(end - begin) * sizeof sums);
+    memset(all_sums + begin * SUM_BYTES, 0, (size_t)((end - begin) * SUM_BYTES));
+    memset(marks + begin * marked, 0, (size_t)((end - begin) * marked));
     for (int64_t k = 0; k < w->in; k += step)
         for (int64_t panel = begin; panel < end; ++panel) {
             const int64_t first = panel * CLIPFT_INT8_PANEL;
             const clipft_int8_weights part = {w->data + first * w->row_stride + k * w->col_stride,
                                               clipft_min(CLIPFT_INT8_PANEL, w->out - first), clipft_min(step, w->in - k), w->row_stride,
                                               w->col_stride};
-            uint8_t *own = all_sums + panel * (int64_t)sizeof sums;
+            uint8_t *own = all_sums + panel * SUM_BYTES;
             memcpy(sums, own, sizeof sums);
             job->dot->pack(&part, panels + panel * bytes + k * CLIPFT_INT8_PANEL, sums);
             memcpy(own, sums, sizeof sums);
         }
+    for (int64_t panel = begin; job->dot->mark && panel < end; ++panel)
+        job->dot->mark(panels + panel * bytes, bytes / CLIPFT_INT8_PANEL, marks + panel * marked);
 }
 
 bool clipft_int8_pack(const clipft_host *host, const clipft_int8_weights *w, uint8_t *packed)
