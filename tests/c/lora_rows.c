@@ -41,29 +41,33 @@ static void test_down(int64_t rows, int64_t cols, int64_t rank)
     free(x), free(panel), free(v), free(want), free(size);
 }
 
-/* out = init + v panel with one init row, or in place. */
-static void test_up(int64_t rows, int64_t cols, int64_t rank, bool in_place)
+/* out = init + m . v panel with one init row, or in place, and with a mask, or without. */
+static void test_up(int64_t rows, int64_t cols, int64_t rank, bool in_place, bool masked)
 {
     const int64_t padded = pad(rank), stride = cols + 1;
     float *v = random_floats(rows * padded), *panel = random_floats(rank * stride), *init = random_floats(cols);
     float *out = random_floats(rows * stride), *before = floats(rows * stride);
+    int32_t *mask = check_alloc(rows * cols, sizeof *mask);
     memcpy(before, out, (size_t)(rows * stride) * sizeof *out);
+    for (int64_t j = 0; j < rows * cols; ++j) mask[j] = j % 3 ? -1 : 0;
     const clipft_rank_tile tile = {.v = v,
                                    .panel = panel,
                                    .init = in_place ? out : init,
                                    .out = out,
+                                   .mask = masked ? mask : NULL,
                                    .rows = rows,
                                    .cols = cols,
                                    .rank = rank,
                                    .padded = padded,
                                    .panel_stride = stride,
                                    .init_stride = in_place ? stride : 0,
-                                   .out_stride = stride};
+                                   .out_stride = stride,
+                                   .mask_stride = cols};
     clipft_kernel_table.lora.rank_up(&tile);
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < cols; ++j) {
             double sum = (double)(in_place ? before[i * stride + j] : init[j]), magnitude = fabs(sum);
-            for (int64_t k = 0; k < rank; ++k) {
+            for (int64_t k = 0; k < rank && !(masked && !mask[i * cols + j]); ++k) {
                 const double term = (double)v[i * padded + k] * (double)panel[k * stride + j];
                 sum += term, magnitude += fabs(term);
             }
@@ -71,7 +75,7 @@ static void test_up(int64_t rows, int64_t cols, int64_t rank, bool in_place)
         }
         check_near((double)out[i * stride + cols], (double)before[i * stride + cols], 0.0, "rank_up wrote beyond the row", cols);
     }
-    free(v), free(panel), free(init), free(out), free(before);
+    free(v), free(panel), free(init), free(out), free(before), free(mask);
 }
 
 /* acc += v^T x. */
@@ -94,44 +98,27 @@ static void test_outer(int64_t rows, int64_t cols, int64_t rank)
     free(v), free(x), free(acc), free(want), free(size);
 }
 
-/* Every ISA makes the reference's bits, wherever a row is cut. */
-static void test_dropout(int64_t n)
+/* Every ISA makes the reference's bits, wherever a row is cut, in place and apart. */
+static void test_dropout(int64_t n, bool in_place)
 {
     const clipft_dropout_row row = {0x12345678U, 0x9abcdef0U, 1000, -1000000000};
-    float *x = floats(n);
+    float *x = random_floats(n), *apart = floats(n), *out = in_place ? x : apart;
     int32_t *mask = check_alloc(n, sizeof *mask);
     for (int64_t j = 0; j < n; ++j) x[j] = 2.0F;
-    clipft_kernel_table.lora.row_dropout(&row, x, mask, n);
+    clipft_kernel_table.lora.row_dropout(&row, x, out, mask, n);
     for (int64_t j = 0; j < n; ++j) {
         clipft_dropout_row at = row;
         int32_t kept;
         float one = 2.0F;
         at.col += (uint32_t)j;
-        clipft_lora_row_dropout_ref(&at, &one, &kept, 1);
+        clipft_lora_row_dropout_ref(&at, &one, &one, &kept, 1);
         check_near((double)mask[j], (double)kept, 0.0, "row_dropout mask", n);
-        check_near((double)x[j], kept ? 2.0 : 0.0, 0.0, "row_dropout", n);
+        check_near((double)out[j], kept ? 2.0 : 0.0, 0.0, "row_dropout", n);
+        if (!in_place) check_near((double)x[j], 2.0, 0.0, "row_dropout's input", n);
     }
-    free(x), free(mask);
+    free(x), free(apart), free(mask);
 }
 
-static void test_merge(int64_t n)
-{
-    float *x = random_floats(n), *base = random_floats(n), *out = floats(n);
-    int32_t *mask = check_alloc(n, sizeof *mask);
-    for (int64_t j = 0; j < n; ++j) mask[j] = j % 3 ? -1 : 0;
-    for (int form = 0; form < 4; ++form) {
-        const bool masked = form & 1, based = form & 2;
-        clipft_kernel_table.lora.row_merge(x, masked ? mask : NULL, based ? base : NULL, out, n);
-        for (int64_t j = 0; j < n; ++j) {
-            const float kept = masked && !mask[j] ? 0.0F : x[j];
-            check_near((double)out[j], (double)(based ? base[j] + kept : kept), 0.0, "row_merge", n);
-        }
-    }
-    free(x), free(base), free(out), free(mask);
-}
-
-/* An exponential of argument t costs 2 u and u |t| for t's rounding, which sigmoid passes on at most once; the derivative adds z s (1 - s)
- * <= 0.28 with a few roundings of its own. Where float's exponential would be denormal, zero may stand for it. */
 static void test_quick_gelu(int64_t n, float spread)
 {
     float *x = random_floats(n), *dy = random_floats(n), *out = floats(n);
@@ -169,19 +156,18 @@ void test_lora_rows(void)
         for (int h = 0; h < COUNT(heights); ++h) {
             const int64_t rank = ranks[(w + h) % COUNT(ranks)];
             test_down(heights[h], widths[w], rank);
-            test_up(heights[h], widths[w], rank, false);
-            test_up(heights[h], widths[w], rank, true);
+            for (int form = 0; form < 4; ++form) test_up(heights[h], widths[w], rank, form & 1, form & 2);
             test_outer(heights[h], widths[w], rank);
         }
-        test_dropout(widths[w]);
-        test_merge(widths[w]);
+        test_dropout(widths[w], true);
+        test_dropout(widths[w], false);
         test_quick_gelu(widths[w], 1.0F);
         test_quick_gelu(widths[w], 30.0F);
         test_quick_gelu(widths[w], 200.0F);
     }
     for (int r = 0; r < COUNT(ranks); ++r) {
         test_down(13, 33, ranks[r]);
-        test_up(13, 37, ranks[r], true);
+        test_up(13, 37, ranks[r], true, r % 2);
         test_outer(13, 33, ranks[r]);
     }
     test_quick_gelu_specials();

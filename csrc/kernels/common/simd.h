@@ -134,6 +134,28 @@ SIMD f32v f32v_exp(f32v x)
     return f32v_zero_where(x < -87.3365402F, p * (f32v)((u32v)shifted << 23));
 }
 
+/* 2^t for -126 <= t < 127 within an ulp: 2^n p(t - n), n the nearest integer, put into the exponent, p the polynomial of Cephes' exp2f. */
+SIMD f32v f32v_exp2(f32v t)
+{
+    const f32v magic = f32v_set(12582912.0F); /* 1.5 * 2^23 */
+    const f32v shifted = t + magic;
+    const f32v f = t - (shifted - magic);
+    f32v p = f * 1.535336188e-4F + 1.339887440e-3F;
+    p = p * f + 9.618437358e-3F;
+    p = p * f + 5.550332471e-2F;
+    p = p * f + 2.402264791e-1F;
+    p = p * f + 6.931472029e-1F;
+    p = p * f + 1.0F;
+    return (f32v)((u32v)p + ((u32v)shifted << 23));
+}
+
+/* x / (1 + 2^t), 0 from t = 126 on, also of -Inf. */
+SIMD f32v f32v_gated(f32v x, f32v t) { return f32v_zero_where(t > 126.0F, x / (f32v_exp2(f32v_max(f32v_set(-126.0F), t)) + 1.0F)); }
+
+/* x sigmoid(1.702 x), by 2^(-1.702 log2(e) x), whose two roundings move it by 2 u of the exponent. */
+#define CLIPFT_QUICK_GELU_EXPONENT (-2.45546696F)
+SIMD f32v f32v_quick_gelu(f32v x) { return f32v_gated(x, x * CLIPFT_QUICK_GELU_EXPONENT); }
+
 /* log(1 + x) for 0 <= x <= 1: 2 atanh(u) with u = x / (2 + x) <= 1/3; the series' next term is below 2e-8 of the result. */
 SIMD f32v f32v_log1p(f32v x)
 {

@@ -5,7 +5,6 @@
 #include <stddef.h>
 
 typedef uint8_t u8v __attribute__((vector_size(CLIPFT_LANES)));
-typedef int8_t i8v __attribute__((vector_size(CLIPFT_LANES)));
 
 /* Keeps a product from being fused with the sum that it goes into, which would spare it a rounding: ISAs have to agree. */
 SIMD f32v rounded(f32v product)
@@ -82,13 +81,25 @@ CLIPFT_TARGET void KERNEL(int8_row_range)(const float *x, int64_t n, clipft_rang
     range->bad += f32v_sum(a.bad + b.bad);
 }
 
+/* The low byte of each lane. gcc takes AVX2's lanes out one by one. */
+SIMD u8v low_bytes(i32v v)
+{
+#if defined(__x86_64__) && CLIPFT_LANES == 8
+    const __m256i halves = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0c080400));
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    u8v bytes;
+    memcpy(&bytes, &both, sizeof bytes);
+    return bytes;
+#else
+    return __builtin_convertvector(v, u8v);
+#endif
+}
+
 SIMD u8v quantize_step(f32v x, float inverse, int32_t zero)
 {
-    const f32v shifted = rounded(x * inverse) + 12582912.0F; /* 1.5 * 2^23: the low bits are the rounded product */
-    i32v level = (i32v)shifted - (0x4b400000 - zero);
-    level &= level > 0;
-    level = ((level - 127) & (level < 127)) + 127;
-    return __builtin_convertvector(level, u8v);
+    const f32v least = f32v_set(12582912.0F - (float)zero); /* of 1.5 * 2^23 and a product the low bits are the rounded product */
+    const f32v shifted = f32v_max(f32v_min(rounded(x * inverse) + 12582912.0F, least + 127.0F), least);
+    return low_bytes((i32v)shifted - (0x4b400000 - zero));
 }
 
 CLIPFT_TARGET void KERNEL(int8_row_quantize)(const float *x, int64_t n, float inverse, int32_t zero, uint8_t *q)
@@ -104,47 +115,27 @@ CLIPFT_TARGET void KERNEL(int8_row_quantize)(const float *x, int64_t n, float in
     }
 }
 
-SIMD i8v code_step(f32v x, float scale)
+SIMD u8v code_step(f32v x, float scale)
 {
     const f32v shifted = x / scale + 12582912.0F; /* as above */
-    return __builtin_convertvector((i32v)shifted - 0x4b400000, i8v);
+    return low_bytes((i32v)shifted - 0x4b400000);
 }
 
 CLIPFT_TARGET void KERNEL(int8_row_codes)(const float *x, int64_t n, float scale, int8_t *q)
 {
     int64_t j = 0;
     for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) {
-        const i8v codes = code_step(f32v_load(x + j), scale);
+        const u8v codes = code_step(f32v_load(x + j), scale);
         memcpy(q + j, &codes, sizeof codes);
     }
     if (j < n) {
-        const i8v codes = code_step(load_part(x + j, n - j, 0.0F), scale);
+        const u8v codes = code_step(load_part(x + j, n - j, 0.0F), scale);
         memcpy(q + j, &codes, (size_t)(n - j));
     }
 }
 
-/* x / (1 + 2^t). The power is 2^n p(t - n), n the nearest integer, put into the exponent, and p within 1.3 u on [-1/2, 1/2]; t as it
- * is rounded is near enough here, without f32v_exp's longer way. */
-SIMD f32v gated(f32v x, f32v exponent)
-{
-    const f32v magic = f32v_set(12582912.0F); /* 1.5 * 2^23 */
-    const f32v t = f32v_max(f32v_set(-126.0F), exponent);
-    const f32v shifted = t + magic;
-    const f32v f = t - (shifted - magic);
-    f32v p = f * 1.327647178e-3F + 9.675541333e-3F;
-    p = p * f + 5.550713274e-2F;
-    p = p * f + 2.402211972e-1F;
-    p = p * f + 6.931469671e-1F;
-    p = p * f + 1.000000072F;
-    const f32v power = (f32v)((u32v)p + ((u32v)shifted << 23));
-    return f32v_zero_where(t > 126.0F, x / (power + 1.0F)); /* not NaN for -Inf */
-}
-
-/* By -1.702 log2(e) x, which two roundings move by 2 u of it. */
-SIMD f32v quick_gelu(f32v x) { return gated(x, x * -2.45546696F); }
-
 /* By -sqrt(8 / pi) log2(e) (x + 0.044715 x^3), of terms of one sign, which five roundings move by 5 u of it. */
-SIMD f32v gelu_tanh(f32v x) { return gated(x, x * (x * x * -0.102943240F - 2.30220819F)); }
+SIMD f32v gelu_tanh(f32v x) { return f32v_gated(x, x * (x * x * -0.102943240F - 2.30220819F)); }
 
 /* x Phi(x), Phi(-|x|) = erfc(|x| / sqrt 2) / 2 by Abramowitz and Stegun 7.1.26, which errs by less than 1.5e-7. */
 SIMD f32v gelu(f32v x)
@@ -172,7 +163,7 @@ SIMD void finish_rows(const clipft_activation activation, const clipft_int8_fini
         for (int64_t j = 0; j < f->cols; j += CLIPFT_LANES) {
             float *out = f->out + i * f->out_stride + j;
             f32v v = finish_step(f, sums, i, j);
-            if (activation == CLIPFT_QUICK_GELU) v = quick_gelu(v);
+            if (activation == CLIPFT_QUICK_GELU) v = f32v_quick_gelu(v);
             if (activation == CLIPFT_GELU) v = gelu(v);
             if (activation == CLIPFT_GELU_TANH) v = gelu_tanh(v);
             const float *residual = f->residual ? f->residual + i * f->residual_stride + j : NULL;

@@ -9,7 +9,7 @@
 #include <string.h>
 
 /* A block. Its rows lie STRIDE apart: a multiple of a page's size would put a column's elements into the same few places of the cache. */
-enum { ROWS = 24, COLS = 256, STRIDE = COLS + 16, PARTS = 32 };
+enum { ROWS = 24, COLS = 256, STRIDE = COLS + 16, PAGE = 4096 / sizeof(float), PARTS = 32 };
 
 typedef float lora_block[ROWS * STRIDE] __attribute__((aligned(64)));
 typedef int32_t lora_mask[ROWS * STRIDE] __attribute__((aligned(64)));
@@ -54,7 +54,7 @@ static void mask_rows(int64_t begin, int64_t end, void *ctx)
             const int64_t n = clipft_min(COLS, job->cols - j);
             const clipft_dropout_row row = clipft_dropout_at(job->dropout, i, j);
             for (int64_t k = 0; k < n; ++k) out[k] = 1.0F;
-            if (job->dropout->active) clipft_kernel_table.lora.row_dropout(&row, out, kept, n);
+            if (job->dropout->active) clipft_kernel_table.lora.row_dropout(&row, out, out, kept, n);
         }
 }
 
@@ -70,14 +70,28 @@ typedef struct block_range {
     int64_t row, rows, col, cols;
 } block_range;
 
+/* Rows of a block, `stride` apart. */
+typedef struct block_rows {
+    const float *data;
+    int64_t stride;
+} block_rows;
+
 /* Brings a block of m into `block`, zeros up to a multiple of the rank's pad, which is one of every vector width. */
-static void load_block(const clipft_view *m, const block_range *at, float *block)
+static block_rows load_block(const clipft_view *m, const block_range *at, float *block)
 {
     const size_t rest = (size_t)(clipft_round_up(at->cols, CLIPFT_RANK_PAD) - at->cols) * sizeof(float);
     for (int64_t i = 0; i < at->rows; ++i) {
         clipft_view_read(m, at->row + i, at->col, at->cols, block + i * STRIDE);
         memset(block + i * STRIDE + at->cols, 0, rest);
     }
+    return (block_rows){block, STRIDE};
+}
+
+/* A block of m where it lies, or, where it lacks the pad, in `copy`. */
+static block_rows block_of(const clipft_view *m, const block_range *at, float *copy)
+{
+    if (!clipft_view_plain(m) || at->cols % CLIPFT_RANK_PAD != 0) return load_block(m, at, copy);
+    return (block_rows){clipft_view_floats(m, at->row, at->col), m->row_stride};
 }
 
 /* The block of m after `at`, along the row and then down, where it is whole and of float32. */
@@ -89,21 +103,34 @@ static clipft_ahead block_ahead(const clipft_view *m, const block_range *at)
     return (clipft_ahead){clipft_view_floats(m, row, col), m->row_stride};
 }
 
-static void activate_block(const clipft_view *activated, const block_range *at, const float *in, float *out)
+static block_rows activate_block(const clipft_view *activated, const block_range *at, block_rows in, float *out)
 {
     const int64_t cols = clipft_round_up(at->cols, CLIPFT_RANK_PAD); /* quick_gelu(0) = 0: the pad stays zero */
     for (int64_t i = 0; i < at->rows; ++i) {
-        clipft_kernel_table.lora.row_quick_gelu(in + i * STRIDE, out + i * STRIDE, cols);
+        clipft_kernel_table.lora.row_quick_gelu(in.data + i * in.stride, out + i * STRIDE, cols);
         if (activated && activated->data) clipft_view_write(activated, at->row + i, at->col, at->cols, out + i * STRIDE);
+    }
+    return (block_rows){out, STRIDE};
+}
+
+static void drop_block(const clipft_dropout *dropout, const block_range *at, block_rows in, float *out, int32_t *mask)
+{
+    const int64_t cols = clipft_round_up(at->cols, CLIPFT_RANK_PAD); /* the pad stays zero */
+    for (int64_t i = 0; i < at->rows; ++i) {
+        const clipft_dropout_row row = clipft_dropout_at(dropout, at->row + i, at->col);
+        clipft_kernel_table.lora.row_dropout(&row, in.data + i * in.stride, out + i * STRIDE, mask + i * STRIDE, cols);
     }
 }
 
-static void drop_block(const clipft_dropout *dropout, const block_range *at, float *block, int32_t *mask)
+/* A block of m . act(x) in `out`. What comes back is that of x, in place or in `copy`, which may be `out`. */
+static block_rows prepare_block(const clipft_lora *lora, const clipft_view *x, const clipft_view *activated, const block_range *at,
+                                float *copy, float *out, int32_t *mask)
 {
-    for (int64_t i = 0; i < at->rows; ++i) {
-        const clipft_dropout_row row = clipft_dropout_at(dropout, at->row + i, at->col);
-        clipft_kernel_table.lora.row_dropout(&row, block + i * STRIDE, mask + i * STRIDE, at->cols);
-    }
+    if (!lora->quick_gelu && !lora->dropout.active) return load_block(x, at, out);
+    const block_rows raw = block_of(x, at, copy);
+    const block_rows active = lora->quick_gelu ? activate_block(activated, at, raw, out) : raw;
+    if (lora->dropout.active) drop_block(&lora->dropout, at, active, out, mask);
+    return raw;
 }
 
 /* Packed operands: [n, padded] for products into the rank, [rank, clipft_round_up(n)] for products out of it. */
@@ -134,9 +161,7 @@ static void down_rows(int64_t begin, int64_t end, void *ctx)
         memset(v, 0, (size_t)(at.rows * job->padded) * sizeof *v);
         for (; at.col < job->x->cols; at.col += COLS) {
             at.cols = clipft_min(COLS, job->x->cols - at.col);
-            load_block(job->x, &at, block);
-            if (job->lora->quick_gelu) activate_block(job->activated, &at, block, block);
-            if (job->lora->dropout.active) drop_block(&job->lora->dropout, &at, block, mask);
+            prepare_block(job->lora, job->x, job->activated, &at, block, block, mask);
             clipft_kernel_table.lora.rank_down(block, STRIDE, at.rows, at.cols, job->panel + at.col * job->padded, job->padded, v,
                                                block_ahead(job->x, &at));
         }
@@ -276,6 +301,7 @@ typedef struct gradient_up_job {
 static void gradient_up_part(const gradient_up_job *job, int64_t part)
 {
     const int64_t begin = part_begin(job->dy->rows, job->parts, part), end = part_begin(job->dy->rows, job->parts, part + 1);
+    const bool pages_apart = job->dy->row_stride % PAGE == 0;
     float *sum = job->sums ? job->sums + part * job->padded * job->stride : NULL;
     lora_block block;
     if (sum) memset(sum, 0, (size_t)(job->padded * job->stride) * sizeof *sum);
@@ -284,15 +310,15 @@ static void gradient_up_part(const gradient_up_job *job, int64_t part)
         if (job->u) memset(job->u + row * job->padded, 0, (size_t)(at.rows * job->padded) * sizeof *job->u);
         for (; at.col < job->dy->cols; at.col += COLS) {
             at.cols = clipft_min(COLS, job->dy->cols - at.col);
-            load_block(job->dy, &at, block);
+            const block_rows dy = pages_apart ? load_block(job->dy, &at, block) : block_of(job->dy, &at, block);
             clipft_ahead ahead = block_ahead(job->dy, &at);
             if (job->u) {
-                clipft_kernel_table.lora.rank_down(block, STRIDE, at.rows, at.cols, job->panel + at.col * job->padded, job->padded,
+                clipft_kernel_table.lora.rank_down(dy.data, dy.stride, at.rows, at.cols, job->panel + at.col * job->padded, job->padded,
                                                    job->u + row * job->padded, ahead);
                 ahead.data = NULL;
             }
             if (sum)
-                clipft_kernel_table.lora.rank_outer(job->v + row * job->padded, job->padded, at.rows, job->rank, block, STRIDE,
+                clipft_kernel_table.lora.rank_outer(job->v + row * job->padded, job->padded, at.rows, job->rank, dy.data, dy.stride,
                                                     clipft_round_up(at.cols, CLIPFT_RANK_PAD), sum + at.col, job->stride, ahead);
         }
     }
@@ -343,63 +369,47 @@ typedef struct gradient_down_job {
 } gradient_down_job;
 
 typedef struct gradient_blocks {
-    lora_block raw, x, out; /* x before and after activation and dropout */
+    block_rows raw;          /* of x */
+    lora_block copy, x, out; /* copy: of raw, where it needs one; x: after activation and dropout; out: of d_x */
     lora_mask mask;
 } gradient_blocks;
 
-/* A block of d_x in place: nothing stands between the product and memory. */
-static void d_x_plain(const gradient_down_job *job, clipft_rank_tile *tile, const block_range *at)
+/* A block of d_x, in place or by way of float32: what is there, the masked product added, through the activation's derivative. */
+static void d_x_block(const gradient_down_job *job, const block_range *at, gradient_blocks *b)
 {
-    tile->out = clipft_view_floats(job->d_x, at->row, at->col);
-    tile->out_stride = job->d_x->row_stride;
-    if (job->accumulate) tile->init = tile->out, tile->init_stride = tile->out_stride;
-    clipft_kernel_table.lora.rank_up(tile);
-}
-
-/* A block of d_x by way of float32: masked, added to what is there, through the activation's derivative. */
-static void d_x_staged(const gradient_down_job *job, clipft_rank_tile *tile, const block_range *at, gradient_blocks *b)
-{
-    const bool plain = clipft_view_plain(job->d_x);
-    tile->out = b->out;
-    tile->out_stride = STRIDE;
-    clipft_kernel_table.lora.rank_up(tile);
+    const bool plain = clipft_view_plain(job->d_x), gelu = job->accumulate && job->lora->quick_gelu;
+    float *out = plain ? clipft_view_floats(job->d_x, at->row, at->col) : b->out;
+    const int64_t stride = plain ? job->d_x->row_stride : STRIDE;
+    const clipft_rank_tile tile = {.v = job->u + at->row * job->padded,
+                                   .panel = job->panel + at->col,
+                                   .init = job->accumulate ? out : job->zeros,
+                                   .out = out,
+                                   .mask = job->lora->dropout.active ? b->mask : NULL,
+                                   .rows = at->rows,
+                                   .cols = at->cols,
+                                   .rank = job->rank,
+                                   .padded = job->padded,
+                                   .panel_stride = job->stride,
+                                   .init_stride = job->accumulate ? stride : 0,
+                                   .out_stride = stride,
+                                   .mask_stride = STRIDE};
+    if (job->accumulate && !plain) load_block(job->d_x, at, b->out);
+    clipft_kernel_table.lora.rank_up(&tile);
     for (int64_t i = 0; i < at->rows; ++i) {
-        float held[COLS], *part = b->out + i * STRIDE;
-        float *out = plain ? clipft_view_floats(job->d_x, at->row + i, at->col) : part;
-        const float *base = plain ? out : held;
-        if (job->accumulate && !plain) clipft_view_read(job->d_x, at->row + i, at->col, at->cols, held);
-        clipft_kernel_table.lora.row_merge(part, job->lora->dropout.active ? b->mask + i * STRIDE : NULL, job->accumulate ? base : NULL,
-                                           out, at->cols);
-        if (job->accumulate && job->lora->quick_gelu) clipft_kernel_table.lora.row_quick_gelu_grad(b->raw + i * STRIDE, out, out, at->cols);
-        if (!plain) clipft_view_write(job->d_x, at->row + i, at->col, at->cols, part);
+        float *row = out + i * stride;
+        if (gelu) clipft_kernel_table.lora.row_quick_gelu_grad(b->raw.data + i * b->raw.stride, row, row, at->cols);
+        if (!plain) clipft_view_write(job->d_x, at->row + i, at->col, at->cols, row);
     }
 }
 
 static void gradient_down_block(const gradient_down_job *job, const block_range *at, float *sum, gradient_blocks *b)
 {
-    const clipft_lora *lora = job->lora;
-    const bool direct = clipft_view_plain(job->d_x) && !lora->dropout.active && !(lora->quick_gelu && job->accumulate);
-    float *x = lora->quick_gelu ? b->x : b->raw;
-    load_block(job->x, at, b->raw);
-    if (lora->quick_gelu) activate_block(NULL, at, b->raw, b->x);
-    if (lora->dropout.active) drop_block(&lora->dropout, at, x, b->mask);
+    b->raw = prepare_block(job->lora, job->x, NULL, at, b->copy, b->x, b->mask);
     if (sum)
-        clipft_kernel_table.lora.rank_outer(job->u + at->row * job->padded, job->padded, at->rows, job->rank, x, STRIDE,
+        clipft_kernel_table.lora.rank_outer(job->u + at->row * job->padded, job->padded, at->rows, job->rank, b->x, STRIDE,
                                             clipft_round_up(at->cols, CLIPFT_RANK_PAD), sum + at->col, job->stride,
                                             block_ahead(job->x, at));
-    if (!job->d_x->data) return;
-    clipft_rank_tile tile = {.v = job->u + at->row * job->padded,
-                             .panel = job->panel + at->col,
-                             .init = job->zeros,
-                             .rows = at->rows,
-                             .cols = at->cols,
-                             .rank = job->rank,
-                             .padded = job->padded,
-                             .panel_stride = job->stride};
-    if (direct)
-        d_x_plain(job, &tile, at);
-    else
-        d_x_staged(job, &tile, at, b);
+    if (job->d_x->data) d_x_block(job, at, b);
 }
 
 static void gradient_down_parts(int64_t begin, int64_t end, void *ctx)

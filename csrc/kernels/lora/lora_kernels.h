@@ -7,12 +7,13 @@
 
 /* Operands of rank_up. Rows of v lie CLIPFT_RANK_PAD-padded, the others `*_stride` apart. */
 typedef struct clipft_rank_tile {
-    const float *v;     /* [rows, padded] */
-    const float *panel; /* [rank, cols] */
-    const float *init;  /* [rows, cols] what the products are added to; stride 0 repeats one row */
-    float *out;         /* [rows, cols], may be init */
+    const float *v;      /* [rows, padded] */
+    const float *panel;  /* [rank, cols] */
+    const float *init;   /* [rows, cols] what the products are added to; stride 0 repeats one row */
+    float *out;          /* [rows, cols], may be init */
+    const int32_t *mask; /* [rows, cols] -1 where products are added, 0 where they are not; or NULL: everywhere */
     int64_t rows, cols, rank, padded;
-    int64_t panel_stride, init_stride, out_stride;
+    int64_t panel_stride, init_stride, out_stride, mask_stride;
 } clipft_rank_tile;
 
 /* A row of v, [.., rank], is padded with zeros to a multiple of this. */
@@ -41,7 +42,7 @@ typedef struct clipft_lora_kernels {
     void (*rank_down)(const float *x, int64_t stride, int64_t rows, int64_t cols, const float *panel, int64_t padded, float *v,
                       clipft_ahead ahead);
 
-    /* out[i][j] = init[i][j] + sum_k v[i][k] * panel[k][j]. */
+    /* out[i][j] = init[i][j] + sum_k v[i][k] * panel[k][j], the sum 0 where the mask is. */
     void (*rank_up)(const clipft_rank_tile *tile);
 
     /* acc[k][j] += sum_i v[i][k] * x[i][j]; acc is [padded, cols] and cols a multiple of 16; rows of acc from `rank` on are left undefined.
@@ -49,11 +50,9 @@ typedef struct clipft_lora_kernels {
     void (*rank_outer)(const float *v, int64_t padded, int64_t rows, int64_t rank, const float *x, int64_t stride, int64_t cols, float *acc,
                        int64_t acc_stride, clipft_ahead ahead);
 
-    /* mask[j] = -1 where the element is kept, else 0 and x[j] = 0. Integer arithmetic only: every ISA agrees bit for bit. */
-    void (*row_dropout)(const clipft_dropout_row *row, float *x, int32_t *mask, int64_t n);
-
-    /* out[j] = base[j] + x[j], or x[j] where base is NULL, with x[j] taken as zero where mask[j] is 0 (mask may be NULL). */
-    void (*row_merge)(const float *x, const int32_t *mask, const float *base, float *out, int64_t n);
+    /* mask[j] = -1 and out[j] = x[j] where the element is kept, else both are 0; out may be x. Integer arithmetic only: every ISA agrees
+     * bit for bit. */
+    void (*row_dropout)(const clipft_dropout_row *row, const float *x, float *out, int32_t *mask, int64_t n);
 
     /* out[j] = x[j] * sigmoid(1.702 * x[j]); out may be x. */
     void (*row_quick_gelu)(const float *x, float *out, int64_t n);

@@ -54,20 +54,26 @@ CLIPFT_TARGET void KERNEL(lora_rank_down)(const float *x, int64_t stride, int64_
 }
 
 /* `n` rows and `vecs` vectors of out from (i, j) on. */
-SIMD void up_tile(const int n, const int vecs, const clipft_rank_tile *t, int64_t i0, int64_t j0)
+SIMD void up_tile(const int n, const int vecs, const bool masked, const clipft_rank_tile *t, int64_t i0, int64_t j0)
 {
     const float *v = t->v + i0 * t->padded, *init = t->init + i0 * t->init_stride + j0;
     const int64_t padded = t->padded, rank = t->rank;
     f32v acc[UP_ROWS][UP_VECS];
     UNROLL for (int i = 0; i < n; ++i) UNROLL for (int c = 0; c < vecs; ++c) acc[i][c] =
-        f32v_load(init + i * t->init_stride + c * CLIPFT_LANES);
+        masked ? f32v_set(0.0F) : f32v_load(init + i * t->init_stride + c * CLIPFT_LANES);
     for (int64_t k = 0; k < rank; ++k) {
         f32v p[UP_VECS];
         UNROLL for (int c = 0; c < vecs; ++c) p[c] = f32v_load(t->panel + k * t->panel_stride + j0 + c * CLIPFT_LANES);
         UNROLL for (int i = 0; i < n; ++i) UNROLL for (int c = 0; c < vecs; ++c) acc[i][c] += p[c] * v[i * padded + k];
     }
     UNROLL for (int i = 0; i < n; ++i) UNROLL for (int c = 0; c < vecs; ++c)
-        f32v_store(t->out + (i0 + i) * t->out_stride + j0 + c * CLIPFT_LANES, acc[i][c]);
+    {
+        const int64_t j = j0 + c * CLIPFT_LANES;
+        if (masked)
+            acc[i][c] = f32v_load(init + i * t->init_stride + c * CLIPFT_LANES) +
+                        f32v_zero_where(~i32v_load(t->mask + (i0 + i) * t->mask_stride + j), acc[i][c]);
+        f32v_store(t->out + (i0 + i) * t->out_stride + j, acc[i][c]);
+    }
 }
 
 /* The columns from j on, fewer than a vector. */
@@ -75,27 +81,37 @@ SIMD void up_rest(const clipft_rank_tile *t, int64_t j)
 {
     const int64_t n = t->cols - j;
     for (int64_t i = 0; i < t->rows; ++i) {
-        f32v acc = load_part(t->init + i * t->init_stride + j, n, 0.0F);
+        const int32_t *mask = t->mask ? t->mask + i * t->mask_stride + j : NULL;
+        f32v acc = f32v_set(0.0F);
         for (int64_t k = 0; k < t->rank; ++k) acc += load_part(t->panel + k * t->panel_stride + j, n, 0.0F) * t->v[i * t->padded + k];
-        store_part(t->out + i * t->out_stride + j, n, acc);
+        if (mask) acc = f32v_zero_where(~(i32v)load_part((const float *)mask, n, 0.0F), acc);
+        store_part(t->out + i * t->out_stride + j, n, load_part(t->init + i * t->init_stride + j, n, 0.0F) + acc);
     }
 }
 
-SIMD void up_columns(const int vecs, const clipft_rank_tile *t, int64_t j)
+SIMD void up_columns(const int vecs, const bool masked, const clipft_rank_tile *t, int64_t j)
 {
     int64_t i = 0;
-    for (; i + UP_ROWS <= t->rows; i += UP_ROWS) up_tile(UP_ROWS, vecs, t, i, j);
-    for (; i + 4 <= t->rows; i += 4) up_tile(4, vecs, t, i, j);
-    for (; i < t->rows; ++i) up_tile(1, vecs, t, i, j);
+    for (; i + UP_ROWS <= t->rows; i += UP_ROWS) up_tile(UP_ROWS, vecs, masked, t, i, j);
+    for (; i + 4 <= t->rows; i += 4) up_tile(4, vecs, masked, t, i, j);
+    for (; i < t->rows; ++i) up_tile(1, vecs, masked, t, i, j);
+}
+
+SIMD void up_all(const bool masked, const clipft_rank_tile *t)
+{
+    int64_t j = 0;
+    for (; j + UP_VECS * CLIPFT_LANES <= t->cols; j += UP_VECS * CLIPFT_LANES) up_columns(UP_VECS, masked, t, j);
+    for (; j + CLIPFT_LANES <= t->cols; j += CLIPFT_LANES) up_columns(1, masked, t, j);
+    if (j < t->cols) up_rest(t, j);
 }
 
 CLIPFT_TARGET void KERNEL(lora_rank_up)(const clipft_rank_tile *tile)
 {
     const clipft_rank_tile t = *tile;
-    int64_t j = 0;
-    for (; j + UP_VECS * CLIPFT_LANES <= t.cols; j += UP_VECS * CLIPFT_LANES) up_columns(UP_VECS, &t, j);
-    for (; j + CLIPFT_LANES <= t.cols; j += CLIPFT_LANES) up_columns(1, &t, j);
-    if (j < t.cols) up_rest(&t, j);
+    if (t.mask)
+        up_all(true, &t);
+    else
+        up_all(false, &t);
 }
 
 SIMD void outer_tile(const int vecs, const float *v, int64_t padded, int64_t rows, const float *x, int64_t stride, float *acc,
@@ -137,7 +153,7 @@ SIMD i32v dropout_step(u32v counter, const clipft_dropout_row *row)
     return (i32v)h >= row->threshold;
 }
 
-CLIPFT_TARGET void KERNEL(lora_row_dropout)(const clipft_dropout_row *row, float *x, int32_t *mask, int64_t n)
+CLIPFT_TARGET void KERNEL(lora_row_dropout)(const clipft_dropout_row *row, const float *x, float *out, int32_t *mask, int64_t n)
 {
     const clipft_dropout_row r = *row;
     u32v counter = ((u32v)i32v_iota() + r.col) * CLIPFT_HASH_STEP + r.low;
@@ -145,50 +161,28 @@ CLIPFT_TARGET void KERNEL(lora_row_dropout)(const clipft_dropout_row *row, float
     for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES, counter += CLIPFT_HASH_STEP * CLIPFT_LANES) {
         const i32v keep = dropout_step(counter, &r);
         memcpy(mask + j, &keep, sizeof keep);
-        f32v_store(x + j, f32v_zero_where(~keep, f32v_load(x + j)));
+        f32v_store(out + j, f32v_zero_where(~keep, f32v_load(x + j)));
     }
     if (j < n) {
         const i32v keep = dropout_step(counter, &r);
         memcpy(mask + j, &keep, (size_t)(n - j) * sizeof *mask);
-        store_part(x + j, n - j, f32v_zero_where(~keep, load_part(x + j, n - j, 0.0F)));
+        store_part(out + j, n - j, f32v_zero_where(~keep, load_part(x + j, n - j, 0.0F)));
     }
 }
 
-CLIPFT_TARGET void KERNEL(lora_row_merge)(const float *x, const int32_t *mask, const float *base, float *out, int64_t n)
-{
-    int64_t j = 0;
-    for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) {
-        f32v v = f32v_load(x + j);
-        if (mask) v = f32v_zero_where(~i32v_load(mask + j), v);
-        f32v_store(out + j, base ? f32v_load(base + j) + v : v);
-    }
-    for (; j < n; ++j) {
-        const float kept = mask && !mask[j] ? 0.0F : x[j];
-        out[j] = base ? base[j] + kept : kept;
-    }
-}
-
-/* sigmoid(|z|) = 1 / (1 + e) and 1 - sigmoid(|z|) = e / (1 + e) with e = exp(-|z|), which cannot overflow. */
-SIMD f32v quick_gelu_step(f32v x)
-{
-    const f32v z = x * 1.702F;
-    const f32v e = f32v_exp(f32v_select(z < 0.0F, z, -z));
-    return x * (f32v_select(z < 0.0F, e, f32v_set(1.0F)) / (e + 1.0F));
-}
-
+/* s + z s (1 - s) with s = sigmoid(z) = 1 / (1 + e), 1 - s = e s, e = exp(-z). */
 SIMD f32v quick_gelu_grad_step(f32v x, f32v grad)
 {
-    const f32v z = x * 1.702F;
-    const f32v e = f32v_exp(f32v_select(z < 0.0F, z, -z));
-    const f32v near = 1.0F / (e + 1.0F), far = e * near;
-    return grad * (f32v_select(z < 0.0F, far, near) + z * (near * far));
+    const f32v t = f32v_min(f32v_set(126.0F), f32v_max(f32v_set(-126.0F), x * CLIPFT_QUICK_GELU_EXPONENT));
+    const f32v e = f32v_exp2(t), s = 1.0F / (e + 1.0F);
+    return grad * (s + x * 1.702F * s * (e * s));
 }
 
 CLIPFT_TARGET void KERNEL(lora_row_quick_gelu)(const float *x, float *out, int64_t n)
 {
     int64_t j = 0;
-    for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) f32v_store(out + j, quick_gelu_step(f32v_load(x + j)));
-    if (j < n) store_part(out + j, n - j, quick_gelu_step(load_part(x + j, n - j, 0.0F)));
+    for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) f32v_store(out + j, f32v_quick_gelu(f32v_load(x + j)));
+    if (j < n) store_part(out + j, n - j, f32v_quick_gelu(load_part(x + j, n - j, 0.0F)));
 }
 
 CLIPFT_TARGET void KERNEL(lora_row_quick_gelu_grad)(const float *x, const float *grad, float *out, int64_t n)
