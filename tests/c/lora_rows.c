@@ -150,6 +150,19 @@ static void test_quick_gelu_specials(void)
     for (int j = 0; j < N; j += 3) check_near((double)out[j], NAN, 0.0, "quick_gelu gradient of NaN", N);
 }
 
+/* Far out the gradient is 1 or 0 to the last value, and what has overflowed downwards is NaN, as torch has it. */
+static void test_quick_gelu_far(void)
+{
+    enum { N = 19 };
+    float x[N], dy[N], out[N];
+    for (int j = 0; j < N; ++j) x[j] = (j % 2 ? -1.0F : 1.0F) * powf(10.0F, (float)(2 * (j + 1))), dy[j] = 1.0F;
+    clipft_kernel_table.lora.row_quick_gelu_grad(x, dy, out, N);
+    for (int j = 0; j < N; ++j) check_near((double)out[j], j % 2 ? 0.0 : 1.0, 1e-30, "quick_gelu gradient far out", N);
+    for (int j = 0; j < N; ++j) x[j] = -INFINITY;
+    clipft_kernel_table.lora.row_quick_gelu(x, out, N);
+    for (int j = 0; j < N; ++j) check_near((double)out[j], NAN, 0.0, "quick_gelu of -Inf", N);
+}
+
 void test_lora_rows(void)
 {
     for (int w = 0; w < COUNT(widths); ++w) {
@@ -171,4 +184,5 @@ void test_lora_rows(void)
         test_outer(13, 33, ranks[r]);
     }
     test_quick_gelu_specials();
+    test_quick_gelu_far();
 }

@@ -152,9 +152,8 @@ SIMD f32v f32v_exp2(f32v t)
 /* x / (1 + 2^t), 0 from t = 126 on, also of -Inf. */
 SIMD f32v f32v_gated(f32v x, f32v t) { return f32v_zero_where(t > 126.0F, x / (f32v_exp2(f32v_max(f32v_set(-126.0F), t)) + 1.0F)); }
 
-/* x sigmoid(1.702 x), by 2^(-1.702 log2(e) x), whose two roundings move it by 2 u of the exponent. */
+/* sigmoid(1.702 x) is 1 / (1 + 2^(this x)), of whose exponent two roundings move it by 2 u. */
 #define CLIPFT_QUICK_GELU_EXPONENT (-2.45546696F)
-SIMD f32v f32v_quick_gelu(f32v x) { return f32v_gated(x, x * CLIPFT_QUICK_GELU_EXPONENT); }
 
 /* log(1 + x) for 0 <= x <= 1: 2 atanh(u) with u = x / (2 + x) <= 1/3; the series' next term is below 2e-8 of the result. */
 SIMD f32v f32v_log1p(f32v x)

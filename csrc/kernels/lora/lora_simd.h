@@ -170,19 +170,24 @@ CLIPFT_TARGET void KERNEL(lora_row_dropout)(const clipft_dropout_row *row, const
     }
 }
 
-/* s + z s (1 - s) with s = sigmoid(z) = 1 / (1 + e), 1 - s = e s, e = exp(-z). */
+/* A product, for -Inf has to come out NaN. */
+SIMD f32v quick_gelu_step(f32v x) { return x * f32v_gated(f32v_set(1.0F), x * CLIPFT_QUICK_GELU_EXPONENT); }
+
+/* s + z s (1 - s) with s = sigmoid(z) = 1 / (1 + e), 1 - s = e s, e = exp(-z); e and s are 0 where they are too small for a z that may be
+ * as large as it likes. */
 SIMD f32v quick_gelu_grad_step(f32v x, f32v grad)
 {
-    const f32v t = f32v_min(f32v_set(126.0F), f32v_max(f32v_set(-126.0F), x * CLIPFT_QUICK_GELU_EXPONENT));
-    const f32v e = f32v_exp2(t), s = 1.0F / (e + 1.0F);
+    const f32v t = x * CLIPFT_QUICK_GELU_EXPONENT;
+    const f32v e = f32v_zero_where(t < -126.0F, f32v_exp2(f32v_min(f32v_set(126.0F), f32v_max(f32v_set(-126.0F), t))));
+    const f32v s = f32v_zero_where(t > 126.0F, 1.0F / (e + 1.0F));
     return grad * (s + x * 1.702F * s * (e * s));
 }
 
 CLIPFT_TARGET void KERNEL(lora_row_quick_gelu)(const float *x, float *out, int64_t n)
 {
     int64_t j = 0;
-    for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) f32v_store(out + j, f32v_quick_gelu(f32v_load(x + j)));
-    if (j < n) store_part(out + j, n - j, f32v_quick_gelu(load_part(x + j, n - j, 0.0F)));
+    for (; j + CLIPFT_LANES <= n; j += CLIPFT_LANES) f32v_store(out + j, quick_gelu_step(f32v_load(x + j)));
+    if (j < n) store_part(out + j, n - j, quick_gelu_step(load_part(x + j, n - j, 0.0F)));
 }
 
 CLIPFT_TARGET void KERNEL(lora_row_quick_gelu_grad)(const float *x, const float *grad, float *out, int64_t n)
