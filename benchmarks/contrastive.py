@@ -4,9 +4,9 @@
 
 Peers: eager (transformers' image_text_contrastive_loss on the matrix of logits), the same under torch.compile,
 open_clip's ClipLoss, and for the sigmoid loss eager and open_clip's SigLipLoss. "of limit" is the time that the loss's
-matrix products alone take at the rate of torch's GEMM in this run (8 N^2 D operations, 6 for tiles that are kept), over
-its time; on AMD the loss has a GEMM of its own, which may pass torch's. Memory is the growth of the peak RSS beyond
-inputs and gradients, each in a process of its own.
+matrix products alone take at the rate of torch's GEMM in this run (8 N^2 D operations, 6 for tiles that are kept and
+for the sigmoid loss), over its time; on AMD the loss has a GEMM of its own, which may pass torch's. Memory is the
+growth of the peak RSS beyond inputs and gradients, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -78,41 +78,37 @@ def step(loss: Loss, args: tuple[Tensor, Tensor, Tensor]) -> None:
     loss(*args).backward()
 
 
-def gemm_seconds_per_tile(dim: int) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """The three products of a tile of TILE^2 logits, and how often a step needs each."""
+def products_of_a_tile(dim: int) -> dict[str, Callable[[], object]]:
+    """The three products of a tile of TILE^2 logits."""
     image, text, tile = torch.randn(TILE, dim), torch.randn(TILE, dim), torch.randn(TILE, TILE)
     logits, d_image, d_text = torch.empty(TILE, TILE), torch.empty(TILE, dim), torch.empty(TILE, dim)
-    runs: dict[str, Callable[[], object]] = {
+    return {
         "logits": lambda: torch.mm(image, text.t(), out=logits),
         "d_image": lambda: torch.addmm(d_image, tile, text, out=d_image),
         "d_text": lambda: torch.addmm(d_text, tile.t(), image, out=d_text),
     }
-    return runs, {"logits": 2.0, "d_image": 1.0, "d_text": 1.0}
 
 
-def kept_share(n: int) -> float:
+def made_again(kind: str, n: int) -> float:
+    """The share of tiles whose logits the backward pass makes again."""
     room = KEEP // n
-    return 1.0 if n <= room else (room // TILE * TILE) / n
+    return 0.0 if kind == "sigmoid" or n <= room else 1.0 - (room // TILE * TILE) / n
 
 
-def limit_seconds(n: int, per_tile: dict[str, float], uses: dict[str, float]) -> float:
-    tiles = (n / TILE) ** 2
-    return sum(
-        tiles * seconds * (uses[name] - (kept_share(n) if name == "logits" else 0.0))
-        for name, seconds in per_tile.items()
-    )
+def limit_seconds(kind: str, n: int, per_tile: dict[str, float]) -> float:
+    return (n / TILE) ** 2 * (sum(per_tile.values()) + made_again(kind, n) * per_tile["logits"])
 
 
 def measure(kind: str, losses: dict[str, Loss], n: int, dim: int, repeats: int) -> dict[str, object]:
     args = inputs(n, dim)
-    gemms, uses = gemm_seconds_per_tile(dim)
+    gemms = products_of_a_tile(dim)
     runs: dict[str, Callable[[], object]] = {
         name: (lambda loss=loss: step(loss, args)) for name, loss in losses.items()
     }
     runs |= {f"gemm {name}": (lambda run=run: [run() for _ in range(20)]) for name, run in gemms.items()}
     seconds = interleave(runs, repeats)
     per_tile = {name: statistics.median(seconds.pop(f"gemm {name}")) / 20 for name in gemms}
-    limit = limit_seconds(n, per_tile, uses)
+    limit = limit_seconds(kind, n, per_tile)
     return {
         "kind": kind,
         "n": n,

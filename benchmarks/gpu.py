@@ -6,10 +6,10 @@
 Peers: eager (transformers' image_text_contrastive_loss), the same under torch.compile, open_clip's ClipLoss and
 SigLipLoss, and the Triton kernels inf-cl, memeff (whose scale is a constant) and siglip-kernel, where they import; one
 that runs out of memory or fails has its error in the results. Runs are interleaved, each timed by CUDA events. "of
-products" is the time that the loss's matrix products (8 N^2 D operations) take at the rate of torch's own product of
-two [4096, 4096] matrices of that dtype in this run, over the loss's time; "of bandwidth" is the time that a float32
-tile's trip out of and into the kernels takes from the GPU's memory, 12 bytes a logit, at the rate of a copy in this
-run. Memory is the growth of the peak over one step, gradients included. Goals on
+products" is the time that the loss's matrix products (8 N^2 D operations, 6 of the sigmoid loss) take at the rate of
+torch's own product of two [4096, 4096] matrices of that dtype in this run, over the loss's time; "of bandwidth" is the
+time that a float32 tile's trip out of and into the kernels takes from the GPU's memory, 12 bytes a logit (8), at the
+rate of a copy in this run. Memory is the growth of the peak over one step, gradients included. Goals on
 an H100 at N = 32768, D = 768, bfloat16: half of eager's time, no slower than the fastest Triton kernel, below 1 GB.
 """
 
@@ -36,6 +36,8 @@ import clipft
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 SCALE = 100.0
+PRODUCTS = {"contrastive": 8, "sigmoid": 6}  # times N^2 D operations
+TRIPS = {"contrastive": 12, "sigmoid": 8}  # bytes a logit
 
 
 def eager_sigmoid(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -153,8 +155,8 @@ def measure(kind: str, losses: dict[str, Loss], n: int, dim: int, dtype: torch.d
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": {name: summary(values) for name, values in times.items()},
         "ratio": {name: ratio(times["clipft"], values) for name, values in times.items() if name != "clipft"},
-        "share_of_products": 8 * n * n * dim / operations / ours,
-        "share_of_bandwidth": 12 * n * n / bandwidth / ours,
+        "share_of_products": PRODUCTS[kind] * n * n * dim / operations / ours,
+        "share_of_bandwidth": TRIPS[kind] * n * n / bandwidth / ours,
         "memory_mb": memory,
         "failed": failed,
     }

@@ -122,9 +122,10 @@ typedef struct clipft_cuda_sigmoid_args {
     clipft_cuda_tile tile;
     CLIPFT_GLOBAL(const float) scale;
     CLIPFT_GLOBAL(const float) bias;
-    clipft_cuda_labels labels; /* equal ones are positive pairs */
-    CLIPFT_GLOBAL(double) sum; /* [blocks of a whole tile] of losses, or of coefficients */
-    clipft_cuda_target out;    /* the coefficients and the pairs' (backward only), as in contrastive_grad */
+    clipft_cuda_labels labels;         /* equal ones are positive pairs */
+    CLIPFT_GLOBAL(double) loss;        /* [blocks of a whole tile] sums of the losses */
+    CLIPFT_GLOBAL(double) coefficient; /* likewise, here and below of sigmoid_grad alone */
+    clipft_cuda_target out;            /* the coefficients and the pairs', as in contrastive_grad */
     CLIPFT_GLOBAL(float) pair;
     float unit;
     int first;
@@ -146,7 +147,7 @@ typedef struct clipft_cuda_gradient_finish_args {
     pair; /* [pairs] the pairs' coefficients: row i has pair p = i - pair_first, which is other's row p + other_first */
     long long rows, dim, pairs, pair_first, other_first;
     CLIPFT_GLOBAL(const float) scale;
-    CLIPFT_GLOBAL(const float) grad; /* [1] upstream */
+    CLIPFT_GLOBAL(const float) grad; /* [1] upstream, or null: 1 */
     double factor;                   /* of the loss: 1 / 2N or 1 / N */
     float unit;
     clipft_cuda_target out;    /* [rows, dim] */

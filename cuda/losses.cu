@@ -67,7 +67,7 @@ KERNEL(CLIPFT_CUDA_THREADS) gradient_finish(clipft_cuda_gradient_finish_args a)
     if (row >= a.rows) return;
     const bool has_pair = pair >= 0 && pair < a.pairs,
                quads = a.value.path != CLIPFT_CUDA_ANY_LAYOUT && a.other.path != CLIPFT_CUDA_ANY_LAYOUT;
-    const float factor = (float)(a.factor * (double)a.grad[0] * (double)a.scale[0]);
+    const float factor = (float)(a.factor * (a.grad ? (double)a.grad[0] : 1.0) * (double)a.scale[0]);
     const FinishRow at = {row, pair + a.other_first, has_pair ? a.pair[pair] : 0.0f, 1.0f / a.unit, factor, has_pair};
     const double total = warp_sum((double)(quads ? finish_quads(a, at, lane) : finish_scattered(a, at, lane)));
     if (lane == 0 && a.dot) a.dot[row] = total;

@@ -25,7 +25,7 @@ DEVICE unsigned positive_elements(const clipft_cuda_sigmoid_args &a, const Place
     return positive;
 }
 
-/* The sum of a block's elements but pairs, by Terms. */
+/* A block's elements but pairs, by Terms. */
 template <bool Whole, bool Labelled, class Terms>
 DEVICE void over_elements(const clipft_cuda_sigmoid_args &a, const Place &at, const Elements &x, unsigned positive, Terms &terms)
 {
@@ -58,9 +58,10 @@ template <class Terms, class Shared> DEVICE void over_block(const clipft_cuda_si
         over_elements<true, false>(a, at, x, positive, terms);
     else
         over_elements<false, false>(a, at, x, positive, terms);
-    double total = terms.total();
-    if (pair.here) total += terms.pair(a.tile.row0 + pair.row, (double)a.scale[0] * (double)pair.x + (double)a.bias[0]);
-    add_block_sum(a.sum, total, a.first, warp_sums);
+    const double z = (double)a.scale[0] * (double)pair.x + (double)a.bias[0];
+    const double own = pair.here ? fmax(-z, 0.0) + log1p(exp(-fabs(z))) + (z - z) : 0.0;
+    add_block_sum(a.loss, terms.loss() + own, a.first, warp_sums);
+    terms.finish(a, pair, z, warp_sums);
 }
 
 /* softplus(z) = max(z, 0) + log(1 + e), e = exp(-|z|). The factors 1 + e are multiplied, less 1 so that a small e is not lost: a logarithm
@@ -68,16 +69,11 @@ template <class Terms, class Shared> DEVICE void over_block(const clipft_cuda_si
 struct Softplus {
     float linear[CLIPFT_CUDA_LANE_COLS], product[CLIPFT_CUDA_LANE_COLS];
 
-    template <bool Whole> DEVICE_MEMBER void row(const Logits &logits, int, unsigned counted, int r)
+    template <bool Whole> DEVICE_MEMBER void add(float z, float e, int k)
     {
-#pragma unroll
-        for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {
-            if (!is_counted<Whole>(counted, r, k)) continue;
-            const float z = logits.z[k], e = exp_fast(-fabsf(z));
-            product[k] = fmaf(product[k], e, product[k] + e);
-            float &sum = linear[Whole ? k : k & 1];    /* fewer, where labels or an edge want registers too */
-            sum = fmaf(0.0f, z, sum + fmaxf(z, 0.0f)); /* Inf makes it NaN */
-        }
+        product[k] = fmaf(product[k], e, product[k] + e);
+        float &sum = linear[Whole ? k : k & 1];    /* fewer, where labels or an edge want registers too */
+        sum = fmaf(0.0f, z, sum + fmaxf(z, 0.0f)); /* Inf makes it NaN */
     }
     DEVICE_MEMBER double total() const
     {
@@ -85,18 +81,31 @@ struct Softplus {
         const float right = fmaf(product[2], product[3], product[2] + product[3]);
         return (double)(linear[0] + linear[1] + (linear[2] + linear[3])) + (double)log1pf(fmaf(left, right, left + right));
     }
-    DEVICE_MEMBER double pair(long long, double z) const { return fmax(-z, 0.0) + log1p(exp(-fabs(z))) + (z - z); }
+};
+
+struct Losses {
+    Softplus sum;
+
+    template <bool Whole> DEVICE_MEMBER void row(const Logits &logits, int, unsigned counted, int r)
+    {
+#pragma unroll
+        for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k)
+            if (is_counted<Whole>(counted, r, k)) sum.template add<Whole>(logits.z[k], exp_fast(-fabsf(logits.z[k])), k);
+    }
+    DEVICE_MEMBER double loss() const { return sum.total(); }
+    template <class Shared> DEVICE_MEMBER void finish(const clipft_cuda_sigmoid_args &, const OwnPair &, double, Shared &) const {}
 };
 
 KERNEL(CLIPFT_CUDA_THREADS, 4) sigmoid_tile(clipft_cuda_sigmoid_args a)
 {
     SHARED(double, warp_sums, CLIPFT_CUDA_WARPS);
-    over_block(a, Softplus{}, warp_sums);
+    over_block(a, Losses{}, warp_sums);
 }
 
-/* The coefficients sigmoid(z), and -sigmoid(-z) of positive pairs. */
-struct Coefficients {
+/* The losses and their coefficients sigmoid(z), and -sigmoid(-z) of positive pairs: of one exponential. */
+struct LossesAndCoefficients {
     const clipft_cuda_sigmoid_args &a;
+    Softplus losses;
     float sum[CLIPFT_CUDA_LANE_COLS];
 
     template <bool Whole> DEVICE_MEMBER void row(const Logits &logits, int element, unsigned counted, int r)
@@ -104,24 +113,32 @@ struct Coefficients {
         float out[CLIPFT_CUDA_LANE_COLS];
 #pragma unroll
         for (int k = 0; k < CLIPFT_CUDA_LANE_COLS; ++k) {
-            const float sigmoid = reciprocal(1.0f + exp_fast(-logits.z[k]));
-            const float coefficient = is_counted<Whole>(counted, r, k) ? logits.sign[k] * sigmoid : 0.0f;
+            const float z = logits.z[k], e = exp_fast(-fabsf(z)), upper = reciprocal(1.0f + e);
+            const bool counts = is_counted<Whole>(counted, r, k);
+            const float coefficient = counts ? logits.sign[k] * (z < 0.0f ? e * upper : upper) : 0.0f;
+            if (counts) losses.template add<Whole>(z, e, k);
             sum[k] += coefficient;
             out[k] = coefficient * a.unit;
         }
         store_aligned(a.out, element, out); /* maybe into the room after a row too */
     }
-    DEVICE_MEMBER double total() const { return (double)(sum[0] + sum[1] + (sum[2] + sum[3])); }
-    DEVICE_MEMBER double pair(long long row, double z) const
+    DEVICE_MEMBER double loss() const { return losses.total(); }
+    template <class Shared>
+    DEVICE_MEMBER void finish(const clipft_cuda_sigmoid_args &args, const OwnPair &pair, double z, Shared &warp_sums) const
     {
-        const double coefficient = -1.0 / (1.0 + exp(z));
-        a.pair[row] = (float)coefficient;
-        return coefficient;
+        double total = (double)(sum[0] + sum[1] + (sum[2] + sum[3]));
+        if (pair.here) {
+            const double coefficient = -1.0 / (1.0 + exp(z));
+            args.pair[args.tile.row0 + pair.row] = (float)coefficient;
+            total += coefficient;
+        }
+        __syncthreads(); /* the losses' sum was in warp_sums */
+        add_block_sum(args.coefficient, total, args.first, warp_sums);
     }
 };
 
 KERNEL(CLIPFT_CUDA_THREADS, 4) sigmoid_grad(clipft_cuda_sigmoid_args a)
 {
     SHARED(double, warp_sums, CLIPFT_CUDA_WARPS);
-    over_block(a, Coefficients{a, {}}, warp_sums);
+    over_block(a, LossesAndCoefficients{a, {}, {}}, warp_sums);
 }

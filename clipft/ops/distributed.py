@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipft.ops.kernels import call
+from clipft.ops.kernels import call, refuse_second_derivative
 
 __all__ = ["GroupContrastive", "GroupSigmoid", "gather_rows", "no_labels", "row_counts", "with_other_ranks"]
 
@@ -54,11 +54,11 @@ def _joined(op: str, image: Tensor, text: Tensor, group: dist.ProcessGroup) -> t
     return counts, sum(counts[: dist.get_rank(group)]), gather_rows(text, counts, group)
 
 
-def _own_text_gradient(d_texts: Tensor, counts: list[int], offset: int, group: dist.ProcessGroup) -> Tensor:
+def _own_text_gradient(ctx: Any, d_texts: Tensor) -> Tensor:
     """This rank's rows of the sum over ranks; summed in float32."""
     total = d_texts.float()
-    dist.all_reduce(total, group=group)
-    return total[offset : offset + counts[dist.get_rank(group)]].to(d_texts.dtype)
+    dist.all_reduce(total, group=ctx.group)
+    return total[ctx.offset : ctx.offset + ctx.counts[dist.get_rank(ctx.group)]].to(ctx.dtype)
 
 
 class GroupContrastive(torch.autograd.Function):
@@ -99,7 +99,7 @@ class GroupContrastive(torch.autograd.Function):
         rows = row_lse.sum() - 2.0 * target
         dist.all_reduce(rows, group=group)
         ctx.save_for_backward(image, texts, scale, labels, row_lse, col_lse, tiles)
-        ctx.counts, ctx.offset, ctx.smoothing, ctx.group = counts, offset, smoothing, group
+        ctx.counts, ctx.offset, ctx.smoothing, ctx.group, ctx.dtype = counts, offset, smoothing, group, text.dtype
         return ((rows + col_lse.sum()) / (2 * n)).float()
 
     @staticmethod
@@ -122,7 +122,7 @@ class GroupContrastive(torch.autograd.Function):
             needs_text,
         )
         dist.all_reduce(d_scale, group=ctx.group)
-        d_text = _own_text_gradient(d_texts, ctx.counts, ctx.offset, ctx.group) if needs_text else None
+        d_text = _own_text_gradient(ctx, d_texts) if needs_text else None
         return d_image if needs_image else None, d_text, d_scale, None, None, None
 
 
@@ -142,32 +142,21 @@ class GroupSigmoid(torch.autograd.Function):
     ) -> Tensor:
         counts, offset, texts = _joined("sigmoid_loss", image, text, group)
         labels = no_labels(image) if labels is None else gather_rows(labels, counts, group)
-        keep = any(ctx.needs_input_grad[:4])
+        needs_image, needs_text, *needs_scalars = ctx.needs_input_grad[:4]
+        needs = needs_image, needs_text, any(needs_scalars)
         op = torch.ops.clipft.sigmoid_loss_shard
-        loss, tiles = call(op, image, texts, scale, bias, labels, keep, offset, name="sigmoid_loss")
+        loss, *gradients = call(op, image, texts, scale, bias, labels, *needs, offset, name="sigmoid_loss")
         dist.all_reduce(loss, group=group)
-        ctx.save_for_backward(image, texts, scale, bias, labels, tiles)
-        ctx.counts, ctx.offset, ctx.group = counts, offset, group
+        ctx.save_for_backward(*gradients)
+        ctx.counts, ctx.offset, ctx.group, ctx.dtype = counts, offset, group, text.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        image, texts, scale, bias, labels, tiles = ctx.saved_tensors
+        refuse_second_derivative()
         needs_image, needs_text = ctx.needs_input_grad[:2]
-        d_image, d_texts, d_scale, d_bias = call(
-            torch.ops.clipft.sigmoid_loss_backward,
-            grad,
-            image,
-            texts,
-            scale,
-            bias,
-            labels,
-            ctx.offset,
-            tiles,
-            needs_image,
-            needs_text,
-        )
-        scalars = torch.stack([d_scale, d_bias])
+        d_image, d_texts, scalars = ctx.saved_tensors
+        scalars = grad * scalars
         dist.all_reduce(scalars, group=ctx.group)
-        d_text = _own_text_gradient(d_texts, ctx.counts, ctx.offset, ctx.group) if needs_text else None
-        return d_image if needs_image else None, d_text, scalars[0], scalars[1], None, None
+        d_text = _own_text_gradient(ctx, grad * d_texts) if needs_text else None
+        return (grad * d_image).to(ctx.dtype) if needs_image else None, d_text, scalars[0], scalars[1], None, None

@@ -34,6 +34,7 @@ __all__ = [
     "no_second_derivative",
     "problem",
     "refuse_derivatives",
+    "refuse_second_derivative",
     "shape_of",
     "wants_plain",
     "without_autocast",
@@ -227,6 +228,12 @@ def like_if(needed: bool, tensor: Tensor) -> Tensor:
 def in_order(x: Tensor) -> Tensor:
     """With rows that the ops can walk through."""
     return x.contiguous() if x.dim() > 2 else x
+
+
+def refuse_second_derivative() -> None:
+    """In a backward pass of plain torch, which would leave out what its own inputs are made of."""
+    if torch.is_grad_enabled():
+        no_second_derivative(None)
 
 
 def no_second_derivative(ctx: Any, *grads: Any) -> Any:

@@ -1,6 +1,7 @@
 """The losses as functions over ``torch.ops.clipft.*``: fake kernels, autograd, and the checks that C cannot make.
 
-The C ops compute a loss and what its backward pass needs; ``torch.library`` connects them to autograd and
+The C ops compute a loss and what its backward pass needs, which of the sigmoid loss are its gradients but for the
+upstream one; ``torch.library`` connects them to autograd and
 torch.compile. Inside a process group each rank works on the rows of its own images against the texts of all ranks: see
 ``clipft.ops.distributed``.
 """
@@ -25,6 +26,7 @@ from clipft.ops.kernels import (
     dtype_name,
     has_kernel,
     no_second_derivative,
+    refuse_second_derivative,
     shape_of,
     wants_plain,
     without_autocast,
@@ -124,8 +126,8 @@ def sigmoid_loss(
         return GroupSigmoid.apply(image_embeds, text_embeds, scale, bias, labels, group)
     if labels is None:
         labels = no_labels(image_embeds)
-    keep = _needs_grad(image_embeds, text_embeds, scale, bias)
-    return call(torch.ops.clipft.sigmoid_loss, image_embeds, text_embeds, scale, bias, labels, keep)[0]
+    needs = _needs_grad(image_embeds), _needs_grad(text_embeds), _needs_grad(scale, bias)
+    return call(torch.ops.clipft.sigmoid_loss, image_embeds, text_embeds, scale, bias, labels, *needs)[0]
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -235,13 +237,39 @@ def _(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, smoothing: flo
 
 
 @torch.library.register_fake("clipft::sigmoid_loss")
-def _(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, labels: Tensor, keep: bool = False) -> Any:
-    return image.new_empty((), dtype=torch.float32), _fake_tiles(image, text, keep)
+def _(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    needs_image: bool = False,
+    needs_text: bool = False,
+    needs_scalars: bool = False,
+) -> Any:
+    return _fake_sigmoid(image, text, needs_image, needs_text, needs_scalars)
 
 
 @torch.library.register_fake("clipft::sigmoid_loss_shard")
-def _(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, labels: Tensor, keep: bool, row_offset: int) -> Any:
-    return image.new_empty((), dtype=torch.float32), _fake_tiles(image, text, keep)
+def _(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    needs_image: bool,
+    needs_text: bool,
+    needs_scalars: bool,
+    row_offset: int,
+) -> Any:
+    return _fake_sigmoid(image, text, needs_image, needs_text, needs_scalars)
+
+
+def _fake_sigmoid(image: Tensor, text: Tensor, needs_image: bool, needs_text: bool, needs_scalars: bool) -> Any:
+    none, makes_image = (0, 0), needs_image or (needs_scalars and not needs_text)
+    scalars = 2 if makes_image or needs_text else 0
+    shapes = (), image.shape if makes_image else none, text.shape if needs_text else none, (scalars,)
+    return tuple(image.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _fake_gradients(image: Tensor, text: Tensor, needs_image: bool, needs_text: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,29 +299,19 @@ def _(
     return _fake_gradients(image, text, needs_image, needs_text)
 
 
-@torch.library.register_fake("clipft::sigmoid_loss_backward")
-def _(
-    grad: Tensor,
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    row_offset: int,
-    tiles: Tensor,
-    needs_image: bool,
-    needs_text: bool,
-) -> Any:
-    return (*_fake_gradients(image, text, needs_image, needs_text), image.new_empty((), dtype=torch.float32))
-
-
 # ---- autograd ----
+
+
+def _loss_alone_has_gradient(ctx: Any, *others: Tensor) -> None:
+    """Nor does torch make zeros of the others' size for it."""
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
 
 
 def _contrastive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, text, scale, labels, ctx.smoothing, _ = inputs
     _, row_lse, col_lse, target, tiles = output
-    ctx.mark_non_differentiable(row_lse, col_lse, target, tiles)
+    _loss_alone_has_gradient(ctx, row_lse, col_lse, target, tiles)
     ctx.save_for_backward(image, text, scale, labels, row_lse, col_lse, tiles)
 
 
@@ -328,31 +346,29 @@ def _contrastive_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 def _sigmoid_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, scale, bias, labels, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(image, text, scale, bias, labels, output[1])
+    _, *gradients = output
+    _loss_alone_has_gradient(ctx, *gradients)
+    ctx.save_for_backward(*gradients)
+    ctx.dtype, ctx.made = inputs[0].dtype, inputs[5:8]
 
 
 def _sigmoid_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    image, text, scale, bias, labels, tiles = ctx.saved_tensors
-    needs_image, needs_text, needs_scale, needs_bias = ctx.needs_input_grad[:4]
-    op = torch.ops.clipft.sigmoid_loss_backward
-    d_image, d_text, d_scale, d_bias = call(
-        op, grad, image, text, scale, bias, labels, 0, tiles, needs_image, needs_text
-    )
+    refuse_second_derivative()
+    needs_image, needs_text, *needs_scalars = ctx.needs_input_grad[:4]
+    needs = needs_image, needs_text, any(needs_scalars)
+    if any(need and not made for need, made in zip(needs, ctx.made, strict=True)):
+        raise RuntimeError("clipft.sigmoid_loss: the op was called without needs_image, needs_text or needs_scalars")
+    d_image, d_text, scalars = ctx.saved_tensors
     return (
-        d_image if needs_image else None,
-        d_text if needs_text else None,
-        d_scale if needs_scale else None,
-        d_bias if needs_bias else None,
-        None,
-        None,
+        (grad * d_image).to(ctx.dtype) if needs_image else None,
+        (grad * d_text).to(ctx.dtype) if needs_text else None,
+        *(grad * scalars[k] if need else None for k, need in enumerate(needs_scalars)),
+        *(None,) * 4,
     )
 
 
 torch.library.register_autograd("clipft::contrastive_loss", _contrastive_gradients, setup_context=_contrastive_context)
 torch.library.register_autograd("clipft::sigmoid_loss", _sigmoid_gradients, setup_context=_sigmoid_context)
-for _op in ("contrastive_loss_backward", "sigmoid_loss_backward"):
-    torch.library.register_autograd(f"clipft::{_op}", no_second_derivative)
+torch.library.register_autograd("clipft::contrastive_loss_backward", no_second_derivative)
 for _op in ("contrastive_loss", "sigmoid_loss"):
     torch.library.register_autocast(f"clipft::{_op}", "cpu", torch.float32)

@@ -115,7 +115,7 @@ static void run_contrastive_loss_backward(const contrastive_loss_backward_args *
     ok &= clipft_unbox(args->tiles, "tiles", &tiles, error);
     ok = ok && loss_scalar(&upstream, &in.image, &grad_value, error) && loss_check_lse(&row_lse, in.logits.image.rows, error) &&
          loss_check_lse(&col_lse, in.logits.text.rows, error) && loss_reuse_tiles(&in, &tiles, error) &&
-         loss_gradients_make(&grad, &in, needs_image, needs_text, error);
+         loss_gradients_make(&grad, &in, needs_image || !needs_text, needs_text, in.image.dtype, error);
     if (!ok) goto done;
 
     if (!clipft_contrastive_backward(&in.logits, &t.targets, &clipft_torch_host, row_lse.data, col_lse.data, (double)grad_value,

@@ -138,13 +138,15 @@ static void run_contrastive_loss_backward(const contrastive_loss_backward_args *
     ok &= clipft_unbox(args->tiles, "tiles", &tiles, error); /* empty here: a tile is made again in less time than memory gives it back */
     ok = ok && loss_check_scalar(&upstream, &loss.in.image, error) && clipft_check_beside(&row_lse, &loss.in.image, error) &&
          loss_check_lse(&row_lse, loss.rows, error) && clipft_check_beside(&col_lse, &loss.in.image, error) &&
-         loss_check_lse(&col_lse, loss.cols, error) && cuda_gradients_make(&loss, needs_image, needs_text, &job.grad);
+         loss_check_lse(&col_lse, loss.cols, error) &&
+         cuda_gradients_make(&loss, needs_image || !needs_text, needs_text, loss.in.image.dtype, &job.grad) &&
+         clipft_empty_beside(&loss.in.image, clipft_dtype_float32(), 0, NULL, &d_scale, error);
     if (!ok) goto done;
 
     job.args.scale = loss.in.scale.data, job.args.row_lse = row_lse.data, job.args.col_lse = col_lse.data;
     job.args.out = job.grad.out, job.args.pair = job.grad.pair, job.args.unit = job.grad.unit;
     if (cuda_loss_walk(&loss, backward_tile, &job) &&
-        cuda_gradients_finish(&loss, &upstream, 1.0 / (2.0 * (double)loss.cols), &job.grad, &d_scale))
+        cuda_gradients_finish(&loss, upstream.data, 1.0 / (2.0 * (double)loss.cols), &job.grad, d_scale.data))
         *results = (contrastive_loss_backward_results){clipft_box(&job.grad.image), clipft_box(&job.grad.text), clipft_box(&d_scale)};
 done:
     cuda_gradients_free(&job.grad);

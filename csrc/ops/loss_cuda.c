@@ -48,6 +48,11 @@ int64_t cuda_loss_tile_blocks(const cuda_loss *loss)
     return cuda_blocks(loss->tile_cols, CLIPFT_CUDA_BLOCK_COLS) * cuda_blocks(loss->tile_rows, CLIPFT_CUDA_BLOCK_ROWS);
 }
 
+bool cuda_loss_launch_sum(cuda_loss *loss, clipft_cuda_sum_args sum)
+{
+    return cuda_launch(&loss->call, CLIPFT_CUDA_loss_sum, 1, 1, CLIPFT_CUDA_SUM_THREADS, &sum);
+}
+
 bool cuda_loss_sum(cuda_loss *loss, int32_t dtype, clipft_cuda_sum_args sum, clipft_tensor *out)
 {
     if (!clipft_empty_beside(&loss->in.image, dtype, 0, NULL, out, loss->call.error)) return false;
@@ -55,7 +60,7 @@ bool cuda_loss_sum(cuda_loss *loss, int32_t dtype, clipft_cuda_sum_args sum, cli
         sum.out32 = out->data;
     else
         sum.out64 = out->data;
-    return cuda_launch(&loss->call, CLIPFT_CUDA_loss_sum, 1, 1, CLIPFT_CUDA_SUM_THREADS, &sum);
+    return cuda_loss_launch_sum(loss, sum);
 }
 
 /* ---- matrix products ---- */
@@ -92,26 +97,27 @@ bool cuda_loss_walk(cuda_loss *loss, bool (*visit)(cuda_loss *, const clipft_cud
 /* ---- gradients ---- */
 
 /* One side's result, and where its sums go: the same place for float32. */
-static bool make_side(cuda_loss *loss, const clipft_tensor *like, bool needed, clipft_tensor *out, float **sum)
+static bool make_side(cuda_loss *loss, const clipft_tensor *like, bool needed, int32_t dtype, clipft_tensor *out, float **sum)
 {
     const int64_t none[] = {0, 0};
-    if (!clipft_empty_beside(&loss->in.image, like->dtype, 2, needed ? like->size : none, out, loss->call.error)) return false;
+    if (!clipft_empty_beside(&loss->in.image, dtype, 2, needed ? like->size : none, out, loss->call.error)) return false;
     if (needed)
-        *sum = like->dtype == clipft_dtype_float32() && like->size[0] > 0
+        *sum = dtype == clipft_dtype_float32() && like->size[0] > 0
                    ? out->data
                    : cuda_work(&loss->call, clipft_dtype_float32(), like->size[0] * loss->dim);
     return !needed || *sum;
 }
 
-bool cuda_gradients_make(cuda_loss *loss, bool needs_image, bool needs_text, cuda_gradients *grad)
+bool cuda_gradients_make(cuda_loss *loss, bool needs_image, bool needs_text, int32_t dtype, cuda_gradients *grad)
 {
     const int kind = (int)embeds_view(&loss->in.image, 0, 0).kind;
     const int64_t tallest = loss->tile_cols > loss->tile_rows ? loss->tile_cols : loss->tile_rows;
     grad->unit = kind == CLIPFT_CUDA_FLOAT16 ? float16_unit : 1.0F;
     grad->out.kind = kind;
-    if (!make_side(loss, &loss->in.image, needs_image || !needs_text, &grad->image, &grad->image_sum) ||
-        !make_side(loss, &loss->in.text, needs_text, &grad->text, &grad->text_sum))
+    if (!make_side(loss, &loss->in.image, needs_image, dtype, &grad->image, &grad->image_sum) ||
+        !make_side(loss, &loss->in.text, needs_text, dtype, &grad->text, &grad->text_sum))
         return false;
+    if (!needs_image && !needs_text) return true;
     grad->pair = cuda_work(&loss->call, clipft_dtype_float32(), loss->rows);
     if (kind == CLIPFT_CUDA_FLOAT32) {
         grad->out.data32 = loss->products;
@@ -145,7 +151,14 @@ bool cuda_gradients_add(cuda_loss *loss, const clipft_cuda_tile *tile, cuda_grad
                                         embeds_view(&loss->in.image, row0, row1), row0 == 0));
 }
 
-bool cuda_gradients_finish(cuda_loss *loss, const clipft_tensor *upstream, double factor, cuda_gradients *grad, clipft_tensor *d_scale)
+static clipft_cuda_target target_of(const clipft_tensor *t)
+{
+    clipft_view view = {0};
+    clipft_tensor_view(t, &view); /* two dimensions always are one */
+    return cuda_target(&view);
+}
+
+bool cuda_gradients_finish(cuda_loss *loss, const float *upstream, double factor, cuda_gradients *grad, float *d_scale)
 {
     const loss_inputs *in = &loss->in;
     const int64_t offset = in->logits.row_offset;
@@ -174,19 +187,17 @@ bool cuda_gradients_finish(cuda_loss *loss, const clipft_tensor *upstream, doubl
             .pair_first = side->pair_first,
             .other_first = side->other_first,
             .scale = in->scale.data,
-            .grad = upstream->data,
+            .grad = upstream,
             .factor = factor,
             .unit = grad->unit,
-            .out = {.data32 = grad->out.kind == CLIPFT_CUDA_FLOAT32 ? side->out->data : NULL,
-                    .data16 = grad->out.kind == CLIPFT_CUDA_FLOAT32 ? NULL : side->out->data,
-                    .kind = grad->out.kind},
+            .out = target_of(side->out),
             .dot = k == 0 || !grad->image_sum ? dot : NULL,
         };
         if (!cuda_launch(&loss->call, CLIPFT_CUDA_gradient_finish, cuda_blocks(rows, CLIPFT_CUDA_WARPS), 1, CLIPFT_CUDA_THREADS, &args))
             return false;
     }
-    const clipft_cuda_sum_args sum = {.a = dot, .a_count = dots, .factor = factor, .grad = upstream->data};
-    return cuda_loss_sum(loss, clipft_dtype_float32(), sum, d_scale);
+    return cuda_loss_launch_sum(loss,
+                                (clipft_cuda_sum_args){.a = dot, .a_count = dots, .factor = factor, .grad = upstream, .out32 = d_scale});
 }
 
 void cuda_gradients_free(cuda_gradients *grad)

@@ -30,11 +30,13 @@ int64_t cuda_loss_tile_blocks(const cuda_loss *loss);
 /* Calls `visit` with the products of each tile, row by row of tiles; the first tile is the largest. */
 bool cuda_loss_walk(cuda_loss *loss, bool (*visit)(cuda_loss *loss, const clipft_cuda_tile *tile, void *ctx), void *ctx);
 
+/* Launches `sum`, whose output is set. */
+bool cuda_loss_launch_sum(cuda_loss *loss, clipft_cuda_sum_args sum);
 /* A new 0-d result of `sum`, whose output is set here. */
 bool cuda_loss_sum(cuda_loss *loss, int32_t dtype, clipft_cuda_sum_args sum, clipft_tensor *out);
 
 typedef struct cuda_gradients {
-    clipft_tensor image, text;   /* [0, 0] where not needed */
+    clipft_tensor image, text;   /* [0, 0] where not needed; of one dtype */
     float *image_sum, *text_sum; /* of coefficient * unit * other; NULL where not computed */
     float *part;                 /* a tile's share, where torch cannot add it itself */
     clipft_cuda_target out;      /* a tile's coefficients */
@@ -42,12 +44,13 @@ typedef struct cuda_gradients {
     float unit;
 } cuda_gradients;
 
-/* The image's gradient is computed besides where only the scale needs one, which is made from it. */
-bool cuda_gradients_make(cuda_loss *loss, bool needs_image, bool needs_text, cuda_gradients *grad);
+/* Of that dtype. Where the scale needs a gradient one of the two is needed, for it is made from that. */
+bool cuda_gradients_make(cuda_loss *loss, bool needs_image, bool needs_text, int32_t dtype, cuda_gradients *grad);
 /* Adds the share of the tile, whose coefficients lie in grad->out. */
 bool cuda_gradients_add(cuda_loss *loss, const clipft_cuda_tile *tile, cuda_gradients *grad);
-/* The gradients of factor * upstream * (the sum that the coefficients are of), and the scale's. */
-bool cuda_gradients_finish(cuda_loss *loss, const clipft_tensor *upstream, double factor, cuda_gradients *grad, clipft_tensor *d_scale);
+/* The gradients of factor * upstream * (the sum that the coefficients are of), and the scale's, [1] on the device; upstream: likewise, or
+ * NULL for 1. */
+bool cuda_gradients_finish(cuda_loss *loss, const float *upstream, double factor, cuda_gradients *grad, float *d_scale);
 void cuda_gradients_free(cuda_gradients *grad);
 
 #endif

@@ -169,18 +169,18 @@ bool loss_reuse_tiles(loss_inputs *in, const clipft_tensor *tiles, clipft_error 
     return true;
 }
 
-static bool make_gradient(clipft_tensor *grad, const clipft_tensor *like, bool needed, clipft_matrix *matrix, float **copy,
+static bool make_gradient(clipft_tensor *grad, const clipft_tensor *like, bool needed, int32_t dtype, clipft_matrix *matrix, float **copy,
                           clipft_error *error)
 {
     const int64_t none[] = {0, 0};
-    if (!clipft_empty(like->dtype, 2, needed ? like->size : none, grad, error)) return false;
+    if (!clipft_empty(dtype, 2, needed ? like->size : none, grad, error)) return false;
     return !needed || clipft_float_target(grad, matrix, copy, error);
 }
 
-bool loss_gradients_make(loss_gradients *grad, const loss_inputs *in, bool needs_image, bool needs_text, clipft_error *error)
+bool loss_gradients_make(loss_gradients *grad, const loss_inputs *in, bool needs_image, bool needs_text, int32_t dtype, clipft_error *error)
 {
-    return make_gradient(&grad->image, &in->image, needs_image || !needs_text, &grad->image_f, &grad->image_copy, error) &&
-           make_gradient(&grad->text, &in->text, needs_text, &grad->text_f, &grad->text_copy, error);
+    return make_gradient(&grad->image, &in->image, needs_image, dtype, &grad->image_f, &grad->image_copy, error) &&
+           make_gradient(&grad->text, &in->text, needs_text, dtype, &grad->text_f, &grad->text_copy, error);
 }
 
 void loss_gradients_finish(loss_gradients *grad)

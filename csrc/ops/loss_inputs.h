@@ -5,7 +5,18 @@
 #include "../kernels/loss/loss.h"
 #include "ops.h"
 
-/* Floats that a forward pass may keep for its backward pass: all tiles up to N = 3238. */
+/* Of which of its arguments the sigmoid loss makes gradients. The scale's is made from the image's or the text's. */
+typedef struct sigmoid_needs {
+    bool image, text, any;
+} sigmoid_needs;
+
+static inline sigmoid_needs sigmoid_needs_of(clipft_slot_bool image, clipft_slot_bool text, clipft_slot_bool scalars)
+{
+    const bool i = clipft_unbox_bool(image), t = clipft_unbox_bool(text), s = clipft_unbox_bool(scalars);
+    return (sigmoid_needs){i || (s && !t), t, i || t || s};
+}
+
+/* Floats that the contrastive loss's forward pass may keep for its backward pass: all tiles up to N = 3238. */
 enum { CLIPFT_KEEP = 40 * 1024 * 1024 / 4 };
 
 typedef struct loss_inputs {
@@ -59,9 +70,10 @@ typedef struct loss_gradients {
     clipft_matrix image_f, text_f; /* data NULL where not computed */
 } loss_gradients;
 
-/* The image's gradient is computed besides where only the scale needs one: the scale's is made from it. */
-bool loss_gradients_make(loss_gradients *grad, const loss_inputs *in, bool needs_image, bool needs_text, clipft_error *error);
-/* Converts to the embeddings' dtype. */
+/* Of that dtype. Where the scale needs a gradient one of the two is needed, for it is made from that. */
+bool loss_gradients_make(loss_gradients *grad, const loss_inputs *in, bool needs_image, bool needs_text, int32_t dtype,
+                         clipft_error *error);
+/* Converts to that dtype. */
 void loss_gradients_finish(loss_gradients *grad);
 void loss_gradients_free(loss_gradients *grad);
 

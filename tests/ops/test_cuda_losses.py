@@ -175,18 +175,15 @@ def test_cuda_shards_make_the_whole(labels: torch.Tensor | None, dtype: torch.dt
     torch.testing.assert_close(sum(p[2] for p in parts), want[2], rtol=1e-4, atol=1e-6)
 
     bias = torch.tensor(-5.0)
-    loss, tiles = torch.ops.clipft.sigmoid_loss(image, text, scale, bias, NONE)
-    shards = [
-        torch.ops.clipft.sigmoid_loss_shard(image[b:e], text, scale, bias, NONE, True, b)[0]
+    want = torch.ops.clipft.sigmoid_loss(image, text, scale, bias, NONE, True, True, True)
+    parts = [
+        torch.ops.clipft.sigmoid_loss_shard(image[b:e], text, scale, bias, NONE, True, True, True, b)
         for b, e in pairwise(bounds)
     ]
-    torch.testing.assert_close(sum(shards), loss)
-    back = torch.ops.clipft.sigmoid_loss_backward
-    want = back(grad, image, text, scale, bias, NONE, 0, tiles, True, True)
-    parts = [back(grad, image[b:e], text, scale, bias, NONE, b, tiles, True, True) for b, e in pairwise(bounds)]
-    torch.testing.assert_close(torch.cat([p[0] for p in parts]), want[0], **close)
-    for k in (2, 3):
-        torch.testing.assert_close(sum(p[k] for p in parts), want[k], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sum(p[0] for p in parts), want[0])
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]), want[1], **close)
+    torch.testing.assert_close(sum(p[2] for p in parts), want[2], **close)
+    torch.testing.assert_close(sum(p[3] for p in parts), want[3], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -224,5 +221,6 @@ def test_cuda_out_of_memory_is_torchs_own_error(
         torch.OutOfMemoryError, match="could not allocate a float32 tensor of 102400 elements: CUDA out"
     ):
         loss(*args)
-    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-        value.backward()
+    if loss is clipft.contrastive_loss:  # the other's gradients are there, and torch's to multiply
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            value.backward()

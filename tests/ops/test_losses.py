@@ -3,6 +3,7 @@ input; memory."""
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -178,9 +179,10 @@ def op_samples(grad: bool) -> list[tuple]:
         (torch.ops.clipft.contrastive_loss.default, (image, text, scale, none, 0.0, grad)),
         (torch.ops.clipft.contrastive_loss.default, (image, text, scale, labels, 0.1, False)),
         (torch.ops.clipft.contrastive_loss.default, (image.bfloat16(), text.bfloat16(), scale, none, 0.0, grad)),
-        (
-            torch.ops.clipft.sigmoid_loss.default,
-            (image, text, scale, torch.tensor(-5.0, requires_grad=grad), labels, grad),
+        *(
+            (torch.ops.clipft.sigmoid_loss.default, (*embeds, scale, bias, labels, grad, grad, grad))
+            for bias in (torch.tensor(-5.0, requires_grad=grad),)
+            for embeds in ((image, text), (image.bfloat16(), text.bfloat16()))
         ),
     ]
 
@@ -199,10 +201,9 @@ def backward_samples() -> list[tuple]:
             torch.ops.clipft.contrastive_loss_backward.default,
             (torch.ones(()), image, text, scale, none, 0.0, 0, row, col, tiles, False, True),
         ),
-        (torch.ops.clipft.sigmoid_loss_shard.default, (image[:9], text, scale, torch.tensor(-5.0), none, False, 5)),
-        (
-            torch.ops.clipft.sigmoid_loss_backward.default,
-            (torch.ones(()), image, text, scale, torch.tensor(-5.0), none, 0, tiles, True, False),
+        *(
+            (torch.ops.clipft.sigmoid_loss_shard.default, (image[:9], text, scale, torch.tensor(-5.0), none, *needs, 5))
+            for needs in itertools.product((False, True), repeat=3)
         ),
     ]
 
@@ -317,17 +318,17 @@ print(status("VmHWM:") - before - 2 * {n} * {d} * 4 / 2**20)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 @pytest.mark.parametrize(
-    "loss",
-    ["clipft.contrastive_loss", "lambda i, t, s: clipft.sigmoid_loss(i, t, s, -10.0)"],
+    "loss, limit",
+    [("clipft.contrastive_loss", 64.0), ("lambda i, t, s: clipft.sigmoid_loss(i, t, s, -10.0)", 80.0)],
     ids=["contrastive", "sigmoid"],
 )
-def test_peak_memory_does_not_grow_with_the_square(loss: str) -> None:
-    """N = 16384, D = 512: the matrix of logits would be 1 GiB; the peak may grow by 64 MB beyond inputs and
-    gradients."""
+def test_peak_memory_does_not_grow_with_the_square(loss: str, limit: float) -> None:
+    """N = 16384, D = 512: the matrix of logits would be 1 GiB. Beyond inputs and gradients the peak may grow by 64 MB:
+    the tiles that the contrastive loss keeps, the sigmoid loss's gradients before the upstream one, and a tile."""
     code = MEMORY.format(loss=loss, n=16384, d=512)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) <= 64.0
+    assert float(done.stdout) <= limit
 
 
 # ---- devices without a kernel ----

@@ -39,10 +39,15 @@ typedef struct clipft_sigmoid_terms {
     const int32_t *class_ids; /* [cols], or NULL: no other; else those of the row's class */
 } clipft_sigmoid_terms;
 
-/* *loss = sum over these rows of softplus(-y logit), y = 1 on positive pairs and -1 elsewhere, divided by cols. */
-bool clipft_sigmoid_forward(const clipft_logits *logits, const clipft_sigmoid_terms *terms, const clipft_host *host, double *loss);
+/* The loss's gradients with respect to what it is of: matrices [rows, dim] and [cols, dim], of which one may lack data (not wanted). */
+typedef struct clipft_sigmoid_gradients {
+    clipft_matrix image, text;
+    double *scale, *bias;
+} clipft_sigmoid_gradients;
 
-bool clipft_sigmoid_backward(const clipft_logits *logits, const clipft_sigmoid_terms *terms, const clipft_host *host, double grad,
-                             clipft_matrix d_image, clipft_matrix d_text, double *d_scale, double *d_bias);
+/* *loss = sum over these rows of softplus(-y logit), y = 1 on positive pairs and -1 elsewhere, divided by cols; with `grad`, which may be
+ * NULL, these rows' share of its gradients. Returns false when memory ran out or the host failed. */
+bool clipft_sigmoid(const clipft_logits *logits, const clipft_sigmoid_terms *terms, const clipft_host *host, double *loss,
+                    const clipft_sigmoid_gradients *grad);
 
 #endif
