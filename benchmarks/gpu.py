@@ -201,14 +201,14 @@ def main() -> int:
         "rows": [],
     }
     slug = "".join(c if c.isalnum() else "-" for c in results["machine"]["gpu"]).lower()
-    for kind, kernels in losses.items():
-        for n, dim in itertools.product(options.sizes, options.dims):
-            results["rows"].append(measure(kind, kernels, n, dim, getattr(torch, options.dtype), options.repeats))
-            save(f"gpu-{slug}", results)  # a run that is stopped leaves what it has
-        console.print(table(results["rows"], kind))
     results["layers"] = measure_layers(getattr(torch, options.dtype), options.repeats)
     for kind in ("lora", "int8"):
         console.print(layer_table(results["layers"], kind))
+    for n, dim, (kind, kernels) in itertools.product(options.sizes, options.dims, losses.items()):
+        results["rows"].append(measure(kind, kernels, n, dim, getattr(torch, options.dtype), options.repeats))
+        save(f"gpu-{slug}", results)  # a run that is stopped leaves what it has
+    for kind in losses:
+        console.print(table(results["rows"], kind))
     for name, error in absent.items():
         console.print(f"not measured: {name}: {error}")
     console.print(f"written to {save(f'gpu-{slug}', results)}")

@@ -1,5 +1,5 @@
 """Losses over the ranks of a process group equal one process with the joined batch: 2 and 3 gloo processes, uneven
-rows, one rank empty."""
+rows, one rank empty. On a GPU those share it, which NCCL does not let them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from ranks import leave, start_ranks
 
 import clipft
 
-SPLITS = [(5, 11), (16, 0), (1, 20, 9), (7, 7, 7)]
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+SPLITS = [
+    *(((5, 11), "cpu"), ((16, 0), "cpu"), ((1, 20, 9), "cpu"), ((7, 7, 7), "cpu")),
+    pytest.param((1, 20, 9), "cuda", marks=ON_GPU),
+    pytest.param((16, 0), "cuda", marks=ON_GPU),
+]
 VARIANTS = [  # kind, classes, smoothing
     ("contrastive", None, 0.0),
     ("contrastive", 3, 0.1),
@@ -23,36 +28,39 @@ VARIANTS = [  # kind, classes, smoothing
 ]
 
 
-def step(case: LossCase, kind: str, rows: slice, group: dist.ProcessGroup | None) -> list[torch.Tensor | None]:
-    """Loss and gradients over these rows of the case."""
-    image, text = (x[rows].clone().requires_grad_() for x in case.embeds())
-    scale, bias = torch.tensor(case.scale, requires_grad=True), torch.tensor(-4.0, requires_grad=True)
-    labels = None if case.classes is None else case.labels()[rows]
+def step(
+    case: LossCase, kind: str, rows: slice, group: dist.ProcessGroup | None, device: str = "cpu"
+) -> list[torch.Tensor | None]:
+    """Loss and gradients over these rows of the case, on the CPU."""
+    image, text = (x[rows].to(device, copy=True).requires_grad_() for x in case.embeds())
+    scale, bias = (torch.tensor(value, device=device, requires_grad=True) for value in (case.scale, -4.0))
+    labels = None if case.classes is None else case.labels()[rows].to(device)
     if kind == "contrastive":
         loss = clipft.contrastive_loss(image, text, scale, labels=labels, label_smoothing=case.smoothing, group=group)
     else:
         loss = clipft.sigmoid_loss(image, text, scale, bias, labels=labels, group=group)
     loss.backward()
-    return [loss.detach(), image.grad, text.grad, scale.grad, bias.grad]
+    found = loss.detach(), image.grad, text.grad, scale.grad, bias.grad
+    return [None if x is None else x.cpu() for x in found]
 
 
 def cases(n: int) -> list[tuple[str, LossCase]]:
     return [(kind, LossCase(n, 12, 20.0, "paired", classes, smoothing)) for kind, classes, smoothing in VARIANTS]
 
 
-def worker(rank: int, counts: tuple[int, ...], folder: str) -> None:
+def worker(rank: int, counts: tuple[int, ...], folder: str, device: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(counts))
     begin = sum(counts[:rank])
     rows = slice(begin, begin + counts[rank])
-    results = [step(case, kind, rows, dist.group.WORLD) for kind, case in cases(sum(counts))]
+    results = [step(case, kind, rows, dist.group.WORLD, device) for kind, case in cases(sum(counts))]
     torch.save(results, f"{folder}/{rank}.pt")
     leave()
 
 
-@pytest.mark.parametrize("counts", SPLITS, ids=str)
-def test_ranks_equal_the_joined_batch(counts: tuple[int, ...], tmp_path: Path) -> None:
-    start_ranks(worker, (counts, str(tmp_path)), nprocs=len(counts))
+@pytest.mark.parametrize("counts, device", SPLITS, ids=str)
+def test_ranks_equal_the_joined_batch(counts: tuple[int, ...], device: str, tmp_path: Path) -> None:
+    start_ranks(worker, (counts, str(tmp_path), device), nprocs=len(counts))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(counts))]
     for variant, (kind, case) in enumerate(cases(sum(counts))):
         want = step(case, kind, slice(None), None)
