@@ -1,7 +1,7 @@
 #!/bin/bash
 # What only a GPU can tell, in at most fourteen minutes: tests, compute-sanitizer, layers and losses, whole runs.
 #
-#     benchmarks/on_gpu.sh FOLDER [PART ...]
+#     bash benchmarks/on_gpu.sh FOLDER [PART ...]
 #
 # Each part has a limit in seconds, after which it is stopped and what it has measured stays. FOLDER gets a log of each
 # and the results. `pip install '.[test]'` brings what tests need; peers that are not installed are named in the logs.

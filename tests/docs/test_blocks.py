@@ -84,7 +84,7 @@ def check_command(words: list[str]) -> None:
         extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
         named = re.findall(r"\[([\w,]+)\]", " ".join(words))
         assert {extra for one in named for extra in one.split(",")} <= set(extras)
-    elif words[0] == "python":
+    elif words[0] in {"python", "bash"}:
         assert words[1] == "-m" or (ROOT / words[1]).is_file(), words
     else:
         assert words[0] in {"pytest", "mkdocs", "make", ".ci/run"}, words
