@@ -114,7 +114,7 @@ def device_code_digest() -> int:
     """
     files = re.findall(r"^CUDA_FILE\((\w+)\)", Path("csrc/cuda_runtime/kernels.inc").read_text(), re.MULTILINE)
     digest = 0
-    for name in ("common.cuh", "args.h", *(f"{file}.cu" for file in files)):
+    for name in ("common.cuh", "lora.cuh", "args.h", *(f"{file}.cu" for file in files)):
         state = 0xCBF29CE484222325
         for byte in Path("cuda", name).read_bytes() + b"\0":
             state = (state ^ byte) * 0x100000001B3 % 2**64

@@ -43,7 +43,7 @@ def compile_nvrtc(library: ctypes.CDLL, source: Path, architecture: str) -> str:
         return (ctypes.c_char_p * len(values))(*(v.encode() for v in values))
 
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    names = ("common.cuh", "args.h")
+    names = ("common.cuh", "lora.cuh", "args.h")
     contents = texts(*((CUDA / name).read_text() for name in names))
     text = source.read_bytes()
     if library.nvrtcCreateProgram(

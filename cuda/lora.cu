@@ -4,75 +4,14 @@
  * All is float32 whatever the matrices' dtypes. Quads of x, dy or y are fetched one step ahead and wait in registers as they lie in memory;
  * on their way to the products they go through activation and dropout, whose mask is hashed wherever it is needed. A lane's products come
  * from as few reads of shared memory as its registers allow. Sums run in parts that depend on the shape only. */
-#include "common.cuh"
+#include "lora.cuh"
 
-enum {
-    COLS = CLIPFT_CUDA_LORA_COLS, /* a warp's lanes, a quad each */
-    RANK = CLIPFT_CUDA_LORA_RANK,
-    DOWN_ROWS = CLIPFT_CUDA_LORA_DOWN_ROWS,
-    UP_ROWS = CLIPFT_CUDA_LORA_UP_ROWS,
-    WARP_ROWS = 8, /* that a warp of lora_up or lora_outer takes at a time */
-    STEP_ROWS = CLIPFT_CUDA_WARPS * WARP_ROWS,
-    WARPS = CLIPFT_CUDA_WARPS,
-    THREADS = CLIPFT_CUDA_THREADS,
-    OUTER_THREADS = CLIPFT_CUDA_LORA_OUTER_THREADS,
-    OUTER_WARPS = OUTER_THREADS / 32,
-    OUTER_ROWS = OUTER_WARPS * WARP_ROWS,
-    /* Between rows in shared memory: of quads, so that those of one column in eight rows lie in all banks. */
-    STRIDE = COLS + 4,
-    RANK_STRIDE = RANK + 4
-};
+constexpr int WARP_ROWS = 8; /* that a warp of lora_up or lora_outer takes at a time */
+constexpr int STEP_ROWS = WARPS * WARP_ROWS, OUTER_ROWS = OUTER_WARPS * WARP_ROWS;
+/* Between rows in shared memory: of quads, so that those of one column in eight rows lie in all banks. */
+constexpr int STRIDE = COLS + 4, RANK_STRIDE = RANK + 4;
 
-/* ---- dropout: csrc/kernels/lora/lora.c and lora_ref.c, bit for bit ---- */
-
-DEVICE unsigned long long mix(unsigned long long z)
-{
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
-
-DEVICE unsigned long long row_key(const clipft_cuda_dropout &d, long long row)
-{
-    return mix(mix((unsigned long long)d.seed[0]) + (unsigned long long)row * 0x9e3779b97f4a7c15ull);
-}
-
-DEVICE bool is_kept(const clipft_cuda_dropout &d, unsigned long long key, long long col)
-{
-    unsigned h = (unsigned)col * 0x9e3779b9u + (unsigned)key;
-    h = (h ^ h >> 16) * 0x21f0aaadu;
-    h = ((h ^ h >> 15) + (unsigned)(key >> 32)) * 0xd35a2d97u;
-    h ^= h >> 15;
-    return (int)h >= d.threshold;
-}
-
-/* ---- quick_gelu ---- */
-
-/* sigmoid(|z|) and 1 - sigmoid(|z|). The denominator lies in 1 .. 2, where a division of 2 ulps needs no slow path: that would be a call,
- * and what the caller has in registers would go to memory. */
-struct Sigmoids {
-    float near, far;
-};
-
-DEVICE Sigmoids sigmoids(float z)
-{
-    const float e = expf(-fabsf(z)), near = __fdividef(1.0f, 1.0f + e);
-    return {near, e * near};
-}
-
-DEVICE float quick_gelu(float x)
-{
-    const float z = 1.702f * x;
-    const Sigmoids s = sigmoids(z);
-    return x * (z < 0.0f ? s.far : s.near);
-}
-
-DEVICE float quick_gelu_slope(float x)
-{
-    const float z = 1.702f * x;
-    const Sigmoids s = sigmoids(z);
-    return (z < 0.0f ? s.far : s.near) + z * (s.near * s.far);
-}
+/* ---- element by element ---- */
 
 /* GELU_ROWS x GELU_COLS at a time, rows that a grid of fewer takes turns with. */
 KERNEL(CLIPFT_CUDA_THREADS) lora_quick_gelu(clipft_cuda_quick_gelu_args a)
@@ -133,19 +72,6 @@ template <int Path, int Bytes, int Warps> DEVICE Quad take_row(const clipft_cuda
     const Quad taken = rows.quads[slot];
     fetch_next(m, rows, r + Rows<Path, Bytes, Warps>::AHEAD, slot);
     return taken;
-}
-
-/* What the branch takes of a quad at (row of `key`, col). */
-template <int Path, class Key> DEVICE void unpack_branch(const clipft_cuda_branch &b, const Quad &q, const Key &key, int col, Floats &v)
-{
-    unpack<Path>(q, v);
-    if (b.quick_gelu)
-#pragma unroll
-        for (int k = 0; k < 4; ++k) v[k] = quick_gelu(v[k]);
-    if (b.dropout.seed)
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-            if (!is_kept(b.dropout, key, col + k)) v[k] = 0.0f;
 }
 
 /* RANK x COLS of a panel [rank, cols], two quads of ranks a thread: neighbours in a warp are neighbours in memory. */
@@ -221,12 +147,7 @@ DEVICE void add_down(const clipft_cuda_lora_down_args &a, int row0, int rank0, i
             write_floats(sums, (warp * DOWN_ROWS + lane / 2 + 16 * r) * RANK + lane % 2 * 8 + k,
                          {sum[r][k], sum[r][k + 1], sum[r][k + 2], sum[r][k + 3]});
     __syncthreads();
-    for (int at = threadIdx.x; at < DOWN_ROWS * RANK; at += THREADS) {
-        const int row = row0 + at / RANK, k = rank0 + at % RANK;
-        float total = 0.0f;
-        for (int w = 0; w < WARPS; ++w) total += sums[w * DOWN_ROWS * RANK + at];
-        if (row < a.branch.rows) a.v[((long long)part * a.branch.rows + row) * a.padded + k] = k < a.rank ? a.scale * total : 0.0f;
-    }
+    add_warps(a, row0, rank0, part, sums);
 }
 
 template <int Path> DEVICE void down(const clipft_cuda_lora_down_args &a)
@@ -330,23 +251,6 @@ template <class Panel> DEVICE void share_panel(const clipft_cuda_lora_up_args &a
     __syncthreads();
 }
 
-/* A row's quad: base + the branch, times the activation's slope. */
-template <int Path>
-DEVICE void finish_up(const clipft_cuda_lora_up_args &a, int row, int col, const Quad &base, const float (&sum)[4], unsigned long long key)
-{
-    Floats v, x;
-    unpack<Path>(base, v);
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-        if (!a.dropout.seed || is_kept(a.dropout, key, col + c)) v[c] = fmaf(a.scale, sum[c], v[c]);
-    if (has_data(a.x)) {
-        unpack<Path>(fetch<Path>(a.x, element_at(a.x, row, col), row < a.rows ? a.cols - col : 0), x);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) v[c] *= quick_gelu_slope(x[c]);
-    }
-    if (row < a.rows) store_quad(a.out, (long long)row * a.cols + col, a.cols - col, v);
-}
-
 template <int Path> DEVICE void up(const clipft_cuda_lora_up_args &a)
 {
     SHARED(float, v, STEP_ROWS *RANK);
@@ -371,7 +275,9 @@ template <int Path> DEVICE void up(const clipft_cuda_lora_up_args &a)
 #pragma unroll
         for (int r = 0; r < WARP_ROWS; ++r) {
             const unsigned long long key = a.dropout.seed ? (unsigned long long)keys[row + r - row0] : 0ull;
-            finish_up<Path>(a, row + r, col, take_row(a.base, base, r, r % base.AHEAD), sum[r], key);
+            Floats v;
+            finish_up<Path>(a, row + r, col, take_row(a.base, base, r, r % base.AHEAD), sum[r], key, v);
+            if (row + r < a.rows) store_quad(a.out, (long long)(row + r) * a.cols + col, a.cols - col, v);
         }
     }
 }

@@ -44,8 +44,9 @@ class EmulatedCuda:
         text = self._library.emulated_problem(device)
         return text.decode() if text is not None else None
 
-    def launches(self) -> int:
-        return int(ctypes.CDLL(str(self._folder / "libcuda.so")).emulated_launches())
+    def launches(self, prefix: str = "") -> int:
+        """Of kernels whose names begin so."""
+        return int(ctypes.CDLL(str(self._folder / "libcuda.so")).emulated_launches(prefix.encode()))
 
     def compilations(self) -> int:
         return int(ctypes.CDLL(str(self._folder / "libnvrtc.so")).emulated_compilations())

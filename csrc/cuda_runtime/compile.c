@@ -25,8 +25,10 @@ static const char *const sonames[] = {"libnvrtc.so.13", "libnvrtc.so.12"};
 #endif
 enum { SONAMES = sizeof sonames / sizeof *sonames };
 
-/* What is compiled: <name>.cu with the headers it includes. */
-enum { SOURCE, COMMON, ARGS, TEXTS };
+/* What is compiled: <name>.cu with the headers that it may include. */
+#define HEADERS "common.cuh", "lora.cuh", "args.h"
+static const char *const headers[] = {HEADERS};
+enum { HEADER_COUNT = sizeof headers / sizeof *headers, TEXTS = HEADER_COUNT + 1 };
 enum { PATH_SIZE = 4096, OPTIONS = 2, OPTION_SIZE = 48, FILE_LIMIT = 1 << 20, CUBIN_LIMIT = 1 << 26, UNUSED_SECONDS = 90 * 24 * 3600 };
 
 typedef struct unit {
@@ -35,7 +37,7 @@ typedef struct unit {
     clipft_nvrtc_api nvrtc;
     int nvrtc_major, nvrtc_minor;
     char nvrtc_file[64]; /* size and time of the library: a patch release tells the version of those before it */
-    char *text[TEXTS];
+    char *text[TEXTS];   /* the headers, and then the source */
     char option[OPTIONS][OPTION_SIZE];
     char *problem;
     size_t problem_size;
@@ -83,11 +85,11 @@ static char *read_device_code(const unit *u, const char *folder, const char *fil
 
 static bool read_sources(unit *u, const char *folder)
 {
-    char file[TEXTS][64] = {"", "common.cuh", "args.h"};
+    char source[64];
     size_t size;
-    snprintf(file[SOURCE], sizeof file[SOURCE], "%s.cu", u->name);
+    snprintf(source, sizeof source, "%s.cu", u->name);
     for (int k = 0; k < TEXTS; ++k)
-        if (!(u->text[k] = read_device_code(u, folder, file[k], &size))) return false;
+        if (!(u->text[k] = read_device_code(u, folder, k < HEADER_COUNT ? headers[k] : source, &size))) return false;
     return true;
 }
 
@@ -105,8 +107,7 @@ bool clipft_cuda_check_device_code(const char *folder, char *problem, size_t pro
 #ifdef CLIPFT_CUDA_DIGEST
     const unit u = {.problem = problem, .problem_size = problem_size};
     static const char *const files[] = {
-        "common.cuh",
-        "args.h",
+        HEADERS,
 #define CUDA_FILE(name) #name ".cu",
 #define CUDA_KERNEL(file, name, args)
 #include "kernels.inc"
@@ -202,14 +203,13 @@ static bool check_supported(const unit *u)
 
 static char *compile(const unit *u, size_t *size)
 {
-    static const char *const header_names[] = {"common.cuh", "args.h"};
-    const char *headers[] = {u->text[COMMON], u->text[ARGS]}, *options[OPTIONS];
+    const char *options[OPTIONS];
     char file[64], *log = NULL, *image = NULL;
     nvrtcProgram program = NULL;
     size_t log_size = 0;
     for (int k = 0; k < OPTIONS; ++k) options[k] = u->option[k];
     snprintf(file, sizeof file, "%s.cu", u->name);
-    if (u->nvrtc.nvrtcCreateProgram(&program, u->text[SOURCE], file, 2, headers, header_names)) {
+    if (u->nvrtc.nvrtcCreateProgram(&program, u->text[HEADER_COUNT], file, HEADER_COUNT, (const char *const *)u->text, headers)) {
         fail(u, "NVRTC %d.%d could not begin to compile %s", u->nvrtc_major, u->nvrtc_minor, file);
         goto done;
     }

@@ -195,6 +195,8 @@ const char *clipft_cuda_problem(int32_t ordinal, clipft_cuda_file file)
 
 int64_t clipft_cuda_l2_bytes(int32_t ordinal) { return devices[ordinal].l2_bytes; }
 
+int clipft_cuda_capability(int32_t ordinal) { return 10 * devices[ordinal].gpu.major + devices[ordinal].gpu.minor; }
+
 const char *clipft_cuda_launch(int32_t ordinal, void *stream, clipft_cuda_kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads,
                                void *args)
 {

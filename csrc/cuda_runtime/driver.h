@@ -65,8 +65,9 @@ const char *clipft_cuda_problem(int32_t device, clipft_cuda_file file);
 /* The file of that name, or CLIPFT_CUDA_FILES. */
 clipft_cuda_file clipft_cuda_file_named(const char *name);
 
-/* Bytes of the L2 cache of a prepared device. */
+/* Of a prepared device: bytes of its L2 cache, and its compute capability, 90 for sm_90. */
 int64_t clipft_cuda_l2_bytes(int32_t device);
+int clipft_cuda_capability(int32_t device);
 
 /* Launches a kernel of one struct of arguments on a prepared device. NULL, or what the driver says. */
 const char *clipft_cuda_launch(int32_t device, void *stream, clipft_cuda_kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads,

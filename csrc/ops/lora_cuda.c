@@ -7,12 +7,13 @@
 #include "../cuda_runtime/call.h"
 #include "lora_inputs.h"
 
-enum { MIN_ROWS = 512, ROW_ALIGN = 32, MAX_GRID_Y = 32768 };
+enum { MIN_ROWS = 512, ROW_ALIGN = 32, MAX_GRID_Y = 32768, TENSOR_CORES = 80 /* sm_80 has the instruction */ };
 
 typedef struct lora_job {
     lora_inputs in;
     cuda_call call;
-    int64_t act_rows; /* that act(x) has room for */
+    int64_t act_rows;  /* that act(x) has room for */
+    bool tensor_cores; /* take products of bfloat16 */
 } lora_job;
 
 static bool begin(lora_job *job)
@@ -22,6 +23,8 @@ static bool begin(lora_job *job)
     if (in->rows > INT32_MAX || in->in > INT32_MAX || in->out > INT32_MAX || in->rank > INT32_MAX)
         return clipft_fail(job->call.error, CLIPFT_VALUE_ERROR, "on CUDA rows, features and rank must be below 2^31");
     if (!cuda_begin(&job->call, CLIPFT_CUDA_FILE_lora, &in->input)) return false;
+    job->tensor_cores = in->x.kind == CLIPFT_BFLOAT16 && clipft_cuda_capability(in->input.index) >= TENSOR_CORES;
+    if (job->tensor_cores && !cuda_begin(&job->call, CLIPFT_CUDA_FILE_lora_tensor, &in->input)) return false;
     const int64_t fit = clipft_cuda_l2_bytes(in->input.index) / 2 / (item * in->in);
     job->act_rows = fit < MIN_ROWS ? MIN_ROWS : fit / ROW_ALIGN * ROW_ALIGN;
     if (job->act_rows > in->rows) job->act_rows = in->rows;
@@ -36,6 +39,12 @@ static int64_t parts_of(int64_t blocks, int64_t wanted, int64_t most)
 }
 
 /* ---- kernels ---- */
+
+/* On tensor cores where the matrix's layout lets them; else the first of four, or another by its path. */
+static clipft_cuda_kernel kernel_for(const lora_job *job, int path, clipft_cuda_kernel tensor, clipft_cuda_kernel first)
+{
+    return job->tensor_cores && path == CLIPFT_CUDA_BFLOAT16 ? tensor : cuda_by_path(first, path);
+}
 
 static clipft_cuda_dropout dropout(const lora_job *job)
 {
@@ -74,8 +83,8 @@ static bool down(lora_job *job, clipft_cuda_branch branch, const clipft_view *pa
                                        (int)parts, parts > 1 ? 1.0F : scale};
     const clipft_view whole = {v, 1, size, size, 1, CLIPFT_FLOAT32};
     return to &&
-           cuda_launch(&job->call, cuda_by_path(CLIPFT_CUDA_lora_down_f32, branch.x.path), blocks, ranks * parts, CLIPFT_CUDA_THREADS,
-                       &args) &&
+           cuda_launch(&job->call, kernel_for(job, branch.x.path, CLIPFT_CUDA_lora_tensor_down, CLIPFT_CUDA_lora_down_f32), blocks,
+                       ranks * parts, CLIPFT_CUDA_THREADS, &args) &&
            (parts == 1 || sum(job, to, parts, scale, &whole));
 }
 
@@ -96,8 +105,9 @@ static bool up(lora_job *job, clipft_cuda_lora_up_args *args)
 {
     const bool activation = args->x.data32 || args->x.data16;
     const int path = activation && args->x.path != args->base.path ? CLIPFT_CUDA_ANY_LAYOUT : args->base.path;
-    return cuda_launch(&job->call, cuda_by_path(CLIPFT_CUDA_lora_up_f32, path), cuda_blocks(args->rows, CLIPFT_CUDA_LORA_UP_ROWS),
-                       cuda_blocks(args->cols, CLIPFT_CUDA_LORA_COLS), CLIPFT_CUDA_THREADS, args);
+    return cuda_launch(&job->call, kernel_for(job, path, CLIPFT_CUDA_lora_tensor_up, CLIPFT_CUDA_lora_up_f32),
+                       cuda_blocks(args->rows, CLIPFT_CUDA_LORA_UP_ROWS), cuda_blocks(args->cols, CLIPFT_CUDA_LORA_COLS),
+                       CLIPFT_CUDA_THREADS, args);
 }
 
 /* out [rank, cols] = scale * v^T branch, a view of a contiguous tensor; v NULL: of ones, and rank 1. */
@@ -108,8 +118,8 @@ static bool outer(lora_job *job, const float *v, clipft_cuda_branch branch, floa
     float *part = cuda_work(&job->call, clipft_dtype_float32(), parts * rank * out->cols);
     clipft_cuda_lora_outer_args args = {{v, (int)job->in.padded}, branch, part, (int)rank, (int)parts};
     return part &&
-           cuda_launch(&job->call, cuda_by_path(CLIPFT_CUDA_lora_outer_f32, branch.x.path), blocks, parts, CLIPFT_CUDA_LORA_OUTER_THREADS,
-                       &args) &&
+           cuda_launch(&job->call, kernel_for(job, branch.x.path, CLIPFT_CUDA_lora_tensor_outer, CLIPFT_CUDA_lora_outer_f32), blocks, parts,
+                       CLIPFT_CUDA_LORA_OUTER_THREADS, &args) &&
            sum(job, part, parts, scale, out);
 }
 

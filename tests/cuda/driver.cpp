@@ -17,10 +17,11 @@
 struct CUfunc_st {
     const char *file, *name;
     void (*body)(const void *);
+    long launches;
 };
 
 static CUfunc_st functions[] = {
-#define CUDA_KERNEL(file, name, args) {#file, #name, [](const void *a) { name(*static_cast<const clipft_cuda_##args##_args *>(a)); }},
+#define CUDA_KERNEL(file, name, args) {#file, #name, [](const void *a) { name(*static_cast<const clipft_cuda_##args##_args *>(a)); }, 0},
 #include "../../csrc/cuda_runtime/kernels.inc"
 };
 
@@ -33,7 +34,6 @@ struct CUctx_st {
 
 static CUctx_st context;
 static const char *fault;
-static long launches;
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
 
@@ -45,7 +45,15 @@ static int setting(const char *name, int otherwise)
 
 #define API extern "C" __attribute__((visibility("default")))
 
-API long emulated_launches() { return launches; }
+// Of the kernels whose names begin so.
+API long emulated_launches(const char *prefix)
+{
+    long sum = 0;
+    for (const CUfunc_st &f : functions)
+        if (!strncmp(f.name, prefix, strlen(prefix))) sum += f.launches;
+    return sum;
+}
+
 API void emulated_know_memory(const void *begin, size_t bytes) { emulation::know_memory(begin, bytes); }
 API void emulated_forget_memory() { emulation::forget_memory(); }
 
@@ -93,7 +101,7 @@ API int cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, un
 {
     if (!context.current) return INVALID_CONTEXT;
     if (block_y != 1 || block_z != 1 || extra) return INVALID_VALUE;
-    ++launches;
+    ++function->launches;
     fault = emulation::launch(function->name, function->body, parameters[0], {grid_x, grid_y, grid_z}, block_x);
     return fault ? LAUNCH_FAILED : SUCCESS;
 }

@@ -154,6 +154,28 @@ static inline float __fdividef(float a, float b) { return a / b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32, by the fragments of the PTX manual: what a lane holds of A lies in row g (words 0
+// and 2) or g + 8, columns 2t and 2t + 1 (words 0 and 1) or 8 more; of B in column g and those rows; of the sum in row g or g + 8, columns
+// 2t, 2t + 1.
+static inline void mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
+{
+    static unsigned given[32][32][6]; // by warp and lane
+    auto &warp = given[threadIdx.x / 32];
+    const unsigned lane = threadIdx.x % 32;
+    memcpy(warp[lane], a, sizeof a), memcpy(warp[lane] + 4, b, sizeof b);
+    emulation::meet_warp(0, 0);
+    const auto element = [&](unsigned line, unsigned depth, unsigned word) { // of A's row, or of B's column, in that word
+        const unsigned bits = warp[4 * line + depth % 8 / 2][word] >> 16 * (depth % 2) << 16;
+        return __uint_as_float(bits);
+    };
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = lane / 4, col = 2 * (lane % 4) + i % 2;
+        for (unsigned depth = 0; depth < 16; ++depth)
+            sum[i] += element(row, depth, i / 2 + 2 * (depth / 8)) * element(col, depth, 4 + depth / 8);
+    }
+    emulation::meet_warp(0, 0);
+}
+
 extern "C" void clipft_float16_to_float(const uint16_t *src, float *dst, int64_t n); // csrc/kernels/common/convert.c
 extern "C" void clipft_float_to_float16(const float *src, uint16_t *dst, int64_t n);
 

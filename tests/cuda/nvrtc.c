@@ -18,8 +18,9 @@ int nvrtcGetSupportedArchs(int *archs) { return archs[0] = 75, archs[1] = 80, ar
 int nvrtcCreateProgram(struct _nvrtcProgram **program, const char *source, const char *name, int headers, const char *const *contents,
                        const char *const *names)
 {
-    const int ok = headers == 2 && !strcmp(names[0], "common.cuh") && strstr(contents[0], "#define KERNEL(") &&
-                   !strcmp(names[1], "args.h") && strstr(contents[1], "CLIPFT_GLOBAL") && strstr(source, "KERNEL(") && strstr(name, ".cu");
+    const int ok = headers == 3 && !strcmp(names[0], "common.cuh") && strstr(contents[0], "#define KERNEL(") &&
+                   !strcmp(names[1], "lora.cuh") && strstr(contents[1], "common.cuh") && !strcmp(names[2], "args.h") &&
+                   strstr(contents[2], "CLIPFT_GLOBAL") && strstr(source, "KERNEL(") && strstr(name, ".cu");
     *program = calloc(1, sizeof **program);
     if (ok) snprintf((*program)->code, sizeof(*program)->code, "emulated %.*s", (int)(strlen(name) - 3), name);
     return ok ? 0 : 3;

@@ -4,11 +4,24 @@ tolerances."""
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from emulated_cuda import EmulatedCuda
-from lora_cases import BF16, CASES, F16, F32, LoraCase, assert_within, check_gradients_only_where_needed, exact, ours
+from emulated_cuda import ROOT, EmulatedCuda
+from lora_cases import (
+    BF16,
+    CASES,
+    F16,
+    F32,
+    TENSOR_CORES,
+    LoraCase,
+    assert_within,
+    check_gradients_only_where_needed,
+    exact,
+    ours,
+)
+from scripts import Script
 from tiny_clip import tiny_model
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +29,7 @@ import clipft
 from clipft import reference
 from clipft.ops import dropout_mask, quick_gelu, quick_gelu_lora_linear
 
-AFFORDABLE = [c for c in CASES if math.prod(c.shape) * c.rank < 200_000]
+AFFORDABLE = [c for c in CASES if math.prod(c.shape) * c.rank < 700_000]
 BLOCKS = [LoraCase((1000, 20), 12, 3, 0.2, True), LoraCase((300, 20), 12, 20, 0.2, dtype=BF16)]  # more than one of rows
 
 
@@ -25,8 +38,38 @@ def test_cuda_lora_against_float64(case: LoraCase, cuda: EmulatedCuda) -> None:
     before = cuda.launches()
     got = ours(case)
     assert got[0].dtype == case.dtype and got[0].shape == (*case.shape[:-1], case.out)
-    assert_within(case, got, exact(case))
+    assert_within(case, got, exact(case), on_gpu=True)
     assert cuda.launches() > before
+
+
+@pytest.mark.parametrize("case", TENSOR_CORES, ids=str)
+def test_cuda_lora_takes_tensor_cores_for_aligned_bfloat16(case: LoraCase, cuda: EmulatedCuda) -> None:
+    for kernel in ("down", "up", "outer"):
+        before = cuda.launches(f"lora_tensor_{kernel}"), cuda.launches(f"lora_{kernel}")
+        ours(case)
+        assert cuda.launches(f"lora_tensor_{kernel}") == before[0] + {"down": 2, "up": 2, "outer": 3}[kernel]
+        assert cuda.launches(f"lora_{kernel}") == before[1]
+
+
+OLDER = """
+import sys
+sys.path[:0] = {tests!r}
+from pathlib import Path
+from emulated_cuda import EmulatedCuda
+from lora_cases import TENSOR_CORES, assert_within, exact, ours
+gpu = EmulatedCuda(Path({folder!r}))
+with gpu.installed():
+    for case in TENSOR_CORES:
+        assert_within(case, ours(case), exact(case))
+print(gpu.launches("lora_tensor"), gpu.launches("lora_down_bf16") > 0)
+"""
+
+
+def test_cuda_lora_on_a_gpu_without_the_instruction(emulated_cuda_folder: Path, tmp_path: Path) -> None:
+    """sm_75 multiplies bfloat16 by float32's."""
+    code = OLDER.format(tests=[str(ROOT / "tests")], folder=str(emulated_cuda_folder))
+    done = Script(code, XDG_CACHE_HOME=str(tmp_path), EMULATED_CAPABILITY="75").finish()
+    assert (done.returncode, done.stdout.split()) == (0, ["0", "True"]), done.stderr
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
