@@ -8,6 +8,7 @@ the family.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,16 @@ from clipft.families.siglip2 import SIGLIP2
 from clipft.ops import attend, quick_gelu
 from clipft.ops.kernels import FLOATS, MAX_DIM, autocasts, problem, wants_plain
 
-__all__ = ["FusedAttention", "FusedQuickGELU", "fuse_activations", "fuse_attention", "fused_class"]
+__all__ = [
+    "FusedAttention",
+    "FusedQuickGELU",
+    "fuse_activations",
+    "fuse_attention",
+    "fused_class",
+    "ignores_causal",
+    "is_causal",
+    "replaces_sdpa",
+]
 
 
 # ---- models ----
@@ -110,33 +120,45 @@ class FusedAttention(nn.Module):
     def forward(self, hidden_states: Tensor, *mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the plain class's: [B, L, D] -> [B, L, D] and the attention weights, if its function gives any.
         Chinese-CLIP's of transformers 5.4 takes no mask."""
-        causal = kwargs.get("is_causal")
-        more = (*mask, *map(kwargs.get, ("attention_mask", "position_bias", "softcap")))
-        asked = kwargs.get("output_attentions") or (causal and _ignores_causal(self))
-        if asked or any(one is not None for one in more) or not _fits(self, hidden_states):
+        asked = kwargs.get("output_attentions") or (kwargs.get("is_causal") and ignores_causal(self))
+        if asked or not _fits(self, hidden_states, mask, kwargs):
             plain: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *mask, **kwargs)
             return plain
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        causal = getattr(self, "is_causal", True) if causal is None else causal  # as sdpa_attention_forward has it
-        output = attend(query, key, value, query.shape[2] // self.head_dim, scale=self.scale, causal=bool(causal))
+        heads, causal = query.shape[2] // self.head_dim, is_causal(self, kwargs)
+        output = attend(query, key, value, heads, scale=self.scale, causal=causal)
         return self.out_proj(output), None
 
 
-def _ignores_causal(attention: FusedAttention) -> bool:
+def ignores_causal(attention: nn.Module) -> bool:
     """SigLIP's hands on nothing that it is given."""
-    return ".siglip" in type(attention).__module__
+    return any(".siglip" in kind.__module__ for kind in type(attention).__mro__)
 
 
-def _fits(attention: FusedAttention, states: Tensor) -> bool:
-    """In float32 on a CPU, which is what the op is faster at, in place of transformers' own "sdpa" and not of a user's,
-    and without dropout of weights; an exporter could not translate it."""
-    attend_of = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
+def is_causal(attention: nn.Module, given: dict[str, Any]) -> bool:
+    """As transformers' ``sdpa_attention_forward`` has it."""
+    asked = given.get("is_causal")
+    return bool(getattr(attention, "is_causal", True) if asked is None else asked)
+
+
+def replaces_sdpa(attention: Any, states: Tensor, mask: Sequence[Any], given: dict[str, Any]) -> bool:
+    """Whether an op attends in torch's place: on a CPU, for transformers' own "sdpa" and not for a user's, with no mask
+    nor what else changes weights; an exporter could not translate it."""
+    more = (*mask, *map(given.get, ("attention_mask", "position_bias", "softcap")))
     return (
-        attend_of is sdpa_attention_forward
+        ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation) is sdpa_attention_forward
         and states.device.type == "cpu"
+        and all(one is None for one in more)
+        and not torch.compiler.is_exporting()
+    )
+
+
+def _fits(attention: FusedAttention, states: Tensor, mask: Sequence[Any], given: dict[str, Any]) -> bool:
+    """In float32, which is what the op is faster at, and without dropout of weights."""
+    return (
+        replaces_sdpa(attention, states, mask, given)
         and states.dtype == torch.float32
         and not (attention.training and attention.dropout)
-        and not torch.compiler.is_exporting()
         and not autocasts(states.device)
         and not wants_plain(states)
     )

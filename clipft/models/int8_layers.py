@@ -19,6 +19,7 @@ from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from clipft.families.forward import class_before, is_watched
 from clipft.families.projected import FirstTokenLayer
+from clipft.models.fused import ignores_causal, is_causal, replaces_sdpa
 from clipft.ops.attention import attention
 from clipft.ops.nn import QuantizedLinear
 
@@ -86,11 +87,12 @@ class QuantizedAttention(nn.Module):
         """[B, L, 3 * D] queries, keys and values -> [B, queries, D], and the weights if the model's function gives any.
 
         ``clipft.attention`` where it takes over from torch's (the "sdpa" that transformers chooses): not with a mask,
-        which a batch of texts of several lengths has, and not for an exporter, which could not translate it.
+        which a batch of texts of several lengths has.
         """
-        sdpa = self.config._attn_implementation == "sdpa"
-        if sdpa and attention_mask is None and states.device.type == "cpu" and not torch.compiler.is_exporting():
-            causal = bool(kwargs.get("is_causal"))
+        if ignores_causal(self):
+            kwargs = {"is_causal": False}
+        if replaces_sdpa(self, states, [attention_mask], kwargs):
+            causal = is_causal(self, kwargs)
             return attention(states, self.num_heads, scale=self.scale, causal=causal, queries=queries), None
         batch, length = states.shape[:2]
         heads = states.view(batch, length, 3, self.num_heads, self.head_dim)

@@ -199,8 +199,11 @@ def test_causality_is_the_plain_classs(calls: list[bool]) -> None:
     torch.testing.assert_close(clipft.fuse(siglip).text_model(input_ids=ids, is_causal=True).pooler_output, want)
 
 
-def test_a_users_own_sdpa_and_what_it_takes_beside(calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    attention = clipft.fuse(tiny_model()).vision_model.encoder.layers[0].self_attn
+@pytest.mark.parametrize("make", [clipft.fuse, clipft.quantize])
+def test_a_users_own_sdpa_and_what_it_takes_beside(
+    make: Callable[[nn.Module], nn.Module], calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = make(tiny_model().eval()).vision_model.encoder.layers[0].self_attn
     states, seen = torch.randn(2, 9, 32), []
     with pytest.raises(ValueError, match="softcap"):
         attention(states, softcap=1.0)
@@ -214,6 +217,22 @@ def test_a_users_own_sdpa_and_what_it_takes_beside(calls: list[bool], monkeypatc
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", own)
     attention(states)
     assert seen == [(2, 2, 9, 16)] and not calls
+
+
+def test_an_int8_model_is_causal_where_the_plain_class_is() -> None:
+    states = torch.randn(2, 9, 32)
+    for given, attribute in (({}, True), ({}, False), ({"is_causal": True}, False), ({"is_causal": False}, True)):
+        model = clipft.quantize(tiny_model().eval())
+        attention = model.text_model.encoder.layers[0].self_attn
+        attention.is_causal = attribute
+        got = attention(states, **given)[0]
+        model.set_attn_implementation("eager")  # by masks alone
+        causal = given.get("is_causal", attribute)
+        mask = torch.full((9, 9), float("-inf")).triu(1)[None, None] if causal else None
+        torch.testing.assert_close(got, attention(states, mask)[0], rtol=1e-4, atol=1e-3)
+    siglip, ids = clipft.quantize(tiny_siglip.tiny_model("siglip")), tiny_siglip.tiny_inputs("siglip")["input_ids"]
+    want = siglip.text_model(input_ids=ids).pooler_output
+    assert torch.equal(siglip.text_model(input_ids=ids, is_causal=True).pooler_output, want)
 
 
 def test_a_plain_class_that_takes_no_mask(calls: list[bool]) -> None:
