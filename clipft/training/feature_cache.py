@@ -156,15 +156,17 @@ class _Pictures(Dataset[Tensor]):
 
 
 def _read(path: Path) -> tuple[dict[bytes, int], Tensor | None]:
-    """Rows by digest. A file that is not there, or damaged, is one without rows: it is made anew."""
+    """Rows by digest. A file that is not there, or is not as :func:`_write` leaves it, is made anew."""
     try:
         tensors = load_file(path)
         digests, table = tensors["digests"], tensors["pooler_output"]
     except (FileNotFoundError, SafetensorError, KeyError):
         return {}, None
-    if digests.shape != (len(table), DIGEST):
+    kinds = digests.dtype, digests.dim(), table.dtype, table.dim()
+    if kinds != (torch.uint8, 2, torch.float32, 2) or digests.shape != (len(table), DIGEST):
         return {}, None
-    return {row.tobytes(): index for index, row in enumerate(digests.numpy())}, table
+    rows = {row.tobytes(): index for index, row in enumerate(digests.numpy())}
+    return (rows, table) if len(rows) == len(table) else ({}, None)
 
 
 def _write(path: Path, rows: dict[bytes, int], table: Tensor) -> None:

@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_clip import captioned, labelled, picture, tiny_clip
 from tiny_siglip import tiny_siglip
 from tiny_trainer import losses, trainer_of
@@ -145,6 +146,17 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for damage in (whole[:100], b"", whole[:-5]):
         file.write_bytes(damage)
+        assert losses(run(tmp_path, captioned(8), strategy="vision")) == losses(want)
+        assert file.read_bytes() == whole
+    digests, table = (load_file(file)[name] for name in ("digests", "pooler_output"))
+    others = (
+        (digests[[0, *range(len(digests) - 1)]], table),
+        (digests, table.half()),
+        (digests, table[0]),
+        (digests[0],),
+    )
+    for tensors in others:  # one row twice, another dtype, no table, neither
+        save_file({name: x.clone() for name, x in zip(("digests", "pooler_output"), tensors, strict=False)}, file)
         assert losses(run(tmp_path, captioned(8), strategy="vision")) == losses(want)
         assert file.read_bytes() == whole
 
