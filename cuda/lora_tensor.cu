@@ -21,7 +21,7 @@ typedef unsigned Left[4];
 typedef unsigned Right[2];
 
 #ifdef __CUDACC__
-/* Below sm_80 there is no such instruction, and nothing that launches it. */
+/* All lanes of a warp at once: those that parted meet before it. Below sm_80 there is no such instruction, and nothing that launches it. */
 DEVICE void mma(float (&sum)[4], const Left &a, const Right &b)
 {
 #if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 800
@@ -113,6 +113,7 @@ DEVICE void multiply_down(const clipft_cuda_branch &b, const DownQuads &quads, i
                 x.high[h] = own.high[0], x.high[h + 2] = own.high[1], x.low[h] = own.low[0], x.low[h + 2] = own.low[1];
             }
         }
+        __syncwarp();
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             mma(sum[m][j], x.high, panel[j].high);
@@ -196,6 +197,7 @@ DEVICE void multiply_up(const clipft_cuda_lora_up_args &a, int row, int end, int
     v_at(a.v, row, end, rank0, upper);
     v_at(a.v, row + 8, end, rank0, lower);
     const LeftHalves v = left_halves(upper, lower);
+    __syncwarp();
 #pragma unroll
     for (int j = 0; j < UP_FRAGMENTS; ++j) {
         const Quad q = read_quad(panel, 4 * ((half * UP_FRAGMENTS + j) * 32 + (int)threadIdx.x % 32));
@@ -321,6 +323,7 @@ KERNEL(CLIPFT_CUDA_LORA_OUTER_THREADS) lora_tensor_outer(clipft_cuda_lora_outer_
         for (int q = 0; q < GROUPS; ++q) {
             RightHalves x[4];
             branch_columns(a.branch, quads[q], keys, col + 32 * q, x);
+            __syncwarp();
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 mma(sum[q][j], v.high, x[j].high);
